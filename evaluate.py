@@ -1,0 +1,51 @@
+"""Evaluates a checkpoint: python evaluate.py --ckpt runs/shapes
+
+Model and configuration come from the checkpoint alone. Prints average precision per class and writes
+detections as COCO json and as VOC comp4 files.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from fasterrcnn_jax import checkpoint, cli
+from fasterrcnn_jax.data import sources
+from fasterrcnn_jax.evaluation import results
+from fasterrcnn_jax.inference import detect_dataset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    ckpt: Path
+    """run folder (its newest checkpoint) or one of its checkpoints/STEP"""
+    root: Path | None = None
+    """folder in VOC layout; default: the one trained on"""
+    split: str | None = None
+    """ImageSets/Main/NAME.txt; default: the configuration's test split"""
+    out: Path | None = None
+    """folder for the result files; default: evaluation/SPLIT in the run folder"""
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    model = checkpoint.load(arguments.ckpt)
+    config = checkpoint.load_run_config(arguments.ckpt)
+    split = arguments.split or config.data.test_split
+    root = arguments.root or config.data.root
+    out = arguments.out or checkpoint.run_of(arguments.ckpt) / "evaluation" / split
+
+    data = dataclasses.replace(config.data, root=root, shapes=None if arguments.root else config.data.shapes)
+    dataset = sources.open_split(data, split)
+    detections = detect_dataset(model, dataset, batch_size=config.train.batch_size)
+    metrics = results.evaluate_detections(detections, dataset)
+
+    results.write_coco_json(out / "detections.json", detections, dataset)
+    results.write_voc_files(out, detections, dataset, split=split)
+    print(results.format_table(dataset, metrics.voc07, metrics.voc_area, metrics.coco))
+    print(f"files      {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Which images form which batch, on which canvas: planned from the sizes alone, before any is read.
+
+Every process computes the same plan and takes its rows of it, so all meet the same shapes in the same
+order. Batches hold images of one canvas; the last batch of a canvas is filled up with invalid rows, so
+every image is met exactly once per epoch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+Canvas = tuple[int, int]
+
+
+class BatchPlan(NamedTuple):
+    canvas: Canvas
+    image_index: Int[np.ndarray, "b"]  # 0 in rows that only fill the batch
+    image_valid: Bool[np.ndarray, "b"]
+
+
+def plan_batches(canvases: list[Canvas], order: Int[np.ndarray, "n"], batch_size: int) -> list[BatchPlan]:
+    """Returns batches of the images in `order`, canvas after canvas.
+
+    Args:
+      canvases: canvas of each image.
+      order: positions in `canvases`.
+    """
+    batches = []
+    for canvas in sorted(set(canvases)):
+        members = [index for index in order if canvases[index] == canvas]
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            image_index = np.zeros(batch_size, np.int32)
+            image_index[: len(chosen)] = chosen
+            batches.append(BatchPlan(canvas, image_index, np.arange(batch_size) < len(chosen)))
+    return batches
+
+
+def plan_epoch(canvases: list[Canvas], batch_size: int, *, seed: int, epoch: int) -> list[BatchPlan]:
+    """Returns one epoch's batches: images shuffled, then batches shuffled, by (seed, epoch) alone."""
+    rng = np.random.default_rng((seed, epoch))
+    batches = plan_batches(canvases, rng.permutation(len(canvases)), batch_size)
+    return [batches[i] for i in rng.permutation(len(batches))]

@@ -1,0 +1,62 @@
+"""Pictures with boxes on them."""
+
+import colorsys
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from fasterrcnn_jax.inference import Prediction
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+
+def draw(image: Picture, detections: Prediction, *, score_threshold: float = 0.5) -> Picture:
+    """Returns a copy of `image` with a labelled box per detection scored at `score_threshold` or more."""
+    shown = detections.scores >= score_threshold
+    captions = [
+        f"{name} {score:.2f}"
+        for name, score, show in zip(detections.class_names, detections.scores, shown, strict=True)
+        if show
+    ]
+    return draw_boxes(image, detections.boxes[shown], detections.labels[shown], captions)
+
+
+def draw_boxes(
+    image: Picture, boxes: Float[np.ndarray, "n 4"], labels: Int[np.ndarray, "n"], captions: list[str]
+) -> Picture:
+    """Returns a copy of `image` with boxes in their label's colour, captioned."""
+    canvas = Image.fromarray(np.asarray(image))
+    pen = ImageDraw.Draw(canvas)
+    unit = max(1, round(max(canvas.size) / 400))
+    font = ImageFont.load_default(size=max(9, 9 * unit))
+    for box, label, caption in zip(boxes, labels, captions, strict=True):
+        x1, y1, x2, y2 = (float(side) for side in box)
+        colour = label_colour(int(label))
+        # A box covers [x1, x2): the last pixel that belongs to it is x2 - 1.
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=unit)
+        left, top, right, bottom = pen.textbbox((x1 + unit, y1), caption, font=font)
+        pen.rectangle((left - unit, top - unit, right + unit, bottom + unit), fill=colour)
+        pen.text((x1 + unit, y1), caption, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """Returns a bright colour, far from those of the neighbouring labels."""
+    # Steps of the golden ratio never crowd the colour wheel.
+    red, green, blue = colorsys.hsv_to_rgb((label * 0.618034) % 1.0, 0.65, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def side_by_side(pairs: list[tuple[Picture, Picture]]) -> Picture:
+    """Returns one picture: a row per pair, left and right, white between them."""
+    gap = 8
+    column = max(max(left.shape[1], right.shape[1]) for left, right in pairs)
+    heights = [max(left.shape[0], right.shape[0]) for left, right in pairs]
+    sheet = np.full((sum(heights) + gap * (len(pairs) + 1), 2 * column + 3 * gap, 3), 255, np.uint8)
+    top = gap
+    for (left, right), height in zip(pairs, heights, strict=True):
+        sheet[top : top + left.shape[0], gap : gap + left.shape[1]] = left
+        sheet[top : top + right.shape[0], 2 * gap + column : 2 * gap + column + right.shape[1]] = right
+        top += height + gap
+    return sheet

@@ -1,0 +1,13 @@
+"""The errors that are meant for the person at the keyboard.
+
+The scripts print their message without a traceback and exit with status 2; everything else is a defect
+and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; one sentence that names the file, the field and the value."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training diverged; one sentence that names the step, the loss and the images."""

@@ -1,0 +1,127 @@
+"""`detect` on a device, `predict` around it on the host, whole data sets, and pictures of the result."""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
+
+from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.data.loader import evaluation_batches
+from fasterrcnn_jax.data.records import Dataset
+from fasterrcnn_jax.data.transforms import canvas_for, scale_boxes, to_canvas
+from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.structures import Detections
+
+Images = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "b h w 3"] | list[UInt8[np.ndarray, "h w 3"]]
+
+jitted_detect = jax.jit(detect)
+
+
+class Prediction(NamedTuple):
+    """What was found in one image, best first."""
+
+    boxes: Float[np.ndarray, "d 4"]  # xyxy, pixels of the image as given
+    scores: Float[np.ndarray, "d"]
+    labels: Int[np.ndarray, "d"]  # 1..K
+    class_names: tuple[str, ...]  # of each detection
+
+
+def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Prediction | list[Prediction]:
+    """Finds objects in one image, a list of images of any sizes, or a batch array.
+
+    Images are grouped by canvas and every group is cut into batches of exactly `batch_size`, so what is
+    found in an image never depends on which others came with it.
+
+    Args:
+      images: uint8 RGB.
+    Returns:
+      One `Prediction` for one image, a list otherwise.
+    Raises:
+      ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel.
+    """
+    single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) == 3
+    listed = [np.asarray(image) for image in ([images] if single else images)]
+    for position, image in enumerate(listed):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"image {position} must be a uint8 array [height, width, 3], "
+                f"got {image.dtype} {list(image.shape)}"
+            )
+    predictions: list[Prediction] = [None] * len(listed)  # type: ignore[list-item]
+    groups = defaultdict(list)
+    for position, image in enumerate(listed):
+        groups[canvas_for(image.shape[:2], model.config.image)].append(position)
+    for canvas, positions in groups.items():
+        for start in range(0, len(positions), batch_size):
+            chosen = positions[start : start + batch_size]
+            pixels, image_hw, scale = _on_canvas(
+                [listed[position] for position in chosen], canvas, batch_size, model.config.image
+            )
+            found = jax.device_get(jitted_detect(model, pixels, image_hw))
+            for row, position in enumerate(chosen):
+                boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
+                names = tuple(model.class_names[label - 1] for label in labels)
+                predictions[position] = Prediction(boxes, scores, labels, names)
+    return predictions[0] if single else predictions
+
+
+def preprocess(
+    images: list[UInt8[np.ndarray, "h w 3"]], config: ImageConfig
+) -> tuple[
+    Float[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
+]:
+    """Returns (images, image_hw, scale) for `detect`: all pictures on one canvas that holds them.
+
+    Divide boxes by `scale` (y, x) to come back to original pixels.
+
+    Raises:
+      ValueError: no single canvas of `config.canvases` holds them all.
+    """
+    needed = {canvas_for(image.shape[:2], config) for image in images}
+    height, width = (max(canvas[axis] for canvas in needed) for axis in (0, 1))
+    fitting = [canvas for canvas in config.canvases if canvas[0] >= height and canvas[1] >= width]
+    if not fitting:
+        raise ValueError(f"no canvas of {config.canvases} holds pictures of {sorted(needed)} together")
+    canvas = min(fitting, key=lambda canvas: canvas[0] * canvas[1])
+    return _on_canvas(images, canvas, len(images), config)
+
+
+def _on_canvas(images, canvas, rows, config):
+    """Stacks the pictures; rows beyond them are empty pictures of zero size."""
+    pixels = np.zeros((rows, *canvas, 3), np.float32)
+    image_hw = np.zeros((rows, 2), np.float32)
+    scale = np.ones((rows, 2), np.float32)
+    for row, image in enumerate(images):
+        pixels[row], image_hw[row], scale[row] = to_canvas(image, canvas, config)
+    return pixels, image_hw, scale
+
+
+def to_original(
+    found: Detections, row: int, scale: Float[np.ndarray, "2"], original_hw: tuple[int, int]
+) -> ImageDetections:
+    """Returns one image's valid detections in the pixels of the image as it was given."""
+    valid = np.asarray(found.valid[row])
+    boxes = scale_boxes(np.asarray(found.boxes[row])[valid], 1.0 / np.asarray(scale, np.float32))
+    height, width = original_hw
+    boxes = np.clip(boxes, 0.0, np.asarray([width, height, width, height], np.float32))
+    return ImageDetections(
+        boxes, np.asarray(found.scores[row])[valid], np.asarray(found.labels[row])[valid]
+    )
+
+
+def detect_dataset(model: Detector, dataset: Dataset, *, batch_size: int) -> list[ImageDetections]:
+    """Returns the detections of every image of a data set, in its order and its pixels."""
+    results: list[ImageDetections] = [None] * len(dataset.records)  # type: ignore[list-item]
+    with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False) as bar:
+        for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
+            found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw))
+            for row in np.flatnonzero(batch.image_valid):
+                index = batch.image_index[row]
+                original_hw = dataset.records[index].image_hw
+                results[index] = to_original(found, row, batch.scale[row], original_hw)
+            bar.update(int(batch.image_valid.sum()))
+    return results

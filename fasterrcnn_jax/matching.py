@@ -1,0 +1,44 @@
+"""Which ground-truth box an anchor or a proposal stands for."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+IGNORED, BACKGROUND, FOREGROUND = -1, 0, 1
+
+
+class Matches(NamedTuple):
+    matched_gt_indices: Int[Array, "n"]  # the ground truth of highest IoU; 0 where there is none
+    labels: Int[Array, "n"]  # IGNORED, BACKGROUND or FOREGROUND
+
+
+def match(
+    iou: Float[Array, "n g"],
+    gt_valid: Bool[Array, "g"],
+    *,
+    fg_iou: float,
+    bg_iou: tuple[float, float],
+    low_quality: bool,
+) -> Matches:
+    """Labels each box by its best IoU with a valid ground truth.
+
+    Foreground at `fg_iou` and above, background in [bg_iou[0], bg_iou[1]), ignored elsewhere. With
+    `low_quality` the boxes that reach a ground truth's own best IoU (ties included, if above zero) are
+    foreground too: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2, rule (i). Such a box keeps the
+    ground truth that it overlaps most, which need not be the one that made it foreground.
+
+    Raises:
+      ValueError: the thresholds do not satisfy 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
+    """
+    if not 0.0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.0:
+        raise ValueError(f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1, got {bg_iou} and {fg_iou}")
+    iou = jnp.where(gt_valid[None, :], iou, 0.0)
+    best = iou.max(axis=1)
+    labels = jnp.where((best >= bg_iou[0]) & (best < bg_iou[1]), BACKGROUND, IGNORED)
+    labels = jnp.where(best >= fg_iou, FOREGROUND, labels)
+    if low_quality:
+        best_of_gt = iou.max(axis=0)
+        reaches = (iou == best_of_gt[None, :]) & (best_of_gt > 0.0)[None, :]
+        labels = jnp.where(reaches.any(axis=1), FOREGROUND, labels)
+    return Matches(iou.argmax(axis=1).astype(jnp.int32), labels.astype(jnp.int32))

@@ -1,0 +1,137 @@
+"""The few layers that the networks are made of; NHWC, functional, nothing mutates after construction.
+
+`valid` is a [B, H, W, 1] float mask, 1 on the picture and 0 on padding, or None where padding is not
+masked. With it a normalisation layer leaves padding out of its statistics and returns zeros there.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+Valid = Float[Array, "b h w 1"] | None
+EPSILON = 1e-5
+
+
+class Constant(nnx.Variable):
+    """A value that is saved with the parameters and never trained."""
+
+
+class Conv(nnx.Module):
+    """k x k convolution with padding (k - 1) / 2."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if std is None:  # He et al. 2015 (arXiv:1502.01852), eq. 14, fan out
+            std = math.sqrt(2.0 / (size * size * out_channels))
+        shape = (size, size, in_channels, out_channels)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        kernel = self.kernel[...]
+        if kernel.shape[:2] == (1, 1):
+            # As a matrix product: XLA's weight gradient of 1x1 convolutions is slow on a CPU.
+            x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        else:
+            padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+            x = lax.conv_general_dilated(
+                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return x if self.bias is None else x + self.bias[...]
+
+
+class Linear(nnx.Module):
+    """Matrix product over the last axis, plus bias."""
+
+    def __init__(self, in_features: int, out_features: int, *, std: float, rngs: nnx.Rngs):
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return x @ self.kernel[...] + self.bias[...]
+
+
+class GroupNorm(nnx.Module):
+    """Wu and He 2018 (arXiv:1803.08494); statistics over the valid pixels of each image."""
+
+    def __init__(self, channels: int, *, scale: float = 1.0):
+        self.scale = nnx.Param(jnp.full(channels, scale))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        # The paper's 32 groups, but never fewer than 8 channels in one.
+        self.groups = math.gcd(channels, min(32, channels // 8))
+
+    def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        # Channel sums first, groups after: the large reduction keeps its contiguous last axis.
+        if valid is None:
+            count = jnp.full((batch, 1), float(height * width))
+            total = x.sum(axis=(1, 2))
+        else:
+            count = valid.sum(axis=(1, 2))
+            total = (x * valid).sum(axis=(1, 2))
+        count = jnp.maximum(count * (channels // self.groups), 1.0)
+        mean = self._over_group(total) / count
+        centred = x - mean[:, None, None, :]
+        if valid is not None:
+            centred = centred * valid
+        variance = self._over_group((centred * centred).sum(axis=(1, 2))) / count
+        factor = lax.rsqrt(variance + EPSILON) * self.scale[...]
+        y = centred * factor[:, None, None, :] + self.bias[...]
+        return y if valid is None else y * valid
+
+    def _over_group(self, per_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
+        batch, channels = per_channel.shape
+        size = channels // self.groups
+        totals = per_channel.reshape(batch, self.groups, size).sum(axis=2)
+        return jnp.repeat(totals, size, axis=1)
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation with fixed statistics: a constant affine map of each channel."""
+
+    def __init__(self, channels: int, *, scale: float = 1.0):
+        self.scale = Constant(jnp.full(channels, scale))
+        self.bias = Constant(jnp.zeros(channels))
+        self.mean = Constant(jnp.zeros(channels))
+        self.var = Constant(jnp.ones(channels))
+
+    def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
+        factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
+        y = (x - self.mean[...]) * factor + self.bias[...]
+        return y if valid is None else y * valid
+
+
+NORMS = {"group": GroupNorm, "frozen_batch": FrozenBatchNorm}
+
+
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """3 x 3 max pooling with stride 2 and padding 1."""
+    return lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+
+def valid_mask(
+    image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int
+) -> Float[Array, "b h w 1"]:
+    """Returns 1 on the cells of a stride-`stride` map that hold picture: the first ceil(side / stride)."""
+    rows, columns = (jnp.arange(size) * stride for size in grid_hw)
+    inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (
+        columns[None, None, :] < image_hw[:, 1, None, None]
+    )
+    return inside[..., None].astype(jnp.float32)

@@ -1,0 +1,117 @@
+"""ResNet for C4 detection. He et al. 2015 (arXiv:1512.03385), table 1 and section 4.1 appendix.
+
+Stages 1-3 (conv2_x - conv4_x) make the shared feature map, stage 4 (conv5_x) runs on every region.
+The stride of a bottleneck sits in its 3 x 3 convolution.
+"""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fasterrcnn_jax.config import BackboneConfig
+from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, max_pool, valid_mask
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def stage_channels(config: BackboneConfig, stage: int) -> int:
+    """Returns the output channels of stage 1..4."""
+    return config.width * 2 ** (stage - 1) * (4 if config.depth >= 50 else 1)
+
+
+class Block(nnx.Module):
+    """A residual block: two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1."""
+
+    def __init__(self, in_channels: int, planes: int, *, stride: int, config: BackboneConfig, rngs: nnx.Rngs):
+        norm = NORMS[config.norm]
+        if config.depth >= 50:
+            channels, sizes, strides = (in_channels, planes, planes, 4 * planes), (1, 3, 1), (1, stride, 1)
+        else:
+            channels, sizes, strides = (in_channels, planes, planes), (3, 3), (stride, 1)
+        self.convs = nnx.List(
+            [
+                Conv(channels[i], channels[i + 1], size, stride=strides[i], rngs=rngs)
+                for i, size in enumerate(sizes)
+            ]
+        )
+        # A residual branch that starts at zero makes the block start as the identity (arXiv:1706.02677).
+        scales = [1.0] * (len(sizes) - 1) + [0.0]
+        self.norms = nnx.List(
+            [norm(channels[i + 1], scale=scale) for i, scale in enumerate(scales)]
+        )
+        projects = stride != 1 or in_channels != channels[-1]
+        self.shortcut = Conv(in_channels, channels[-1], 1, stride=stride, rngs=rngs) if projects else None
+        self.shortcut_norm = norm(channels[-1]) if projects else None
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], valid_in: Valid = None, valid_out: Valid = None
+    ) -> Float[Array, "b h2 w2 d"]:
+        y = x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = conv(y)
+            # Before the strided convolution the map still has the size of the input.
+            y = norm(y, valid_in if valid_in is not None and y.shape[1:3] == valid_in.shape[1:3] else valid_out)
+            if i < len(self.convs) - 1:
+                y = jax.nn.relu(y)
+        if self.shortcut is not None:
+            x = self.shortcut_norm(self.shortcut(x), valid_out)
+        return jax.nn.relu(x + y)
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution; the first one strides."""
+
+    def __init__(self, stage: int, *, stride: int, config: BackboneConfig, rngs: nnx.Rngs):
+        planes = config.width * 2 ** (stage - 1)
+        first = config.width if stage == 1 else stage_channels(config, stage - 1)
+        out = stage_channels(config, stage)
+        self.blocks = nnx.List(
+            [
+                Block(out if i else first, planes, stride=1 if i else stride, config=config, rngs=rngs)
+                for i in range(BLOCKS[config.depth][stage - 1])
+            ]
+        )
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], valid_in: Valid = None, valid_out: Valid = None
+    ) -> Float[Array, "b h2 w2 d"]:
+        for i, block in enumerate(self.blocks):
+            x = block(x, valid_out if i else valid_in, valid_out)
+        return x
+
+
+class Backbone(nnx.Module):
+    """Stem and stages 1-3: normalised images to one feature map."""
+
+    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.stem = Conv(3, config.width, 7, stride=2, rngs=rngs)
+        self.stem_norm = NORMS[config.norm](config.width)
+        self.strides = (1, 2, config.stride // 8)
+        self.stages = nnx.List(
+            [
+                Stage(stage, stride=stride, config=config, rngs=rngs)
+                for stage, stride in enumerate(self.strides, 1)
+            ]
+        )
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]
+    ) -> Float[Array, "b h2 w2 c"]:
+        """Returns the map with `config.stride` network pixels per cell."""
+        height, width = images.shape[1:3]
+
+        def valid(stride: int) -> Valid:
+            if not self.config.mask_padding:
+                return None
+            return valid_mask(image_hw, (-(-height // stride), -(-width // stride)), stride)
+
+        x = jax.nn.relu(self.stem_norm(self.stem(images), valid(2)))
+        x = max_pool(x)
+        if self.config.mask_padding:
+            x = x * valid(4)
+        stride = 4
+        for stage, stage_stride in zip(self.stages, self.strides, strict=True):
+            x = stage(x, valid(stride), valid(stride * stage_stride))
+            stride *= stage_stride
+        return x

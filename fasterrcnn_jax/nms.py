@@ -1,0 +1,117 @@
+"""Greedy non-maximum suppression with fixed sizes.
+
+The contract, which every implementation keeps:
+- boxes are visited by descending score, equal scores by ascending index, invalid boxes never;
+- a box is suppressed by an earlier kept one of its group where float32 `intersection / union` exceeds
+  the threshold rounded *down* to float32 (what torchvision does on a CPU, where it compares with a double);
+- the first `max_output` kept indices are returned, with their validity; padding holds index 0.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from fasterrcnn_jax.boxes import area
+
+# Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that the
+# pairs inside a block stay cheap beside the pairs with what is already kept.
+BLOCK = 256
+
+
+def nms(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, "n"],
+    valid: Bool[Array, "n"],
+    *,
+    iou_threshold: float,
+    max_output: int,
+    groups: Int[Array, "n"] | None = None,
+) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
+    """Returns the indices of the `max_output` best boxes that survive, and which of them are real.
+
+    Args:
+      groups: boxes of different groups never suppress each other (classes, pyramid levels). Because
+        boxes are visited by score over all groups, the result is the best of all groups' survivors.
+    Raises:
+      ValueError: `iou_threshold` is not in (0, 1] or `max_output` is not positive.
+    """
+    if not 0.0 < iou_threshold <= 1.0:
+        raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
+    if max_output < 1:
+        raise ValueError(f"max_output must be at least 1, got {max_output}")
+    if groups is None:
+        groups = jnp.zeros(boxes.shape[0], jnp.int32)
+    index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
+    _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
+    kept, count = _keep(
+        boxes[order], groups[order], valid.sum(), _rounded_down(iou_threshold), max_output
+    )
+    is_kept = jnp.arange(max_output) < count
+    return jnp.where(is_kept, order[kept], 0), is_kept
+
+
+def _rounded_down(threshold: float) -> np.float32:
+    nearest = np.float32(threshold)
+    return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(0.0))
+
+
+def _suppresses(boxes, groups, other_boxes, other_groups, threshold) -> Bool[Array, "n m"]:
+    top_left = jnp.maximum(boxes[:, None, :2], other_boxes[None, :, :2])
+    bottom_right = jnp.minimum(boxes[:, None, 2:], other_boxes[None, :, 2:])
+    sides = jnp.maximum(bottom_right - top_left, 0.0)
+    intersection = sides[..., 0] * sides[..., 1]
+    union = area(boxes)[:, None] + area(other_boxes)[None, :] - intersection
+    # 0 / 0 is NaN, which exceeds nothing: empty boxes neither suppress nor are suppressed.
+    return (intersection / union > threshold) & (groups[:, None] == other_groups[None, :])
+
+
+def _keep(boxes, groups, num_valid, threshold, max_output):
+    """Walks sorted boxes block by block; stops when `max_output` are kept or none is left."""
+    block = min(BLOCK, boxes.shape[0])
+    padding = -boxes.shape[0] % block
+    boxes = jnp.pad(boxes, ((0, padding), (0, 0)))
+    groups = jnp.pad(groups, (0, padding))
+    offsets = jnp.arange(block, dtype=jnp.int32)
+    earlier = offsets[:, None] < offsets[None, :]
+
+    def unfinished(carry):
+        start, count, *_ = carry
+        return (start < num_valid) & (count < max_output)
+
+    def decide_block(carry):
+        start, count, kept, kept_boxes, kept_groups = carry
+        block_boxes = lax.dynamic_slice_in_dim(boxes, start, block)
+        block_groups = lax.dynamic_slice_in_dim(groups, start, block)
+        by_kept = _suppresses(kept_boxes, kept_groups, block_boxes, block_groups, threshold)
+        by_kept &= (jnp.arange(max_output) < count)[:, None]
+        alive = ~by_kept.any(axis=0) & (start + offsets < num_valid)
+        inside = _suppresses(block_boxes, block_groups, block_boxes, block_groups, threshold) & earlier
+
+        # Greedy suppression inside the block is the fixed point of "kept unless an earlier kept one
+        # suppresses it"; each pass settles at least one more box of every chain.
+        def pass_once(state):
+            keep, _ = state
+            again = alive & ~(inside & keep[:, None]).any(axis=0)
+            return again, (again != keep).any()
+
+        keep, _ = lax.while_loop(lambda state: state[1], pass_once, (alive, alive.any()))
+        slot = jnp.where(keep, count + jnp.cumsum(keep) - 1, max_output)
+        return (
+            start + block,
+            jnp.minimum(count + keep.sum(), max_output).astype(jnp.int32),
+            kept.at[slot].set(start + offsets, mode="drop"),
+            kept_boxes.at[slot].set(block_boxes, mode="drop"),
+            kept_groups.at[slot].set(block_groups, mode="drop"),
+        )
+
+    start = (
+        jnp.int32(0),
+        jnp.int32(0),
+        jnp.zeros(max_output, jnp.int32),
+        jnp.zeros((max_output, 4), boxes.dtype),
+        jnp.zeros(max_output, groups.dtype),
+    )
+    _, count, kept, _, _ = lax.while_loop(unfinished, decide_block, start)
+    return kept, count

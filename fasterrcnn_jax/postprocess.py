@@ -1,0 +1,48 @@
+"""From box-head outputs to detections of one image. Fast R-CNN (arXiv:1504.08083), section 2.4."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fasterrcnn_jax.box_coder import Weights, decode
+from fasterrcnn_jax.boxes import clip, min_side
+from fasterrcnn_jax.config import PostprocessConfig
+from fasterrcnn_jax.nms import nms
+from fasterrcnn_jax.structures import Detections, Proposals
+
+
+def postprocess(
+    class_logits: Float[Array, "p k"],
+    deltas: Float[Array, "p k 4"],
+    proposals: Proposals,
+    image_hw: Float[Array, "2"],
+    *,
+    box_weights: Weights,
+    config: PostprocessConfig,
+) -> Detections:
+    """Returns the best `config.max_detections` after class-wise NMS; boxes in network pixels.
+
+    Softmax, decode with each class's own deltas, clip to the true image, score threshold, NMS among the
+    boxes of a class, the best over all classes.
+    """
+    num_classes = class_logits.shape[-1] - 1
+    scores = jax.nn.softmax(class_logits)[:, 1:].reshape(-1)
+    boxes = decode(deltas[:, 1:], proposals.boxes[:, None, :], weights=box_weights)
+    boxes = clip(boxes.reshape(-1, 4), image_hw)
+    labels = jnp.tile(jnp.arange(1, num_classes + 1, dtype=jnp.int32), proposals.valid.shape[0])
+    valid = jnp.repeat(proposals.valid, num_classes)
+    valid &= (scores > config.score_threshold) & (min_side(boxes) > 0.0)
+    kept, kept_valid = nms(
+        boxes,
+        scores,
+        valid,
+        iou_threshold=config.nms_threshold,
+        max_output=config.max_detections,
+        groups=labels,
+    )
+    return Detections(
+        jnp.where(kept_valid[:, None], boxes[kept], 0.0),
+        jnp.where(kept_valid, scores[kept], 0.0),
+        jnp.where(kept_valid, labels[kept], 0),
+        kept_valid,
+    )

@@ -1,0 +1,43 @@
+"""A fixed-size random sample of foreground and background.
+
+Fast R-CNN (arXiv:1504.08083), section 2.3: at most a fraction of the sample is foreground, background
+fills the rest. Drawn without replacement; the sizes are static and what is missing is marked invalid.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
+
+from fasterrcnn_jax.matching import BACKGROUND, FOREGROUND
+
+
+class Sample(NamedTuple):
+    indices: Int[Array, "r"]  # foreground first, in random order
+    valid: Bool[Array, "r"]
+
+
+def sample(
+    key: PRNGKeyArray | UInt32[Array, "2"], labels: Int[Array, "n"], *, size: int, fg_fraction: float
+) -> Sample:
+    """Returns `size` positions of `labels`, at most `int(size * fg_fraction)` of them foreground.
+
+    Args:
+      key: random key of this image.
+      labels: IGNORED, BACKGROUND or FOREGROUND; ignored ones are never drawn.
+    Raises:
+      ValueError: `fg_fraction` is not in [0, 1].
+    """
+    if not 0.0 <= fg_fraction <= 1.0:
+        raise ValueError(f"fg_fraction must be in [0, 1], got {fg_fraction}")
+    size = min(size, labels.shape[0])
+    # A random permutation makes "the first k of a kind" a uniform draw of k of them.
+    shuffled = jax.random.permutation(key, labels.shape[0]).astype(jnp.int32)
+    kinds = labels[shuffled]
+    fg = kinds == FOREGROUND
+    fg = fg & (jnp.cumsum(fg) <= int(size * fg_fraction))
+    # Foreground first, then background, then the rest; stable, so each kind stays in random order.
+    rank = jnp.where(fg, 0, jnp.where(kinds == BACKGROUND, 1, 2))
+    order = jnp.argsort(rank, stable=True)[:size]
+    return Sample(shuffled[order], rank[order] < 2)

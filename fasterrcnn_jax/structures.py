@@ -1,0 +1,67 @@
+"""The pytrees that flow from stage to stage.
+
+B images, A anchors, P proposals, R sampled RoIs, D detections, G ground-truth slots, K classes,
+S pool size. Functions below `models/` see one image, so they see these without the leading B.
+
+Boxes are float32 xyxy, continuous, in pixels of the padded network input: a box covers
+[x1, x2) x [y1, y2). Label 0 is background, 1..K are the classes. A bool `valid` beside the data is
+the only definition of padding; padded payload is zero and finite.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+
+class GroundTruth(NamedTuple):
+    boxes: Float[Array, "*b g 4"]
+    labels: Int[Array, "*b g"]
+    valid: Bool[Array, "*b g"]
+
+
+class Batch(NamedTuple):
+    images: Float[Array, "*b h w 3"]  # normalised; zero beyond image_hw
+    image_hw: Float[Array, "*b 2"]  # (height, width) of the picture inside the canvas
+    scale: Float[Array, "*b 2"]  # (y, x) network pixels per original pixel; they differ after rounding
+    image_index: Int[Array, "*b"]  # position in the data set; seeds what is random for the image
+    image_valid: Bool[Array, "*b"]  # False for rows that only fill the batch
+    ground_truth: GroundTruth
+
+
+class AnchorTargets(NamedTuple):
+    labels: Int[Array, "*b a"]  # -1 ignored, 0 background, 1 foreground; what was not sampled is -1
+    deltas: Float[Array, "*b a 4"]  # zero unless foreground
+
+
+class Proposals(NamedTuple):
+    boxes: Float[Array, "*b p 4"]
+    scores: Float[Array, "*b p"]  # objectness probability
+    valid: Bool[Array, "*b p"]
+
+
+class RoiTargets(NamedTuple):
+    boxes: Float[Array, "*b r 4"]
+    labels: Int[Array, "*b r"]  # 0 background, 1..K
+    deltas: Float[Array, "*b r 4"]  # zero unless foreground
+    valid: Bool[Array, "*b r"]
+
+
+class Detections(NamedTuple):
+    boxes: Float[Array, "*b d 4"]
+    scores: Float[Array, "*b d"]  # class probability, descending
+    labels: Int[Array, "*b d"]
+    valid: Bool[Array, "*b d"]
+
+
+class Mean(NamedTuple):
+    """A mean that is not divided yet: a mean of per-device means is not the global mean."""
+
+    sum: Float[Array, "*b"]
+    count: Float[Array, "*b"]
+
+
+class Losses(NamedTuple):
+    rpn_objectness: Mean
+    rpn_box: Mean
+    box_class: Mean
+    box_delta: Mean

@@ -1,0 +1,104 @@
+"""The training step: four losses, one update."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree, UInt32
+
+from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.models.detector import Detector, training_losses
+from fasterrcnn_jax.structures import Batch
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes or needs; a pytree of arrays."""
+
+    step: Int[Array, ""]
+    params: PyTree  # what the optimizer moves
+    frozen: PyTree  # constants of the network, saved and never moved
+    opt_state: PyTree
+    key: UInt32[Array, "2"]  # never changes; each step folds its number into it
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step over all devices."""
+
+    rpn_objectness: Float[Array, ""]
+    rpn_box: Float[Array, ""]
+    box_class: Float[Array, ""]
+    box_delta: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Returns a linear warm-up from zero followed by a cosine to zero."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.0
+    )
+
+
+def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Returns momentum SGD with clipping by global norm and weight decay on kernels only."""
+
+    def kernels(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.add_decayed_weights(config.weight_decay, mask=kernels),
+        optax.sgd(learning_rate_schedule(config), momentum=config.momentum),
+    )
+
+
+def create_state(
+    model: Detector, optimizer: optax.GradientTransformation, *, seed: int
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Returns the static part of `model` and the state at step 0."""
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        frozen=frozen,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+    return graphdef, state
+
+
+def merge(graphdef: nnx.GraphDef, state: TrainState) -> Detector:
+    """Returns the detector of a state, on the first local device."""
+    params, frozen = jax.device_put((state.params, state.frozen), jax.local_devices()[0])
+    return nnx.merge(graphdef, params, frozen)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, *, axis_name: str
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the step of one device; map it over devices with the axis `axis_name`.
+
+    Each device differentiates its local sums over the global counts and the gradients are added, which
+    is the gradient of the global mean. No `psum` is differentiated: that would count it once per device.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def local_loss(params):
+            losses = training_losses(nnx.merge(graphdef, params, state.frozen), batch, key)
+            counts = [jnp.maximum(lax.psum(lax.stop_gradient(mean.count), axis_name), 1.0) for mean in losses]
+            parts = [mean.sum / count for mean, count in zip(losses, counts, strict=True)]
+            return sum(parts), parts
+
+        gradients, parts = jax.grad(local_loss, has_aux=True)(state.params)
+        gradients, parts = lax.psum((gradients, parts), axis_name)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(*parts, gradient_norm=optax.global_norm(gradients))
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step

@@ -1,0 +1,148 @@
+"""COCO average precision against pycocotools' numbers and cases done by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.evaluation.coco_ap import coco_ap
+from fasterrcnn_jax.evaluation.results import ImageDetections
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
+BOX, FAR_BOX = (10, 10, 60, 60), (100, 100, 150, 150)
+
+
+def record(*objects, image_id="0"):
+    """An image with objects (box, label, difficult)."""
+    return ImageRecord(
+        id=image_id,
+        path=Path(f"{image_id}.jpg"),
+        image_hw=(300, 400),
+        boxes=np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
+        labels=np.array([o[1] for o in objects], np.int32),
+        difficult=np.array([o[2] for o in objects], bool),
+    )
+
+
+def found(*rows):
+    """The detections (box, score, label) of one image."""
+    return ImageDetections(
+        np.array([r[0] for r in rows], np.float32).reshape(-1, 4),
+        np.array([r[1] for r in rows], np.float32),
+        np.array([r[2] for r in rows], np.int32),
+    )
+
+
+def dataset(*records, classes=1):
+    return Dataset("hand made", tuple(f"class{k + 1}" for k in range(classes)), records, ())
+
+
+def golden_case():
+    """The golden's boxes, which its COCO run took as continuous, none of them difficult."""
+    gt, det = GOLDEN["gt"], GOLDEN["det"]
+    records, detections = [], []
+    for image in range(GOLDEN["num_images"]):
+        objects, rows = gt[gt[:, 0] == image], det[det[:, 0] == image]
+        records.append(record(*((o[2:6], o[1], False) for o in objects), image_id=f"{image:06d}"))
+        detections.append(found(*((r[2:6], r[6], r[1]) for r in rows)))
+    return detections, dataset(*records, classes=int(GOLDEN["num_classes"]))
+
+
+def test_numbers_equal_pycocotools_on_files():
+    got = coco_ap(*golden_case())
+    scalars = (got.ap, got.ap50, got.ap75, got.ap_small, got.ap_medium, got.ap_large, got.ar_100)
+    np.testing.assert_allclose(scalars, GOLDEN["coco_stats"][[0, 1, 2, 3, 4, 5, 8]], rtol=0, atol=1e-9)
+
+
+def test_numbers_per_class_equal_pycocotools_on_files():
+    got, want = coco_ap(*golden_case()), GOLDEN["coco_ap_per_class_iou"]
+    np.testing.assert_allclose(got.class_ap[:3], want[:3].mean(axis=1), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(got.class_ap50[:3], want[:3, 0], rtol=0, atol=1e-9)
+    assert np.isnan([got.class_ap[3], got.class_ap50[3]]).all()  # no objects: pycocotools gives -1
+
+
+def test_nothing_is_printed(capsys):
+    coco_ap(*golden_case())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_detections_on_a_difficult_object_count_neither_way():
+    # Two on the difficult object: one that is only "ignored" in pycocotools would take the first alone.
+    data = dataset(record((BOX, 1, True), (FAR_BOX, 1, False)))
+    got = coco_ap([found((BOX, 0.9, 1), (BOX, 0.8, 1), (FAR_BOX, 0.7, 1))], data)
+    assert (got.ap, got.ap50) == pytest.approx((1.0, 1.0))
+
+
+def test_difficult_object_overlaps_by_ordinary_iou():
+    # The small box lies inside the difficult one: crowd IoU 1, IoU 0.16.
+    data = dataset(record((BOX, 1, True), (FAR_BOX, 1, False)))
+    got = coco_ap([found(((20, 20, 40, 40), 0.9, 1), (FAR_BOX, 0.7, 1))], data)
+    assert got.ap50 == pytest.approx(0.5)
+
+
+def test_difficult_objects_are_nothing_to_be_found():
+    data = dataset(record((BOX, 1, True), (BOX, 2, False)), classes=2)
+    got = coco_ap([found((BOX, 0.9, 2))], data)
+    np.testing.assert_allclose(got.class_ap50, [np.nan, 1.0])
+    assert (got.ap50, got.ar_100) == pytest.approx((1.0, 1.0))
+
+
+def test_second_detection_of_an_object_is_a_false_positive():
+    data = dataset(record((BOX, 1, False), (FAR_BOX, 1, False)))
+    got = coco_ap([found((BOX, 0.9, 1), (BOX, 0.8, 1), (FAR_BOX, 0.7, 1))], data)
+    # Recall 0, 0.01, ..., 0.5 at precision 1; 0.51, ..., 1 at 2/3.
+    assert got.ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_iou_exactly_at_the_threshold_is_a_match_unlike_voc():
+    got = coco_ap([found(((0, 0, 40, 20), 0.9, 1))], dataset(record(((0, 0, 40, 40), 1, False))))
+    assert got.ap50 == pytest.approx(1.0) and got.ap75 == 0.0
+    assert got.ap == pytest.approx(0.1)  # 1 of 10 thresholds
+
+
+def test_area_ranges_use_the_box():
+    small, medium, large = (0, 0, 20, 20), (50, 50, 100, 100), (120, 120, 280, 280)
+    data = dataset(record((small, 1, False), (medium, 1, False), (large, 1, False)))
+    got = coco_ap([found((small, 0.9, 1), (large, 0.8, 1))], data)
+    assert (got.ap_small, got.ap_medium, got.ap_large) == pytest.approx((1.0, 0.0, 1.0))
+
+
+def test_recall_counts_up_to_100_detections_of_an_image_and_class():
+    data = dataset(record((BOX, 1, False)))
+    for misses, recall in ((99, 1.0), (100, 0.0)):
+        got = coco_ap([found(*[(FAR_BOX, 0.9, 1)] * misses, (BOX, 0.8, 1))], data)
+        assert got.ar_100 == pytest.approx(recall)
+
+
+def test_no_detections_give_zero():
+    got = coco_ap([found(), found()], dataset(record((BOX, 1, False)), record(), classes=2))
+    assert (got.ap, got.ap50, got.ap75, got.ap_medium, got.ar_100) == (0, 0, 0, 0, 0)
+    np.testing.assert_array_equal(got.class_ap, [0, np.nan])
+    assert np.isnan(got.ap_small)
+
+
+def test_detection_in_an_image_without_objects_is_a_false_positive():
+    data = dataset(record(), record((BOX, 1, False)))
+    assert coco_ap([found((BOX, 0.9, 1)), found((BOX, 0.8, 1))], data).ap50 == pytest.approx(0.5)
+
+
+def test_data_set_without_objects_is_nan():
+    for detections, data in (([], dataset(classes=2)), ([found((BOX, 0.9, 1))], dataset(record(), classes=2))):
+        got = coco_ap(detections, data)
+        assert np.isnan([got.ap, got.ap50, got.ar_100]).all()
+        assert got.class_ap.shape == got.class_ap50.shape == (2,)
+        assert np.isnan(got.class_ap).all() and np.isnan(got.class_ap50).all()
+
+
+def test_equal_scores_keep_the_order_given():
+    data = dataset(record((BOX, 1, False)), record())
+    assert coco_ap([found((BOX, 0.5, 1)), found((BOX, 0.5, 1))], data).ap50 == pytest.approx(1.0)
+    assert coco_ap([found((FAR_BOX, 0.5, 1), (BOX, 0.5, 1)), found()], data).ap50 == pytest.approx(0.5)
+
+
+def test_detections_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="hand made"):
+        coco_ap([], dataset(record((BOX, 1, False))))
+    with pytest.raises(ValueError, match="image 0: labels"):
+        coco_ap([found((BOX, 0.5, 2))], dataset(record((BOX, 1, False))))

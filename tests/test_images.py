@@ -1,0 +1,173 @@
+"""Image files of every kind come back as uint8 [H, W, 3], or are refused by name."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasterrcnn_jax.data.images import image_size, read_image
+from fasterrcnn_jax.errors import InputError
+
+HEIGHT, WIDTH = 20, 30
+
+# Pillow knows the format, and would start Ghostscript to decode it.
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def rgb():
+    """uint8 [20, 30, 3], every pixel different from its neighbours."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return np.stack([x * 8, y * 12, (x + y) * 5], axis=2).astype(np.uint8)
+
+
+def test_png_pixels_come_back_exactly(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), rgb)
+
+
+def test_result_is_writable_contiguous_uint8(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.jpg")
+    pixels = read_image(tmp_path / "a.jpg")
+    assert pixels.dtype == np.uint8 and pixels.flags.writeable and pixels.flags.c_contiguous
+
+
+def test_size_is_height_then_width(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    assert image_size(tmp_path / "a.png") == (HEIGHT, WIDTH)
+    assert image_size(str(tmp_path / "a.png")) == (HEIGHT, WIDTH)
+
+
+def test_format_follows_content_not_name(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.jpg", format="PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), rgb)
+
+
+def test_grey_is_repeated_in_three_channels(tmp_path, rgb):
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.repeat(rgb[..., :1], 3, axis=2))
+
+
+def test_one_bit_image_becomes_black_and_white(tmp_path):
+    Image.fromarray(np.eye(8, dtype=bool)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[..., 2], np.eye(8, dtype=np.uint8) * 255)
+
+
+def test_alpha_is_dropped_and_colour_below_it_kept(tmp_path, rgb):
+    alpha = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    Image.fromarray(np.concatenate([rgb, alpha], axis=2)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), rgb)
+
+
+def test_grey_with_alpha_is_grey(tmp_path, rgb):
+    Image.fromarray(np.stack([rgb[..., 0], np.zeros_like(rgb[..., 0])], axis=2)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.repeat(rgb[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
+def test_palette_is_expanded_without_a_warning(tmp_path, transparency):
+    image = Image.fromarray((np.indices((6, 9)).sum(0) % 3).astype(np.uint8))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", **({} if transparency is None else {"transparency": transparency}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = read_image(tmp_path / "a.png")
+    assert pixels.shape == (6, 9, 3)
+    np.testing.assert_array_equal(pixels[0, :3], [[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+
+
+def test_cmyk_jpeg_keeps_red_red(tmp_path):
+    red = Image.new("RGB", (32, 16), (220, 20, 20)).convert("CMYK")
+    red.save(tmp_path / "a.jpg", quality=95)
+    pixels = read_image(tmp_path / "a.jpg")
+    assert pixels.shape == (16, 32, 3)
+    np.testing.assert_allclose(pixels.mean((0, 1)), [220, 20, 20], atol=6)
+
+
+def test_sixteen_bit_grey_is_rescaled_not_clipped(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png")
+    assert pixels.dtype == np.uint8 and pixels.shape == (4, 64, 3)
+    np.testing.assert_array_equal(pixels[0, :, 1], ramp[0] // 256)
+
+
+def test_float_image_is_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif.*floating point"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_exif_orientation_is_not_applied(tmp_path, rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rgb).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(tmp_path / "a.jpg") == (HEIGHT, WIDTH)
+    assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
+
+
+def test_one_pixel_image_is_read(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), [[[1, 2, 3]]])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_truncated_file_is_refused_by_name(tmp_path, rgb, name):
+    Image.fromarray(rgb).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(InputError, match=f"{name}: the image cannot be decoded"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, of TIFF
+def test_every_truncation_gives_pixels_or_an_input_error(tmp_path, rgb):
+    """A cut may fall behind the last pixel; nothing but InputError may come out."""
+    for image_format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
+        buffer = io.BytesIO()
+        Image.fromarray(rgb).save(buffer, format=image_format)
+        content = buffer.getvalue()
+        for end in range(0, len(content) - 1, max(1, len(content) // 40)):
+            (tmp_path / "a").write_bytes(content[:end])
+            try:
+                assert read_image(tmp_path / "a").shape == (HEIGHT, WIDTH, 3)
+            except InputError as error:
+                assert str(tmp_path / "a") in str(error)
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"", "empty"), (b"<html>404</html>", "no known image format"), (EPS, "no known image format")],
+)
+def test_file_that_is_no_image_is_refused_by_name(tmp_path, read, content, reason):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=f"a.jpg: not an image: .*{reason}"):
+        read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_absent_file_and_folder_are_refused_by_name(tmp_path, read):
+    with pytest.raises(InputError, match="absent.jpg: no such image"):
+        read(tmp_path / "absent.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(InputError, match="folder.jpg"):
+        read(tmp_path / "folder.jpg")
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_decompression_bomb_is_refused_and_the_limit_stays(tmp_path, read):
+    limit = Image.MAX_IMAGE_PIXELS
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, payload in chunks:
+        content += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(InputError, match="bomb.png: refused as too large"):
+        read(tmp_path / "bomb.png")
+    assert limit == Image.MAX_IMAGE_PIXELS and limit is not None

@@ -1,0 +1,486 @@
+"""The VOC reader: right to the pixel on healthy folders, one clear sentence on every fault."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasterrcnn_jax.data.images import read_image
+from fasterrcnn_jax.data.voc import read_voc
+from fasterrcnn_jax.errors import InputError
+
+CLASSES = ("square", "disc")
+WIDTH, HEIGHT = 96, 64
+BAD_INPUTS = Path(__file__).parents[2] / "shared" / "data" / "bad"
+
+OBJECTS = """<object><name>square</name><difficult>0</difficult>
+<bndbox><xmin>10</xmin><ymin>10</ymin><xmax>39</xmax><ymax>39</ymax></bndbox></object>
+<object><name>disc</name><difficult>0</difficult>
+<bndbox><xmin>52</xmin><ymin>25</ymin><xmax>83</xmax><ymax>56</ymax></bndbox></object>"""
+SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+BOXES = [[9, 9, 39, 39], [51, 24, 83, 56]]
+
+
+def annotation(filename="odd.png"):
+    return f"<annotation>\n<filename>{filename}</filename>\n{SIZE}\n{OBJECTS}\n</annotation>\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A healthy folder of two images, `ok` and `odd`; the tests spoil `odd`."""
+    root = tmp_path / "set"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for name in ("ok", "odd"):
+        Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 60)).save(root / f"JPEGImages/{name}.png")
+        (root / f"Annotations/{name}.xml").write_text(annotation(f"{name}.png"))
+    (root / "ImageSets/Main/train.txt").write_text("ok\nodd\n")
+    return root
+
+
+def xml_of(root):
+    return root / "Annotations/odd.xml"
+
+
+def replace(old, new):
+    """A fault: `old` in the odd annotation becomes `new`, once."""
+
+    def spoil(root):
+        text = xml_of(root).read_text()
+        assert old in text
+        xml_of(root).write_text(text.replace(old, new, 1))
+
+    return spoil
+
+
+def content(new):
+    """A fault: the odd annotation is these bytes."""
+    return lambda root: xml_of(root).write_bytes(new)
+
+
+def listing(new):
+    """A fault: the list of split train is these bytes."""
+    return lambda root: (root / "ImageSets/Main/train.txt").write_bytes(new)
+
+
+def doctype(encoding):
+    text = annotation().replace(
+        "<annotation>", '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/hostname">]>\n<annotation>'
+    )
+    return f'<?xml version="1.0" encoding="{encoding}"?>\n{text}'.encode(encoding)
+
+
+def listed_outside(root):
+    # What a careless join would load is there.
+    shutil.copy(xml_of(root), root.parent / "outside.xml")
+    shutil.copy(root / "JPEGImages/odd.png", root.parent / "outside.png")
+    listing(b"ok\n../../outside\n")(root)
+
+
+FAULTS = {
+    "box inverted": (replace("<xmin>10", "<xmin>45"), ["odd.xml", "object 1", "xmin 45", "xmax 39"]),
+    "box inverted in y": (replace("<ymax>56", "<ymax>5"), ["odd.xml", "object 2", "ymin 25", "ymax 5"]),
+    "box right of the image": (
+        replace("<xmin>52</xmin><ymin>25</ymin><xmax>83<", "<xmin>200</xmin><ymin>25</ymin><xmax>260<"),
+        ["odd.xml", "object 2", "xmin 200", "xmax 260", "outside", "96"],
+    ),
+    "box above the image": (
+        replace("<ymin>10</ymin><xmax>39</xmax><ymax>39<", "<ymin>-9</ymin><xmax>39</xmax><ymax>-3<"),
+        ["odd.xml", "object 1", "ymin -9", "ymax -3", "outside"],
+    ),
+    "nan": (replace("<xmin>10", "<xmin>NaN"), ["odd.xml", "object 1, xmin", "NaN"]),
+    "infinity": (replace("<xmax>83", "<xmax>inf"), ["odd.xml", "object 2, xmax", "inf"]),
+    "huge number": (replace("<xmax>83", "<xmax>1e300"), ["odd.xml", "object 2, xmax", "1e300"]),
+    "wrapped 16-bit number": (replace("<xmin>52", "<xmin>65535"), ["odd.xml", "object 2, xmin", "65535"]),
+    "text for a number": (replace("<xmin>10", "<xmin>ten"), ["odd.xml", "object 1, xmin", "'ten'"]),
+    "empty number": (replace("<xmin>10", "<xmin>"), ["odd.xml", "object 1, xmin", "''"]),
+    "no ymax": (replace("<ymax>56</ymax>", ""), ["odd.xml", "object 2, ymax"]),
+    "two xmin": (replace("<xmin>10</xmin>", "<xmin>10</xmin><xmin>12</xmin>"), ["odd.xml", "object 1, xmin", "2"]),
+    "no bndbox": (
+        lambda root: xml_of(root).write_text(annotation().replace("bndbox", "polygon")),
+        ["odd.xml", "object 1, bndbox"],
+    ),
+    "unknown class": (
+        replace("<name>disc", "<name>triangle"),
+        ["odd.xml", "object 2, name", "'triangle'", "square, disc"],
+    ),
+    "class in other case": (replace("<name>disc", "<name>Disc"), ["odd.xml", "object 2, name", "'Disc'"]),
+    "no class": (replace("<name>square</name>", ""), ["odd.xml", "object 1, name"]),
+    "empty class": (replace("<name>square<", "<name><"), ["odd.xml", "object 1, name", "''"]),
+    "difficult not 0 or 1": (
+        replace("<difficult>0", "<difficult>maybe"),
+        ["odd.xml", "object 1, difficult", "'maybe'"],
+    ),
+    "size swapped": (
+        replace(SIZE, "<size><width>64</width><height>96</height></size>"),
+        ["odd.xml", "size", "64 x 96", "96 x 64", "odd.png", "swapped"],
+    ),
+    "size wrong": (replace("<width>96", "<width>97"), ["odd.xml", "size", "97 x 64", "96 x 64", "odd.png"]),
+    "size half zero": (replace("<width>96", "<width>0"), ["odd.xml", "size", "0 x 64"]),
+    "size is text": (replace("<width>96", "<width>wide"), ["odd.xml", "size, width", "'wide'"]),
+    "size without height": (replace("<height>64</height>", ""), ["odd.xml", "size, height"]),
+    "xml cut": (lambda root: content(xml_of(root).read_bytes()[:200])(root), ["odd.xml", "line"]),
+    "xml empty": (content(b""), ["odd.xml", "not well-formed"]),
+    "xml of another kind": (content(b"<html><body>404</body></html>"), ["odd.xml", "not a VOC annotation", "<html>"]),
+    "xml in an unknown encoding": (
+        lambda root: xml_of(root).write_text('<?xml version="1.0" encoding="klingon"?>' + annotation()),
+        ["odd.xml"],
+    ),
+    "xml in undeclared latin-1": (
+        lambda root: xml_of(root).write_bytes(annotation("café.png").encode("latin-1")),
+        ["odd.xml", "not well-formed", "line 2"],
+    ),
+    "xml is a folder": (lambda root: (xml_of(root).unlink(), xml_of(root).mkdir()), ["odd.xml", "cannot be read"]),
+    "entity": (lambda root: xml_of(root).write_bytes(doctype("utf-8")), ["odd.xml", "refused", "entities"]),
+    "entity in UTF-16": (lambda root: xml_of(root).write_bytes(doctype("utf-16")), ["odd.xml", "refused", "entities"]),
+    "id outside the folder": (listed_outside, ["train.txt line 2", "'../../outside'"]),
+    "id in a subfolder": (listing(b"sub/ok\n"), ["train.txt line 1", "'sub/ok'"]),
+    "id absolute": (listing(b"/etc/passwd\n"), ["train.txt line 1", "'/etc/passwd'"]),
+    "id is the parent": (listing(b"ok\n..\n"), ["train.txt line 2", "'..'"]),
+    "image absent": (
+        lambda root: (root / "JPEGImages/odd.png").unlink(),
+        ["JPEGImages/odd.png", "no such image", "train.txt line 2"],
+    ),
+    "annotation absent": (lambda root: xml_of(root).unlink(), ["Annotations/odd.xml", "no such", "train.txt line 2"]),
+    "image empty": (lambda root: (root / "JPEGImages/odd.png").write_bytes(b""), ["JPEGImages/odd.png", "empty"]),
+    "image is text": (
+        lambda root: (root / "JPEGImages/odd.png").write_bytes(b"<html>404</html>"),
+        ["JPEGImages/odd.png", "not an image"],
+    ),
+    "list empty": (listing(b"\xef\xbb\xbf\r\n \r\n"), ["train.txt", "split train lists 0 images"]),
+    "list not UTF-8": (listing("ok\ncafé\n".encode("utf-16")), ["train.txt", "not UTF-8"]),
+    "list absent": (
+        lambda root: (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/val.txt"),
+        ["ImageSets/Main/train.txt", "no such list", "val"],
+    ),
+    "no lists at all": (lambda root: shutil.rmtree(root / "ImageSets"), ["ImageSets/Main/train.txt", "none"]),
+    "no image folder": (lambda root: shutil.rmtree(root / "JPEGImages"), ["JPEGImages", "no such folder"]),
+    "no annotation folder": (lambda root: shutil.rmtree(root / "Annotations"), ["Annotations", "no such folder"]),
+    "no folder": (shutil.rmtree, ["set: no such folder"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named_in_one_sentence(root, fault):
+    spoil, parts = FAULTS[fault]
+    spoil(root)
+    with pytest.raises(InputError) as caught:
+        read_voc(root, "train", CLASSES)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert str(root) in message and "\n" not in message
+
+
+def with_first_object(xml):
+    return replace(OBJECTS.split("</object>")[0] + "</object>", xml)
+
+
+# case -> (change, boxes expected of `odd`, parts of the one note expected or None for no note)
+READ_ANYWAY = {
+    "healthy": (lambda root: None, BOXES, None),
+    "fractions of pixels": (replace("<xmin>10", "<xmin>10.5"), [[9.5, 9, 39, 39], BOXES[1]], None),
+    "blanks around a number": (replace("<xmin>10", "<xmin>\n 10 "), BOXES, None),
+    "blanks around a class": (replace("<name>square", "<name> square\n "), BOXES, None),
+    "other order of edges": (
+        replace(
+            "<xmin>10</xmin><ymin>10</ymin><xmax>39</xmax><ymax>39</ymax>",
+            "<ymax>39</ymax><xmax>39</xmax><ymin>10</ymin><xmin>10</xmin>",
+        ),
+        BOXES,
+        None,
+    ),
+    "boxes of parts first": (
+        replace(
+            "<object>",
+            "<object><part><name>head</name>"
+            "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>",
+        ),
+        BOXES,
+        None,
+    ),
+    "no difficult": (replace("<difficult>0</difficult>", ""), BOXES, None),
+    "no objects": (replace(OBJECTS, ""), [], None),
+    "no size": (replace(SIZE, ""), BOXES, None),
+    "size zero": (
+        replace(SIZE, "<size><width>0</width><height>0</height></size>"),
+        BOXES,
+        ["<size>", ": 1, the first in", "odd.xml"],
+    ),
+    "size with fractions": (replace("<width>96", "<width>96.0"), BOXES, None),
+    "same object twice": (replace("</annotation>", OBJECTS + "</annotation>"), BOXES + BOXES, None),
+    "box covers the image": (
+        with_first_object(
+            "<object><name>disc</name>"
+            "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>96</xmax><ymax>64</ymax></bndbox></object>"
+        ),
+        [[0, 0, 96, 64], BOXES[1]],
+        None,
+    ),
+    "box from zero": (
+        replace("<xmin>10</xmin><ymin>10", "<xmin>0</xmin><ymin>0"),
+        [[0, 0, 39, 39], BOXES[1]],
+        ["clipped: 1", "odd.xml, object 1", "xmin 0"],
+    ),
+    "boxes partly outside": (
+        lambda root: (replace("<xmin>10", "<xmin>-5")(root), replace("<xmax>83", "<xmax>140")(root)),
+        [[0, 9, 39, 39], [51, 24, 96, 56]],
+        ["clipped: 2", "odd.xml, object 1", "xmin -5"],
+    ),
+    "box below and right of the image": (
+        replace("<xmax>83</xmax><ymax>56", "<xmax>97</xmax><ymax>65"),
+        [BOXES[0], [51, 24, 96, 64]],
+        ["clipped: 1", "odd.xml, object 2", "ymax 65"],
+    ),
+    "box of one pixel": (replace("<xmax>39", "<xmax>10"), BOXES[1:], ["dropped: 1", "odd.xml, object 1"]),
+    "box of no pixel counted from zero": (
+        with_first_object(
+            "<object><name>disc</name>"
+            "<bndbox><xmin>0</xmin><ymin>9</ymin><xmax>0</xmax><ymax>20</ymax></bndbox></object>"
+        ),
+        BOXES[1:],
+        ["dropped: 1", "odd.xml, object 1"],
+    ),
+    "box of two pixels": (replace("<xmax>39", "<xmax>11"), [[9, 9, 11, 39], BOXES[1]], None),
+    "one pixel left after clipping": (
+        replace("<xmin>52</xmin><ymin>25</ymin><xmax>83", "<xmin>96</xmin><ymin>25</ymin><xmax>120"),
+        BOXES[:1],
+        ["dropped: 1", "odd.xml, object 2"],
+    ),
+    "latin-1 declared": (
+        lambda root: xml_of(root).write_bytes(
+            ('<?xml version="1.0" encoding="ISO-8859-1"?><!-- é -->' + annotation()).encode("latin-1")
+        ),
+        BOXES,
+        None,
+    ),
+    "UTF-16": (
+        lambda root: xml_of(root).write_bytes(
+            ('<?xml version="1.0" encoding="UTF-16"?>' + annotation()).encode("utf-16")
+        ),
+        BOXES,
+        None,
+    ),
+    "UTF-8 with byte order mark": (
+        lambda root: xml_of(root).write_bytes(b"\xef\xbb\xbf" + annotation().encode()),
+        BOXES,
+        None,
+    ),
+    "filename of another image": (
+        replace("<filename>odd.png", "<filename>ok.png"),
+        BOXES,
+        ["<filename>", ": 1", "odd.xml, filename", "'ok.png'"],
+    ),
+    "filename outside": (
+        replace("<filename>odd.png", "<filename>../../../../etc/passwd"),
+        BOXES,
+        ["<filename>", "odd.xml, filename", "etc/passwd"],
+    ),
+    "filename absolute": (
+        replace("<filename>odd.png", "<filename>/etc/passwd"),
+        BOXES,
+        ["<filename>", "odd.xml, filename", "'/etc/passwd'"],
+    ),
+    "filename with somebody's folder": (replace("<filename>odd", "<filename>C:\\photos\\odd"), BOXES, None),
+    "filename without extension": (replace("<filename>odd.png", "<filename>odd"), BOXES, None),
+    "no filename": (replace("<filename>odd.png</filename>", ""), BOXES, None),
+    "list with mark, CRLF and blanks": (listing(b"\xef\xbb\xbfok \r\n\r\n  odd\r\n\r\n"), BOXES, None),
+    "list with extensions": (listing(b"ok.jpg\nodd.PNG\n"), BOXES, None),
+    "list with class column": (listing(b"ok  1\nodd -1\n"), BOXES, ["second column", ": 2", "train.txt line 1"]),
+    "list with repeated id": (listing(b"ok\nodd\nodd\n"), BOXES, ["Repeated", ": 1", "train.txt line 3", "odd"]),
+    "unlisted files": (lambda root: (root / "JPEGImages/extra.png").write_bytes(b""), BOXES, None),
+}
+
+
+@pytest.mark.parametrize("case", READ_ANYWAY)
+def test_oddity_is_read_as_stated(root, case):
+    change, boxes, parts = READ_ANYWAY[case]
+    change(root)
+    dataset = read_voc(root, "train", CLASSES)
+    assert [r.id for r in dataset.records] == ["ok", "odd"]
+    ok, odd = dataset.records
+    np.testing.assert_array_equal(ok.boxes, BOXES)
+    np.testing.assert_array_equal(odd.boxes, np.reshape(np.array(boxes, np.float32), (-1, 4)))
+    assert odd.path == root / "JPEGImages/odd.png" and odd.image_hw == (HEIGHT, WIDTH)
+    assert len(odd.boxes) == len(odd.labels) == len(odd.difficult)
+    if parts is None:
+        assert dataset.notes == ()
+    else:
+        (note,) = dataset.notes
+        assert [part for part in parts if part not in note] == [], note
+
+
+def test_arrays_have_the_stated_types_and_shapes(root):
+    replace(OBJECTS, "")(root)
+    for record, count in zip(read_voc(root, "train", CLASSES).records, (2, 0), strict=True):
+        assert record.boxes.dtype == np.float32 and record.boxes.shape == (count, 4)
+        assert record.labels.dtype == np.int32 and record.labels.shape == (count,)
+        assert record.difficult.dtype == bool and record.difficult.shape == (count,)
+
+
+def test_labels_count_from_one_in_the_order_of_class_names(root):
+    np.testing.assert_array_equal(read_voc(root, "train", CLASSES).records[0].labels, [1, 2])
+    np.testing.assert_array_equal(read_voc(root, "train", CLASSES[::-1]).records[0].labels, [2, 1])
+
+
+def test_difficult_object_is_kept_with_its_flag(root):
+    replace("<difficult>0", "<difficult>1")(root)
+    np.testing.assert_array_equal(read_voc(root, "train", CLASSES).records[1].difficult, [True, False])
+
+
+def test_flags_and_labels_stay_with_their_box_when_another_is_dropped(root):
+    replace("<xmax>39", "<xmax>10")(root)
+    replace("<name>disc</name><difficult>0", "<name>disc</name><difficult>1")(root)
+    record = read_voc(root, "train", CLASSES).records[1]
+    np.testing.assert_array_equal(record.labels, [2])
+    np.testing.assert_array_equal(record.difficult, [True])
+
+
+def test_box_is_exact_to_the_pixel(root):
+    """White object in columns 20..49 and rows 12..40 counted from 0: VOC counts 21..50 and 13..41."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[12:41, 20:50] = 255
+    Image.fromarray(pixels).save(root / "JPEGImages/odd.png")
+    with_first_object(
+        "<object><name>square</name>"
+        "<bndbox><xmin>21</xmin><ymin>13</ymin><xmax>50</xmax><ymax>41</ymax></bndbox></object>"
+    )(root)
+    record = read_voc(root, "train", CLASSES).records[1]
+    x1, y1, x2, y2 = record.boxes[0].astype(int)
+    white = read_image(record.path)[..., 0] == 255
+    assert white[y1:y2, x1:x2].all() and white.sum() == (x2 - x1) * (y2 - y1)
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG"])
+def test_image_is_found_under_every_extension_whatever_filename_says(root, extension):
+    (root / "JPEGImages/odd.png").rename(root / f"JPEGImages/odd{extension}")
+    assert read_voc(root, "train", CLASSES).records[1].path == root / f"JPEGImages/odd{extension}"
+
+
+def test_filename_tells_an_unusual_extension(root):
+    Image.open(root / "JPEGImages/odd.png").save(root / "JPEGImages/odd.Bmp", format="BMP")
+    (root / "JPEGImages/odd.png").unlink()
+    replace("odd.png", "odd.Bmp")(root)
+    assert read_voc(root, "train", CLASSES).records[1].path == root / "JPEGImages/odd.Bmp"
+
+
+def test_filename_chooses_among_images_of_one_id(root):
+    Image.new("RGB", (5, 5)).save(root / "JPEGImages/odd.jpg")
+    assert read_voc(root, "train", CLASSES).records[1].path == root / "JPEGImages/odd.png"
+
+
+def test_filename_of_another_image_chooses_nothing(root):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/odd.jpg")
+    replace("odd.png", "ok.png")(root)
+    assert read_voc(root, "train", CLASSES).records[1].path == root / "JPEGImages/odd.jpg"
+
+
+@pytest.mark.parametrize("name", ["café no 1", "odd.v2", "odd.jpg", "odd -1", "a & b"])
+def test_name_with_blanks_and_dots_is_an_id_when_its_files_exist(root, name):
+    # `odd` exists too, which is what a shortened reading of the line would find.
+    shutil.copy(xml_of(root), root / f"Annotations/{name}.xml")
+    shutil.copy(root / "JPEGImages/odd.png", root / f"JPEGImages/{name}.png")
+    listing(f"ok\n{name}\n".encode())(root)
+    record = read_voc(root, "train", CLASSES).records[1]
+    assert record.id == name and record.path == root / f"JPEGImages/{name}.png"
+
+
+def test_stored_frame_counts_for_an_image_with_exif_orientation(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/odd.png", exif=exif)
+    np.testing.assert_array_equal(read_voc(root, "train", CLASSES).records[1].boxes, BOXES)
+    replace(SIZE, f"<size><width>{HEIGHT}</width><height>{WIDTH}</height></size>")(root)
+    with pytest.raises(InputError, match="size: 64 x 96 .*disagrees"):
+        read_voc(root, "train", CLASSES)
+
+
+def test_split_without_any_object_is_read(root):
+    for name in ("ok", "odd"):
+        path = root / f"Annotations/{name}.xml"
+        path.write_text(path.read_text().replace(OBJECTS, ""))
+    assert sum(len(r.boxes) for r in read_voc(root, "train", CLASSES).records) == 0
+
+
+def test_missing_split_names_splits_but_not_the_lists_per_class(root):
+    for name in ("val", "disc_train", "disc_val", "small_set"):
+        (root / f"ImageSets/Main/{name}.txt").write_text("ok\n")
+    with pytest.raises(InputError, match="exist are: small_set, train, val$"):
+        read_voc(root, "test", CLASSES)
+
+
+@pytest.mark.parametrize("split", ["", "../train", "sub/train", "a\\b", "train\0"])
+def test_split_must_be_a_plain_name(root, split):
+    with pytest.raises(InputError, match="split must be"):
+        read_voc(root, split, CLASSES)
+
+
+@pytest.mark.parametrize("class_names", ["disc", (), ("disc", "disc")])
+def test_class_names_must_be_different_names(root, class_names):
+    with pytest.raises(InputError, match="class_names"):
+        read_voc(root, "train", class_names)
+
+
+def test_root_may_be_a_string_and_the_name_says_folder_and_split(root):
+    dataset = read_voc(str(root), "train", list(CLASSES))
+    assert dataset.class_names == CLASSES
+    assert str(root) in dataset.name and "train" in dataset.name
+
+
+def test_pixels_are_not_decoded_when_the_set_is_read(root):
+    path = root / "JPEGImages/odd.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    record = read_voc(root, "train", CLASSES).records[1]
+    with pytest.raises(InputError, match="odd.png"):
+        read_image(record.path)
+
+
+# Where the collection leaves a choice, what we chose: loads with the boxes of `bad`, or fails.
+COLLECTION_CHOICE = {
+    "voc_exif_rotated_xml_stored_frame": "loads",
+    "voc_exif_rotated_xml_display_frame": "fails",
+    "voc_image_1x1": "loads",
+    "voc_all_images_no_objects": "loads",
+    "voc_box_zero_area": "loads",
+    "voc_box_partly_outside": "loads",
+    "voc_class_name_padded": "fails",
+    "voc_missing_size": "loads",
+    "voc_size_zero": "loads",
+    "voc_path_traversal_filename": "loads",
+    "voc_absolute_filename": "loads",
+    "voc_filename_names_other_image": "loads",
+    "voc_list_class_style": "loads",
+    "voc_list_with_extension": "loads",
+    "voc_list_duplicate_id": "loads",
+}
+# These load with nothing to say: the file itself states the frame, or says nothing about the size.
+COLLECTION_SILENT = {
+    "voc_exif_rotated_xml_stored_frame",
+    "voc_all_images_no_objects",
+    "voc_missing_size",
+    "voc_list_with_extension",
+}
+
+
+def test_collection_of_bad_inputs_behaves_as_expected():
+    if not (BAD_INPUTS / "expected.json").is_file():
+        pytest.skip(f"the collection of bad inputs is not at {BAD_INPUTS.name} beside the repository")
+    expected = json.loads((BAD_INPUTS / "expected.json").read_text())
+    wrong = []
+    cases = {name: case for name, case in expected["cases"].items() if name.startswith("voc_")}
+    for name, case in cases.items():
+        try:
+            dataset = read_voc(BAD_INPUTS / name, "train", tuple(expected["classes"]))
+            for record in dataset.records:
+                assert read_image(record.path).shape == (*record.image_hw, 3)
+            outcome, said = "loads", " ".join(dataset.notes)
+        except InputError as error:
+            outcome, said = "fails", str(error)
+        wanted = "loads" if case["outcome"] == "accept" else COLLECTION_CHOICE.get(name, "fails")
+        unsaid = [part for part in case["message_should_name"] if part not in said]
+        if outcome != wanted or (unsaid and not (wanted == "loads" and name in COLLECTION_SILENT)):
+            wrong.append((name, wanted, outcome, unsaid, said))
+    assert len(cases) >= 60 and wrong == []
