@@ -16,6 +16,10 @@ def _centres_and_sides(boxes: Float[Array, "*b 4"]):
     return boxes[..., :2] + 0.5 * sides, sides
 
 
+def _like(deltas: Float[Array, "*b 4"], weights: Weights) -> Float[Array, "*b 4"]:
+    return jnp.broadcast_to(jnp.asarray(weights, jnp.float32), deltas.shape)
+
+
 def encode(
     boxes: Float[Array, "*b 4"], anchors: Float[Array, "*b 4"], *, weights: Weights
 ) -> Float[Array, "*b 4"]:
@@ -33,14 +37,14 @@ def encode(
     deltas = jnp.concatenate(
         [(centres - anchor_centres) / anchor_sides, jnp.log(sides / anchor_sides)], axis=-1
     )
-    return deltas * jnp.asarray(weights, jnp.float32)
+    return deltas * _like(deltas, weights)
 
 
 def decode(
-    deltas: Float[Array, "*b 4"], anchors: Float[Array, "*b 4"], *, weights: Weights
+    deltas: Float[Array, "*b 4"], anchors: Float[Array, "*#b 4"], *, weights: Weights
 ) -> Float[Array, "*b 4"]:
     """Returns the boxes that `deltas` make of `anchors`; log scales above `MAX_LOG_SCALE` are cut."""
-    deltas = deltas / jnp.asarray(weights, jnp.float32)
+    deltas = deltas / _like(deltas, weights)
     anchor_centres, anchor_sides = _centres_and_sides(anchors)
     centres = deltas[..., :2] * anchor_sides + anchor_centres
     half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], MAX_LOG_SCALE)) * anchor_sides

@@ -22,7 +22,8 @@ def pairwise_iou(boxes: Float[Array, "n 4"], others: Float[Array, "m 4"]) -> Flo
 def clip(boxes: Float[Array, "*b 4"], image_hw: Float[Array, "2"]) -> Float[Array, "*b 4"]:
     """Returns the boxes cut to the picture: x to [0, width], y to [0, height]."""
     height, width = image_hw
-    return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]))
+    far = jnp.broadcast_to(jnp.stack([width, height, width, height]), boxes.shape)
+    return jnp.clip(boxes, 0.0, far)
 
 
 def min_side(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:

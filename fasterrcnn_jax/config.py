@@ -189,6 +189,15 @@ class RoiAlignConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BoxHeadConfig:
+    """ResNet stage 4 on each region, then one linear layer for classes and one for deltas."""
+
+    summary: Literal["mean", "flatten"] = "mean"
+    """how the cells of stage 4 become one vector: mean is published and suits pretrained weights; flatten
+    keeps where in the region a feature lies, without which a net trained from nothing learns slowly"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PostprocessConfig:
     """From class probabilities to detections."""
 
@@ -215,6 +224,7 @@ class ModelConfig:
     test_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=6000, post_nms_top_n=300)
     roi_sampling: RoiSamplingConfig = RoiSamplingConfig()
     roi_align: RoiAlignConfig = RoiAlignConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
 
 
@@ -270,6 +280,8 @@ class TrainConfig:
     """peak; linear warm-up before, cosine to zero after"""
     warmup_steps: int
     """steps of linear warm-up"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """momentum SGD with decay in the gradient, or AdamW with decay beside it"""
     momentum: float = 0.9
     """of SGD"""
     weight_decay: float = 1e-4
@@ -376,6 +388,7 @@ _NESTED = {
     "test_proposals": ProposalConfig,
     "roi_sampling": RoiSamplingConfig,
     "roi_align": RoiAlignConfig,
+    "box_head": BoxHeadConfig,
     "postprocess": PostprocessConfig,
     "shapes": ShapesConfig,
 }

@@ -7,7 +7,6 @@ The contract, which every implementation keeps:
 - the first `max_output` kept indices are returned, with their validity; padding holds index 0.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

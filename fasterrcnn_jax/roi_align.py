@@ -5,7 +5,6 @@ in bin (p, q) is a weight in y times a weight in x. So the operation is two smal
 region, forward and backward, with no gather and no scatter: fast on a CPU and deterministic.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -48,10 +47,11 @@ def roi_align(
 
 def _bin_weights(start, end, size, bins, samples) -> Float[Array, "r bins size"]:
     """Returns the weight of each of `size` cells in each bin, along one axis; start and end in cells."""
-    steps = (jnp.arange(bins * samples) + 0.5) / (bins * samples)
+    steps = (jnp.arange(bins * samples, dtype=jnp.float32) + 0.5) / (bins * samples)
     points = start[:, None] + steps[None, :] * (end - start)[:, None]
     inside = (points >= -1.0) & (points <= size)
     points = jnp.clip(points, 0.0, size - 1.0)
     cells = jnp.arange(size, dtype=jnp.float32)
-    weights = jnp.maximum(1.0 - jnp.abs(points[..., None] - cells), 0.0) * inside[..., None]
+    weights = jnp.maximum(1.0 - jnp.abs(points[..., None] - cells[None, None, :]), 0.0)
+    weights = jnp.where(inside[..., None], weights, 0.0)
     return weights.reshape(-1, bins, samples, size).mean(axis=2)

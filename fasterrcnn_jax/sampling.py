@@ -32,8 +32,9 @@ def sample(
     if not 0.0 <= fg_fraction <= 1.0:
         raise ValueError(f"fg_fraction must be in [0, 1], got {fg_fraction}")
     size = min(size, labels.shape[0])
-    # A random permutation makes "the first k of a kind" a uniform draw of k of them.
-    shuffled = jax.random.permutation(key, labels.shape[0]).astype(jnp.int32)
+    # A random order makes "the first k of a kind" a uniform draw of k of them. Each position has a random
+    # number of its own, so that padding appended to `labels` changes nothing.
+    shuffled = jnp.argsort(jax.random.bits(key, labels.shape)).astype(jnp.int32)
     kinds = labels[shuffled]
     fg = kinds == FOREGROUND
     fg = fg & (jnp.cumsum(fg) <= int(size * fg_fraction))

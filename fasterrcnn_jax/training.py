@@ -43,16 +43,20 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns momentum SGD with clipping by global norm and weight decay on kernels only."""
+    """Returns the optimizer: clipping by global norm, then SGD or AdamW, weight decay on kernels only."""
 
     def kernels(params):
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.add_decayed_weights(config.weight_decay, mask=kernels),
-        optax.sgd(learning_rate_schedule(config), momentum=config.momentum),
-    )
+    schedule = learning_rate_schedule(config)
+    if config.optimizer == "sgd":
+        update = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=kernels),
+            optax.sgd(schedule, momentum=config.momentum),
+        )
+    else:
+        update = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def create_state(

@@ -97,8 +97,9 @@ def draw_picture(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[D
                 top[y1:y2, x1:x2][coverage > 0] = len(objects)
                 break
     # Noise of the camera over everything, alike on objects and ground.
-    canvas += rng.normal(0.0, rng.uniform(1.0, 5.0), canvas.shape).astype(np.float32)
-    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), tuple(objects), top
+    canvas += np.float32(rng.uniform(1.0, 5.0)) * rng.standard_normal(canvas.shape, np.float32)
+    np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas)
+    return canvas.astype(np.uint8), tuple(objects), top
 
 
 def _coverage(rng, name: str) -> np.ndarray:
@@ -219,17 +220,17 @@ def _paint(rng, crop: np.ndarray, coverage: np.ndarray, *, difficult: bool) -> N
         fill += rng.normal(0, strength / 2, coverage.shape).astype(np.float32)[..., None]
     if not difficult and rng.random() < 0.25:
         fill[covered & ~_eroded(covered)] *= rng.uniform(0.35, 0.6)
-    crop[:] = np.where(covered[..., None], crop + (fill - crop) * coverage[..., None], crop)
+    crop += (fill - crop) * coverage[..., None]
 
 
 def _background(rng, height: int, width: int) -> np.ndarray:
     """Returns float32 [H, W, 3]: a colour with a ramp, smooth noise at two scales and sometimes stripes."""
     canvas = np.broadcast_to(rng.uniform(40, 215, 3), (height, width, 3)).astype(np.float32)
-    canvas += rng.uniform(0, 30) * _ramp(rng, height, width)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
+    canvas += _ramp(rng, height, width)[..., None] * rng.uniform(-30, 30, 3).astype(np.float32)
     for cells, strength in ((5, rng.uniform(0, 28)), (24, rng.uniform(0, 14))):
         canvas += np.float32(strength) * _smooth_noise(rng, height, width, cells)
     if rng.random() < 0.35:
-        canvas += rng.uniform(4, 16) * _stripes(rng, height, width)[..., None] * rng.uniform(0.5, 1, 3)
+        canvas += _stripes(rng, height, width)[..., None] * rng.uniform(3, 15, 3).astype(np.float32)
     return canvas
 
 
@@ -258,7 +259,7 @@ def _smooth_noise(rng, height: int, width: int, cells: int) -> np.ndarray:
         at = (np.arange(side, dtype=np.float32) + 0.5) * (cells / side)
         cell = at.astype(np.int64)
         share = (at - cell).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-        grid = grid.take(cell, axis) * (1 - share) + grid.take(cell + 1, axis) * share
+        grid = grid.take(cell, axis) + np.diff(grid, axis=axis).take(cell, axis) * share
     return grid
 
 

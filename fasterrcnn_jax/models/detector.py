@@ -85,16 +85,19 @@ def training_losses(model: Detector, batch: Batch, key: PRNGKeyArray | UInt32[Ar
     anchor_valid = _anchor_valid(centres, batch.image_hw, config.backbone.stride)
     # Rows that only fill the batch take part in nothing.
     anchor_valid &= batch.image_valid[:, None]
+    ground_truth = batch.ground_truth._replace(
+        valid=batch.ground_truth.valid & batch.image_valid[:, None]
+    )
 
     keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(batch.image_index)
     a_targets = jax.vmap(
         lambda key, valid, gt: anchor_targets(key, jnp.asarray(anchors), valid, gt, config=config.rpn)
-    )(keys[:, 0], anchor_valid, batch.ground_truth)
+    )(keys[:, 0], anchor_valid, ground_truth)
     proposals = jax.vmap(
         lambda *args: propose(*args[:2], jnp.asarray(anchors), *args[2:], config=config.train_proposals)
     )(objectness, deltas, anchor_valid, batch.image_hw)
     rois = jax.vmap(lambda *args: roi_targets(*args, config=config.roi_sampling))(
-        keys[:, 1], proposals, batch.ground_truth
+        keys[:, 1], proposals, ground_truth
     )
     class_logits, box_deltas = model.box_head(_pool(model, features, rois.boxes))
 

@@ -3,6 +3,8 @@
 Ren et al. 2015 (arXiv:1506.01497), section 3.1; He et al. 2015 (arXiv:1512.03385), appendix A.
 """
 
+import math
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -36,19 +38,23 @@ class RpnHead(nnx.Module):
 
 
 class BoxHead(nnx.Module):
-    """ResNet stage 4 on each region, mean over the cells, class logits and class-specific deltas."""
+    """ResNet stage 4 on each region, then class logits and class-specific deltas."""
 
     def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs):
-        channels = stage_channels(config.backbone, 4)
+        self.summary = config.box_head.summary
+        features = stage_channels(config.backbone, 4)
+        if self.summary == "flatten":
+            features *= math.ceil(config.roi_align.output_size / 2) ** 2
         self.stage = Stage(4, stride=2, config=config.backbone, rngs=rngs)
-        self.class_logits = Linear(channels, num_classes + 1, std=0.01, rngs=rngs)
-        self.deltas = Linear(channels, 4 * (num_classes + 1), std=0.001, rngs=rngs)
+        self.class_logits = Linear(features, num_classes + 1, std=0.01, rngs=rngs)
+        self.deltas = Linear(features, 4 * (num_classes + 1), std=0.001, rngs=rngs)
 
     def __call__(
         self, pooled: Float[Array, "b r s s c"]
     ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
         """Returns logits and deltas per class; class 0 is background and its deltas are never read."""
         batch, rois = pooled.shape[:2]
-        x = self.stage(pooled.reshape(-1, *pooled.shape[2:])).mean(axis=(1, 2))
+        x = self.stage(pooled.reshape(-1, *pooled.shape[2:]))
+        x = x.mean(axis=(1, 2)) if self.summary == "mean" else x.reshape(batch * rois, -1)
         logits = self.class_logits(x).reshape(batch, rois, -1)
         return logits, self.deltas(x).reshape(batch, rois, -1, 4)

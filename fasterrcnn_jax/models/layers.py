@@ -51,7 +51,7 @@ class Conv(nnx.Module):
             x = lax.conv_general_dilated(
                 x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        return x if self.bias is None else x + self.bias[...]
+        return x if self.bias is None else x + _per_channel(self.bias[...], x)
 
 
 class Linear(nnx.Module):
@@ -63,14 +63,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return x @ self.kernel[...] + self.bias[...]
+        y = x @ self.kernel[...]
+        return y + _per_channel(self.bias[...], y)
 
 
 class GroupNorm(nnx.Module):
     """Wu and He 2018 (arXiv:1803.08494); statistics over the valid pixels of each image."""
 
-    def __init__(self, channels: int, *, scale: float = 1.0):
-        self.scale = nnx.Param(jnp.full(channels, scale))
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         # The paper's 32 groups, but never fewer than 8 channels in one.
         self.groups = math.gcd(channels, min(32, channels // 8))
@@ -90,8 +91,8 @@ class GroupNorm(nnx.Module):
         if valid is not None:
             centred = centred * valid
         variance = self._over_group((centred * centred).sum(axis=(1, 2))) / count
-        factor = lax.rsqrt(variance + EPSILON) * self.scale[...]
-        y = centred * factor[:, None, None, :] + self.bias[...]
+        factor = lax.rsqrt(variance + EPSILON) * self.scale[...][None, :]
+        y = centred * factor[:, None, None, :] + _per_channel(self.bias[...], x)
         return y if valid is None else y * valid
 
     def _over_group(self, per_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
@@ -104,16 +105,20 @@ class GroupNorm(nnx.Module):
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with fixed statistics: a constant affine map of each channel."""
 
-    def __init__(self, channels: int, *, scale: float = 1.0):
-        self.scale = Constant(jnp.full(channels, scale))
+    def __init__(self, channels: int):
+        self.scale = Constant(jnp.ones(channels))
         self.bias = Constant(jnp.zeros(channels))
         self.mean = Constant(jnp.zeros(channels))
         self.var = Constant(jnp.ones(channels))
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
         factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
-        y = (x - self.mean[...]) * factor + self.bias[...]
+        y = (x - _per_channel(self.mean[...], x)) * _per_channel(factor, x) + _per_channel(self.bias[...], x)
         return y if valid is None else y * valid
+
+
+def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "*#b c"]:
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 NORMS = {"group": GroupNorm, "frozen_batch": FrozenBatchNorm}
@@ -130,7 +135,7 @@ def valid_mask(
     image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int
 ) -> Float[Array, "b h w 1"]:
     """Returns 1 on the cells of a stride-`stride` map that hold picture: the first ceil(side / stride)."""
-    rows, columns = (jnp.arange(size) * stride for size in grid_hw)
+    rows, columns = (jnp.arange(size, dtype=jnp.float32) * stride for size in grid_hw)
     inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (
         columns[None, None, :] < image_hw[:, 1, None, None]
     )

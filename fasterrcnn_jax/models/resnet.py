@@ -34,23 +34,23 @@ class Block(nnx.Module):
                 for i, size in enumerate(sizes)
             ]
         )
-        # A residual branch that starts at zero makes the block start as the identity (arXiv:1706.02677).
-        scales = [1.0] * (len(sizes) - 1) + [0.0]
-        self.norms = nnx.List(
-            [norm(channels[i + 1], scale=scale) for i, scale in enumerate(scales)]
-        )
+        self.norms = nnx.List([norm(channels[i + 1]) for i in range(len(sizes))])
         projects = stride != 1 or in_channels != channels[-1]
         self.shortcut = Conv(in_channels, channels[-1], 1, stride=stride, rngs=rngs) if projects else None
         self.shortcut_norm = norm(channels[-1]) if projects else None
 
     def __call__(
-        self, x: Float[Array, "b h w c"], valid_in: Valid = None, valid_out: Valid = None
+        self,
+        x: Float[Array, "b h w c"],
+        valid_in: Float[Array, "b h w 1"] | None = None,
+        valid_out: Float[Array, "b h2 w2 1"] | None = None,
     ) -> Float[Array, "b h2 w2 d"]:
         y = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = conv(y)
             # Before the strided convolution the map still has the size of the input.
-            y = norm(y, valid_in if valid_in is not None and y.shape[1:3] == valid_in.shape[1:3] else valid_out)
+            unstrided = valid_in is not None and y.shape[1:3] == valid_in.shape[1:3]
+            y = norm(y, valid_in if unstrided else valid_out)
             if i < len(self.convs) - 1:
                 y = jax.nn.relu(y)
         if self.shortcut is not None:
@@ -73,7 +73,10 @@ class Stage(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b h w c"], valid_in: Valid = None, valid_out: Valid = None
+        self,
+        x: Float[Array, "b h w c"],
+        valid_in: Float[Array, "b h w 1"] | None = None,
+        valid_out: Float[Array, "b h2 w2 1"] | None = None,
     ) -> Float[Array, "b h2 w2 d"]:
         for i, block in enumerate(self.blocks):
             x = block(x, valid_out if i else valid_in, valid_out)

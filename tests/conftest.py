@@ -1,0 +1,63 @@
+"""What every test runs under: annotations enforced, strict promotion, several virtual devices.
+
+Everything here happens before the package or JAX is imported.
+"""
+
+import os
+
+# Four CPU devices, so that code for several devices meets several. Harmless where JAX finds a GPU.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=4".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# beartype checks every annotation of the package, shapes included, while the tests run. By the
+# numeric tower of PEP 484 an int is a float: `sizes=(16, 32)` is right.
+install_import_hook(
+    "fasterrcnn_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+# Implicit promotion hides mistakes: an int32 times a float32 raises, and so does [n 4] times [4].
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A program from an earlier run would not be the one under test.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# Examples share one compiled program per test, but the first one pays for it: no deadline.
+# Derandomised: a red test is red for everybody.
+hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """Returns a function: (builder of an nnx module, seed) -> the module with NumPy-drawn weights.
+
+    No weight keeps a special start value (zero biases, zero last scale of a residual branch), which
+    would hide what it multiplies; and nothing has to be compiled.
+    """
+
+    def build(builder, seed=0):
+        generator = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            name = next(str(part.key) for part in reversed(path) if hasattr(part, "key"))
+            noise = generator.standard_normal(leaf.shape)
+            if name == "kernel":
+                noise *= np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            elif name in ("scale", "var"):
+                noise = 0.8 + 0.2 * np.abs(noise)
+            else:
+                noise *= 0.1
+            return jax.numpy.asarray(noise, leaf.dtype)
+
+        graphdef, state = nnx.split(nnx.eval_shape(builder))
+        return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
+
+    return build

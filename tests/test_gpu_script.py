@@ -1,0 +1,82 @@
+"""benchmarks/gpu.sh on whatever device is here, with three tests of its own in place of the suite."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+LIMIT = 16 * 1024 * 1024
+
+TESTS = """
+import pytest
+def test_right(): pass
+def test_wrong(): assert False
+@pytest.mark.gpu
+def test_skipped(): pytest.skip("no reason")
+@pytest.mark.slow
+def test_long(): assert False
+"""
+
+
+def gpu_script(*arguments, cwd, cache, selection):
+    env = os.environ | {
+        "PYTHON": sys.executable,
+        "PYTEST_ADDOPTS": f"-p no:cacheprovider {selection}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def selection(tmp_path):
+    path = tmp_path / "test_three.py"
+    path.write_text(TESTS)
+    return path
+
+
+def test_outcomes_device_and_versions_are_written_although_a_test_fails(tmp_path, selection):
+    done = gpu_script("--out", "out", cwd=tmp_path, cache=tmp_path / "cache", selection=selection)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed: tests" in done.stderr
+    report = json.loads((tmp_path / "out" / "tests.json").read_text())
+    assert report["outcomes"] == {"passed": 1, "failed": 1, "errors": 0, "skipped": 1}
+    assert [name.split("::")[-1] for name in report["not_passed"]] == ["test_wrong"]
+    assert report["exit_status"] == 1
+    assert not report["timed_out"]
+    assert report["device"]["kind"] == jax.devices()[0].device_kind
+    assert report["versions"]["jax"] == jax.__version__
+    assert report["date"].endswith("+00:00")
+
+
+def test_cache_travels_in_one_archive_that_stays_under_its_limit(tmp_path, selection):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for age, (name, size) in enumerate([("new", 1000), ("large", LIMIT - 5000), ("old", 9000), ("tiny", 10)]):
+        (first / name).write_bytes(os.urandom(size))
+        os.utime(first / name, (1e9 - age, 1e9 - age))
+    arguments = ("--out", "out", "--cache", "cache.tar", "tests")
+    passing = f"{selection}::test_right"
+    done = gpu_script(*arguments, cwd=tmp_path, cache=first, selection=passing)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "cache.tar").stat().st_size <= LIMIT
+    with tarfile.open(tmp_path / "cache.tar") as archive:
+        assert {"new", "old", "tiny"} <= set(archive.getnames())
+        assert "large" not in archive.getnames()
+
+    done = gpu_script(*arguments, cwd=tmp_path, cache=second, selection=passing)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (second / "old").read_bytes() == (first / "old").read_bytes()
+
+
+def test_an_unknown_stage_is_an_error_that_names_the_stages(tmp_path, selection):
+    done = gpu_script("test", cwd=tmp_path, cache=tmp_path / "cache", selection=selection)
+    assert done.returncode == 2
+    assert "stages: tests" in done.stderr

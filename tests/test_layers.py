@@ -1,0 +1,216 @@
+"""Layers and the backbone: their definitions, and that masked padding does not exist for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from fasterrcnn_jax.config import BackboneConfig
+from fasterrcnn_jax.models.layers import (
+    EPSILON,
+    Conv,
+    FrozenBatchNorm,
+    GroupNorm,
+    Linear,
+    max_pool,
+    valid_mask,
+)
+from fasterrcnn_jax.models.resnet import BLOCKS, Backbone, Stage, stage_channels
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def rngs():
+    return nnx.Rngs(params=0)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_conv_equals_the_sum_over_its_window(size, stride):
+    """1x1 included, which is written as a matrix product."""
+    conv = Conv(3, 4, size, stride=stride, bias=True, rngs=rngs())
+    conv.bias[...] = normal(4)
+    x, kernel = np.float64(normal(2, 9, 8, 3)), np.float64(conv.kernel[...])
+    pad = (size - 1) // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    expected = np.zeros((2, -(-9 // stride), -(-8 // stride), 4)) + np.float64(conv.bias[...])
+    for row, column in np.ndindex(expected.shape[1:3]):
+        window = padded[:, row * stride : row * stride + size, column * stride : column * stride + size]
+        expected[:, row, column] += np.einsum("bijc,ijcd->bd", window, kernel)
+    found = conv(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_1x1_and_its_gradients_equal_the_convolution(stride):
+    conv = Conv(5, 6, 1, stride=stride, rngs=rngs())
+    x, kernel = normal(2, 7, 6, 5), conv.kernel[...]
+
+    graphdef, state = nnx.split(conv)
+
+    def as_product(x, kernel):
+        return nnx.merge(graphdef, jax.tree.map(lambda _: kernel, state))(x)
+
+    def as_convolution(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=numbers)
+
+    ours, pull_back = jax.vjp(as_product, x, kernel)
+    theirs, pull_back_theirs = jax.vjp(as_convolution, x, kernel)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(pull_back(ours), pull_back_theirs(ours), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_starts_with_the_variance_of_he_et_al():
+    conv = Conv(64, 32, 3, rngs=rngs())
+    assert np.std(conv.kernel[...]) == pytest.approx(np.sqrt(2 / (9 * 32)), rel=0.03)
+    assert conv.bias is None
+
+
+def test_linear_is_a_matrix_product_plus_bias():
+    linear = Linear(5, 3, std=1.0, rngs=rngs())
+    linear.bias[...] = normal(3)
+    x = normal(2, 4, 5)
+    expected = np.einsum("abi,io->abo", x, linear.kernel[...]) + np.asarray(linear.bias[...])
+    np.testing.assert_allclose(linear(x), expected, atol=1e-5)
+
+
+def group_norm(channels):
+    norm = GroupNorm(channels)
+    norm.scale[...], norm.bias[...] = 1 + normal(channels, seed=1), normal(channels, seed=2)
+    return norm
+
+
+@pytest.mark.parametrize("channels, groups", [(8, 1), (16, 2), (24, 3), (64, 8), (256, 32), (1024, 32)])
+def test_group_norm_equals_mean_and_variance_of_each_group(channels, groups):
+    norm = group_norm(channels)
+    assert norm.groups == groups
+    x = 3 + 2 * normal(2, 4, 5, channels)
+    grouped = np.float64(x).reshape(2, 20, groups, -1)
+    mean = grouped.mean(axis=(1, 3), keepdims=True)
+    variance = grouped.var(axis=(1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + EPSILON)).reshape(x.shape)
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masked_group_norm_equals_the_unmasked_one_on_the_crop():
+    norm = group_norm(16)
+    x = normal(2, 6, 8, 16)
+    valid = valid_mask(jnp.array([[6.0, 4.0], [3.0, 8.0]]), (6, 8), 1)
+    found = norm(jnp.where(valid > 0, x, 1e3), valid)  # what padding holds does not matter
+    for row, (height, width) in enumerate([(6, 4), (3, 8)]):
+        crop = norm(x[row : row + 1, :height, :width])
+        np.testing.assert_allclose(found[row, :height, :width], crop[0], atol=1e-5)
+        np.testing.assert_array_equal(found[row] * (1 - valid[row]), np.zeros_like(found[row]))
+
+
+def test_group_norm_of_an_empty_picture_is_zero_with_finite_gradients():
+    norm = group_norm(16)
+    empty = jnp.zeros((1, 2, 2, 1))
+    y, pull_back = jax.vjp(lambda x: norm(x, empty), jnp.zeros((1, 2, 2, 16)))
+    assert not np.any(y) and np.isfinite(pull_back(jnp.ones_like(y))[0]).all()
+
+
+def test_frozen_batch_norm_is_the_affine_map_of_its_statistics():
+    norm = FrozenBatchNorm(4)
+    norm.scale[...], norm.bias[...] = normal(4, seed=1), normal(4, seed=2)
+    norm.mean[...], norm.var[...] = normal(4, seed=3), 1 + jnp.abs(normal(4, seed=4))
+    x = normal(2, 3, 3, 4)
+    scale, bias, mean, var = (np.asarray(v[...]) for v in (norm.scale, norm.bias, norm.mean, norm.var))
+    expected = (np.asarray(x) - mean) / np.sqrt(var + 1e-5) * scale + bias
+    np.testing.assert_allclose(norm(x), expected, atol=1e-5)
+    valid = valid_mask(jnp.array([[2.0, 3.0], [3.0, 1.0]]), (3, 3), 1)
+    np.testing.assert_array_equal(norm(x, valid), np.asarray(norm(x)) * np.asarray(valid))
+
+
+def test_frozen_batch_norm_has_nothing_to_train():
+    assert not jax.tree.leaves(nnx.state(FrozenBatchNorm(4), nnx.Param))
+    assert len(jax.tree.leaves(nnx.state(FrozenBatchNorm(4)))) == 4
+
+
+@pytest.mark.parametrize("height, width", [(6, 8), (5, 7)])
+def test_max_pool_is_the_largest_of_its_window(height, width):
+    x = normal(2, height, width, 3) - 5  # all negative: padding must not win
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    expected = np.array(
+        [
+            [padded[:, i : i + 3, j : j + 3].max(axis=(1, 2)) for j in range(0, width, 2)]
+            for i in range(0, height, 2)
+        ]
+    ).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(max_pool(x), expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 16])
+def test_valid_mask_holds_the_first_cells_rounded_up(stride):
+    image_hw = jnp.array([[32.0, 48.0], [31.0, 33.0], [1.0, 17.0], [0.0, 0.0]])
+    grid = (48 // stride, 64 // stride)
+    mask = np.asarray(valid_mask(image_hw, grid, stride))[..., 0]
+    for row, (height, width) in enumerate(image_hw.tolist()):
+        expected = np.zeros(grid)
+        expected[: -int(-height // stride), : -int(-width // stride)] = 1
+        np.testing.assert_array_equal(mask[row], expected)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("depth, channels", [(18, 4), (50, 16)])
+def test_backbone_has_its_stride_and_channels(depth, channels, stride):
+    config = BackboneConfig(depth=depth, width=8, stride=stride)
+    shape = nnx.eval_shape(
+        lambda images: Backbone(config, rngs=rngs())(images, jnp.full((2, 2), 64.0)),
+        jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32),
+    ).shape
+    assert shape == (2, 64 // stride, 96 // stride, 8 * channels)
+    assert stage_channels(config, 3) == 8 * channels
+
+
+def test_depth_counts_the_layers_with_weights():
+    for depth, blocks in BLOCKS.items():
+        assert sum(blocks) * (3 if depth >= 50 else 2) + 2 == depth
+
+
+def test_published_resnet_50_has_its_number_of_parameters():
+    """25.6 M without the 2.0 M of the classifier and the 0.05 M of the normalisations."""
+
+    def build():
+        config = BackboneConfig(depth=50)
+        last = Stage(4, stride=2, config=config, rngs=rngs())
+        return nnx.Dict(trunk=Backbone(config, rngs=rngs()), last=last)
+
+    state = nnx.state(nnx.eval_shape(build))
+    kernels = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state) if len(leaf.shape) == 4)
+    assert kernels == 25_557_032 - 2_049_000 - 53_120
+
+
+def test_block_starts_as_the_identity():
+    """Its last scale is zero: only what the shortcut passes comes through."""
+    stage = Stage(1, stride=1, config=BackboneConfig(depth=18, width=8), rngs=rngs())
+    x = jnp.abs(normal(1, 4, 4, 8))
+    np.testing.assert_array_equal(stage(x), x)
+
+
+@pytest.mark.parametrize("depth, stride, norm", [(18, 8, "frozen_batch"), (50, 16, "group")])
+def test_masked_backbone_does_not_see_the_canvas(random_weights, depth, stride, norm):
+    """A picture of 40 x 50 gives the same features on 48 x 64 and on 80 x 96, also beside another."""
+    config = BackboneConfig(depth=depth, width=8, stride=stride, norm=norm, mask_padding=True)
+    backbone = random_weights(lambda: Backbone(config, rngs=rngs()))
+    run = jax.jit(lambda backbone, images, image_hw: backbone(images, image_hw))
+    picture = normal(40, 50, 3)
+    hw = jnp.array([40.0, 50.0])
+
+    tight = run(backbone, jnp.zeros((1, 48, 64, 3)).at[0, :40, :50].set(picture), hw[None])[0]
+    wide = jnp.stack([jnp.zeros((80, 96, 3)).at[:40, :50].set(picture), normal(80, 96, 3, seed=5)])
+    found = run(backbone, wide, jnp.stack([hw, jnp.array([80.0, 96.0])]))[0]
+    rows, columns = -(-40 // stride), -(-50 // stride)
+    scale = np.abs(tight).max()
+    np.testing.assert_allclose(
+        found[:rows, :columns] / scale, tight[:rows, :columns] / scale, atol=1e-5
+    )
+    assert scale > 0.1
+    assert not np.any(found[rows:]) and not np.any(found[:, columns:])

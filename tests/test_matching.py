@@ -1,0 +1,112 @@
+"""Foreground, background and ignored, by intersection over union."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import arrays
+
+from fasterrcnn_jax.matching import match
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "targets.npz")
+N, G = 12, 4
+RPN = dict(fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True)
+HEAD = dict(fg_iou=0.5, bg_iou=(0.1, 0.5), low_quality=False)
+
+jitted_match = functools.partial(jax.jit, static_argnames=("fg_iou", "bg_iou", "low_quality"))(match)
+
+# Few values, the thresholds among them and their float32 neighbours: ties and equality abound.
+LEVELS = [np.float32(v) for v in (0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1)]
+LEVELS += [np.nextafter(np.float32(v), np.float32(0)) for v in (0.1, 0.3, 0.5, 0.7)]
+ious = arrays(np.float32, (N, G), elements=st.sampled_from(LEVELS))
+
+
+@pytest.mark.parametrize("options", [RPN, HEAD, RPN | dict(low_quality=False)])
+@given(ious, arrays(bool, G))
+def test_match_equals_the_loop(options, iou, gt_valid):
+    found = jitted_match(iou, gt_valid, **options)
+    indices, labels = oracles.match(iou, gt_valid, **options)
+    assert np.asarray(found.labels).tolist() == labels
+    assert np.asarray(found.matched_gt_indices).tolist() == indices
+
+
+@given(ious, arrays(np.float32, (N, 2), elements=st.sampled_from([0, 1, 5, np.nan])))
+def test_padding_changes_nothing_whatever_it_holds(iou, garbage):
+    iou[:, 2:] = garbage
+    found = jitted_match(iou, np.arange(G) < 2, **RPN)
+    indices, labels = oracles.match(iou[:, :2], np.ones(2, bool), **RPN)
+    assert np.asarray(found.labels).tolist() == labels
+    assert np.asarray(found.matched_gt_indices).tolist() == indices
+
+
+@given(ious)
+def test_every_touched_ground_truth_has_a_foreground_box(iou):
+    labels = np.asarray(jitted_match(iou, np.ones(G, bool), **RPN).labels)
+    for column in iou.T:
+        if column.max() > 0:
+            assert (labels[column == column.max()] == 1).all()  # all of them, on ties
+
+
+def column(*values):
+    return jnp.asarray(values, jnp.float32)[:, None]
+
+
+def test_thresholds_at_equality():
+    below = [float(np.nextafter(np.float32(v), np.float32(0))) for v in (0.5, 0.3, 0.1)]
+    iou = column(0.5, below[0], 0.3, below[1], 0.1, below[2])
+    found = match(iou, jnp.array([True]), fg_iou=0.5, bg_iou=(0.1, 0.3), low_quality=False)
+    assert found.labels.tolist() == [1, -1, -1, 0, 0, -1]
+
+
+def test_without_valid_ground_truth_everything_is_background():
+    found = jitted_match(np.ones((N, G), np.float32), np.zeros(G, bool), **RPN)
+    assert not np.asarray(found.labels).any() and not np.asarray(found.matched_gt_indices).any()
+
+
+def test_without_valid_ground_truth_a_raised_background_ignores_everything():
+    found = jitted_match(np.ones((N, G), np.float32), np.zeros(G, bool), **HEAD)
+    assert (np.asarray(found.labels) == -1).all()
+
+
+def test_a_ground_truth_that_nothing_touches_makes_nothing_foreground():
+    iou = jnp.array([[0.9, 0.0], [0.0, 0.0]])
+    assert match(iou, jnp.ones(2, bool), **RPN).labels.tolist() == [1, 0]
+
+
+def test_a_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
+    iou = jnp.array([[0.4, 0.2], [0.6, 0.1]])  # box 0 is the best of ground truth 1
+    found = match(iou, jnp.ones(2, bool), **RPN)
+    assert found.labels.tolist() == [1, 1] and found.matched_gt_indices.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "name, fg_iou, bg_iou, low_quality",
+    [("73T", 0.7, 0.3, True), ("73F", 0.7, 0.3, False), ("55T", 0.5, 0.5, True), ("55F", 0.5, 0.5, False)],
+)
+def test_match_equals_torchvision(name, fg_iou, bg_iou, low_quality):
+    found = match(
+        jnp.asarray(GOLDEN["tie_iou"]),
+        jnp.ones(3, bool),
+        fg_iou=fg_iou,
+        bg_iou=(0.0, bg_iou),
+        low_quality=low_quality,
+    )
+    reference = GOLDEN[f"tie_{name}"]  # index of the ground truth, or -1 below, -2 between
+    expected = np.select([reference >= 0, reference == -1], [1, 0], -1)
+    np.testing.assert_array_equal(found.labels, expected)
+    foreground = reference >= 0
+    np.testing.assert_array_equal(
+        np.asarray(found.matched_gt_indices)[foreground], reference[foreground]
+    )
+
+
+@pytest.mark.parametrize("fg_iou, bg_iou", [(0.3, (0.0, 0.5)), (0.5, (0.5, 0.5)), (1.1, (0.0, 0.5))])
+def test_thresholds_out_of_order_are_an_error(fg_iou, bg_iou):
+    with pytest.raises(ValueError, match="bg_iou"):
+        match(jnp.zeros((1, 1)), jnp.ones(1, bool), fg_iou=fg_iou, bg_iou=bg_iou, low_quality=False)

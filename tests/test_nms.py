@@ -1,0 +1,213 @@
+"""Greedy suppression: the textbook loop, torchvision's results, and the promises about padding."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import arrays
+
+from fasterrcnn_jax import nms as nms_module
+from fasterrcnn_jax.nms import nms
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "nms.npz")
+THRESHOLDS = (0.3, 0.5, 0.7)
+SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
+
+jitted_nms = functools.partial(jax.jit, static_argnames=("iou_threshold", "max_output"))(nms)
+
+
+def corners(n):
+    """Boxes on whole pixels of a small grid: duplicates, exact thresholds and empty boxes abound."""
+    points = arrays(np.int32, (n, 2, 2), elements=st.integers(0, 12))
+    return points.map(lambda p: np.sort(p, axis=1).reshape(n, 4).astype(np.float32))
+
+
+boxes_scores_valid_groups = st.tuples(
+    corners(SMALL),
+    arrays(np.int32, SMALL, elements=st.integers(-3, 3)).map(lambda s: s.astype(np.float32)),
+    arrays(bool, SMALL),
+    arrays(np.int32, SMALL, elements=st.integers(0, 2)),
+)
+
+
+def kept_of(result) -> list[int]:
+    """The kept indices, after checking how padding must look."""
+    indices, valid = map(np.asarray, result)
+    assert indices.shape == valid.shape
+    count = valid.sum()
+    assert valid[:count].all() and not indices[count:].any()
+    return indices[:count].tolist()
+
+
+def run_large(boxes, scores, threshold, groups=None):
+    """NMS among LARGE boxes, the rest invalid: copies of the first box with higher scores."""
+    n, rest = len(boxes), LARGE - len(boxes)
+    groups = np.zeros(n, np.int32) if groups is None else groups.astype(np.int32)
+    return kept_of(
+        jitted_nms(
+            np.concatenate([boxes, np.repeat(boxes[:1], rest, axis=0)]),
+            np.concatenate([scores, np.full(rest, 1e6, np.float32)]),
+            np.arange(LARGE) < n,
+            iou_threshold=threshold,
+            max_output=LARGE,
+            groups=np.concatenate([groups, np.repeat(groups[:1], rest)]),
+        )
+    )
+
+
+def clustered(n, seed):
+    """Whole-pixel boxes in clusters: long chains of suppression across blocks."""
+    generator = np.random.default_rng(seed)
+    centre = generator.integers(0, 200, (n // 12 + 1, 2))[generator.integers(0, n // 12 + 1, n)]
+    half = generator.integers(4, 16, (n, 2))
+    centre = centre + generator.integers(-4, 5, (n, 2))
+    boxes = np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
+    return boxes, generator.integers(0, n, n).astype(np.float32)  # with ties
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@given(boxes_scores_valid_groups)
+def test_nms_equals_the_greedy_loop(threshold, example):
+    boxes, scores, valid, groups = example
+    for of_box in (np.zeros_like(groups), groups):
+        found = jitted_nms(
+            boxes, scores, valid, iou_threshold=threshold, max_output=SMALL, groups=of_box
+        )
+        assert kept_of(found) == oracles.greedy_nms(
+            boxes, scores, valid, iou_threshold=threshold, groups=of_box
+        )
+
+
+@given(boxes_scores_valid_groups)
+def test_smaller_max_output_is_a_prefix(example):
+    boxes, scores, valid, groups = example
+    found = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=4, groups=groups)
+    assert kept_of(found) == oracles.greedy_nms(
+        boxes, scores, valid, iou_threshold=0.5, max_output=4, groups=groups
+    )
+
+
+@pytest.mark.parametrize(
+    "name, threshold",
+    [*itertools.product(["n40", "n40tie", "n200alleq", "n300", "edge"], THRESHOLDS), ("ident", 0.5)],
+)
+def test_nms_equals_torchvision(name, threshold):
+    digit = f"{threshold * 10:.0f}"
+    found = run_large(GOLDEN[f"{name}_boxes"], GOLDEN[f"{name}_scores"], threshold)
+    assert found == GOLDEN[f"{name}_keep_{digit}"].tolist()
+
+
+def test_nms_of_2000_boxes_equals_torchvision():
+    found = jitted_nms(
+        GOLDEN["n2000_boxes"], GOLDEN["n2000_scores"], np.ones(2000, bool), iou_threshold=0.7, max_output=1500
+    )
+    assert kept_of(found) == GOLDEN["n2000_keep_7"].tolist()
+
+
+def test_class_wise_nms_equals_torchvision():
+    found = run_large(GOLDEN["bat_boxes"], GOLDEN["bat_scores"], 0.5, GOLDEN["bat_idxs"])
+    assert found == GOLDEN["bat_keep_5"].tolist()
+
+
+def test_identical_boxes_survive_a_threshold_of_1():
+    found = nms(
+        jnp.asarray(GOLDEN["ident_boxes"]),
+        jnp.asarray(GOLDEN["ident_scores"]),
+        jnp.ones(16, bool),
+        iou_threshold=1.0,
+        max_output=16,
+    )
+    assert kept_of(found) == GOLDEN["ident_keep_1"].tolist()
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_more_than_one_block_equals_the_greedy_loop(threshold):
+    assert LARGE > 2 * nms_module.BLOCK
+    boxes, scores = clustered(600, seed=1)
+    expected = oracles.greedy_nms(boxes, scores, np.ones(600, bool), iou_threshold=threshold)
+    assert run_large(boxes, scores, threshold) == expected
+
+
+def test_groups_equal_one_nms_per_group():
+    boxes, scores = clustered(600, seed=2)
+    groups = np.random.default_rng(3).integers(0, 3, 600)
+    per_group = [
+        oracles.greedy_nms(boxes, scores, groups == group, iou_threshold=0.5) for group in range(3)
+    ]
+    expected = sorted(sum(per_group, []), key=lambda i: (-scores[i], i))
+    assert run_large(boxes, scores, 0.5, groups) == expected
+
+
+def test_a_chain_through_a_whole_block_alternates():
+    """Every box suppresses the next one only, so every second box survives: the most passes there are."""
+    x = 4.0 * np.arange(600, dtype=np.float32)
+    boxes = np.stack([x, np.zeros(600), x + 10, np.full(600, 10)], axis=1).astype(np.float32)
+    scores = -np.arange(600, dtype=np.float32)
+    assert run_large(boxes, scores, 0.3) == list(range(0, 600, 2))  # neighbours 6/14, next 2/18
+
+
+def test_threshold_is_rounded_down_to_float32():
+    """float32(3/10) exceeds 0.3, float32(7/10) does not exceed 0.7."""
+    boxes = np.zeros((SMALL, 4), np.float32)
+    valid = np.arange(SMALL) < 2
+    scores = -np.arange(SMALL, dtype=np.float32)
+    for overlap, threshold, survivors in ((3, 0.3, 1), (7, 0.7, 2), (5, 0.5, 2)):
+        boxes[0], boxes[1] = (0, 0, 10, 1), (0, 0, overlap, 1)
+        found = jitted_nms(boxes, scores, valid, iou_threshold=threshold, max_output=SMALL)
+        assert len(kept_of(found)) == survivors, threshold
+
+
+def test_all_invalid_keeps_nothing():
+    boxes, scores = clustered(SMALL, seed=0)
+    found = jitted_nms(boxes, scores, np.zeros(SMALL, bool), iou_threshold=0.5, max_output=SMALL)
+    assert kept_of(found) == []
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_single_box_survives_if_valid(valid):
+    found = nms(
+        jnp.array([[1.0, 1, 5, 5]]), jnp.zeros(1), jnp.array([valid]), iou_threshold=0.5, max_output=3
+    )
+    assert found[0].shape == (3,)
+    assert kept_of(found) == [0] * valid
+
+
+def test_invalid_boxes_change_nothing_whatever_they_hold():
+    boxes, scores = clustered(SMALL, seed=4)
+    valid = np.arange(SMALL) % 3 > 0
+    clean = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
+    for payload in (np.nan, np.inf, -np.inf):
+        boxes[~valid], scores[~valid] = payload, payload
+        dirty = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
+        assert kept_of(dirty) == kept_of(clean)
+
+
+def test_vmap_equals_the_loop():
+    examples = [clustered(SMALL, seed) for seed in range(4)]
+    boxes, scores = map(np.stack, zip(*examples, strict=True))
+    valid = np.random.default_rng(0).random((4, SMALL)) < 0.8
+    valid[3] = False  # a finished row waits for the others
+    run = functools.partial(jitted_nms, iou_threshold=0.5, max_output=SMALL)
+    together = jax.vmap(run)(boxes, scores, valid)
+    for row in range(4):
+        alone = run(boxes[row], scores[row], valid[row])
+        np.testing.assert_array_equal(together[0][row], alone[0])
+        np.testing.assert_array_equal(together[1][row], alone[1])
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.1, 1.1])
+def test_threshold_outside_0_to_1_is_an_error(threshold):
+    with pytest.raises(ValueError, match=str(threshold)):
+        nms(jnp.zeros((2, 4)), jnp.zeros(2), jnp.ones(2, bool), iou_threshold=threshold, max_output=1)
+
+
+def test_max_output_of_0_is_an_error():
+    with pytest.raises(ValueError, match="max_output"):
+        nms(jnp.zeros((2, 4)), jnp.zeros(2), jnp.ones(2, bool), iou_threshold=0.5, max_output=0)

@@ -1,0 +1,100 @@
+"""The random sample: its counts, its uniformity, and what it depends on."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import arrays
+from scipy import stats
+
+from fasterrcnn_jax.sampling import sample
+
+N = 20
+jitted = functools.partial(jax.jit, static_argnames=("size", "fg_fraction"))(sample)
+sample_6 = functools.partial(jitted, size=6, fg_fraction=0.5)
+
+
+def drawn(result) -> list[int]:
+    """The drawn positions, after checking that the real ones come first."""
+    indices, valid = map(np.asarray, result)
+    count = valid.sum()
+    assert valid[:count].all()
+    return indices[:count].tolist()
+
+
+def key(seed):
+    return jax.random.key(seed)
+
+
+@pytest.mark.parametrize("size, fg_fraction", [(6, 0.5), (8, 0.25), (12, 1.0), (12, 0.0), (7, 0.3)])
+@given(arrays(np.int32, N, elements=st.sampled_from([-1, 0, 1])), st.integers(0, 99))
+def test_sample_has_exactly_the_counts_of_the_quota_and_no_repeats(size, fg_fraction, labels, seed):
+    indices = drawn(jitted(key(seed), labels, size=size, fg_fraction=fg_fraction))
+    assert len(set(indices)) == len(indices)
+    kinds = labels[indices].tolist()
+    foreground = min((labels == 1).sum(), math.floor(size * fg_fraction))
+    background = min((labels == 0).sum(), size - foreground)
+    assert kinds == [1] * foreground + [0] * background
+
+
+@pytest.mark.parametrize("kind, count", [(-1, 0), (0, 6), (1, 3)])
+def test_sample_of_one_kind(kind, count):
+    """All ignored: nothing. Only background: all of the sample. Only foreground: its quota, no more."""
+    labels = np.full(N, kind, np.int32)
+    assert len(drawn(sample_6(key(0), labels))) == count
+
+
+def test_sample_larger_than_what_there_is_takes_everything_once():
+    labels = np.int32([1, 0, -1, 0, 1, 0])
+    found = jitted(key(0), labels, size=100, fg_fraction=1.0)
+    assert found.indices.shape == (6,)
+    assert sorted(drawn(found)) == [0, 1, 3, 4, 5]
+
+
+def test_every_subset_is_equally_likely():
+    """Chi-square over the subsets of 3 of 6 foreground and of 3 of 7 background positions."""
+    labels = np.repeat([1, -1, 0], [6, N - 13, 7]).astype(np.int32)
+    labels = np.random.default_rng(0).permutation(labels)
+    keys = jax.random.split(key(1), 4000)
+    indices, valid = map(np.asarray, jax.vmap(lambda k: sample_6(k, labels))(keys))
+    assert valid.all()
+    for columns, subsets in ((slice(0, 3), math.comb(6, 3)), (slice(3, 6), math.comb(7, 3))):
+        _, counts = np.unique(np.sort(indices[:, columns], axis=1), axis=0, return_counts=True)
+        assert len(counts) == subsets
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_order_within_a_kind_is_random():
+    labels = np.zeros(N, np.int32)
+    keys = jax.random.split(key(2), 4000)
+    first = np.asarray(jax.vmap(lambda k: sample_6(k, labels).indices[0])(keys))
+    assert stats.chisquare(np.bincount(first, minlength=N)).pvalue > 1e-3
+
+
+def test_sample_is_a_function_of_the_key():
+    labels = np.arange(N, dtype=np.int32) % 3 - 1
+    first, again, other = (drawn(sample_6(key(seed), labels)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_raw_and_typed_keys_agree():
+    labels = np.arange(N, dtype=np.int32) % 3 - 1
+    assert drawn(sample_6(key(5), labels)) == drawn(sample_6(jax.random.key_data(key(5)), labels))
+
+
+def test_ignored_positions_appended_behind_change_nothing():
+    labels = np.arange(N, dtype=np.int32) % 3 - 1
+    padded = np.concatenate([labels, np.full(9, -1, np.int32)])
+    for seed in range(5):
+        assert drawn(sample_6(key(seed), labels)) == drawn(sample_6(key(seed), padded))
+
+
+@pytest.mark.parametrize("fg_fraction", [-0.1, 1.1])
+def test_fraction_outside_0_to_1_is_an_error(fg_fraction):
+    with pytest.raises(ValueError, match=str(fg_fraction)):
+        sample(key(0), jnp.zeros(3, jnp.int32), size=2, fg_fraction=fg_fraction)
