@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         run_folder.MetricsWriter(config.run) as metrics,
         checkpoint.open_checkpoints(config.run, keep=train.keep_checkpoints) as checkpoints,
     ):
-        restored = checkpoint.restore(checkpoints, state)
+        restored = checkpoint.restore(checkpoints, state, config=config)
         if restored is not None:
             state, position = restored
             batches.set_state(position)
@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
                 waiting = None
                 measured = None
                 if number == train.steps or train.evaluate_every and number % train.evaluate_every == 0:
-                    measured = evaluate(number)[0].coco.ap50
+                    result, picture = evaluate(number)
+                    measured = result.coco.ap50
                     bar.write(f"step {number}: AP50 {measured:.3f} on {data.test_split}")
                 checkpoint.save(
                     checkpoints,
@@ -98,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
                     ap50=measured,
                 )
 
-        result, picture = evaluate(train.steps)
+        if first > train.steps:  # nothing was left to train
+            result, picture = evaluate(train.steps)
         print(format_table(test_set, result.voc07, result.voc_area, result.coco))
         print(f"checkpoint {checkpoints.directory / str(checkpoints.latest.step)}")
         print(f"picture    {picture}")

@@ -1,7 +1,7 @@
 """Checkpoints of a run, through Orbax: written to a temporary folder and renamed, so never half there.
 
 One checkpoint holds `model` (trained and frozen values by path), `train` (optimizer, step, key) and
-`meta` (configuration, class names, position of the data iterator, versions).
+`meta` (configuration with the class names, position of the data iterator).
 """
 
 import json
@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from fasterrcnn_jax.config import Config, from_json, to_json
+from fasterrcnn_jax.config import Config, first_difference, from_json, to_json
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.detector import Detector, create
 from fasterrcnn_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -68,22 +68,28 @@ def save(
 
 
 def restore(
-    checkpoints: ocp.training.Checkpointer, state: TrainState
+    checkpoints: ocp.training.Checkpointer, state: TrainState, *, config: Config
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Returns the newest checkpoint as (state, position of the iterator), or None where there is none.
 
     Args:
       state: of the same configuration; gives structure and shapes.
+      config: of the run that is to continue.
+    Raises:
+      InputError: the checkpoint cannot be read or is of another configuration; names the first field.
     """
     if checkpoints.latest is None:
         return None
     step = checkpoints.latest.step
+    difference = first_difference(_read_config(checkpoints, step), config)
+    if difference:
+        raise InputError(f"{_path_of(checkpoints, step)}: checkpoint of a run with {difference}")
     values = {
         "model": {"params": state.params, "frozen": state.frozen},
         "train": {"step": state.step, "key": state.key, "opt_state": state.opt_state},
     }
-    found = checkpoints.load_checkpointables(
-        step, {name: _abstract(_by_path(tree)) for name, tree in values.items()} | {"meta": None}
+    found = _read(
+        checkpoints, step, {name: _abstract(_by_path(tree)) for name, tree in values.items()} | {"meta": None}
     )
     model, train = (_from_path(found[name], values[name]) for name in ("model", "train"))
     return TrainState(**model, **train), json.loads(found["meta"]["iterator"])
@@ -98,12 +104,10 @@ def load(path: str | Path) -> Detector:
     folder, step = _locate(Path(path))
     with ocp.training.Checkpointer(folder.absolute()) as checkpoints:
         config = _read_config(checkpoints, step)
-        model = nnx.eval_shape(
-            lambda: Detector(config.model, config.data.class_names, rngs=nnx.Rngs(params=0))
-        )
+        model = jax.eval_shape(lambda: create(config.model, config.data.class_names, seed=0))
         graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
         shapes = {"params": params, "frozen": frozen}
-        found = checkpoints.load_checkpointables(step, {"model": _abstract(_by_path(shapes))})
+        found = _read(checkpoints, step, {"model": _abstract(_by_path(shapes))})
     values = _from_path(found["model"], shapes)
     return nnx.merge(graphdef, values["params"], values["frozen"])
 
@@ -122,20 +126,39 @@ def run_of(path: str | Path) -> Path:
 
 
 def _read_config(checkpoints: ocp.training.Checkpointer, step: int) -> Config:
-    return from_json(checkpoints.load_checkpointables(step, {"meta": None})["meta"]["config"])
+    meta = _read(checkpoints, step, {"meta": None})["meta"]
+    return from_json(meta["config"], str(_path_of(checkpoints, step)))
+
+
+def _read(checkpoints: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return checkpoints.load_checkpointables(step, abstract)
+    except Exception as error:  # Orbax and its storage have no common base class for damage
+        raise InputError(
+            f"{_path_of(checkpoints, step)}: the checkpoint is incomplete or damaged ({type(error).__name__})"
+        ) from error
+
+
+def _path_of(checkpoints: ocp.training.Checkpointer, step: int) -> Path:
+    return Path(checkpoints.directory) / str(step)
 
 
 def _locate(path: Path) -> tuple[Path, int]:
     """Returns the folder of checkpoints and the step that `path` names."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    if path.name.isdigit() and (path / "meta").is_dir():
-        return path.parent, int(path.name)
+    step_folder = path.resolve()
+    if step_folder.name.isdigit() and _is_checkpoint(step_folder):
+        return step_folder.parent, int(step_folder.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()]
+    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit() and _is_checkpoint(child)]
     if not steps:
         raise InputError(f"{path}: holds no checkpoint; give a run folder or one of its {FOLDER}/STEP")
     return folder, max(steps)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "meta").is_dir()
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def parse_config(argv: list[str] | None, *, description: str) -> Config:
     """
     argv = sys.argv[1:] if argv is None else argv
     path = _config_path(argv)
+    if path is None and {"-h", "--help"} & set(argv):
+        path = CONFIGS / "shapes.py"
     if path is None:
         raise InputError("--config FILE is missing, for example --config configs/shapes.py")
     default = load_config(path)
@@ -60,7 +62,9 @@ def _config_path(argv: list[str]) -> Path | None:
         else:
             continue
         shipped = CONFIGS / given.name
-        return shipped if not given.exists() and shipped.is_file() else given
+        # From any other folder it would be a file that was not asked for.
+        by_name = given.parent in (Path("."), Path("configs"))
+        return shipped if by_name and not given.exists() and shipped.is_file() else given
     return None
 
 

@@ -7,6 +7,7 @@ a misspelt field is an error wherever it comes from.
 
 import dataclasses
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any, Literal
@@ -307,6 +308,12 @@ class TrainConfig:
             keep_checkpoints=self.keep_checkpoints,
         )
         _require(
+            math.isfinite(self.learning_rate), f"learning_rate must be finite, got {self.learning_rate}"
+        )
+        _require(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
+        _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay}")
+        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
+        _require(
             0 <= self.warmup_steps < self.steps,
             f"need 0 <= warmup_steps < steps, got {self.warmup_steps} and {self.steps}",
         )
@@ -354,7 +361,10 @@ def check_types(config: Any, name: str) -> None:
             check_types(value, f"{name}: {field.name}" if ":" not in name else f"{name}.{field.name}")
             continue
         try:
-            typeguard.check_type(value, field.type)
+            # Every item: by default it is the first alone.
+            typeguard.check_type(
+                value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
+            )
         except typeguard.TypeCheckError:
             where = f"{name}: {field.name}" if ":" not in name else f"{name}.{field.name}"
             raise InputError(f"{where} must be {field.type}, got {value!r}") from None
@@ -365,16 +375,37 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str, name: str) -> Config:
     """Returns the configuration that `to_json` wrote.
 
+    Args:
+      name: where the text stands, for messages.
     Raises:
       InputError: not JSON, a field is missing, unknown or invalid.
     """
     try:
-        return _build(Config, json.loads(text), "config")
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"this configuration cannot be read: {error}") from error
+        config = _build(Config, json.loads(text), "config")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: this configuration cannot be read: {error}") from error
+    check_types(config, name)
+    return config
+
+
+def first_difference(stored: Config, asked: Config) -> str | None:
+    """Returns what distinguishes two runs, for a message, or None; the run folder is no difference."""
+    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
+    for name in old | new:
+        # Where the folder stands is not what the run is.
+        if name != "run" and old.get(name) != new.get(name):
+            return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
+    return None
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 _NESTED = {
@@ -395,13 +426,15 @@ _NESTED = {
 
 
 def _build(cls: type, values: dict[str, Any], name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must hold fields, got {values!r}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{name} has no field {', '.join(unknown)}")
     built = {}
     for field, value in values.items():
-        if isinstance(value, dict):
+        if field in _NESTED and value is not None:
             built[field] = _build(_NESTED[field], value, f"{name}.{field}")
         elif known[field].type is Path:
             built[field] = Path(value)

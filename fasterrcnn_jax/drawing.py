@@ -38,7 +38,7 @@ def draw_boxes(
         left, top, right, bottom = pen.textbbox((x1 + unit, y1), caption, font=font)
         pen.rectangle((left - unit, top - unit, right + unit, bottom + unit), fill=colour)
         pen.text((x1 + unit, y1), caption, fill="black", font=font)
-    return np.asarray(canvas)
+    return np.array(canvas)
 
 
 def label_colour(label: int) -> tuple[int, int, int]:
@@ -48,7 +48,7 @@ def label_colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def side_by_side(pairs: list[tuple[Picture, Picture]]) -> Picture:
+def side_by_side(pairs: list[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]) -> Picture:
     """Returns one picture: a row per pair, left and right, white between them."""
     gap = 8
     column = max(max(left.shape[1], right.shape[1]) for left, right in pairs)

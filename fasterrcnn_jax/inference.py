@@ -11,12 +11,14 @@ from tqdm import tqdm
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.data.transforms import canvas_for, scale_boxes, to_canvas
+from fasterrcnn_jax.data.transforms import canvas_for, network_size, scale_boxes, to_canvas
 from fasterrcnn_jax.evaluation.results import ImageDetections
 from fasterrcnn_jax.models.detector import Detector, detect
 from fasterrcnn_jax.structures import Detections
 
-Images = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "b h w 3"] | list[UInt8[np.ndarray, "h w 3"]]
+# Sizes differ within a list: each `_` is a size of its own.
+ImageList = list[UInt8[np.ndarray, "_ _ 3"]] | tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+Images = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "b h w 3"] | ImageList
 
 jitted_detect = jax.jit(detect)
 
@@ -41,8 +43,11 @@ def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Predicti
     Returns:
       One `Prediction` for one image, a list otherwise.
     Raises:
-      ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel.
+      ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel, or
+        `batch_size` is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) == 3
     listed = [np.asarray(image) for image in ([images] if single else images)]
     for position, image in enumerate(listed):
@@ -70,7 +75,7 @@ def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Predicti
 
 
 def preprocess(
-    images: list[UInt8[np.ndarray, "h w 3"]], config: ImageConfig
+    images: ImageList, config: ImageConfig
 ) -> tuple[
     Float[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
 ]:
@@ -81,11 +86,11 @@ def preprocess(
     Raises:
       ValueError: no single canvas of `config.canvases` holds them all.
     """
-    needed = {canvas_for(image.shape[:2], config) for image in images}
-    height, width = (max(canvas[axis] for canvas in needed) for axis in (0, 1))
+    needed = [network_size(image.shape[:2], config) for image in images]
+    height, width = (max(size[axis] for size in needed) for axis in (0, 1))
     fitting = [canvas for canvas in config.canvases if canvas[0] >= height and canvas[1] >= width]
     if not fitting:
-        raise ValueError(f"no canvas of {config.canvases} holds pictures of {sorted(needed)} together")
+        raise ValueError(f"no canvas of {config.canvases} holds {height} x {width} pixels, as the pictures need together")
     canvas = min(fitting, key=lambda canvas: canvas[0] * canvas[1])
     return _on_canvas(images, canvas, len(images), config)
 

@@ -1,6 +1,6 @@
 """Maps the step of one device over all local devices. The only module that knows how."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,25 +15,31 @@ AXIS = "batch"
 
 def data_parallel(
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns `step` under `pmap`: whole batches in, one unstacked state in and out, state donated."""
+    """Returns `step` under `pmap`: whole batches in, one unstacked state in and out, state donated.
+
+    Args:
+      devices: default: all local ones.
+    """
+    devices = jax.local_devices() if devices is None else devices
     mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+        step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0
     )
-    devices = jax.local_device_count()
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return mapped(state, jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch))
+        return mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
 
     return run
 
 
-def replicate(state: TrainState) -> TrainState:
-    """Returns the state on every local device, placed as the mapped step returns it.
+def replicate(state: TrainState, *, devices: Sequence[jax.Device] | None = None) -> TrainState:
+    """Returns the state on every device (default: all local ones), placed as the mapped step returns it.
 
     Placed otherwise, the second step would compile the program again.
     """
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from fasterrcnn_jax.config import Config, from_json, to_json
+from fasterrcnn_jax.config import Config, first_difference, from_json, to_json
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.drawing import draw, draw_boxes, side_by_side
@@ -29,7 +29,7 @@ def open_run(config: Config) -> None:
     """
     stored = config.run / "config.json"
     if stored.exists():
-        difference = _first_difference(from_json(stored.read_text()), config)
+        difference = first_difference(from_json(stored.read_text(), str(stored)), config)
         if difference:
             raise InputError(
                 f"{config.run} holds a run with {difference}; continue it as it was or choose another --run"
@@ -40,22 +40,6 @@ def open_run(config: Config) -> None:
         stored.write_text(to_json(config))
     except OSError as error:
         raise InputError(f"run folder {config.run}: {error.strerror}") from error
-
-
-def _first_difference(stored: Config, asked: Config) -> str | None:
-    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
-    for name in old | new:
-        # Where the folder stands is not what the run is.
-        if name != "run" and old.get(name) != new.get(name):
-            return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
-    return None
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 class MetricsWriter:

@@ -102,7 +102,7 @@ def make_train_step(
         gradients, parts = lax.psum((gradients, parts), axis_name)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(*parts, gradient_norm=optax.global_norm(gradients))
+        metrics = StepMetrics(*parts, gradient_norm=optax.tree.norm(gradients))
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

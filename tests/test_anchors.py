@@ -74,7 +74,7 @@ def test_rpn_channels_go_in_the_order_of_the_anchors():
         backbone=BackboneConfig(depth=18, width=8, stride=16),
         rpn=RpnConfig(anchor_sizes=(16, 32), anchor_ratios=(0.5, 2.0), channels=1),
     )
-    head = RpnHead(config, rngs=nnx.Rngs(params=0))
+    head = RpnHead(config, rng=np.random.default_rng(0))
     head.conv.kernel[...] = jnp.zeros((3, 3, 32, 1)).at[1, 1, 0, 0].set(1.0)
     grid_hw, stride = (4, 6), 16
     anchors, _ = anchors_of(config, grid_hw)

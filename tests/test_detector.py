@@ -1,5 +1,7 @@
 """The whole path: what an image's result depends on, and what it does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from fasterrcnn_jax.config import (
     BackboneConfig,
+    BoxHeadConfig,
     ImageConfig,
     ModelConfig,
     PostprocessConfig,
@@ -17,13 +20,14 @@ from fasterrcnn_jax.config import (
     RpnConfig,
 )
 from fasterrcnn_jax.models.detector import Detector, detect, training_losses
+from fasterrcnn_jax.models.heads import BoxHead
 from fasterrcnn_jax.structures import Batch, GroundTruth
 
 B, H, W, G, D = 4, 64, 96, 3, 6
 CONFIG = ModelConfig(
     image=ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64))),
     backbone=BackboneConfig(depth=18, width=8, stride=16, norm="group", mask_padding=True),
-    rpn=RpnConfig(anchor_sizes=(16, 32), channels=8, anchors_per_image=24),
+    rpn=RpnConfig(anchor_sizes=(16, 32), channels=8, anchors_per_image=32),
     train_proposals=ProposalConfig(pre_nms_top_n=64, post_nms_top_n=16, min_size=4),
     test_proposals=ProposalConfig(pre_nms_top_n=32, post_nms_top_n=8, min_size=4),
     roi_sampling=RoiSamplingConfig(rois_per_image=8, fg_fraction=0.5),
@@ -38,7 +42,7 @@ run_detect = jax.jit(detect)
 
 @pytest.fixture(scope="module")
 def model(random_weights):
-    return random_weights(lambda: Detector(CONFIG, CLASS_NAMES, rngs=nnx.Rngs(params=0)))
+    return random_weights(lambda: Detector(CONFIG, CLASS_NAMES, rng=np.random.default_rng(0)))
 
 
 def make_batch(seed=0, image_hw=((64, 96), (60, 80), (40, 50), (64, 70))):
@@ -130,6 +134,21 @@ def test_detect_maps_over_a_leading_axis(model):
     assert mapped.boxes.shape == (2, B, D, 4) and mapped.valid.shape == (2, B, D)
 
 
+@pytest.mark.parametrize("output_size", [4, 7])
+@pytest.mark.parametrize("summary", ["mean", "flatten"])
+def test_box_head_takes_any_pool_size(summary, output_size):
+    config = dataclasses.replace(
+        CONFIG,
+        box_head=BoxHeadConfig(summary=summary),
+        roi_align=RoiAlignConfig(output_size=output_size),
+    )
+    logits, deltas = nnx.eval_shape(
+        lambda pooled: BoxHead(config, 2, rng=np.random.default_rng(0))(pooled),
+        jax.ShapeDtypeStruct((B, 5, output_size, output_size, 32), jnp.float32),
+    )
+    assert logits.shape == (B, 5, 3) and deltas.shape == (B, 5, 3, 4)
+
+
 @pytest.fixture(scope="module")
 def losses_of(gradients_of):
     """Returns a function: (batch, key) -> sums and counts of the four losses."""
@@ -194,6 +213,14 @@ def test_filling_rows_change_nothing(losses_of):
     # The two real rows alone, each counted twice.
     twice = losses_of(rows_of(batch, [0, 2, 0, 2]))
     np.testing.assert_allclose(twice, 2 * filled[0], rtol=1e-5)
+
+
+def test_only_anchors_whose_cell_holds_picture_are_trained(losses_of):
+    """One row of five cells, two sizes, three ratios; without objects all 30 are background."""
+    batch = make_batch(image_hw=((16, 80),) * B)
+    empty = GroundTruth(*(np.zeros_like(leaf) for leaf in batch.ground_truth))
+    counts = losses_of(batch._replace(ground_truth=empty))[:, 1]
+    assert counts[0] == counts[1] == B * 30
 
 
 def test_losses_do_not_depend_on_the_order_of_the_batch(losses_of):

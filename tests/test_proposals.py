@@ -121,12 +121,12 @@ def test_no_gradient_passes():
 
 
 def test_more_slots_than_anchors_are_padding():
-    found = propose(
+    config = ProposalConfig(pre_nms_top_n=50, post_nms_top_n=5, min_size=1)
+    found = jax.jit(lambda *args: propose(*args, config=config))(
         jnp.zeros(2),
         jnp.zeros((2, 4)),
         jnp.array([[0.0, 0, 20, 20], [40, 40, 60, 60]]),
         jnp.ones(2, bool),
         jnp.array([80.0, 80.0]),
-        config=ProposalConfig(pre_nms_top_n=50, post_nms_top_n=5, min_size=1),
     )
     assert found.valid.tolist() == [True, True, False, False, False]

@@ -64,7 +64,9 @@ def ground_truths(draw):
 @st.composite
 def all_proposals(draw):
     valid = draw(arrays(bool, P))
-    boxes = np.where(valid[:, None], draw(corners(P)), np.float32(0))
+    coarse = arrays(np.int32, (P, 2, 2), elements=st.integers(0, 4))  # many meet a ground truth
+    boxes = np.sort(12.0 * draw(coarse), axis=1).reshape(P, 4).astype(np.float32)
+    boxes = np.where(valid[:, None], boxes, np.float32(0))
     return Proposals(boxes, np.zeros(P, np.float32), valid)
 
 
@@ -177,12 +179,9 @@ def test_without_ground_truth_all_is_background_and_finite(proposals, anchor_val
 def test_raised_background_threshold_leaves_far_proposals_out():
     gt = GroundTruth(jnp.array([[0.0, 0, 10, 10]]), jnp.array([3]), jnp.array([True]))
     boxes = jnp.array([[0.0, 0, 10, 9], [0, 0, 10, 3], [50, 50, 60, 60]])
-    found = roi_targets(
-        KEY,
-        Proposals(boxes, jnp.zeros(3), jnp.ones(3, bool)),
-        gt,
-        config=RoiSamplingConfig(rois_per_image=4, fg_fraction=1.0, bg_iou=(0.1, 0.5)),
-    )
+    config = RoiSamplingConfig(rois_per_image=4, fg_fraction=1.0, bg_iou=(0.1, 0.5))
+    proposals = Proposals(boxes, jnp.zeros(3), jnp.ones(3, bool))
+    found = jax.jit(lambda *args: roi_targets(*args, config=config))(KEY, proposals, gt)
     assert sorted(found.labels[found.valid].tolist()) == [0, 3, 3]
 
 
@@ -192,13 +191,11 @@ def test_roi_targets_equal_torchvision(image):
     count, num_gt = len(expected_labels), int(GOLDEN["num_gt"][image])
     boxes = GOLDEN["rois"][image, : count - num_gt]
     gt = GOLDEN["gt"][image, :num_gt]
-    found = roi_targets(
+    config = RoiSamplingConfig(rois_per_image=count, fg_fraction=1.0)
+    found = jax.jit(lambda *args: roi_targets(*args, config=config))(
         KEY,
-        Proposals(jnp.asarray(boxes), jnp.zeros(len(boxes)), jnp.ones(len(boxes), bool)),
-        GroundTruth(
-            jnp.asarray(gt[:, :4]), jnp.asarray(gt[:, 4].astype(np.int32)), jnp.ones(num_gt, bool)
-        ),
-        config=RoiSamplingConfig(rois_per_image=count, fg_fraction=1.0),
+        Proposals(boxes, np.zeros(len(boxes), np.float32), np.ones(len(boxes), bool)),
+        GroundTruth(gt[:, :4], gt[:, 4].astype(np.int32), np.ones(num_gt, bool)),
     )
     assert found.valid.all()
     rows = {tuple(box): i for i, box in enumerate(np.concatenate([boxes, gt[:, :4]]).tolist())}

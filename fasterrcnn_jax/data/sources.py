@@ -5,7 +5,7 @@ import logging
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.shapes import make_shapes
-from fasterrcnn_jax.data.voc import read_voc
+from fasterrcnn_jax.data.voc import class_names_in, read_voc
 from fasterrcnn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,8 @@ def open_split(data: DataConfig, split: str) -> Dataset:
         shapes = data.shapes
         make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
     if not data.class_names:
-        raise InputError("data.class_names is empty")
+        found = ", ".join(class_names_in(data.root, split)) if data.root.is_dir() else "no such folder"
+        raise InputError(f"data.class_names is empty; the objects in {data.root} are named: {found}")
     dataset = read_voc(data.root, split, data.class_names)
     logger.info("%s: %d images", dataset.name, len(dataset.records))
     for note in dataset.notes:

@@ -87,6 +87,20 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...]) -> Data
     return Dataset(f"{root} ({split})", tuple(class_names), tuple(records), notes)
 
 
+def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
+    """Returns the names that the objects of one split carry, sorted; for a message, so faults are passed over."""
+    root = Path(root)
+    names = set()
+    images, annotations = _file_names(root / "JPEGImages"), _file_names(root / "Annotations")
+    for image_id, _ in _read_list(_list_path(root, split), images, annotations, defaultdict(list)):
+        if f"{image_id}.xml" in annotations:
+            names.update(
+                (element.findtext("name") or "").strip()
+                for element in _parse(root / "Annotations" / f"{image_id}.xml").findall("object")
+            )
+    return tuple(sorted(names - {""}))
+
+
 def _list_path(root: Path, split: str) -> Path:
     folder = root / "ImageSets" / "Main"
     path = folder / f"{split}.txt"

@@ -30,18 +30,17 @@ logger = logging.getLogger(__name__)
 class Detector(nnx.Module):
     """The layers and their configuration; a pytree whose structure carries everything static."""
 
-    def __init__(self, config: ModelConfig, class_names: tuple[str, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, class_names: tuple[str, ...], *, rng: np.random.Generator):
         self.config = config
         self.class_names = class_names
-        self.backbone = Backbone(config.backbone, rngs=rngs)
-        self.rpn_head = RpnHead(config, rngs=rngs)
-        self.box_head = BoxHead(config, len(class_names), rngs=rngs)
+        self.backbone = Backbone(config.backbone, rng=rng)
+        self.rpn_head = RpnHead(config, rng=rng)
+        self.box_head = BoxHead(config, len(class_names), rng=rng)
 
 
 def create(config: ModelConfig, class_names: tuple[str, ...], *, seed: int) -> Detector:
     """Returns a detector with fresh random weights."""
-    build = jax.jit(lambda key: Detector(config, class_names, rngs=nnx.Rngs(params=key)))
-    return build(jax.random.key(seed))
+    return Detector(config, class_names, rng=np.random.default_rng(seed))
 
 
 def anchors_of(

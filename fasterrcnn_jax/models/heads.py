@@ -6,6 +6,7 @@ Ren et al. 2015 (arXiv:1506.01497), section 3.1; He et al. 2015 (arXiv:1512.0338
 import math
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -20,13 +21,13 @@ class RpnHead(nnx.Module):
     One logit: the reference's two-way softmax equals the sigmoid of the logits' difference.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rng: np.random.Generator):
         rpn = config.rpn
         anchors = len(rpn.anchor_sizes) * len(rpn.anchor_ratios)
         in_channels = stage_channels(config.backbone, 3)
-        self.conv = Conv(in_channels, rpn.channels, 3, bias=True, std=0.01, rngs=rngs)
-        self.objectness = Conv(rpn.channels, anchors, 1, bias=True, std=0.01, rngs=rngs)
-        self.deltas = Conv(rpn.channels, 4 * anchors, 1, bias=True, std=0.01, rngs=rngs)
+        self.conv = Conv(in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)
+        self.objectness = Conv(rpn.channels, anchors, 1, bias=True, std=0.01, rng=rng)
+        self.deltas = Conv(rpn.channels, 4 * anchors, 1, bias=True, std=0.01, rng=rng)
 
     def __call__(
         self, features: Float[Array, "b h w c"]
@@ -40,14 +41,14 @@ class RpnHead(nnx.Module):
 class BoxHead(nnx.Module):
     """ResNet stage 4 on each region, then class logits and class-specific deltas."""
 
-    def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, num_classes: int, *, rng: np.random.Generator):
         self.summary = config.box_head.summary
         features = stage_channels(config.backbone, 4)
         if self.summary == "flatten":
             features *= math.ceil(config.roi_align.output_size / 2) ** 2
-        self.stage = Stage(4, stride=2, config=config.backbone, rngs=rngs)
-        self.class_logits = Linear(features, num_classes + 1, std=0.01, rngs=rngs)
-        self.deltas = Linear(features, 4 * (num_classes + 1), std=0.001, rngs=rngs)
+        self.stage = Stage(4, stride=2, config=config.backbone, rng=rng)
+        self.class_logits = Linear(features, num_classes + 1, std=0.01, rng=rng)
+        self.deltas = Linear(features, 4 * (num_classes + 1), std=0.001, rng=rng)
 
     def __call__(
         self, pooled: Float[Array, "b r s s c"]

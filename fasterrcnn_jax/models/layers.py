@@ -6,8 +6,8 @@ masked. With it a normalisation layer leaves padding out of its statistics and r
 
 import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -18,6 +18,11 @@ EPSILON = 1e-5
 
 class Constant(nnx.Variable):
     """A value that is saved with the parameters and never trained."""
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
+    # Drawn on the host: one compilation per shape would take longer than the first training step.
+    return jnp.asarray(std * rng.standard_normal(shape, np.float32))
 
 
 class Conv(nnx.Module):
@@ -32,12 +37,12 @@ class Conv(nnx.Module):
         stride: int = 1,
         bias: bool = False,
         std: float | None = None,
-        rngs: nnx.Rngs,
+        rng: np.random.Generator,
     ):
         if std is None:  # He et al. 2015 (arXiv:1502.01852), eq. 14, fan out
             std = math.sqrt(2.0 / (size * size * out_channels))
         shape = (size, size, in_channels, out_channels)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
         self.stride = stride
 
@@ -57,9 +62,9 @@ class Conv(nnx.Module):
 class Linear(nnx.Module):
     """Matrix product over the last axis, plus bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, std: float, rng: np.random.Generator):
         shape = (in_features, out_features)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_features))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

@@ -5,6 +5,7 @@ The stride of a bottleneck sits in its 3 x 3 convolution.
 """
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -22,7 +23,7 @@ def stage_channels(config: BackboneConfig, stage: int) -> int:
 class Block(nnx.Module):
     """A residual block: two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1."""
 
-    def __init__(self, in_channels: int, planes: int, *, stride: int, config: BackboneConfig, rngs: nnx.Rngs):
+    def __init__(self, in_channels: int, planes: int, *, stride: int, config: BackboneConfig, rng: np.random.Generator):
         norm = NORMS[config.norm]
         if config.depth >= 50:
             channels, sizes, strides = (in_channels, planes, planes, 4 * planes), (1, 3, 1), (1, stride, 1)
@@ -30,13 +31,13 @@ class Block(nnx.Module):
             channels, sizes, strides = (in_channels, planes, planes), (3, 3), (stride, 1)
         self.convs = nnx.List(
             [
-                Conv(channels[i], channels[i + 1], size, stride=strides[i], rngs=rngs)
+                Conv(channels[i], channels[i + 1], size, stride=strides[i], rng=rng)
                 for i, size in enumerate(sizes)
             ]
         )
         self.norms = nnx.List([norm(channels[i + 1]) for i in range(len(sizes))])
         projects = stride != 1 or in_channels != channels[-1]
-        self.shortcut = Conv(in_channels, channels[-1], 1, stride=stride, rngs=rngs) if projects else None
+        self.shortcut = Conv(in_channels, channels[-1], 1, stride=stride, rng=rng) if projects else None
         self.shortcut_norm = norm(channels[-1]) if projects else None
 
     def __call__(
@@ -61,13 +62,13 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Blocks of one resolution; the first one strides."""
 
-    def __init__(self, stage: int, *, stride: int, config: BackboneConfig, rngs: nnx.Rngs):
+    def __init__(self, stage: int, *, stride: int, config: BackboneConfig, rng: np.random.Generator):
         planes = config.width * 2 ** (stage - 1)
         first = config.width if stage == 1 else stage_channels(config, stage - 1)
         out = stage_channels(config, stage)
         self.blocks = nnx.List(
             [
-                Block(out if i else first, planes, stride=1 if i else stride, config=config, rngs=rngs)
+                Block(out if i else first, planes, stride=1 if i else stride, config=config, rng=rng)
                 for i in range(BLOCKS[config.depth][stage - 1])
             ]
         )
@@ -86,14 +87,14 @@ class Stage(nnx.Module):
 class Backbone(nnx.Module):
     """Stem and stages 1-3: normalised images to one feature map."""
 
-    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BackboneConfig, *, rng: np.random.Generator):
         self.config = config
-        self.stem = Conv(3, config.width, 7, stride=2, rngs=rngs)
+        self.stem = Conv(3, config.width, 7, stride=2, rng=rng)
         self.stem_norm = NORMS[config.norm](config.width)
         self.strides = (1, 2, config.stride // 8)
         self.stages = nnx.List(
             [
-                Stage(stage, stride=stride, config=config, rngs=rngs)
+                Stage(stage, stride=stride, config=config, rng=rng)
                 for stage, stride in enumerate(self.strides, 1)
             ]
         )

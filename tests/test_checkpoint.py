@@ -1,0 +1,293 @@
+"""Checkpoints: the same bits back, alone enough to detect with, never half there, faults in one sentence."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from fasterrcnn_jax import checkpoint, inference, training
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.models.detector import Detector
+
+ROOT = Path(__file__).parents[1]
+# What Orbax leaves behind when its reading fails.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(random_weights):
+    frozen = dataclasses.replace(
+        tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch")
+    )
+    return random_weights(lambda: Detector(frozen, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=4)
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    """A state in the middle of a run: nothing in it is zero that training would have moved."""
+    optimizer = training.create_optimizer(tiny.config(Path("x")).train)
+    _, state = training.create_state(model, optimizer, seed=5)
+    generator = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype)
+        if leaf.dtype == jnp.float32
+        else leaf + 3,
+        state.opt_state,
+    )
+    return state._replace(opt_state=moved)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, model):
+    config = tiny.config(tmp_path_factory.mktemp("checkpoints"))
+    return dataclasses.replace(config, model=model.config)
+
+
+def at(state, step, *, shift=0.0):
+    params = jax.tree.map(lambda leaf: leaf + jnp.float32(shift), state.params)
+    return state._replace(step=jnp.int32(step), params=params)
+
+
+def save(run, state, config, *, keep=2, ap50s):
+    """Saves `state` at every {step: AP50}; step n's weights are shifted by n - 1 tenths."""
+    with checkpoint.open_checkpoints(run, keep=keep) as checkpoints:
+        for step, ap50 in ap50s.items():
+            checkpoint.save(
+                checkpoints,
+                at(state, step, shift=(step - 1) / 10),
+                config=config,
+                iterator_state={"next_index": step * 10},
+                ap50=ap50,
+            )
+
+
+@pytest.fixture(scope="module")
+def run(config, state):
+    """A run folder with the steps 1 (not shifted) and 2."""
+    save(config.run, state, config, ap50s={1: None, 2: None})
+    return config.run
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def restore(run, state, config):
+    with checkpoint.open_checkpoints(run, keep=2) as checkpoints:
+        return checkpoint.restore(checkpoints, state, config=config)
+
+
+def steps_in(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_same_bits(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def parameters(model):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.split(model)[1])
+    }
+
+
+def test_the_newest_checkpoint_comes_back_bit_for_bit(run, state, config):
+    blank = jax.tree.map(jnp.zeros_like, state)
+    restored, position = restore(run, blank, config)
+    assert_same_bits(restored, at(state, 2, shift=0.1))
+    assert position == {"next_index": 20}
+
+
+def test_a_folder_without_checkpoints_restores_nothing(tmp_path, state, config):
+    assert restore(tmp_path / "new", state, config) is None
+
+
+@pytest.mark.parametrize(
+    "keep, ap50s, kept",
+    [
+        (1, {1: None, 2: None, 3: None}, [3]),
+        (2, {1: 0.1, 2: 0.9, 3: 0.2, 4: None, 5: 0.3}, [2, 4, 5]),
+        (1, {1: 0.4, 2: 0.3, 3: 0.8, 4: 0.7}, [3, 4]),
+        (2, {1: 0.5, 2: float("nan"), 3: None, 4: float("nan")}, [1, 3, 4]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, config, keep, ap50s, kept):
+    tiny_state = training.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {}, {}, jnp.zeros(2, jnp.uint32))
+    save(tmp_path, tiny_state, config, keep=keep, ap50s=ap50s)
+    assert steps_in(tmp_path) == kept
+
+
+def test_the_best_is_remembered_when_a_run_goes_on(tmp_path, config):
+    tiny_state = training.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {}, {}, jnp.zeros(2, jnp.uint32))
+    save(tmp_path, tiny_state, config, keep=1, ap50s={1: 0.9, 2: 0.1})
+    save(tmp_path, tiny_state, config, keep=1, ap50s={3: 0.2, 4: None})
+    assert steps_in(tmp_path) == [1, 4]
+
+
+def test_load_takes_a_run_its_checkpoints_or_one_of_them(run, model, monkeypatch):
+    first, newest = checkpoint.load(run / "checkpoints" / "1"), checkpoint.load(run)
+    before = parameters(model)
+    for name, leaf in parameters(first).items():
+        np.testing.assert_array_equal(leaf, before[name])
+    assert any(np.any(leaf != before[name]) for name, leaf in parameters(newest).items())
+    by_other_names = [checkpoint.load(run / "checkpoints"), checkpoint.load(str(run))]
+    monkeypatch.chdir(run / "checkpoints" / "2")
+    by_other_names.append(checkpoint.load("."))
+    for other in by_other_names:
+        for name, leaf in parameters(other).items():
+            np.testing.assert_array_equal(leaf, parameters(newest)[name])
+    assert checkpoint.run_of(".").samefile(run)
+
+
+@pytest.mark.parametrize("below", [".", "checkpoints", "checkpoints/1"])
+def test_a_checkpoint_knows_its_run(run, below):
+    assert checkpoint.run_of(run / below).samefile(run)
+
+
+def test_class_names_and_configuration_come_from_the_checkpoint_alone(copied, config):
+    model = checkpoint.load(copied)
+    assert model.class_names == tiny.CLASS_NAMES and model.config == config.model
+    assert checkpoint.load_run_config(copied / "checkpoints" / "1") == config
+
+
+PROGRAM = """
+import sys
+import numpy as np
+import fasterrcnn_jax
+model = fasterrcnn_jax.load(sys.argv[1])
+pixels = np.load(sys.argv[2])
+found = fasterrcnn_jax.predict(model, pixels)
+np.savez(sys.argv[3], boxes=found.boxes, scores=found.scores, labels=found.labels, names=found.class_names)
+"""
+
+
+def test_a_fresh_process_detects_the_same_bits(run, model, tmp_path):
+    pixels = tiny.picture((60, 80), (10, 12, 40, 44))
+    np.save(tmp_path / "pixels.npy", pixels)
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [run / "checkpoints" / "1", tmp_path / "pixels.npy", tmp_path / "found.npz"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = np.load(tmp_path / "found.npz"), inference.predict(model, pixels)
+    assert len(expected.scores)
+    np.testing.assert_array_equal(found["boxes"], expected.boxes)
+    np.testing.assert_array_equal(found["scores"], expected.scores)
+    np.testing.assert_array_equal(found["labels"], expected.labels)
+    assert tuple(found["names"]) == expected.class_names
+
+
+def test_an_interrupted_save_leaves_the_one_before_usable(copied, state, config):
+    """What a killed process leaves: a folder under a temporary name, with part of its content."""
+    half = copied / "checkpoints" / "3.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "checkpoints" / "2", half)
+    shutil.rmtree(half / "train")
+    newest = parameters(checkpoint.load(copied / "checkpoints" / "2"))
+    for name, leaf in parameters(checkpoint.load(copied)).items():
+        np.testing.assert_array_equal(leaf, newest[name])
+    assert half.exists()  # reading a run of somebody else changes nothing in it
+    restored, _ = restore(copied, state, config)
+    assert restored.step == 2 and not half.exists()
+    save(copied, state, config, ap50s={3: None})
+    assert steps_in(copied) == [2, 3]
+
+
+def test_what_is_no_checkpoint_is_passed_over(copied):
+    (copied / "checkpoints" / "7").mkdir()
+    (copied / "checkpoints" / "9").write_text("")
+    expected = parameters(checkpoint.load(copied / "checkpoints" / "2"))
+    for name, leaf in parameters(checkpoint.load(copied)).items():
+        np.testing.assert_array_equal(leaf, expected[name])
+
+
+def test_an_absent_or_empty_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="absent: no such folder"):
+        checkpoint.load(tmp_path / "absent")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for path in (tmp_path / "empty", tmp_path / "empty" / "checkpoints"):
+        for function in (checkpoint.load, checkpoint.load_run_config, checkpoint.run_of):
+            with pytest.raises(InputError, match=f"{path}: holds no checkpoint"):
+                function(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: no such folder"):
+        checkpoint.load(tmp_path / "file")
+
+
+def cut_arrays(step):
+    for path in (step / "model").rglob("*"):
+        if path.is_file() and path.stat().st_size > 5000:
+            path.write_bytes(path.read_bytes()[:1000])
+
+
+def spoil_config(step):
+    path = step / "meta" / "_strings.json"
+    path.write_text(path.read_text().replace("short_side", "shirt_side"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda step: shutil.rmtree(step / "model"), "incomplete or damaged"),
+        (cut_arrays, "incomplete or damaged"),
+        (spoil_config, "no field shirt_side"),
+    ],
+    ids=["removed", "cut", "config"],
+)
+def test_a_damaged_checkpoint_is_named_in_one_line(copied, damage, message):
+    damage(copied / "checkpoints" / "2")
+    with pytest.raises(InputError, match=f"checkpoints/2: .*{message}") as caught:
+        checkpoint.load(copied)
+    assert "\n" not in str(caught.value)
+    checkpoint.load(copied / "checkpoints" / "1")
+
+
+@pytest.mark.parametrize(
+    "part, values, message",
+    [
+        ("data", {"class_names": ("ring", "disc", "cube")}, r"data.class_names = \['ring', 'disc'\] .*'cube'"),
+        ("data", {"class_names": ("disc", "ring")}, r"data.class_names"),
+        ("train", {"optimizer": "adamw"}, "train.optimizer = sgd where adamw"),
+        ("train", {"steps": 9}, "train.steps = 6 where 9"),
+    ],
+)
+def test_another_configuration_is_refused_by_field_and_values(run, state, config, part, values, message):
+    other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+    with pytest.raises(InputError, match=f"checkpoints/2: .*{message}"):
+        restore(run, state, other)
+
+
+def test_a_run_may_be_moved(copied, state, config):
+    moved = dataclasses.replace(config, run=copied)
+    assert restore(copied, state, moved)[0].step == 2
+
+
+def test_meta_is_plain_text(run):
+    """A reader without this package finds the configuration."""
+    text = json.loads((run / "checkpoints" / "1" / "meta" / "_strings.json").read_text())
+    assert json.loads(text["config"])["data"]["class_names"] == list(tiny.CLASS_NAMES)

@@ -1,0 +1,196 @@
+"""The command line: overrides, help, and faults as one line with exit status 2."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fasterrcnn_jax import __main__ as verbs
+from fasterrcnn_jax import cli
+from fasterrcnn_jax.config import Config, load_config
+from fasterrcnn_jax.errors import InputError, NonFiniteLossError
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ROOT / "configs" / "shapes.py"
+
+
+def parse(*argv):
+    return cli.parse_config(["--config", str(SHAPES), *argv], description="Trains.")
+
+
+def refused(capsys, *argv):
+    """Returns what is printed about arguments that end the program with status 2."""
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "Traceback" not in printed.err
+    return " ".join(printed.err.replace("│", " ").split())
+
+
+def test_without_overrides_the_file_is_the_configuration():
+    assert parse() == load_config(SHAPES)
+
+
+def test_overrides_change_their_field_and_nothing_else():
+    default = load_config(SHAPES)
+    parsed = parse(
+        *("--train.learning_rate", "0.5"),
+        *("--model.rpn.anchor_sizes", "8", "16"),
+        *("--model.image.canvases", "160", "224", "224", "160", "224", "224"),
+        *("--data.class_names", "a b", "c"),
+        *("--run", "elsewhere"),
+        *("--model.backbone.norm=frozen_batch", "--data.no_random_flip"),
+    )
+    expected = dataclasses.replace(
+        default,
+        run=Path("elsewhere"),
+        train=dataclasses.replace(default.train, learning_rate=0.5),
+        data=dataclasses.replace(default.data, class_names=("a b", "c"), random_flip=False),
+        model=dataclasses.replace(
+            default.model,
+            rpn=dataclasses.replace(default.model.rpn, anchor_sizes=(8.0, 16.0)),
+            image=dataclasses.replace(
+                default.model.image, canvases=((160, 224), (224, 160), (224, 224))
+            ),
+            backbone=dataclasses.replace(default.model.backbone, norm="frozen_batch"),
+        ),
+    )
+    assert parsed == expected
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (("--train.learning_rte", "0.1"), "--train.learning_rte.*Perhaps you meant.*--train.learning_rate"),
+        (("--trian.steps", "5"), "--trian.steps.*--train.steps"),
+        (("--train.steps", "0"), "steps must be positive, got 0"),
+        (("--train.steps", "many"), "--train.steps.*'many'"),
+        (("--train.steps",), "--train.steps"),
+        (("--train.warmup_steps", "999"), "warmup_steps.*999"),
+        (("--model.backbone.depth", "19"), "'19'.*--model.backbone.depth.*'18', '34'"),
+        (("--model.image.canvases", "160", "224", "160"), "--model.image.canvases"),
+        (("--train.seed", "-1"), "seed.*got -1"),
+        (("stray",), "stray"),
+    ],
+)
+def test_a_bad_argument_is_named(capsys, argv, expected):
+    assert re.search(expected, refused(capsys, *argv))
+
+
+def fields_of(cls, prefix=""):
+    for field in dataclasses.fields(cls):
+        inner = next((t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)), None)
+        if inner:
+            yield from fields_of(inner, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("argv", [["--config", str(SHAPES), "--help"], ["--help"], ["-h"]])
+def test_help_lists_every_field_with_its_default(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse_config(argv, description="Trains.")
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    names = list(fields_of(Config))
+    assert len(names) > 50
+    for name in names:
+        leaf = name.rsplit(".", 1)[-1]
+        options = (f"--{name} ", f"--{name},", name.replace(leaf, f"no_{leaf}"))
+        assert any(option in text for option in options), name
+    assert text.count("(default: ") >= len(names)
+    assert "peak; linear warm-up before" in text
+
+
+def test_a_shipped_config_is_found_by_name_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes.py", "configs/shapes.py"):
+        for argv in (["--config", name], [f"--config={name}"]):
+            assert cli.parse_config(argv, description="") == load_config(SHAPES)
+
+
+def test_a_file_that_exists_goes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = SHAPES.read_text().replace("steps=500", "steps=123")
+    (tmp_path / "shapes.py").write_text(text)
+    assert cli.parse_config(["--config", "shapes.py"], description="").train.steps == 123
+
+
+@pytest.mark.parametrize("name", ["elsewhere/shapes.py", "/shapes.py", "shape.py", "configs", "."])
+def test_a_config_that_is_no_file_is_never_another_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        cli.parse_config(["--config", name], description="")
+
+
+@pytest.mark.parametrize("argv", [[], ["--train.steps", "3"], ["--config"]])
+def test_a_missing_config_is_asked_for(argv):
+    with pytest.raises(InputError, match="--config FILE is missing"):
+        cli.parse_config(argv, description="")
+
+
+@pytest.fixture
+def restored_logging():
+    with tiny.restored_logging():
+        yield
+
+
+@pytest.mark.parametrize("error", [InputError("a file"), NonFiniteLossError("step 3")])
+def test_expected_errors_end_a_script_with_one_line(capsys, restored_logging, error):
+    @cli.script
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_defect_keeps_its_traceback(restored_logging):
+    @cli.script
+    def main(argv=None):
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        main([])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train.py", "--config", "absent.py"], "error: --config absent.py: no such file"),
+        (["train.py", "--config", "folder.py", "--data.root", "nowhere", "--data.class_names", "a"], "error: nowhere"),
+        (["evaluate.py", "--ckpt", "nowhere"], "error: nowhere: no such folder"),
+        (["-m", "fasterrcnn_jax", "train", "--config", "bad.py"], "error: --config bad.py: SyntaxError"),
+    ],
+    ids=["config", "root", "checkpoint", "verb"],
+)
+def test_a_program_reports_a_fault_in_one_line(tmp_path, argv, message):
+    (tmp_path / "bad.py").write_text("def (:\n")
+    script = [argv[0]] if argv[0] == "-m" else [str(ROOT / argv[0])]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *script, *argv[1:]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert re.match(message, done.stderr)
+
+
+def test_verbs_run_the_scripts_and_unknown_ones_are_refused(capsys):
+    assert verbs.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in verbs.VERBS)
+    assert verbs.main(["trian"]) == 2 and "unknown verb 'trian'" in capsys.readouterr().err
+    assert verbs.main([]) == 2 and "usage" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""Settings: valid or refused with field and value, the same after JSON, checked wherever they come from."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fasterrcnn_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    ImageConfig,
+    PostprocessConfig,
+    ProposalConfig,
+    RoiAlignConfig,
+    RoiSamplingConfig,
+    RpnConfig,
+    ShapesConfig,
+    TrainConfig,
+    from_json,
+    load_config,
+    to_json,
+)
+from fasterrcnn_jax.errors import InputError
+
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+TRAIN = dict(steps=10, batch_size=2, learning_rate=0.1, warmup_steps=2)
+TINY = tiny.config(Path("somewhere"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_survives_json(path):
+    config = load_config(path)
+    assert from_json(to_json(config), "here") == config
+    assert hash(config.model) == hash(load_config(path).model)  # a static argument of the programs
+
+
+def test_json_keeps_what_differs_from_the_defaults():
+    config = dataclasses.replace(
+        TINY,
+        data=DataConfig(root=Path("a b/ü"), class_names=("x y", "ß"), shapes=ShapesConfig(num_train=3, seed=5)),
+        train=TrainConfig(**TRAIN, seed=7, optimizer="adamw", weight_decay=0.0),
+    )
+    again = from_json(to_json(config), "here")
+    assert again == config and isinstance(again.data.root, Path) and hash(again) == hash(config)
+
+
+def test_every_field_has_its_help_text_in_the_source():
+    """tyro shows the docstring under a field; `--help` is only as good as these."""
+    import inspect
+
+    import fasterrcnn_jax.config as module
+
+    lines = [line.strip() for line in inspect.getsource(module).splitlines()]
+    for cls in vars(module).values():
+        if dataclasses.is_dataclass(cls) and cls not in (Config, module.ModelConfig):
+            for field in dataclasses.fields(cls):
+                at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}: "))
+                assert lines[at + 1].startswith('"""'), f"{cls.__name__}.{field.name}"
+
+
+INVALID = [
+    (lambda: ImageConfig(short_side=0), "short_side must be positive, got 0"),
+    (lambda: ImageConfig(short_side=800, long_side=700), "700 < 800"),
+    (lambda: ImageConfig(canvases=((608, 1024),)), "no canvas of .* 1000 x 600"),
+    (lambda: ImageConfig(canvases=()), "no canvas of"),
+    (lambda: ImageConfig(canvases=((608, 1024), (1024, 609))), r"multiples of 16, got \(1024, 609\)"),
+    (lambda: ImageConfig(std=(1.0, 0.0, 1.0)), "std must be positive, got 0.0"),
+    (lambda: BackboneConfig(width=12), "width must be .*8, got 12"),
+    (lambda: BackboneConfig(width=0), "width .* got 0"),
+    (lambda: RpnConfig(fg_iou=1.5), r"fg_iou must be in \[0, 1\], got 1.5"),
+    (lambda: RpnConfig(fg_iou=0.2), "bg_iou <= fg_iou, got 0.3 and 0.2"),
+    (lambda: RpnConfig(anchor_sizes=()), "anchor_sizes"),
+    (lambda: RpnConfig(anchor_ratios=(1.0, -2.0)), "anchor_ratios must be positive, got -2.0"),
+    (lambda: RpnConfig(anchors_per_image=0), "anchors_per_image must be positive, got 0"),
+    (lambda: ProposalConfig(pre_nms_top_n=10, post_nms_top_n=20), "got 10, 20"),
+    (lambda: ProposalConfig(pre_nms_top_n=10, post_nms_top_n=2, nms_threshold=0.0), "nms_threshold"),
+    (lambda: ProposalConfig(pre_nms_top_n=10, post_nms_top_n=2, min_size=-1.0), "min_size .* got -1.0"),
+    (lambda: RoiSamplingConfig(bg_iou=(0.5, 0.1)), r"got \(0.5, 0.1\)"),
+    (lambda: RoiSamplingConfig(fg_fraction=-0.1), "fg_fraction .* got -0.1"),
+    (lambda: RoiSamplingConfig(box_weights=(1.0, 1.0, 0.0, 1.0)), "box_weights"),
+    (lambda: RoiAlignConfig(output_size=0), "output_size must be positive, got 0"),
+    (lambda: PostprocessConfig(max_detections=0), "max_detections must be positive, got 0"),
+    (lambda: PostprocessConfig(score_threshold=2.0), "score_threshold .* got 2.0"),
+    (lambda: ShapesConfig(num_test=0), "num_test must be positive, got 0"),
+    (lambda: DataConfig(root=Path("x"), max_boxes=0), "max_boxes must be positive, got 0"),
+    (lambda: DataConfig(root=Path("x"), class_names=("a", "b", "a")), r"class_names holds \['a'\]"),
+    (lambda: TrainConfig(**TRAIN | {"steps": 0}), "steps must be positive, got 0"),
+    (lambda: TrainConfig(**TRAIN | {"learning_rate": float("nan")}), "learning_rate .* got nan"),
+    (lambda: TrainConfig(**TRAIN | {"learning_rate": float("inf")}), "learning_rate .* got inf"),
+    (lambda: TrainConfig(**TRAIN | {"warmup_steps": 10}), "warmup_steps < steps, got 10 and 10"),
+    (lambda: TrainConfig(**TRAIN, seed=-1), "seed .* got -1"),
+    (lambda: TrainConfig(**TRAIN, seed=2**32), "seed .* got 4294967296"),
+    (lambda: TrainConfig(**TRAIN, momentum=1.0), "momentum .* got 1.0"),
+    (lambda: TrainConfig(**TRAIN, weight_decay=-1e-4), "weight_decay .* got -0.0001"),
+    (lambda: TrainConfig(**TRAIN, keep_checkpoints=0), "keep_checkpoints must be positive, got 0"),
+    (lambda: TrainConfig(**TRAIN, checkpoint_every=4, evaluate_every=6), "evaluate_every .* got 6 and 4"),
+]
+
+
+@pytest.mark.parametrize("build, message", INVALID, ids=range(len(INVALID)))
+def test_an_invalid_value_is_refused_by_name_and_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def change(path, value):
+    """Returns the JSON of a valid configuration with one entry replaced; `...` removes it."""
+    values = json.loads(to_json(TINY))
+    *parents, name = path.split(".")
+    entry = values
+    for parent in parents:
+        entry = entry[parent]
+    if value is ...:
+        del entry[name]
+    else:
+        entry[name] = value
+    return json.dumps(values)
+
+
+JSONS = [
+    ("", "cannot be read"),
+    ("[]", "config must hold fields, got []"),
+    ("null", "config must hold fields, got None"),
+    ('{"data": 3}', "config.data must hold fields, got 3"),
+    (to_json(TINY)[:200], "cannot be read"),
+    (change("train.stepz", 3), "config.train has no field stepz"),
+    (change("model.rpn.sizes", [3]), "config.model.rpn has no field sizes"),
+    (change("train.steps", ...), "'steps'"),
+    (change("train.steps", 0), "steps must be positive, got 0"),
+    (change("train.steps", {}), "cannot be read"),
+    (change("run", {}), "cannot be read"),
+    (change("model.image.short_side", 63.5), "model.image.short_side must be <class 'int'>, got 63.5"),
+    (change("data.class_names", "ring"), "data.class_names must be tuple[str, ...], got 'ring'"),
+    (change("model.backbone.depth", 19), "model.backbone.depth must be typing.Literal"),
+]
+
+
+def fault(part, **fields):
+    """Returns Python text that replaces fields of one part of `config`; values are Python text."""
+    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    names = part.split(".") if part else []
+    for depth in range(len(names), 0, -1):
+        owner = ".".join(["config", *names[:depth]])
+        text = f"{names[depth - 1]}=replace({owner}, {text})"
+    return f"config = replace(config, {text})"
+
+
+FILES = [
+    (fault("", run="'runs/x'"), "run must be <class 'pathlib.Path'>, got 'runs/x'"),
+    (fault("data", class_names="['a']"), "data.class_names must be tuple[str, ...], got ['a']"),
+    (fault("data", class_names="'abc'"), "data.class_names must be tuple[str, ...], got 'abc'"),
+    (fault("data", class_names="('a', 3)"), "data.class_names must be tuple[str, ...], got ('a', 3)"),
+    (fault("data", shapes="4"), "data.shapes must be fasterrcnn_jax.config.ShapesConfig | None, got 4"),
+    (fault("train", learning_rate="'1'"), "'str'"),
+    (fault("train", warmup_steps="1.5"), "train.warmup_steps must be <class 'int'>, got 1.5"),
+    (fault("train", optimizer="'sdg'"), "train.optimizer must be typing.Literal['sgd', 'adamw'], got 'sdg'"),
+    (fault("model.image", canvases="((64, 96), (96, 64.0))"), "model.image.canvases must be tuple"),
+    (fault("model", rpn="None"), "model.rpn must be"),
+    (fault("train", stepz="3"), "unexpected keyword argument 'stepz'"),
+    (fault("train", steps="0"), "steps must be positive, got 0"),
+    ("config = 3", "defines no `config` of type Config"),
+    ("del config", "defines no `config` of type Config"),
+    ("raise KeyError('nothing')", "KeyError: 'nothing'"),
+    ("import no_such_module", "No module named 'no_such_module'"),
+    ("def (:", "SyntaxError"),
+]
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from fasterrcnn_jax.config import from_json, load_config
+from fasterrcnn_jax.errors import InputError
+for path in map(Path, sys.argv[1:]):
+    try:
+        load_config(path) if path.suffix == ".py" else from_json(path.read_text(), str(path))
+        print(json.dumps("accepted"))
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def write(path, text):
+    """Writes a config file: the tiny configuration, changed by Python text that sees `config`."""
+    path.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import dataclasses, tiny\nfrom pathlib import Path\n"
+        f"config = tiny.config(Path({str(path.parent)!r}))\nreplace = dataclasses.replace\n{text}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory):
+    """What is said about every faulty text, by a process whose annotations nobody enforces but the code."""
+    folder = tmp_path_factory.mktemp("faulty")
+    paths = [write(folder / f"{number:02d}.py", text) for number, (text, _) in enumerate(FILES)]
+    for number, (text, _) in enumerate(JSONS):
+        paths.append(folder / f"{number:02d}.json")
+        paths[-1].write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, paths)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name: json.loads(line) for path, line in zip(paths, done.stdout.splitlines(), strict=True)}
+
+
+@pytest.mark.parametrize("number", range(len(FILES)), ids=[text[:60] for text, _ in FILES])
+def test_a_bad_config_file_is_named_with_field_and_value(messages, number):
+    name = f"{number:02d}.py"
+    assert name in messages[name] and FILES[number][1] in messages[name], messages[name]
+
+
+@pytest.mark.parametrize("number", range(len(JSONS)))
+def test_json_that_is_no_configuration_names_place_and_field(messages, number):
+    name = f"{number:02d}.json"
+    assert name in messages[name] and JSONS[number][1] in messages[name], messages[name]
+
+
+def test_a_config_file_gives_its_config(tmp_path):
+    assert load_config(write(tmp_path / "mine.py", "")) == tiny.config(tmp_path)
+
+
+def test_an_absent_config_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="absent.py: no such file"):
+        load_config(tmp_path / "absent.py")
+    with pytest.raises(InputError, match="no such file"):
+        load_config(tmp_path)

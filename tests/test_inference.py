@@ -1,0 +1,279 @@
+"""From pictures of any size to boxes in their own pixels, and to pictures with boxes on them."""
+
+import inspect
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import fasterrcnn_jax
+from fasterrcnn_jax import inference
+from fasterrcnn_jax.drawing import draw, draw_boxes, label_colour, side_by_side
+from fasterrcnn_jax.inference import Prediction, detect_dataset, predict, preprocess, to_original
+from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.structures import Detections
+
+SIZES = [(64, 96), (50, 90), (96, 64), (60, 60), (40, 44), (128, 190)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(random_weights):
+    return random_weights(
+        lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=1
+    )
+
+
+def pictures():
+    return [
+        tiny.picture((height, width), (5, 6, width // 2, height // 2), seed=index)
+        for index, (height, width) in enumerate(SIZES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What is found in each picture by itself, in batches of two: one filling row."""
+    return [predict(model, image, batch_size=2) for image in pictures()]
+
+
+def assert_same(found, expected):
+    for field, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(field, other)
+
+
+def test_a_prediction_is_in_the_pixels_of_its_picture_best_first(alone):
+    for found, (height, width) in zip(alone, SIZES):
+        count = len(found.scores)
+        assert count > 0 and found.boxes.shape == (count, 4) and found.labels.shape == (count,)
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 0::2] <= width).all() and (found.boxes[:, 1::2] <= height).all()
+        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+        assert (np.diff(found.scores) <= 0).all() and (found.scores > 0).all() and (found.scores <= 1).all()
+        assert found.class_names == tuple(tiny.CLASS_NAMES[label - 1] for label in found.labels)
+    widest = max(found.boxes[:, 2].max() for found in alone)
+    assert widest > 96  # of the picture that was shrunk
+
+
+def test_predictions_do_not_depend_on_company(model, alone):
+    together = predict(model, pictures(), batch_size=2)
+    backwards = predict(model, pictures()[::-1], batch_size=2)[::-1]
+    for found, other, expected in zip(together, backwards, alone, strict=True):
+        assert_same(found, expected)
+        assert_same(other, expected)
+
+
+def test_one_picture_a_list_and_a_batch_array_agree(model, alone):
+    image = pictures()[0]
+    assert isinstance(predict(model, image, batch_size=2), Prediction)
+    (listed,) = predict(model, [image], batch_size=2)
+    stacked = predict(model, np.stack([image, image[::-1], image]), batch_size=2)
+    assert len(stacked) == 3
+    for found in (listed, stacked[0], stacked[2]):
+        assert_same(found, alone[0])
+    assert np.any(stacked[1].scores != alone[0].scores)
+
+
+def test_nothing_to_look_at_gives_an_empty_list(model):
+    assert predict(model, []) == []
+    assert predict(model, np.zeros((0, 20, 30, 3), np.uint8)) == []
+
+
+def test_pictures_are_left_as_they_are(model):
+    images = pictures()[:2]
+    copies = [image.copy() for image in images]
+    for image in images:
+        image.setflags(write=False)
+    predict(model, images, batch_size=2)
+    for image, copy in zip(images, copies):
+        np.testing.assert_array_equal(image, copy)
+
+
+@pytest.mark.parametrize(
+    "image, said",
+    [
+        (np.zeros((8, 9, 3), np.float32), r"image 0 must be a uint8 .* got float32 \[8, 9, 3\]"),
+        (np.zeros((8, 9, 3), np.int32), "got int32"),
+        (np.zeros((8, 9, 4), np.uint8), r"got uint8 \[8, 9, 4\]"),
+        (np.zeros((3, 8, 9), np.uint8), r"got uint8 \[3, 8, 9\]"),
+        (np.zeros((8, 9), np.uint8), "must be a uint8 array"),
+        (np.zeros((0, 9, 3), np.uint8), r"got uint8 \[0, 9, 3\]"),
+        ([np.zeros((8, 9, 3), np.uint8), np.zeros((8, 9), np.uint8)], r"image 1 .* got uint8 \[8, 9\]"),
+        ([[1, 2, 3]], "image 0 must be"),
+        ("photo.jpg", "image 0 must be"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_position_type_and_shape(model, image, said):
+    # Without the annotations' own check, as users run it.
+    with pytest.raises(ValueError, match=said):
+        inspect.unwrap(predict)(model, image)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused(model, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be positive, got {batch_size}"):
+        predict(model, pictures()[:1], batch_size=batch_size)
+
+
+def test_boxes_of_an_enlarged_picture_are_enlarged(model):
+    """By repeating columns and rows the resized pictures are nearly the same; boxes follow the original."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:] = np.linspace(40, 200, 96, dtype=np.uint8)[None, :, None]
+    small = predict(model, image, batch_size=2)
+    large = predict(model, image.repeat(2, axis=0).repeat(2, axis=1), batch_size=2)
+    assert len(small.scores) == len(large.scores) > 0
+    np.testing.assert_array_equal(large.labels, small.labels)
+    np.testing.assert_allclose(large.scores, small.scores, atol=0.01)
+    np.testing.assert_allclose(large.boxes, 2 * small.boxes, atol=1.0)
+
+
+def test_boxes_return_by_both_scales_and_are_cut_at_the_picture():
+    boxes = jnp.float32([[[10, 20, 30, 40], [0, 0, 64.2, 96], [1, 1, 2, 2]]])
+    found = Detections(
+        boxes, jnp.float32([[0.9, 0.8, 0.7]]), jnp.int32([[2, 1, 0]]), jnp.array([[True, True, False]])
+    )
+    original = to_original(found, 0, np.float32([4.0, 2.0]), (24, 32))
+    np.testing.assert_array_equal(original.boxes, [[5, 5, 15, 10], [0, 0, 32, 24]])
+    assert original.labels.tolist() == [2, 1]
+
+
+def test_one_program_serves_all_pictures_of_a_canvas(model, alone, caplog):
+    inference.jitted_detect.clear_cache()
+    with caplog.at_level(logging.INFO, logger="fasterrcnn_jax"):
+        for number in (1, 5):
+            for image in pictures()[:number]:
+                jax.eval_shape(inference.jitted_detect, model, *preprocess([image], tiny.IMAGE)[:2])
+    assert len([line for line in caplog.messages if "compiling detection" in line]) == 2
+
+
+def test_preprocess_takes_the_smallest_canvas_that_holds_all():
+    def canvas(*sizes):
+        return preprocess([np.zeros((*size, 3), np.uint8) for size in sizes], tiny.IMAGE)[0].shape
+
+    assert canvas((64, 96)) == (1, 64, 96, 3)
+    assert canvas((96, 64), (90, 50)) == (2, 96, 64, 3)
+    # A square picture fits both canvases and must not choose for the portrait beside it.
+    assert canvas((64, 64), (96, 64)) == (2, 96, 64, 3)
+    with pytest.raises(ValueError, match="no canvas of .* 96 x 96"):
+        canvas((64, 96), (96, 64))
+
+
+def test_detect_runs_inside_a_users_own_jit(model, alone):
+    """The model is an argument, so one program serves any weights; a constant would be in the text."""
+
+    @jax.jit
+    def best_score(model, images, image_hw):
+        found = fasterrcnn_jax.detect(model, images, image_hw)
+        return jnp.where(found.valid, found.scores, 0.0).max(axis=1), found
+
+    images, image_hw, scale = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
+    best, found = best_score(model, images, image_hw)
+    for row, expected in enumerate(alone[:2]):
+        original = to_original(found, row, scale[row], SIZES[row])
+        assert len(original.scores) == len(expected.scores)
+        np.testing.assert_allclose(original.boxes, expected.boxes, atol=1e-2)
+        np.testing.assert_allclose(best[row], expected.scores[0], rtol=1e-4)
+    text = best_score.lower(model, images, image_hw).as_text()
+    assert len(text) < 4 * 10**6 and len(jax.tree.leaves(model)) < text.count("%arg")
+
+
+def test_detect_under_vmap_has_the_leading_axis():
+    shapes = jax.ShapeDtypeStruct((3, 2, 64, 96, 3), jnp.float32), jax.ShapeDtypeStruct((3, 2, 2), jnp.float32)
+    model = jax.eval_shape(
+        lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0))
+    )
+    found = jax.eval_shape(jax.vmap(detect, in_axes=(None, 0, 0)), model, *shapes)
+    slots = tiny.MODEL.postprocess.max_detections
+    assert found.boxes.shape == (3, 2, slots, 4) and found.valid.shape == (3, 2, slots)
+
+
+def test_a_data_set_is_detected_in_its_order_and_as_by_predict(model, alone, tmp_path):
+    images = [(pixels, [(5, 6, 20, 20)], [1]) for pixels in pictures()]
+    dataset = tiny.dataset(tmp_path / "images", images)
+    found = detect_dataset(model, dataset, batch_size=2)
+    assert len(found) == len(SIZES)
+    for detections, expected in zip(found, alone, strict=True):
+        assert_same(detections, expected[:3])
+
+
+def found_at(*boxes, scores=None, labels=None):
+    count = len(boxes)
+    return Prediction(
+        np.float32(boxes).reshape(-1, 4),
+        np.float32(scores or [0.9] * count),
+        np.int32(labels or [1] * count),
+        ("ring",) * count,
+    )
+
+
+def test_draw_returns_a_new_picture_and_leaves_its_own():
+    image = tiny.picture((60, 90), (0, 0, 5, 5))
+    before = image.copy()
+    image.setflags(write=False)
+    drawn = draw(image, found_at((10, 12, 50, 44)))
+    np.testing.assert_array_equal(image, before)
+    assert drawn.dtype == np.uint8 and drawn.shape == image.shape and np.any(drawn != image)
+    drawn[0, 0] = 0  # it is the caller's
+
+
+def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else(monkeypatch):
+    image = np.zeros((60, 90, 3), np.uint8)
+    x1, y1, x2, y2 = 10, 12, 50, 44
+    drawn = draw_boxes(image, np.float32([(x1, y1, x2, y2)]), np.int32([2]), [""])
+    border = np.zeros((60, 90), bool)
+    border[y1:y2, x1:x2] = True
+    border[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1] = False
+    assert (drawn[border] == label_colour(2)).all()
+    # The (here empty) caption has the rest of its colour at the box's upper left corner.
+    changed = drawn.any(axis=2) & ~border
+    rows, columns = np.nonzero(changed)
+    assert changed.sum() < 60 and rows.max(initial=0) < y1 + 14 and columns.max(initial=0) < x1 + 5
+
+
+def test_a_caption_stands_at_the_upper_left_of_its_box():
+    image = np.zeros((60, 90, 3), np.uint8)
+    box = (10, 12, 80, 50)
+    plain = draw_boxes(image, np.float32([box]), np.int32([1]), [""])
+    drawn = draw(image, found_at(box))
+    rows, columns = np.nonzero((drawn != plain).any(axis=2))
+    assert len(rows) > 20
+    assert 10 <= rows.min() and rows.max() < 30 and 9 <= columns.min() and columns.max() < 75
+
+
+def test_what_is_below_the_threshold_is_not_drawn():
+    image = np.zeros((60, 90, 3), np.uint8)
+    found = found_at((10, 12, 50, 44), (5, 5, 20, 20), scores=[0.5, 0.49])
+    only = found_at((10, 12, 50, 44), scores=[0.5])
+    np.testing.assert_array_equal(draw(image, found), draw(image, only))
+    assert not draw(image, found, score_threshold=0.95).any()
+    assert np.any(draw(image, found, score_threshold=0.1) != draw(image, only))
+    np.testing.assert_array_equal(draw(image, found_at()), image)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 90, 60), (89.5, 59.2, 90, 60), (3.2, 4.7, 3.3, 4.8), (0, 0, 0, 0)])
+def test_boxes_at_the_rim_and_without_size_are_drawn_without_complaint(box):
+    image = np.zeros((60, 90, 3), np.uint8)
+    assert draw(image, found_at(box)).shape == image.shape
+
+
+def test_neighbouring_labels_have_different_bright_colours():
+    colours = np.array([label_colour(label) for label in range(1, 21)], int)
+    assert colours.min() >= 80 and colours.max(axis=1).min() == 255
+    assert np.abs(np.diff(colours, axis=0)).max(axis=1).min() > 60
+
+
+def test_pairs_stand_side_by_side_on_white():
+    left, right = np.full((4, 6, 3), 10, np.uint8), np.full((5, 3, 3), 20, np.uint8)
+    sheet = side_by_side([(left, right), (right, left)])
+    assert sheet.shape == (5 + 5 + 3 * 8, 2 * 6 + 3 * 8, 3)
+    assert (sheet == 10).sum() == 2 * left.size and (sheet == 20).sum() == 2 * right.size
+    assert ((sheet == 10) | (sheet == 20) | (sheet == 255)).all()
+    assert (sheet[8:12, 8:14] == 10).all() and (sheet[8:13, 22:25] == 20).all()

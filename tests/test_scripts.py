@@ -1,0 +1,330 @@
+"""train.py and evaluate.py as a user runs them, on a data set and a detector of seconds.
+
+One program for the step and one for detection serve all runs, through a compilation cache of this module.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import fasterrcnn_jax.scripts.evaluate as evaluate_script
+import fasterrcnn_jax.scripts.train as train_script
+from fasterrcnn_jax import checkpoint
+from fasterrcnn_jax.data import loader
+
+STEPS = 6
+LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
+
+CONFIG = """
+import dataclasses, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import tiny
+config = tiny.config(Path({folder!r}), steps=6, checkpoint_every=2, evaluate_every=4, keep_checkpoints=2)
+image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
+config = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny.restored_logging(),
+        tiny.quick_compilation(),
+        jax.numpy_dtype_promotion("standard"),  # Optax's schedules mix integers and floats
+    ):
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    tiny.write_voc(folder / "voc", train=9, test=5)
+    (folder / "mine.py").write_text(CONFIG.format(tests=str(Path(__file__).parent), folder=str(folder)))
+    return folder
+
+
+def called(main, *argv):
+    """Returns (exit status, stdout, stderr) of a script."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in argv])
+        except SystemExit as error:
+            status = error.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def train(folder, *argv):
+    return called(train_script.main, "--config", folder / "mine.py", *argv)
+
+
+def refused(result, message):
+    """A fault is one line on stderr, after what the log says, with exit status 2."""
+    status, out, err = result
+    assert status == 2 and "Traceback" not in err and "error: " not in out
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert re.search(message, line), line
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Returns (run folder, stdout, stderr) of a whole run."""
+    status, out, err = train(folder)
+    assert status == 0, err
+    return folder / "run", out, err
+
+
+def values_of(run):
+    state = nnx.split(checkpoint.load(run))[1]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def steps_in(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def lines_of(run, key):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def test_a_run_prints_its_table_and_where_things_are(trained):
+    run, out, err = trained
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[-7:]] == ["class", "ring", "disc", "mAP", "AP50", "checkpoint", "picture"]
+    assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-3])
+    assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
+    assert Path(lines[-1].split()[1]).is_file()
+
+
+def test_a_run_compiles_its_step_once(trained):
+    assert trained[2].count("compiling the training step") == 1
+
+
+def test_the_run_folder_holds_configuration_numbers_pictures_and_checkpoints(trained):
+    run = trained[0]
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
+    events = list(run.glob("events.out.tfevents.*"))
+    assert len(events) == 1 and events[0].stat().st_size > 500
+    assert steps_in(run) in ([4, 6], [4, 5, 6], [2, 4, 6])
+    for step in (4, 6):
+        with Image.open(run / "pictures" / f"{step:06d}.png") as picture:
+            assert min(picture.size) > 100
+
+
+def test_every_step_is_logged_with_its_four_losses(trained):
+    steps = lines_of(trained[0], "gradient_norm")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for line in steps:
+        assert all(np.isfinite(line[name]) and line[name] >= 0 for name in LOSSES)
+        assert line["time"] > 1.7e9
+
+
+def test_every_evaluation_is_made_and_logged_once(trained):
+    run, out, _ = trained
+    evaluations = lines_of(run, "AP50")
+    assert [line["step"] for line in evaluations] == [4, STEPS]
+    assert f"{evaluations[-1]['AP50']:.2f}" == re.search(r"^AP50 (.*)$", out, re.MULTILINE)[1]
+    assert {"voc07/ring", "AP50/disc", "AP"} <= set(evaluations[0])
+
+
+def test_a_finished_run_started_again_evaluates_and_trains_no_more(folder, trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    before = values_of(run)
+    status, out, err = train(folder, "--run", run)
+    assert status == 0 and f"from step {STEPS}" in out
+    assert "compiling the training step" not in err
+    assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
+    assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
+    for name, value in values_of(run).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+class Poisoned:
+    """An iterator whose batch number `at` (from 1) has a pixel that is not a number."""
+
+    def __init__(self, batches, at):
+        self.batches, self.at, self.met = batches, at, 0
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self):
+        batch = next(self.batches)
+        self.met += 1
+        if self.met == self.at:
+            batch.images[np.flatnonzero(batch.image_valid)[0], 3, 3] = np.nan
+        return batch
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """Returns (run folder, result) of a run that meets a loss that is no number in step 5."""
+    run = folder / "stopped"
+    original = loader.training_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "training_batches", lambda *a, **k: Poisoned(original(*a, **k), 5))
+        return run, train(folder, "--run", run)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(stopped, folder):
+    line = refused(stopped[1], r"step 5: .*= nan.* on images train\d, train\d")
+    assert any(name in line for name in LOSSES)
+    data = dataclasses.replace(tiny.config(folder).data, root=folder / "voc")
+    from fasterrcnn_jax.data.sources import open_split
+
+    dataset = open_split(data, "train")
+    image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
+    batches = list(loader.training_batches(dataset, data, image, batch_size=4, seed=0, steps=5))
+    named = [dataset.records[i].id for i in batches[-1].image_index[batches[-1].image_valid]]
+    assert f"on images {', '.join(named)};" in line
+
+
+def test_the_checkpoints_before_it_are_untouched(stopped):
+    run = stopped[0]
+    assert steps_in(run) == [2, 4]
+    assert all(np.isfinite(value).all() for value in values_of(run).values())
+    assert [line["step"] for line in lines_of(run, "gradient_norm")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder, trained):
+    run = stopped[0]
+    status, out, err = train(folder, "--run", run)
+    assert status == 0 and "from step 4" in out, err
+    expected = values_of(trained[0])
+    for name, value in values_of(run).items():
+        np.testing.assert_array_equal(value, expected[name])
+    whole = {line["step"]: line for line in lines_of(trained[0], "gradient_norm")}
+    for line in lines_of(run, "gradient_norm"):
+        assert [line[name] for name in LOSSES] == [whole[line["step"]][name] for name in LOSSES]
+    assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
+
+
+def test_another_seed_gives_other_weights(folder, trained):
+    """Through the same program: seeds are no part of it."""
+    status, _, err = train(folder, "--run", folder / "seed", "--train.seed", "1")
+    assert status == 0, err
+    expected = values_of(trained[0])
+    assert any(np.any(value != expected[name]) for name, value in values_of(folder / "seed").items())
+
+
+def test_evaluate_needs_the_run_alone(trained, folder, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(trained[0] / "checkpoints", tmp_path / "run" / "checkpoints")).parent
+    monkeypatch.chdir(tmp_path)
+    status, out, err = called(evaluate_script.main, "--ckpt", run)
+    assert status == 0, err
+    # The same table as at the end of training.
+    assert out.splitlines()[-6:-1] == trained[1].splitlines()[-7:-2]
+    files = run / "evaluation" / "test"
+    assert {path.name for path in files.iterdir()} == {
+        "detections.json",
+        "comp4_det_test_ring.txt",
+        "comp4_det_test_disc.txt",
+    }
+    entries = json.loads((files / "detections.json").read_text())
+    assert {entry["image_id"] for entry in entries} <= {f"test{i}" for i in range(5)} and len(entries) > 3
+    lines = [line for path in files.glob("comp4*") for line in path.read_text().splitlines()]
+    assert len(lines) == len(entries) and all(len(line.split()) == 6 for line in lines)
+
+
+def test_evaluate_takes_a_step_a_split_and_a_folder(trained, tmp_path):
+    arguments = ("--split", "train", "--out", tmp_path / "files", "--root", trained[0].parent / "voc")
+    status, out, err = called(evaluate_script.main, "--ckpt", trained[0] / "checkpoints" / "4", *arguments)
+    assert status == 0, err
+    assert re.search(r"^AP50 [01]\.\d\d$", out, re.MULTILINE)
+    assert (tmp_path / "files" / "comp4_det_train_ring.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--data.root", "nowhere"), "nowhere"),
+        (("--data.train_split", "trian"), "trian"),
+        (("--data.class_names", "ring"), "disc"),
+        (("--data.max_boxes", "1"), r"image train1 has 2 objects, data.max_boxes is 1"),
+        (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ local devices"),
+        (("--run", "mine.py"), "run folder mine.py"),
+    ],
+)
+def test_bad_input_to_train_is_named_in_one_line(folder, monkeypatch, argv, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    refused(train(folder, "--run", folder / "never", *argv) if argv[0] != "--run" else train(folder, *argv), message)
+    assert sorted(folder.iterdir()) == before  # no run folder for a run that never began
+
+
+def test_a_typo_names_the_nearest_field(folder):
+    status, _, err = train(folder, "--train.learning_rat", "1")
+    assert status == 2 and "Perhaps you meant" in err and "--train.learning_rate" in err
+
+
+@pytest.mark.parametrize("without_config_json", [False, True])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--train.learning_rate", "0.5"), "train.learning_rate = 0.01 where 0.5 is asked for"),
+        (("--data.class_names", "disc", "ring"), r"data.class_names = \['ring', 'disc'\] where"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(folder, trained, tmp_path, argv, message, without_config_json):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    if without_config_json:
+        (run / "config.json").unlink()
+    before = values_of(run)
+    refused(train(folder, "--run", run, *argv), message)
+    for name, value in values_of(run).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_spoilt_config_json_is_named(folder, trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (run / "config.json").write_text("{")
+    refused(train(folder, "--run", run), r"run/config.json: .*cannot be read")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--ckpt", "nowhere"), "nowhere: no such folder"),
+        (("--ckpt", "{folder}"), "holds no checkpoint"),
+        (("--ckpt", "{run}", "--root", "nowhere"), "nowhere"),
+        (("--ckpt", "{run}", "--split", "tset"), "tset"),
+    ],
+)
+def test_bad_input_to_evaluate_is_named_in_one_line(folder, trained, argv, message):
+    names = {"folder": folder, "run": trained[0]}
+    refused(called(evaluate_script.main, *(argument.format(**names) for argument in argv)), message)
+
+
+def test_evaluate_refuses_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate_script.main(["--checkpoint", "x"])
+    assert caught.value.code == 2 and "--ckpt" in capsys.readouterr().err
+
+
+def test_the_scripts_are_the_files_at_the_top():
+    root = Path(__file__).parents[1]
+    for module in (train_script, evaluate_script):
+        name = Path(sys.modules[module.__name__].__file__).name
+        assert Path(module.__file__).resolve() == (root / name).resolve()

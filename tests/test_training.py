@@ -1,0 +1,245 @@
+"""The step: schedule, decay, constants that stay, one and four devices alike, the loss falls.
+
+Two programs serve the whole module: the step mapped over four virtual devices and over one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from fasterrcnn_jax import parallel, training
+from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.structures import Batch, GroundTruth
+
+DEVICES, B, G = 4, 4, 5
+H, W = tiny.IMAGE.canvases[0]
+MODEL = dataclasses.replace(
+    tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch")
+)
+TRAIN = TrainConfig(
+    steps=60, batch_size=B, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip_norm=10.0
+)
+LOSSES = training.StepMetrics._fields[:4]
+
+pytestmark = pytest.mark.skipif(jax.local_device_count() < DEVICES, reason="needs four devices")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    # Optax's schedules mix integers and floats. Promotion in the losses is held to in test_detector.py.
+    with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
+    config = TrainConfig(steps=110, batch_size=1, learning_rate=0.4, warmup_steps=10)
+    schedule = training.learning_rate_schedule(config)
+    rates = np.array([float(schedule(step)) for step in range(111)])
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), atol=1e-7)
+    np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 101))), atol=1e-7)
+
+
+def test_learning_rate_without_warm_up_starts_at_its_peak():
+    config = TrainConfig(steps=10, batch_size=1, learning_rate=0.4, warmup_steps=0)
+    assert float(training.learning_rate_schedule(config)(0)) == np.float32(0.4)
+
+
+def updated(config, params, gradients, steps=1):
+    optimizer = training.create_optimizer(config)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return jax.device_get(params)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_moves_kernels_alone(optimizer):
+    config = TrainConfig(
+        steps=10, batch_size=1, learning_rate=0.5, warmup_steps=0, optimizer=optimizer, weight_decay=0.1
+    )
+    params = {"conv": jnp.ones((1, 1, 2, 2)), "linear": jnp.ones((2, 3)), "bias": jnp.ones(3), "scale": jnp.ones(2)}
+    after = updated(config, params, jax.tree.map(jnp.zeros_like, params))
+    for name in ("conv", "linear"):
+        np.testing.assert_allclose(after[name], 0.95, rtol=1e-6)
+    for name in ("bias", "scale"):
+        np.testing.assert_array_equal(after[name], 1.0)
+
+
+def test_what_decays_is_what_is_called_a_kernel():
+    model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.split(model, nnx.Param, ...)[1])
+    names = {leaf.ndim > 1: set() for _, leaf in leaves}
+    for path, leaf in leaves:
+        names[leaf.ndim > 1].add(next(part.key for part in reversed(path) if hasattr(part, "key")))
+    assert names == {True: {"kernel"}, False: {"bias", "scale"}}
+
+
+@pytest.mark.parametrize("size, expected", [(1.0, 1.0), (100.0, 2.0)])
+def test_gradients_are_clipped_by_their_global_norm(size, expected):
+    config = dataclasses.replace(TRAIN, learning_rate=1.0, clip_norm=2.0)
+    params = {"a": jnp.zeros(4), "b": jnp.zeros((2, 2))}
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, size / np.sqrt(8)), params)
+    after = updated(config, params, gradients)
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in after.values()))
+    np.testing.assert_allclose(norm, expected, rtol=1e-6)
+
+
+def test_momentum_adds_up_past_gradients():
+    config = dataclasses.replace(TRAIN, steps=10**6, learning_rate=1.0, momentum=0.5)
+    after = updated(config, {"a": jnp.zeros(1)}, {"a": jnp.ones(1)}, steps=3)
+    np.testing.assert_allclose(after["a"], -(1 + 1.5 + 1.75), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def start(random_weights):
+    """Returns (graphdef, state at step 0 in NumPy): a step donates the arrays it is given."""
+    model = random_weights(lambda: Detector(MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=3)
+    graphdef, state = training.create_state(model, training.create_optimizer(TRAIN), seed=0)
+    return graphdef, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def steps(start):
+    """Returns {number of devices: function (state in NumPy, batch) -> (state, metrics)}."""
+    graphdef, _ = start
+    step = training.make_train_step(graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS)
+
+    def mapped(devices):
+        run = parallel.data_parallel(step, devices=devices)
+        return lambda state, batch: run(parallel.replicate(jax.tree.map(jnp.array, state), devices=devices), batch)
+
+    return {count: mapped(jax.local_devices()[:count]) for count in (1, DEVICES)}
+
+
+def uneven_batch():
+    """Per device: two objects; an empty little picture; a row that only fills; a crowded picture."""
+    generator = np.random.default_rng(0)
+    image_hw = np.float32([(64, 96), (12, 14), (0, 0), (60, 90)])
+    images = np.zeros((B, H, W, 3), np.float32)
+    for row, (height, width) in enumerate(image_hw.astype(int)):
+        images[row, :height, :width] = generator.normal(size=(height, width, 3))
+    boxes, valid = np.zeros((B, G, 4), np.float32), np.zeros((B, G), bool)
+    boxes[0, :2] = (2, 3, 30, 33), (20, 8, 46, 38)
+    boxes[3] = [(x, y, x + 24, y + 22) for x, y in ((1, 1), (30, 2), (60, 5), (5, 30), (50, 34))]
+    valid[0, :2] = valid[3] = True
+    labels = np.where(valid, np.int32([1, 2, 1, 2, 1]), 0).astype(np.int32)
+    return Batch(
+        images=images,
+        image_hw=image_hw,
+        scale=np.ones((B, 2), np.float32),
+        image_index=np.int32([7, 3, 0, 9]),
+        image_valid=np.array([True, True, False, True]),
+        ground_truth=GroundTruth(boxes, labels, valid),
+    )
+
+
+@pytest.fixture(scope="module")
+def first(start, steps):
+    """Returns {number of devices: (state, metrics)} after one step on the same global batch, in NumPy."""
+    return {count: jax.device_get(step(start[1], uneven_batch())) for count, step in steps.items()}
+
+
+def losses(metrics):
+    return np.array([getattr(metrics, name) for name in LOSSES], np.float64)
+
+
+def test_one_and_four_devices_have_the_same_first_losses(first):
+    assert (losses(first[1][1]) > 0).all()
+    np.testing.assert_allclose(losses(first[DEVICES][1]), losses(first[1][1]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_mean_of_the_devices_means_would_be_another_number(first, start, steps):
+    """Otherwise the tests beside this one could not tell the two."""
+    means = []
+    for row in range(B):
+        alone = uneven_batch()._replace(image_valid=uneven_batch().image_valid & (np.arange(B) == row))
+        means.append(losses(jax.device_get(steps[1](start[1], alone)[1])))
+    assert not np.any(means[2])  # the filling row
+    expected = losses(first[1][1])
+    for devices in (means, [means[row] for row in (0, 1, 3)]):
+        assert (np.abs(np.mean(devices, axis=0) - expected) > 1e-2 * expected).all()
+
+
+def traces(state):
+    """Returns the momentum by parameter path: after the first step, the gradient itself."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if ".trace" in jax.tree_util.keystr(path)}
+
+
+def test_one_and_four_devices_have_the_same_gradients(first):
+    one, four = (traces(first[count][0]) for count in (1, DEVICES))
+    assert len(one) == len(jax.tree.leaves(first[1][0].params))
+    for name, gradient in one.items():
+        size = np.linalg.norm(gradient)
+        assert size > 0, name
+        assert np.linalg.norm(four[name] - gradient) <= 1e-4 * size, name
+
+
+def test_one_and_four_devices_have_the_same_gradient_norm(first):
+    norm = first[1][1].gradient_norm
+    np.testing.assert_allclose(first[DEVICES][1].gradient_norm, norm, rtol=1e-4)
+    clipped = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in traces(first[1][0]).values()))
+    np.testing.assert_allclose(clipped, min(norm, TRAIN.clip_norm), rtol=1e-4)
+
+
+def test_a_step_moves_every_parameter_and_no_constant(first, start):
+    before, after = start[1], first[DEVICES][0]
+    assert after.step == 1 and before.step == 0
+    np.testing.assert_array_equal(after.key, before.key)
+    frozen = jax.tree.leaves(before.frozen)
+    assert len(frozen) >= 4 * 20
+    for old, new in zip(frozen, jax.tree.leaves(after.frozen), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert np.any(old != new)
+
+
+def test_every_device_holds_the_same_state(start, steps):
+    state, _ = steps[DEVICES](start[1], uneven_batch())
+    for leaf in jax.tree.leaves(state):
+        assert len(leaf.addressable_shards) == DEVICES and leaf.is_fully_replicated
+        bits = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
+        assert len(bits) == 1
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_step_other_samples(start, steps, first):
+    again = jax.device_get(steps[DEVICES](start[1], uneven_batch()))
+    jax.tree.map(np.testing.assert_array_equal, again, first[DEVICES])
+    later = start[1]._replace(step=np.int32(5))
+    assert np.any(losses(steps[DEVICES](later, uneven_batch())[1]) != losses(again[1]))
+    other = start[1]._replace(key=jax.device_get(jax.random.key_data(jax.random.key(1))))
+    assert np.any(losses(steps[DEVICES](other, uneven_batch())[1]) != losses(again[1]))
+
+
+def test_the_loss_falls_on_one_repeated_batch(start, steps):
+    state, totals = start[1], []
+    for _ in range(30):
+        state, metrics = steps[DEVICES](state, uneven_batch())
+        totals.append(losses(metrics).sum())
+    assert np.isfinite(totals).all()
+    assert np.mean(totals[-3:]) < 0.6 * np.mean(totals[:3]), totals
+    for old, new in zip(jax.tree.leaves(start[1].frozen), jax.tree.leaves(state.frozen), strict=True):
+        np.testing.assert_array_equal(old, np.asarray(new))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    parallel.check_batch_size(2 * jax.local_device_count())
+    with pytest.raises(InputError, match=r"train\.batch_size is 6, not a multiple of the \d+ local devices"):
+        parallel.check_batch_size(6)
+
+
+def test_states_of_one_seed_are_the_same_and_of_another_differ(random_weights):
+    model = random_weights(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    keys = [
+        training.create_state(model, training.create_optimizer(TRAIN), seed=seed)[1].key for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(keys[0], keys[1])
+    assert np.any(keys[0] != keys[2])

@@ -1,0 +1,113 @@
+"""A detector and data sets so small that a test can afford them."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from fasterrcnn_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    PostprocessConfig,
+    ProposalConfig,
+    RoiAlignConfig,
+    RoiSamplingConfig,
+    RpnConfig,
+    TrainConfig,
+)
+from fasterrcnn_jax.data.records import Dataset, ImageRecord
+
+CLASS_NAMES = ("ring", "disc")
+IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)))
+MODEL = ModelConfig(
+    image=IMAGE,
+    backbone=BackboneConfig(depth=18, width=8, stride=16, norm="group", mask_padding=True),
+    rpn=RpnConfig(anchor_sizes=(16.0, 32.0), channels=8, anchors_per_image=24),
+    train_proposals=ProposalConfig(pre_nms_top_n=64, post_nms_top_n=16, min_size=4.0),
+    test_proposals=ProposalConfig(pre_nms_top_n=32, post_nms_top_n=8, min_size=4.0),
+    roi_sampling=RoiSamplingConfig(rois_per_image=8, fg_fraction=0.5),
+    roi_align=RoiAlignConfig(output_size=4, sampling_ratio=2),
+    postprocess=PostprocessConfig(score_threshold=0.0, max_detections=6),
+)
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Programs compiled meanwhile take a fraction of the time to build, and longer to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def restored_logging():
+    """A script sets up the log and the compilation cache of its program; afterwards they are as before."""
+    root, package, absl = (logging.getLogger(name) for name in (None, "fasterrcnn_jax", "absl"))
+    before = root.handlers[:], root.level, package.level, absl.level, jax.config.jax_compilation_cache_dir
+    yield
+    root.handlers[:], root.level, package.level, absl.level = before[:4]
+    jax.config.update("jax_compilation_cache_dir", before[4])
+
+
+def config(folder: Path, **train) -> Config:
+    """Returns a run in `folder` on the data set in `folder`/voc."""
+    options = dict(steps=6, batch_size=4, learning_rate=0.01, warmup_steps=0, checkpoint_every=2)
+    return Config(
+        run=folder / "run",
+        data=DataConfig(root=folder / "voc", class_names=CLASS_NAMES, max_boxes=4),
+        model=MODEL,
+        train=TrainConfig(**(options | train)),
+    )
+
+
+def dataset(folder: Path, images, *, difficult=None, class_names=CLASS_NAMES) -> Dataset:
+    """Writes (pixels, boxes, labels) triples as PNG files; returns their records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, (pixels, boxes, labels) in enumerate(images):
+        path = folder / f"{index:03d}.png"
+        Image.fromarray(pixels).save(path)
+        hard = np.zeros(len(labels), bool) if difficult is None else np.array(difficult[index], bool)
+        arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int32), hard
+        records.append(ImageRecord(path.stem, path, pixels.shape[:2], *arrays))
+    return Dataset(f"{folder.name} (tiny)", class_names, tuple(records), ())
+
+
+def picture(image_hw, box, *, colour=(250, 30, 40), seed=0):
+    """Returns a dim noise picture [h, w, 3] with one bright rectangle at integer xyxy `box`."""
+    pixels = np.random.default_rng(seed).integers(0, 60, (*image_hw, 3), dtype=np.uint8)
+    x1, y1, x2, y2 = box
+    pixels[y1:y2, x1:x2] = colour
+    return pixels
+
+
+def write_voc(root: Path, *, train: int, test: int, image_hw=((48, 72), (72, 48)), seed=0) -> None:
+    """Writes a folder in VOC layout: one or two rectangles per picture, every fifth one empty."""
+    generator = np.random.default_rng(seed)
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    for split, count in (("train", train), ("test", test)):
+        ids = [f"{split}{index}" for index in range(count)]
+        (root / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
+        for index, name in enumerate(ids):
+            height, width = image_hw[index % len(image_hw)]
+            pixels = generator.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            objects = []
+            for label in range(0 if index % 5 == 4 else 1 + index % 2):
+                x, y = (int(generator.integers(0, side - 26)) for side in (width, height))
+                pixels[y : y + 24, x : x + 24] = ((250, 40, 40), (40, 60, 250))[label]
+                objects.append(
+                    f"<object><name>{CLASS_NAMES[label]}</name><bndbox><xmin>{x + 1}</xmin>"
+                    f"<ymin>{y + 1}</ymin><xmax>{x + 24}</xmax><ymax>{y + 24}</ymax></bndbox></object>"
+                )
+            Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.png")
+            (root / "Annotations" / f"{name}.xml").write_text(
+                f"<annotation><filename>{name}.png</filename><size><width>{width}</width>"
+                f"<height>{height}</height><depth>3</depth></size>{''.join(objects)}</annotation>"
+            )
