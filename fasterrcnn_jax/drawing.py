@@ -35,9 +35,13 @@ def draw_boxes(
         colour = label_colour(int(label))
         # A box covers [x1, x2): the last pixel that belongs to it is x2 - 1.
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=unit)
-        left, top, right, bottom = pen.textbbox((x1 + unit, y1), caption, font=font)
-        pen.rectangle((left - unit, top - unit, right + unit, bottom + unit), fill=colour)
-        pen.text((x1 + unit, y1), caption, fill="black", font=font)
+        left, top, right, bottom = pen.textbbox((0, 0), caption, font=font)
+        # Above the box where there is room, so that a small object stays visible.
+        x = max(0.0, min(x1, canvas.width - (right - left) - 2 * unit))
+        y = y1 - (bottom - top) - 2 * unit
+        y = y if y >= 0 else y1
+        pen.rectangle((x, y, x + right - left + 2 * unit, y + bottom - top + 2 * unit), fill=colour)
+        pen.text((x + unit - left, y + unit - top), caption, fill="black", font=font)
     return np.array(canvas)
 
 

@@ -90,7 +90,7 @@ def preprocess(
     height, width = (max(size[axis] for size in needed) for axis in (0, 1))
     fitting = [canvas for canvas in config.canvases if canvas[0] >= height and canvas[1] >= width]
     if not fitting:
-        raise ValueError(f"no canvas of {config.canvases} holds {height} x {width} pixels, as the pictures need together")
+        raise ValueError(f"no canvas of {config.canvases} holds the {height} x {width} pixels of all pictures")
     canvas = min(fitting, key=lambda canvas: canvas[0] * canvas[1])
     return _on_canvas(images, canvas, len(images), config)
 
@@ -124,7 +124,7 @@ def detect_dataset(model: Detector, dataset: Dataset, *, batch_size: int) -> lis
     with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False) as bar:
         for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
             found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw))
-            for row in np.flatnonzero(batch.image_valid):
+            for row in np.flatnonzero(batch.image_valid).tolist():
                 index = batch.image_index[row]
                 original_hw = dataset.records[index].image_hw
                 results[index] = to_original(found, row, batch.scale[row], original_hw)

@@ -19,6 +19,7 @@ from fasterrcnn_jax.inference import Prediction
 from fasterrcnn_jax.training import StepMetrics
 
 PICTURED_IMAGES = 6
+PICTURED_SIDE = 480  # pixels; smaller pictures are enlarged by a whole factor
 
 
 def open_run(config: Config) -> None:
@@ -86,13 +87,14 @@ def write_picture(run: Path, step: int, detections: list[ImageDetections], datas
     for index in spread.astype(int):
         record, found = dataset.records[index], detections[index]
         image = read_image(record.path)
+        # Captions would cover a small picture.
+        zoom = max(1, round(PICTURED_SIDE / max(record.image_hw)))
+        image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
         truth = [dataset.class_names[label - 1] for label in record.labels]
         names = tuple(dataset.class_names[label - 1] for label in found.labels)
+        shown = Prediction(found.boxes * zoom, found.scores, found.labels, names)
         pairs.append(
-            (
-                draw_boxes(image, record.boxes, record.labels, truth),
-                draw(image, Prediction(*found, names)),
-            )
+            (draw_boxes(image, record.boxes * zoom, record.labels, truth), draw(image, shown))
         )
     path = run / "pictures" / f"{step:06d}.png"
     path.parent.mkdir(exist_ok=True)

@@ -72,7 +72,7 @@ def test_overrides_change_their_field_and_nothing_else():
         (("--train.steps", "0"), "steps must be positive, got 0"),
         (("--train.steps", "many"), "--train.steps.*'many'"),
         (("--train.steps",), "--train.steps"),
-        (("--train.warmup_steps", "999"), "warmup_steps.*999"),
+        (("--train.warmup_steps", "99999"), "warmup_steps.*99999"),
         (("--model.backbone.depth", "19"), "'19'.*--model.backbone.depth.*'18', '34'"),
         (("--model.image.canvases", "160", "224", "160"), "--model.image.canvases"),
         (("--train.seed", "-1"), "seed.*got -1"),
@@ -85,7 +85,8 @@ def test_a_bad_argument_is_named(capsys, argv, expected):
 
 def fields_of(cls, prefix=""):
     for field in dataclasses.fields(cls):
-        inner = next((t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)), None)
+        types = (field.type, *getattr(field.type, "__args__", ()))  # the second of `ShapesConfig | None`
+        inner = next((of for of in types if dataclasses.is_dataclass(of)), None)
         if inner:
             yield from fields_of(inner, f"{prefix}{field.name}.")
         else:
@@ -117,9 +118,10 @@ def test_a_shipped_config_is_found_by_name_without_a_checkout(tmp_path, monkeypa
 
 def test_a_file_that_exists_goes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = SHAPES.read_text().replace("steps=500", "steps=123")
-    (tmp_path / "shapes.py").write_text(text)
-    assert cli.parse_config(["--config", "shapes.py"], description="").train.steps == 123
+    (tmp_path / "shapes.py").write_text(
+        f"{SHAPES.read_text()}\nimport dataclasses\nconfig = dataclasses.replace(config, run=Path('mine'))\n"
+    )
+    assert cli.parse_config(["--config", "shapes.py"], description="").run == Path("mine")
 
 
 @pytest.mark.parametrize("name", ["elsewhere/shapes.py", "/shapes.py", "shape.py", "configs", "."])

@@ -1,6 +1,7 @@
 """Settings: valid or refused with field and value, the same after JSON, checked wherever they come from."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import tiny
 
+import fasterrcnn_jax.config as config_module
 from fasterrcnn_jax.config import (
     BackboneConfig,
     Config,
     DataConfig,
     ImageConfig,
+    ModelConfig,
     PostprocessConfig,
     ProposalConfig,
     RoiAlignConfig,
@@ -51,13 +54,9 @@ def test_json_keeps_what_differs_from_the_defaults():
 
 def test_every_field_has_its_help_text_in_the_source():
     """tyro shows the docstring under a field; `--help` is only as good as these."""
-    import inspect
-
-    import fasterrcnn_jax.config as module
-
-    lines = [line.strip() for line in inspect.getsource(module).splitlines()]
-    for cls in vars(module).values():
-        if dataclasses.is_dataclass(cls) and cls not in (Config, module.ModelConfig):
+    lines = [line.strip() for line in inspect.getsource(config_module).splitlines()]
+    for cls in vars(config_module).values():
+        if dataclasses.is_dataclass(cls) and cls not in (Config, ModelConfig):
             for field in dataclasses.fields(cls):
                 at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}: "))
                 assert lines[at + 1].startswith('"""'), f"{cls.__name__}.{field.name}"

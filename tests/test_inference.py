@@ -224,7 +224,7 @@ def test_draw_returns_a_new_picture_and_leaves_its_own():
     drawn[0, 0] = 0  # it is the caller's
 
 
-def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else(monkeypatch):
+def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
     image = np.zeros((60, 90, 3), np.uint8)
     x1, y1, x2, y2 = 10, 12, 50, 44
     drawn = draw_boxes(image, np.float32([(x1, y1, x2, y2)]), np.int32([2]), [""])

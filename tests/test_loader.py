@@ -1,6 +1,7 @@
 """Batches for training: exact resume, flips that take boxes along, faults named, one shape per canvas."""
 
 import dataclasses
+import json
 import logging
 
 import jax
@@ -60,8 +61,6 @@ def test_the_position_resumes_in_a_new_iterator_bit_for_bit(dataset, data, done)
 
 
 def test_the_position_is_plain_data(dataset, data):
-    import json
-
     iterator = batches_of(dataset, data)
     next(iterator)
     position = iterator.get_state()

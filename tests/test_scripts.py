@@ -24,6 +24,7 @@ import fasterrcnn_jax.scripts.evaluate as evaluate_script
 import fasterrcnn_jax.scripts.train as train_script
 from fasterrcnn_jax import checkpoint
 from fasterrcnn_jax.data import loader
+from fasterrcnn_jax.data.sources import open_split
 
 STEPS = 6
 LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
@@ -129,7 +130,7 @@ def test_the_run_folder_holds_configuration_numbers_pictures_and_checkpoints(tra
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
     events = list(run.glob("events.out.tfevents.*"))
     assert len(events) == 1 and events[0].stat().st_size > 500
-    assert steps_in(run) in ([4, 6], [4, 5, 6], [2, 4, 6])
+    assert steps_in(run) == [4, 6]
     for step in (4, 6):
         with Image.open(run / "pictures" / f"{step:06d}.png") as picture:
             assert min(picture.size) > 100
@@ -192,8 +193,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(s
     line = refused(stopped[1], r"step 5: .*= nan.* on images train\d, train\d")
     assert any(name in line for name in LOSSES)
     data = dataclasses.replace(tiny.config(folder).data, root=folder / "voc")
-    from fasterrcnn_jax.data.sources import open_split
-
     dataset = open_split(data, "train")
     image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
     batches = list(loader.training_batches(dataset, data, image, batch_size=4, seed=0, steps=5))

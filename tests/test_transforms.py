@@ -105,7 +105,7 @@ def test_resize_matches_jax_without_antialias(before, after):
 
 
 def test_resize_of_a_long_picture_stays_exact():
-    """Float32 sample points of a 6000 px side are still right to a hundredth of a grey level per pixel."""
+    """The sample points of a 6000 px side, in float32, are still right to a thousandth of a pixel."""
     ramp = np.repeat((np.arange(6000) % 256).astype(np.uint8)[None, :, None], 3, axis=2)
     resized = resize_bilinear(ramp, (1, 1000))
     points = (np.arange(1000) + 0.5) * 6 - 0.5

@@ -1,0 +1,67 @@
+"""What company and padding do to a trained model's detections; `pytest -m slow -s` prints the shares."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import restored_logging
+
+import fasterrcnn_jax
+from fasterrcnn_jax.data.images import read_image
+from fasterrcnn_jax.data.transforms import network_size, to_canvas
+from fasterrcnn_jax.scripts import train
+
+pytestmark = pytest.mark.slow
+CONFIG = Path(__file__).parents[1] / "configs" / "shapes.py"
+IMAGES = 16
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Returns (model, held-out images) of a short run of the shipped configuration."""
+    folder = tmp_path_factory.mktemp("shapes")
+    with restored_logging():
+        train.main(
+            f"--config {CONFIG} --run {folder}/run --data.root {folder}/data --data.shapes.num_train 200 "
+            f"--data.shapes.num_test 20 --train.steps 300 --train.checkpoint_every 300".split()
+        )
+    paths = sorted((folder / "data/JPEGImages").glob("test*"))[:IMAGES]
+    assert len(paths) == IMAGES
+    return fasterrcnn_jax.load(folder / "run"), [read_image(path) for path in paths]
+
+
+def detections(model, image, padding):
+    """Detects `image` on a canvas that is `padding` pixels (rounded up to a multiple of 16) larger."""
+    height, width = network_size(image.shape[:2], model.config.image)
+    canvas = tuple(-(-(side + padding) // 16) * 16 for side in (height, width))
+    pixels, image_hw, _ = to_canvas(image, canvas, model.config.image)
+    return jax.device_get(jax.jit(fasterrcnn_jax.detect)(model, pixels[None], image_hw[None]))
+
+
+def test_share_of_equal_detections_under_32_and_224_pixels_of_padding(run):
+    model, images = run
+    equal = total = 0
+    for image in images[:6]:
+        little, much = (detections(model, image, padding) for padding in (32, 224))
+        count = max(int(little.valid.sum()), int(much.valid.sum()))
+        close = (
+            (little.labels == much.labels)
+            & (np.abs(little.boxes - much.boxes).max(axis=-1) < 0.05)
+            & (np.abs(little.scores - much.scores) < 1e-3)
+        )
+        equal += int((close & little.valid & much.valid).sum())
+        total += count
+    print(f"\n{equal} of {total} detections equal under 32 and 224 pixels of padding")
+    assert total >= 30
+    assert equal / total >= 0.99
+
+
+def test_a_trained_model_finds_the_same_bits_alone_and_in_company(run):
+    model, images = run
+    together = fasterrcnn_jax.predict(model, images, batch_size=4)
+    assert sum(len(found.scores) for found in together) >= 30
+    for image, found in zip(images[:6], together, strict=False):
+        alone = fasterrcnn_jax.predict(model, image, batch_size=4)
+        for one, other in zip(alone[:3], found[:3], strict=True):
+            np.testing.assert_array_equal(one, other)
