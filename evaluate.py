@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     root = arguments.root or config.data.root
     out = arguments.out or checkpoint.run_of(arguments.ckpt) / "evaluation" / split
 
-    data = dataclasses.replace(config.data, root=root, shapes=None if arguments.root else config.data.shapes)
-    dataset = sources.open_split(data, split)
+    # An evaluation never makes a data set: a relative root may be meant from another folder.
+    dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
+    out.mkdir(parents=True, exist_ok=True)
     detections = detect_dataset(model, dataset, batch_size=config.train.batch_size)
     metrics = results.evaluate_detections(detections, dataset)
 

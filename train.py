@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     data, train = config.data, config.train
     parallel.check_batch_size(train.batch_size)
 
-    train_set = sources.open_split(data, data.train_split)
-    test_set = sources.open_split(data, data.test_split)
+    names = dict.fromkeys((data.train_split, train.best_split, data.test_split))
+    splits = {name: sources.open_split(data, name) for name in names}
+    train_set = splits[data.train_split]
     batches = loader.training_batches(
         train_set,
         data,
@@ -39,71 +40,81 @@ def main(argv: list[str] | None = None) -> None:
         training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS)
     )
 
-    run_folder.open_run(config)
-    with (
-        run_folder.MetricsWriter(config.run) as metrics,
-        checkpoint.open_checkpoints(config.run, keep=train.keep_checkpoints) as checkpoints,
-    ):
-        restored = checkpoint.restore(checkpoints, state, config=config)
-        if restored is not None:
-            state, position = restored
-            batches.set_state(position)
-            print(f"continuing {config.run} from step {state.step}")
-        state = parallel.replicate(state)
+    checkpoints = checkpoint.open_checkpoints(config.run, keep=train.keep_checkpoints)
+    restored = checkpoint.restore(checkpoints, state, config=config)
+    if restored is not None:
+        state, position = restored
+        batches.set_state(position)
+        print(f"continuing {config.run} from step {state.step}")
+    state = parallel.replicate(state)
+    first = int(state.step) + 1
+    run_folder.write_config(config)
 
-        def evaluate(number):
-            found = detect_dataset(
-                training.merge(graphdef, state), test_set, batch_size=train.batch_size
-            )
-            result = evaluate_detections(found, test_set)
-            picture = run_folder.write_picture(config.run, number, found, test_set)
-            metrics.write(number, metrics_dict(result, data.class_names))
-            return result, picture
+    metrics = run_folder.MetricsWriter(config.run, after=first - 1)
+    bar = tqdm(
+        total=train.steps,
+        initial=first - 1,
+        unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 15.0,
+    )
 
-        def report(number, step_metrics, batch):
-            # Waits for the step, so it is called when the next one is already on the device.
-            ids = [train_set.records[i].id for i in batch.image_index[batch.image_valid]]
-            values = run_folder.finite_metrics(number, step_metrics, ids)
-            metrics.write(number, values)
-            bar.update(number - bar.n)
-            rate = train.batch_size * (bar.format_dict["rate"] or 0.0)
-            losses = {name: f"{value:.3f}" for name, value in values.items() if name != "gradient_norm"}
-            bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
+    def report(number, numbers, batch):
+        # Waits for the device: called when it already works on the next step.
+        ids = [train_set.records[index].id for index in batch.image_index[batch.image_valid]]
+        values = run_folder.finite_metrics(number, numbers, ids)
+        metrics.write(number, values)
+        bar.update(number - bar.n)
+        rate = train.batch_size * (bar.format_dict["rate"] or 0.0)
+        losses = {name: f"{value:.3f}" for name, value in values.items() if "norm" not in name}
+        bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
 
-        first = int(state.step) + 1
-        interval = 0.1 if sys.stderr.isatty() else 15.0
-        with tqdm(total=train.steps, initial=first - 1, unit="step", mininterval=interval) as bar:
-            waiting = None
-            for number in range(first, train.steps + 1):
-                batch = next(batches)
-                state, step_metrics = step(state, batch)
-                if waiting is not None:
-                    report(*waiting)
-                waiting = (number, step_metrics, batch)
-                due = number % train.checkpoint_every == 0 or number == train.steps
-                if not due:
-                    continue
-                # Only a state whose own step was finite is saved.
+    def evaluate(number, split):
+        model = training.merge(graphdef, state)
+        found = detect_dataset(model, splits[split], batch_size=train.batch_size)
+        result = evaluate_detections(found, splits[split])
+        named = metrics_dict(result, data.class_names)
+        if number >= first:  # a finished run is only shown again
+            metrics.write(number, {f"{split}/{name}": value for name, value in named.items()})
+        picture = run_folder.write_picture(config.run, number, found, splits[split])
+        bar.write(f"step {number}: AP50 {result.coco.ap50:.3f} on {split}, picture {picture}")
+        return result
+
+    waiting = unsaved = None
+    with checkpoints, metrics, bar:
+        for number in range(first, train.steps + 1):
+            batch = next(batches)
+            state, numbers = step(state, batch)
+            if waiting is not None:
+                report(*waiting)
+            waiting = (number, numbers, batch)
+            due = number % train.checkpoint_every == 0 or number == train.steps
+            if due or unsaved is not None:
                 report(*waiting)
                 waiting = None
-                measured = None
-                if number == train.steps or train.evaluate_every and number % train.evaluate_every == 0:
-                    result, picture = evaluate(number)
-                    measured = result.coco.ap50
-                    bar.write(f"step {number}: AP50 {measured:.3f} on {data.test_split}")
-                checkpoint.save(
-                    checkpoints,
-                    state,
-                    config=config,
-                    iterator_state=batches.get_state(),
-                    ap50=measured,
-                )
+            if unsaved is not None:
+                # The loss of this step was finite: the state before it is worth keeping.
+                checkpoint.save(checkpoints, **unsaved)
+                unsaved = None
+            if due:
+                unsaved = checkpoint.snapshot(state, config=config, iterator_state=batches.get_state())
+            if number == train.steps or train.evaluate_every and number % train.evaluate_every == 0:
+                try:
+                    result = evaluate(number, train.best_split)
+                except BaseException:
+                    # An evaluation that fails must not cost the steps before it.
+                    checkpoint.save(checkpoints, **unsaved)
+                    raise
+                unsaved["measured"] = run_folder.metric(result, train.best_metric)
+        if unsaved is not None:
+            checkpoint.save(checkpoints, **unsaved)
+        if first > train.steps or train.best_split != data.test_split:
+            result = evaluate(train.steps, data.test_split)
+        best = checkpoint.best(checkpoints)
 
-        if first > train.steps:  # nothing was left to train
-            result, picture = evaluate(train.steps)
-        print(format_table(test_set, result.voc07, result.voc_area, result.coco))
-        print(f"checkpoint {checkpoints.directory / str(checkpoints.latest.step)}")
-        print(f"picture    {picture}")
+    print(format_table(splits[data.test_split], result.voc07, result.voc_area, result.coco))
+    print(f"checkpoint {checkpoint.folder_of(config.run, train.steps)}")
+    if best is not None:
+        print(f"best       {checkpoint.folder_of(config.run, best[0])}: {train.best_metric} {best[1]:.3f}")
 
 
 if __name__ == "__main__":

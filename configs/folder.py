@@ -44,5 +44,6 @@ config = Config(
         weight_decay=0.01,
         warmup_steps=30,
         checkpoint_every=200,
+        evaluate_every=200,
     ),
 )

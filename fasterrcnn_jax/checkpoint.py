@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -22,7 +23,7 @@ FOLDER = "checkpoints"
 
 
 def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
-    """Returns the checkpointer of a run folder: keeps the newest `keep` and the best by AP50."""
+    """Returns the checkpointer of a run folder: keeps the newest `keep` and the best."""
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
         (run / FOLDER).absolute(),
@@ -31,7 +32,7 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
                 policies.LatestN(keep),
                 policies.BestN(
                     n=1,
-                    get_metric_fn=lambda metrics: metrics["AP50"],
+                    get_metric_fn=lambda metrics: metrics["best"],
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
@@ -40,19 +41,24 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
     )
 
 
+def snapshot(state: TrainState, *, config: Config, iterator_state: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `save` takes, copied: the next step may overwrite the arrays of `state`.
+
+    The value `measured` is the metric that decides which state is best; None until it is known.
+    """
+    copied = jax.tree.map(lambda leaf: np.array(leaf), state)
+    return {"state": copied, "config": config, "iterator_state": iterator_state, "measured": None}
+
+
 def save(
     checkpoints: ocp.training.Checkpointer,
-    state: TrainState,
     *,
+    state: TrainState,
     config: Config,
     iterator_state: dict[str, Any],
-    ap50: float | None,
+    measured: float | None,
 ) -> None:
-    """Writes the checkpoint of `state.step` and waits until it is complete.
-
-    Args:
-      ap50: of this very state on the test split, or None where it was not evaluated.
-    """
+    """Writes the checkpoint of `state.step` and waits until it is complete."""
     checkpoints.save_checkpointables(
         int(state.step),
         {
@@ -63,7 +69,7 @@ def save(
                 "iterator": json.dumps(iterator_state),
             },
         },
-        metrics=None if ap50 is None or math.isnan(ap50) else {"AP50": ap50},
+        metrics=None if measured is None or math.isnan(measured) else {"best": measured},
     )
 
 
@@ -83,7 +89,10 @@ def restore(
     step = checkpoints.latest.step
     difference = first_difference(_read_config(checkpoints, step), config)
     if difference:
-        raise InputError(f"{_path_of(checkpoints, step)}: checkpoint of a run with {difference}")
+        raise InputError(
+            f"{_path_of(checkpoints, step)} is of a run with {difference}; "
+            "continue it as it was or choose another --run"
+        )
     values = {
         "model": {"params": state.params, "frozen": state.frozen},
         "train": {"step": state.step, "key": state.key, "opt_state": state.opt_state},
@@ -119,6 +128,17 @@ def load_run_config(path: str | Path) -> Config:
         return _read_config(checkpoints, step)
 
 
+def best(checkpoints: ocp.training.Checkpointer) -> tuple[int, float] | None:
+    """Returns (step, metric) of the best checkpoint there is, or None where none was evaluated."""
+    measured = [(found.metrics["best"], found.step) for found in checkpoints.checkpoints if found.metrics]
+    return max(measured)[::-1] if measured else None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Returns the folder of one checkpoint of a run."""
+    return run / FOLDER / str(step)
+
+
 def run_of(path: str | Path) -> Path:
     """Returns the run folder that `path` (as in `load`) belongs to."""
     folder, _ = _locate(Path(path))
@@ -147,9 +167,9 @@ def _locate(path: Path) -> tuple[Path, int]:
     """Returns the folder of checkpoints and the step that `path` names."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    step_folder = path.resolve()
-    if step_folder.name.isdigit() and _is_checkpoint(step_folder):
-        return step_folder.parent, int(step_folder.name)
+    path = path.resolve()
+    if path.name.isdigit() and _is_checkpoint(path):
+        return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit() and _is_checkpoint(child)]
     if not steps:

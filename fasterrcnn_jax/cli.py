@@ -82,7 +82,7 @@ def script(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | No
             jax.config.update("jax_compilation_cache_dir", str(cache))
         try:
             main(argv)
-        except (InputError, NonFiniteLossError) as error:
+        except (InputError, NonFiniteLossError, OSError) as error:
             sys.exit(_one_line(error))
 
     return run

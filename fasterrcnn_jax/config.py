@@ -293,10 +293,15 @@ class TrainConfig:
     """weights, order of the images, flips and samples all follow from it"""
     checkpoint_every: int = 500
     """steps between checkpoints; the last step is always saved"""
-    evaluate_every: int = 0
-    """steps between evaluations on data.test_split, a multiple of checkpoint_every; 0: only at the end"""
     keep_checkpoints: int = 2
-    """newest checkpoints kept, beside the best by AP50 on data.test_split"""
+    """newest checkpoints kept, beside the best one"""
+    evaluate_every: int = 0
+    """steps between evaluations that look for the best checkpoint, a multiple of checkpoint_every; 0: only
+    the last step"""
+    best_split: str = "test"
+    """ImageSets/Main/NAME.txt they are made on; better one that no result is reported on"""
+    best_metric: Literal["AP50", "AP"] = "AP50"
+    """COCO metric that decides"""
 
     def __post_init__(self):
         _require_positive(
@@ -357,17 +362,16 @@ def check_types(config: Any, name: str) -> None:
     """Raises InputError naming the first field, depth first, whose value is not of its declared type."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            check_types(value, f"{name}: {field.name}" if ":" not in name else f"{name}.{field.name}")
-            continue
+        where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
         try:
             # Every item: by default it is the first alone.
             typeguard.check_type(
                 value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
             )
         except typeguard.TypeCheckError:
-            where = f"{name}: {field.name}" if ":" not in name else f"{name}.{field.name}"
             raise InputError(f"{where} must be {field.type}, got {value!r}") from None
+        if dataclasses.is_dataclass(value):
+            check_types(value, where)
 
 
 def to_json(config: Config) -> str:
@@ -392,13 +396,27 @@ def from_json(text: str, name: str) -> Config:
 
 
 def first_difference(stored: Config, asked: Config) -> str | None:
-    """Returns what distinguishes two runs, for a message, or None; the run folder is no difference."""
+    """Returns what makes another run of the one stored, for a message, or None.
+
+    Where files lie and how often something is saved do not: the parameters come out the same.
+    """
     old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
     for name in old | new:
-        # Where the folder stands is not what the run is.
-        if name != "run" and old.get(name) != new.get(name):
+        if name not in _INDIFFERENT and old.get(name) != new.get(name):
             return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
     return None
+
+
+_INDIFFERENT = {
+    "run",
+    "data.root",
+    "data.test_split",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "train.best_split",
+    "train.best_metric",
+}
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -1,6 +1,7 @@
 """Pictures with boxes on them."""
 
 import colorsys
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -11,8 +12,20 @@ from fasterrcnn_jax.inference import Prediction
 Picture = UInt8[np.ndarray, "h w 3"]
 
 
-def draw(image: Picture, detections: Prediction, *, score_threshold: float = 0.5) -> Picture:
-    """Returns a copy of `image` with a labelled box per detection scored at `score_threshold` or more."""
+def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Picture:
+    """Returns a copy of `image` with a labelled box per detection scored at `score_threshold` or more.
+
+    Args:
+      image: uint8 RGB.
+      detections: what `predict` returned for this one image.
+    Raises:
+      ValueError: `image` is no uint8 picture, or `detections` is a list.
+    """
+    if not isinstance(detections, Prediction):
+        raise ValueError(f"detections must be one Prediction, got {type(detections).__name__}")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
     shown = detections.scores >= score_threshold
     captions = [
         f"{name} {score:.2f}"
@@ -26,7 +39,7 @@ def draw_boxes(
     image: Picture, boxes: Float[np.ndarray, "n 4"], labels: Int[np.ndarray, "n"], captions: list[str]
 ) -> Picture:
     """Returns a copy of `image` with boxes in their label's colour, captioned."""
-    canvas = Image.fromarray(np.asarray(image))
+    canvas = Image.fromarray(image)
     pen = ImageDraw.Draw(canvas)
     unit = max(1, round(max(canvas.size) / 400))
     font = ImageFont.load_default(size=max(9, 9 * unit))

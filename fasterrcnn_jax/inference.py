@@ -1,7 +1,7 @@
 """`detect` on a device, `predict` around it on the host, whole data sets, and pictures of the result."""
 
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,14 +11,16 @@ from tqdm import tqdm
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.data.transforms import canvas_for, network_size, scale_boxes, to_canvas
+from fasterrcnn_jax.data.transforms import (
+    canvas_for,
+    network_size,
+    scale_boxes,
+    smallest_canvas,
+    to_canvas,
+)
 from fasterrcnn_jax.evaluation.results import ImageDetections
 from fasterrcnn_jax.models.detector import Detector, detect
 from fasterrcnn_jax.structures import Detections
-
-# Sizes differ within a list: each `_` is a size of its own.
-ImageList = list[UInt8[np.ndarray, "_ _ 3"]] | tuple[UInt8[np.ndarray, "_ _ 3"], ...]
-Images = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "b h w 3"] | ImageList
 
 jitted_detect = jax.jit(detect)
 
@@ -32,14 +34,14 @@ class Prediction(NamedTuple):
     class_names: tuple[str, ...]  # of each detection
 
 
-def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Prediction | list[Prediction]:
+def predict(model: Detector, images: Any, *, batch_size: int = 1) -> Prediction | list[Prediction]:
     """Finds objects in one image, a list of images of any sizes, or a batch array.
 
     Images are grouped by canvas and every group is cut into batches of exactly `batch_size`, so what is
     found in an image never depends on which others came with it.
 
     Args:
-      images: uint8 RGB.
+      images: uint8 RGB [height, width, 3], a list of such arrays, or [batch, height, width, 3].
     Returns:
       One `Prediction` for one image, a list otherwise.
     Raises:
@@ -48,14 +50,7 @@ def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Predicti
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) == 3
-    listed = [np.asarray(image) for image in ([images] if single else images)]
-    for position, image in enumerate(listed):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"image {position} must be a uint8 array [height, width, 3], "
-                f"got {image.dtype} {list(image.shape)}"
-            )
+    listed, single = _listed(images)
     predictions: list[Prediction] = [None] * len(listed)  # type: ignore[list-item]
     groups = defaultdict(list)
     for position, image in enumerate(listed):
@@ -75,7 +70,7 @@ def predict(model: Detector, images: Images, *, batch_size: int = 1) -> Predicti
 
 
 def preprocess(
-    images: ImageList, config: ImageConfig
+    images: Any, config: ImageConfig
 ) -> tuple[
     Float[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
 ]:
@@ -83,16 +78,33 @@ def preprocess(
 
     Divide boxes by `scale` (y, x) to come back to original pixels.
 
+    Args:
+      images: uint8 RGB, at least one; a single one makes a batch of one.
+      config: of the model, `model.config.image`.
     Raises:
-      ValueError: no single canvas of `config.canvases` holds them all.
+      ValueError: an image is not a uint8 array [height, width, 3], or no single canvas holds them all.
     """
-    needed = [network_size(image.shape[:2], config) for image in images]
+    listed, _ = _listed(images)
+    if not listed:
+        raise ValueError("preprocess needs at least one image")
+    needed = [network_size(image.shape[:2], config) for image in listed]
     height, width = (max(size[axis] for size in needed) for axis in (0, 1))
-    fitting = [canvas for canvas in config.canvases if canvas[0] >= height and canvas[1] >= width]
-    if not fitting:
-        raise ValueError(f"no canvas of {config.canvases} holds the {height} x {width} pixels of all pictures")
-    canvas = min(fitting, key=lambda canvas: canvas[0] * canvas[1])
-    return _on_canvas(images, canvas, len(images), config)
+    return _on_canvas(listed, smallest_canvas((height, width), config), len(listed), config)
+
+
+def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
+    """Returns the images one by one, and whether a single one was given; refuses what is no image."""
+    if not isinstance(images, (list, tuple)):
+        images = np.asarray(images)
+    single = not isinstance(images, (list, tuple)) and images.ndim != 4
+    listed = [np.asarray(image) for image in ([images] if single else images)]
+    for position, image in enumerate(listed):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"image {position} must be a uint8 array [height, width, 3], "
+                f"got {image.dtype} {list(image.shape)}"
+            )
+    return listed, single
 
 
 def _on_canvas(images, canvas, rows, config):

@@ -40,6 +40,8 @@ def nms(
         raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
     if max_output < 1:
         raise ValueError(f"max_output must be at least 1, got {max_output}")
+    if boxes.shape[0] == 0:
+        return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool)
     if groups is None:
         groups = jnp.zeros(boxes.shape[0], jnp.int32)
     index = jnp.arange(boxes.shape[0], dtype=jnp.int32)

@@ -9,46 +9,41 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from fasterrcnn_jax.config import Config, first_difference, from_json, to_json
+from fasterrcnn_jax.config import Config, to_json
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.drawing import draw, draw_boxes, side_by_side
-from fasterrcnn_jax.errors import InputError, NonFiniteLossError
-from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.errors import NonFiniteLossError
+from fasterrcnn_jax.evaluation.results import ImageDetections, Metrics
 from fasterrcnn_jax.inference import Prediction
 from fasterrcnn_jax.training import StepMetrics
 
 PICTURED_IMAGES = 6
-PICTURED_SIDE = 480  # pixels; smaller pictures are enlarged by a whole factor
+PICTURED_SIDE = 480  # pixels; larger pictures shrink to it
 
 
-def open_run(config: Config) -> None:
-    """Makes the run folder and writes config.json, or checks that the one there is the same.
-
-    Raises:
-      InputError: the folder holds a run with another configuration; names the first field.
-    """
-    stored = config.run / "config.json"
-    if stored.exists():
-        difference = first_difference(from_json(stored.read_text(), str(stored)), config)
-        if difference:
-            raise InputError(
-                f"{config.run} holds a run with {difference}; continue it as it was or choose another --run"
-            )
-        return
-    try:
-        config.run.mkdir(parents=True, exist_ok=True)
-        stored.write_text(to_json(config))
-    except OSError as error:
-        raise InputError(f"run folder {config.run}: {error.strerror}") from error
+def write_config(config: Config) -> None:
+    """Writes config.json into the run folder; what a checkpoint continues with is its own copy."""
+    config.run.mkdir(parents=True, exist_ok=True)
+    (config.run / "config.json").write_text(to_json(config))
 
 
 class MetricsWriter:
-    """Appends numbers to metrics.jsonl and TensorBoard events, both named by step."""
+    """Appends numbers to metrics.jsonl and TensorBoard events, both named by step.
 
-    def __init__(self, run: Path):
-        self._lines = (run / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run), flush_secs=10)
+    What an interrupted run wrote after its newest checkpoint, at step `after`, is cut off: those steps are
+    made again.
+    """
+
+    def __init__(self, run: Path, *, after: int):
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # A kill may have torn the last line.
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= after]
+        if kept != lines:
+            path.write_text("".join(kept))
+        self._lines = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run), flush_secs=10, purge_step=after + 1)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -75,9 +70,14 @@ def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dic
     if wrong:
         raise NonFiniteLossError(
             f"step {step}: {', '.join(wrong)} on images {', '.join(image_ids)}; "
-            "the last checkpoint is untouched; a lower train.learning_rate often helps"
+            "the last checkpoint is untouched; a lower train.learning_rate (in another --run) often helps"
         )
     return values
+
+
+def metric(result: Metrics, name: str) -> float:
+    """Returns the COCO metric called AP50 or AP."""
+    return {"AP50": result.coco.ap50, "AP": result.coco.ap}[name]
 
 
 def write_picture(run: Path, step: int, detections: list[ImageDetections], dataset: Dataset) -> Path:
@@ -87,9 +87,11 @@ def write_picture(run: Path, step: int, detections: list[ImageDetections], datas
     for index in spread.astype(int):
         record, found = dataset.records[index], detections[index]
         image = read_image(record.path)
-        # Captions would cover a small picture.
-        zoom = max(1, round(PICTURED_SIDE / max(record.image_hw)))
-        image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+        zoom = PICTURED_SIDE / max(record.image_hw)
+        # Captions would cover a small picture; whole factors keep its pixels.
+        zoom = float(round(zoom)) if zoom > 1 else zoom
+        size = tuple(max(1, round(side * zoom)) for side in record.image_hw[::-1])
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
         truth = [dataset.class_names[label - 1] for label in record.labels]
         names = tuple(dataset.class_names[label - 1] for label in found.labels)
         shown = Prediction(found.boxes * zoom, found.scores, found.labels, names)

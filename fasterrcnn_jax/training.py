@@ -33,12 +33,14 @@ class StepMetrics(NamedTuple):
     box_class: Float[Array, ""]
     box_delta: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    parameter_norm: Float[Array, ""]  # after the update: a state that is not finite must not be saved
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Returns a linear warm-up from zero followed by a cosine to zero."""
+    """Returns a linear warm-up, whose first step already moves, followed by a cosine to zero."""
+    first = config.learning_rate / max(config.warmup_steps, 1)
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.0
+        first, config.learning_rate, config.warmup_steps, config.steps, 0.0
     )
 
 
@@ -102,7 +104,7 @@ def make_train_step(
         gradients, parts = lax.psum((gradients, parts), axis_name)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(*parts, gradient_norm=optax.tree.norm(gradients))
+        metrics = StepMetrics(*parts, gradient_norm=optax.tree.norm(gradients), parameter_norm=optax.tree.norm(params))
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -70,10 +70,10 @@ def save(run, state, config, *, keep=2, ap50s):
         for step, ap50 in ap50s.items():
             checkpoint.save(
                 checkpoints,
-                at(state, step, shift=(step - 1) / 10),
+                state=at(state, step, shift=(step - 1) / 10),
                 config=config,
                 iterator_state={"next_index": step * 10},
-                ap50=ap50,
+                measured=ap50,
             )
 
 
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(copied, damage, message):
 )
 def test_another_configuration_is_refused_by_field_and_values(run, state, config, part, values, message):
     other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
-    with pytest.raises(InputError, match=f"checkpoints/2: .*{message}"):
+    with pytest.raises(InputError, match=f"checkpoints/2 is of a run with .*{message}"):
         restore(run, state, other)
 
 

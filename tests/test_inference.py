@@ -166,6 +166,20 @@ def test_preprocess_takes_the_smallest_canvas_that_holds_all():
         canvas((64, 96), (96, 64))
 
 
+@pytest.mark.parametrize("images", [np.zeros((5, 6, 3), np.float32), [np.zeros((5, 6), np.uint8)], []])
+def test_preprocess_refuses_what_predict_refuses_and_nothing_at_all(images):
+    with pytest.raises(ValueError, match="image"):
+        fasterrcnn_jax.preprocess(images, tiny.IMAGE)
+
+
+def test_preprocess_makes_a_batch_of_one_from_a_single_picture():
+    image = pictures()[0]
+    for one, other in zip(
+        fasterrcnn_jax.preprocess(image, tiny.IMAGE), fasterrcnn_jax.preprocess([image], tiny.IMAGE), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_detect_runs_inside_a_users_own_jit(model, alone):
     """The model is an argument, so one program serves any weights; a constant would be in the text."""
 
@@ -185,14 +199,14 @@ def test_detect_runs_inside_a_users_own_jit(model, alone):
     assert len(text) < 4 * 10**6 and len(jax.tree.leaves(model)) < text.count("%arg")
 
 
-def test_detect_under_vmap_has_the_leading_axis():
-    shapes = jax.ShapeDtypeStruct((3, 2, 64, 96, 3), jnp.float32), jax.ShapeDtypeStruct((3, 2, 2), jnp.float32)
-    model = jax.eval_shape(
-        lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0))
-    )
-    found = jax.eval_shape(jax.vmap(detect, in_axes=(None, 0, 0)), model, *shapes)
-    slots = tiny.MODEL.postprocess.max_detections
-    assert found.boxes.shape == (3, 2, slots, 4) and found.valid.shape == (3, 2, slots)
+def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
+    images, image_hw, _ = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
+    together = jax.jit(jax.vmap(detect, in_axes=(None, 0, 0)))(model, images[:, None], image_hw[:, None])
+    alone = jax.jit(detect)(model, images, image_hw)
+    assert together.valid.any()
+    np.testing.assert_array_equal(together.valid[:, 0], alone.valid)
+    np.testing.assert_array_equal(together.labels[:, 0], alone.labels)
+    np.testing.assert_allclose(together.boxes[:, 0], alone.boxes, atol=1e-2)
 
 
 def test_a_data_set_is_detected_in_its_order_and_as_by_predict(model, alone, tmp_path):
@@ -238,14 +252,21 @@ def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
     assert changed.sum() < 60 and rows.max(initial=0) < y1 + 14 and columns.max(initial=0) < x1 + 5
 
 
-def test_a_caption_stands_at_the_upper_left_of_its_box():
+@pytest.mark.parametrize(
+    "box, rows",
+    [
+        ((10, 25, 80, 50), (5, 25)),  # above
+        ((60, 25, 88, 50), (5, 26)),  # above, moved left to stay in the picture
+        ((10, 2, 80, 50), (0, 22)),  # no room above: inside
+    ],
+)
+def test_a_caption_stands_above_its_box_where_there_is_room(box, rows):
     image = np.zeros((60, 90, 3), np.uint8)
-    box = (10, 12, 80, 50)
     plain = draw_boxes(image, np.float32([box]), np.int32([1]), [""])
     drawn = draw(image, found_at(box))
-    rows, columns = np.nonzero((drawn != plain).any(axis=2))
-    assert len(rows) > 20
-    assert 10 <= rows.min() and rows.max() < 30 and 9 <= columns.min() and columns.max() < 75
+    changed_rows, columns = np.nonzero((drawn != plain).any(axis=2))
+    assert len(columns) > 200 and np.ptp(columns) > 30  # all of the caption
+    assert rows[0] <= changed_rows.min() and changed_rows.max() < rows[1]
 
 
 def test_what_is_below_the_threshold_is_not_drawn():
@@ -277,3 +298,11 @@ def test_pairs_stand_side_by_side_on_white():
     assert (sheet == 10).sum() == 2 * left.size and (sheet == 20).sum() == 2 * right.size
     assert ((sheet == 10) | (sheet == 20) | (sheet == 255)).all()
     assert (sheet[8:12, 8:14] == 10).all() and (sheet[8:13, 22:25] == 20).all()
+
+
+def test_draw_refuses_a_list_and_what_is_no_picture():
+    image = np.zeros((8, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match="one Prediction, got list"):
+        fasterrcnn_jax.draw(image, [found_at((1, 1, 4, 4))])
+    with pytest.raises(ValueError, match=r"float32 \[8, 9, 3\]"):
+        fasterrcnn_jax.draw(image.astype(np.float32), found_at((1, 1, 4, 4)))

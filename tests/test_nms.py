@@ -211,3 +211,11 @@ def test_threshold_outside_0_to_1_is_an_error(threshold):
 def test_max_output_of_0_is_an_error():
     with pytest.raises(ValueError, match="max_output"):
         nms(jnp.zeros((2, 4)), jnp.zeros(2), jnp.ones(2, bool), iou_threshold=0.5, max_output=0)
+
+
+def test_no_boxes_keep_nothing():
+    indices, valid = nms(
+        jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, bool), iou_threshold=0.5, max_output=3
+    )
+    np.testing.assert_array_equal(indices, np.zeros(3))
+    assert not valid.any()

@@ -42,7 +42,7 @@ def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
     config = TrainConfig(steps=110, batch_size=1, learning_rate=0.4, warmup_steps=10)
     schedule = training.learning_rate_schedule(config)
     rates = np.array([float(schedule(step)) for step in range(111)])
-    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), atol=1e-7)
+    np.testing.assert_allclose(rates[:11], np.linspace(0.04, 0.4, 11), atol=1e-7)
     np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 101))), atol=1e-7)
 
 

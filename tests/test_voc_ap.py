@@ -83,8 +83,8 @@ def test_11_points_carry_the_float_noise_of_the_reference():
 
 
 def test_recall_of_three_tenths_misses_the_fourth_point_as_in_the_reference():
-    assert average_precision([0.3], [1.0], use_07_metric=True) == pytest.approx(3 / 11, abs=1e-12)
-    assert average_precision([0.5], [1.0], use_07_metric=True) == pytest.approx(6 / 11, abs=1e-12)
+    assert average_precision(np.array([0.3]), np.array([1.0]), use_07_metric=True) == pytest.approx(3 / 11, abs=1e-12)
+    assert average_precision(np.array([0.5]), np.array([1.0]), use_07_metric=True) == pytest.approx(6 / 11, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -17,9 +17,19 @@ def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, i
 
 
 def canvas_for(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """Returns the smallest canvas that holds the resized picture (the first one of equal area)."""
-    height, width = network_size(image_hw, config)
-    fitting = [canvas for canvas in config.canvases if canvas[0] >= height and canvas[1] >= width]
+    """Returns the smallest canvas that holds the resized picture."""
+    return smallest_canvas(network_size(image_hw, config), config)
+
+
+def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
+    """Returns the first canvas of least area that holds `size` network pixels.
+
+    Raises:
+      ValueError: none does; a single resized picture always fits.
+    """
+    fitting = [canvas for canvas in config.canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
+    if not fitting:
+        raise ValueError(f"no canvas of {config.canvases} holds {size[0]} x {size[1]} pixels")
     return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
 

@@ -81,7 +81,7 @@ def _ground_truth(dataset: Dataset) -> COCO:
     annotations = []
     for image_id, record in enumerate(dataset.records, start=1):
         for box, label, difficult in zip(record.boxes, record.labels, record.difficult, strict=True):
-            annotations.append(_annotation(image_id, box, label) | {"iscrowd": int(difficult)})
+            annotations.append(_annotation(image_id, box, int(label)) | {"iscrowd": int(difficult)})
     return _index(dataset, annotations)
 
 
@@ -90,7 +90,7 @@ def _results(detections: Sequence[ImageDetections], dataset: Dataset) -> COCO:
     annotations = []
     for image_id, found in enumerate(detections, start=1):
         for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
-            annotations.append(_annotation(image_id, box, label) | {"iscrowd": 0, "score": float(score)})
+            annotations.append(_annotation(image_id, box, int(label)) | {"iscrowd": 0, "score": float(score)})
     return _index(dataset, annotations)
 
 
@@ -99,7 +99,7 @@ def _annotation(image_id: int, box: np.ndarray, label: int) -> dict:
     width, height = x2 - x1, y2 - y1
     return {
         "image_id": image_id,
-        "category_id": int(label),
+        "category_id": label,
         "bbox": [x1, y1, width, height],
         "area": width * height,
     }
