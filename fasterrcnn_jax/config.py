@@ -10,7 +10,7 @@ import json
 import math
 import runpy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import typeguard
 
@@ -426,23 +426,6 @@ def _flat(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-_NESTED = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "image": ImageConfig,
-    "backbone": BackboneConfig,
-    "rpn": RpnConfig,
-    "train_proposals": ProposalConfig,
-    "test_proposals": ProposalConfig,
-    "roi_sampling": RoiSamplingConfig,
-    "roi_align": RoiAlignConfig,
-    "box_head": BoxHeadConfig,
-    "postprocess": PostprocessConfig,
-    "shapes": ShapesConfig,
-}
-
-
 def _build(cls: type, values: dict[str, Any], name: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold fields, got {values!r}")
@@ -452,8 +435,11 @@ def _build(cls: type, values: dict[str, Any], name: str) -> Any:
         raise ValueError(f"{name} has no field {', '.join(unknown)}")
     built = {}
     for field, value in values.items():
-        if field in _NESTED and value is not None:
-            built[field] = _build(_NESTED[field], value, f"{name}.{field}")
+        # A field holds fields itself where its type, or one alternative of it, is one of the classes above.
+        alternatives = (known[field].type, *get_args(known[field].type))
+        nested = next(filter(dataclasses.is_dataclass, alternatives), None)
+        if nested is not None and value is not None:
+            built[field] = _build(nested, value, f"{name}.{field}")
         elif known[field].type is Path:
             built[field] = Path(value)
         else:

@@ -4,38 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from handmade import dataset, found, record
 
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
-from fasterrcnn_jax.evaluation.results import ImageDetections
 from fasterrcnn_jax.evaluation.voc_ap import RECALL_POINTS, average_precision, precision_recall, voc_ap
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
 BOX, FAR_BOX = (10, 10, 30, 30), (50, 50, 70, 70)
-
-
-def record(*objects, image_id="0"):
-    """An image with objects (box, label, difficult)."""
-    return ImageRecord(
-        id=image_id,
-        path=Path(f"{image_id}.jpg"),
-        image_hw=(300, 400),
-        boxes=np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
-        labels=np.array([o[1] for o in objects], np.int32),
-        difficult=np.array([o[2] for o in objects], bool),
-    )
-
-
-def found(*rows):
-    """The detections (box, score, label) of one image."""
-    return ImageDetections(
-        np.array([r[0] for r in rows], np.float32).reshape(-1, 4),
-        np.array([r[1] for r in rows], np.float32),
-        np.array([r[2] for r in rows], np.int32),
-    )
-
-
-def dataset(*records, classes=1):
-    return Dataset("hand made", tuple(f"class{k + 1}" for k in range(classes)), records, ())
 
 
 def area_ap(detections, data):
