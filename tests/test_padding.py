@@ -1,19 +1,20 @@
 """What company and padding do to a trained model's detections; `pytest -m slow -s` prints the shares."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny import restored_logging
 
 import fasterrcnn_jax
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.transforms import network_size, to_canvas
-from fasterrcnn_jax.scripts import train
 
 pytestmark = pytest.mark.slow
-CONFIG = Path(__file__).parents[1] / "configs" / "shapes.py"
+ROOT = Path(__file__).parents[1]
 IMAGES = 16
 
 
@@ -21,11 +22,11 @@ IMAGES = 16
 def run(tmp_path_factory):
     """Returns (model, held-out images) of a short run of the shipped configuration."""
     folder = tmp_path_factory.mktemp("shapes")
-    with restored_logging():
-        train.main(
-            f"--config {CONFIG} --run {folder}/run --data.root {folder}/data --data.shapes.num_train 200 "
-            f"--data.shapes.num_test 20 --train.steps 300 --train.checkpoint_every 300".split()
-        )
+    fields = f"--run {folder}/run --data.root {folder}/data --data.shapes.num_train 200 " + (
+        "--data.shapes.num_test 20 --train.steps 300 --train.checkpoint_every 300"
+    )
+    command = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/shapes.py", *fields.split()]
+    subprocess.run(command, check=True, cwd=folder, env=os.environ | {"XLA_FLAGS": ""})
     paths = sorted((folder / "data/JPEGImages").glob("test*"))[:IMAGES]
     assert len(paths) == IMAGES
     return fasterrcnn_jax.load(folder / "run"), [read_image(path) for path in paths]
