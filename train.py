@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     data, train = config.data, config.train
     parallel.check_batch_size(train.batch_size)
 
-    names = dict.fromkeys((data.train_split, train.best_split, data.test_split))
+    best_split = train.best_split or data.test_split
+    names = dict.fromkeys((data.train_split, best_split, data.test_split))
     splits = {name: sources.open_split(data, name) for name in names}
     train_set = splits[data.train_split]
     batches = loader.training_batches(
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
                 unsaved = checkpoint.snapshot(state, config=config, iterator_state=batches.get_state())
             if number == train.steps or train.evaluate_every and number % train.evaluate_every == 0:
                 try:
-                    result = evaluate(number, train.best_split)
+                    result = evaluate(number, best_split)
                 except BaseException:
                     # An evaluation that fails must not cost the steps before it.
                     checkpoint.save(checkpoints, **unsaved)
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 unsaved["measured"] = run_folder.metric(result, train.best_metric)
         if unsaved is not None:
             checkpoint.save(checkpoints, **unsaved)
-        if first > train.steps or train.best_split != data.test_split:
+        if first > train.steps or best_split != data.test_split:
             result = evaluate(train.steps, data.test_split)
         best = checkpoint.best(checkpoints)
 

@@ -298,8 +298,8 @@ class TrainConfig:
     evaluate_every: int = 0
     """steps between evaluations that look for the best checkpoint, a multiple of checkpoint_every; 0: only
     the last step"""
-    best_split: str = "test"
-    """ImageSets/Main/NAME.txt they are made on; better one that no result is reported on"""
+    best_split: str | None = None
+    """ImageSets/Main/NAME.txt they are made on, better one that no result is reported on; None: data.test_split"""
     best_metric: Literal["AP50", "AP"] = "AP50"
     """COCO metric that decides"""
 
