@@ -118,8 +118,7 @@ def test_an_empty_picture_has_no_detections(model):
     assert not np.any(empty.valid[1]) and not np.any(empty.boxes[1]) and np.any(empty.valid[0])
 
 
-def test_padding_of_the_canvas_is_never_read(model, found):
-    """The anchors in it stay silent, however the picture beside it looks."""
+def test_reversing_the_batch_reverses_the_detections(model, found):
     batch = make_batch()
     mirrored = run_detect(model, batch.images[::-1], batch.image_hw[::-1])
     for leaf, other in zip(found, mirrored, strict=True):
