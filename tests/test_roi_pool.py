@@ -1,0 +1,208 @@
+"""RoI pooling: the loop over cells, torchvision's numbers, and which of equal cells gets the gradient."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import arrays
+
+from fasterrcnn_jax.roi_pool import LARGEST_BOX, roi_pool
+
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+GOLDEN = np.load(GOLDEN_FOLDER / "roi_pool.npz")
+INPUTS = np.load(GOLDEN_FOLDER / "roi_align.npz")
+STRIDE = 8
+GRID = dict(stride=STRIDE, output_size=3)
+
+jitted = jax.jit(roi_pool, static_argnames=("stride", "output_size", "quantisation"))
+rounded = functools.partial(jitted, **GRID, quantisation="rounded")
+OPERATORS = pytest.mark.parametrize("quantisation", ["rounded", "floor"])
+
+# Few values: many cells of a bin are equal, and every sum of cotangents below is exact.
+FEATURES = np.random.default_rng(0).integers(-2, 3, size=(9, 11, 3)).astype(np.float32)
+height, width = FEATURES.shape[0] * STRIDE, FEATURES.shape[1] * STRIDE
+BOXES = np.float32(
+    [
+        [9, 5, 61, 47],  # inside
+        [0, 0, width - 1, height - 1],  # the whole map
+        [0, 0, width, height],  # a cell more
+        [-20, -9, 13, 21],  # partly outside, near corner
+        [39, 33, width + 30, height + 12],  # partly outside, far corner
+        [width + 20, 0, width + 60, 30],  # wholly outside
+        [-90, -90, -40, -30],
+        [0, 0, 0, 0],  # padding
+        [20, 20, 20, 20],  # a point: corners on halves
+        [12, -12, 44, 36],  # corners on halves
+        [41, 37, 9, 5],  # inverted
+        [-3 * STRIDE * LARGEST_BOX, 0, 2 * STRIDE * LARGEST_BOX, 40],  # larger than the table
+    ]
+)
+
+
+def pool_and_gradient(operator, boxes, cotangent):
+    pooled, pull_back = jax.vjp(lambda f: operator(f, boxes), jnp.asarray(FEATURES))
+    return pooled, pull_back(jnp.asarray(cotangent))[0]
+
+
+@OPERATORS
+@given(arrays(np.int32, (len(BOXES), 4), elements=st.integers(-30, 120)))
+def test_roi_pool_of_any_box_and_its_gradient_equal_the_loop_over_cells(quantisation, boxes):
+    boxes, options = boxes.astype(np.float32), GRID | dict(quantisation=quantisation)
+    compare_with_loop(boxes, options)
+
+
+@pytest.mark.parametrize("output_size", [1, 3, 7])
+@OPERATORS
+def test_roi_pool_and_its_gradient_equal_the_loop_over_cells(quantisation, output_size):
+    compare_with_loop(BOXES, dict(stride=STRIDE, output_size=output_size, quantisation=quantisation))
+
+
+def compare_with_loop(boxes, options):
+    size = options["output_size"]
+    cotangent = np.random.default_rng(1).integers(-9, 10, (len(boxes), size, size, 3)).astype(np.float32)
+    expected, places = oracles.roi_pool(FEATURES, boxes, **options)
+    pooled, gradient = pool_and_gradient(functools.partial(jitted, **options), boxes, cotangent)
+    np.testing.assert_array_equal(pooled, expected)
+    np.testing.assert_array_equal(gradient, oracles.roi_pool_gradient(places, cotangent, FEATURES.shape))
+
+
+@pytest.mark.parametrize("stride", [4, 16])
+def test_roi_pool_and_its_gradient_equal_torchvision(stride):
+    rois = INPUTS[f"rois_s{stride}"]
+
+    @jax.jit
+    def run(features):
+        pool = functools.partial(roi_pool, stride=stride, output_size=7, quantisation="rounded")
+        per_image = jax.vmap(pool, in_axes=(0, None))(features, jnp.asarray(rois[:, 1:]))
+        return per_image[rois[:, 0].astype(np.int32), np.arange(len(rois))]
+
+    pooled, pull_back = jax.vjp(run, jnp.asarray(INPUTS["features"]))
+    np.testing.assert_array_equal(pooled, GOLDEN[f"pooled_s{stride}"])
+    (gradient,) = pull_back(jnp.asarray(INPUTS[f"cotangent_s{stride}"]))
+    np.testing.assert_allclose(gradient, GOLDEN[f"gradient_s{stride}"], atol=1e-5)
+
+
+def test_corners_on_halves_are_rounded_as_in_torchvision():
+    rois = GOLDEN["half_rois"]
+    pool = functools.partial(jitted, stride=16, output_size=3, quantisation="rounded")
+    for (image, *box), expected in zip(rois, GOLDEN["half_pooled"]):
+        (pooled,) = pool(INPUTS["features"][int(image)], np.float32([box]))
+        np.testing.assert_array_equal(pooled, expected)
+
+
+@pytest.mark.parametrize("output_size", [7, 13])
+def test_bins_are_those_of_a_float32_quotient(output_size):
+    """A box of 31 cells in 7 bins ends one cell late, in torchvision; exact fractions would not."""
+    sizes = np.arange(1, 301)
+    x = np.arange(305, dtype=np.float32)
+    features = np.stack([-x, x], axis=-1)[None]  # the largest are the first and the last cell of a bin
+    boxes = np.zeros((300, 4), np.float32)
+    boxes[:, 2] = sizes - 1
+    pooled = np.asarray(jitted(features, boxes, stride=1, output_size=output_size, quantisation="rounded"))
+    quotients = sizes.astype(np.float32)[:, None] / np.float32(output_size)
+    bins = np.arange(output_size + 1, dtype=np.float32)
+    ends = np.ceil(bins[1:] * quotients)
+    assert np.any(ends[:, -1] != sizes)
+    np.testing.assert_array_equal(-pooled[:, 0, :, 0], np.floor(bins[:-1] * quotients))
+    np.testing.assert_array_equal(pooled[:, 0, :, 1] + 1, ends)
+
+
+def test_the_two_quantisations_differ_where_a_corner_is_past_the_middle_of_a_cell():
+    x = np.arange(8, dtype=np.float32)[None, :, None]
+    box = np.float32([[13, 0, 29, 0]])  # 1.625 to 3.625 cells
+    pooled = {
+        how: np.asarray(jitted(x, box, stride=8, output_size=3, quantisation=how))[0, 0, :, 0]
+        for how in ("rounded", "floor")
+    }
+    np.testing.assert_array_equal(pooled["rounded"], [2, 3, 4])
+    np.testing.assert_array_equal(pooled["floor"], [1, 2, 3])
+
+
+@OPERATORS
+def test_of_equal_cells_the_first_in_row_major_order_gets_the_gradient(quantisation):
+    """Row 1 has the maximum at column 4, row 2 at column 0: the row decides before the column."""
+    features = np.zeros((4, 6, 1), np.float32)
+    features[1, 4] = features[1, 5] = features[2, 0] = 5.0
+    box = np.float32([[0, 0, 5, 3]])
+    options = dict(stride=1, output_size=1, quantisation=quantisation)
+    gradient = jax.grad(lambda f: jitted(f, box, **options).sum())(jnp.asarray(features))
+    expected = np.zeros_like(features)
+    expected[1, 4] = 1.0
+    np.testing.assert_array_equal(gradient, expected)
+
+
+@OPERATORS
+def test_empty_bins_are_zero_and_give_no_gradient(quantisation):
+    outside = BOXES[[5, 6]]
+    pool = functools.partial(jitted, **GRID, quantisation=quantisation)
+    pooled, gradient = pool_and_gradient(pool, outside, np.ones((2, 3, 3, 3), np.float32))
+    np.testing.assert_array_equal(pooled, np.zeros((2, 3, 3, 3)))
+    np.testing.assert_array_equal(gradient, np.zeros_like(FEATURES))
+
+
+@given(st.integers(-1, 2), st.integers(-1, 3))
+def test_roi_pool_moves_with_the_features(rows, columns):
+    shifted = np.roll(FEATURES, (rows, columns), axis=(0, 1))
+    inside = np.repeat(np.float32([[9, 9, 53, 45]]), len(BOXES), axis=0)
+    moved = inside + STRIDE * np.float32([columns, rows, columns, rows])
+    np.testing.assert_array_equal(rounded(shifted, moved), rounded(FEATURES, inside))
+
+
+def test_gradient_of_the_features_equals_finite_differences():
+    """Without ties: a cell moved by less than the gap to its neighbours stays or stays not the largest."""
+    cells = np.random.default_rng(2).permutation(FEATURES.size).reshape(FEATURES.shape).astype(np.float32)
+    cotangent = np.random.default_rng(3).integers(-9, 10, (len(BOXES), 3, 3, 3)).astype(np.float32)
+    objective = jax.jit(lambda f: (rounded(f, BOXES) * cotangent).sum())
+    gradient = jax.grad(objective)(jnp.asarray(cells))
+    largest = np.argwhere(gradient)[::5]
+    for cell in [*map(tuple, largest), (0, 0, 0), (2, 3, 1)]:
+        step = np.zeros_like(cells)
+        step[cell] = 0.25
+        difference = 2 * (objective(cells + step) - objective(cells - step))
+        assert float(difference) == float(gradient[cell])
+
+
+def test_no_gradient_reaches_the_boxes():
+    gradient = jax.grad(lambda boxes: rounded(FEATURES, boxes).sum())(jnp.asarray(BOXES))
+    np.testing.assert_array_equal(gradient, np.zeros_like(BOXES))
+
+
+def test_one_image_of_a_batch_ignores_the_others():
+    features = np.stack([FEATURES, np.full_like(FEATURES, 1e9)])
+    pooled = jax.vmap(rounded)(features, np.stack([BOXES, BOXES + 3]))
+    np.testing.assert_array_equal(pooled[0], rounded(FEATURES, BOXES))
+
+
+def test_low_precision_features_are_pooled_in_float32():
+    pooled = rounded(FEATURES.astype(jnp.bfloat16), BOXES)
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_array_equal(pooled, rounded(FEATURES, BOXES))
+
+
+@pytest.mark.parametrize("output_size", [3, 7])
+def test_no_array_of_the_program_grows_with_regions_and_map_together(output_size):
+    """Beside the result: [regions, bins, map] values would be gigabytes at full size."""
+    boxes = jnp.zeros((500, 4))
+    options = dict(stride=16, output_size=output_size, quantisation="rounded")
+    features = jnp.zeros((38, 63, 8))
+    cotangent = jnp.zeros((500, output_size, output_size, 8))
+
+    def gradient(features, cotangent):
+        return jax.vjp(lambda f: roi_pool(f, boxes, **options), features)[1](cotangent)
+
+    memory = jax.jit(gradient).lower(features, cotangent).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * features.nbytes + 2 * cotangent.nbytes
+
+
+def test_a_mistaken_option_is_an_error():
+    """Annotations, where they are enforced, speak first (TypeError)."""
+    with pytest.raises(ValueError, match="output_size must be at least 1, got 0"):
+        rounded(FEATURES, BOXES, output_size=0)
+    with pytest.raises((ValueError, TypeError), match="nearest"):
+        rounded(FEATURES, BOXES, quantisation="nearest")
