@@ -20,9 +20,9 @@ class Arguments:
     ckpt: Path
     """run folder (its newest checkpoint) or one of its checkpoints/STEP"""
     root: Path | None = None
-    """folder in VOC layout; default: the one trained on"""
+    """folder laid out as the one trained on; default: that one"""
     split: str | None = None
-    """ImageSets/Main/NAME.txt; default: the configuration's test split"""
+    """split, or several joined by +; default: the configuration's test split"""
     out: Path | None = None
     """folder for the result files; default: evaluation/SPLIT in the run folder"""
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from fasterrcnn_jax import checkpoint, cli, parallel, run_folder, training
 from fasterrcnn_jax.data import loader, sources
+from fasterrcnn_jax.data.training_set import training_set
 from fasterrcnn_jax.evaluation.results import evaluate_detections, format_table, metrics_dict
 from fasterrcnn_jax.inference import detect_dataset
 from fasterrcnn_jax.models.detector import create
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     best_split = train.best_split or data.test_split
     names = dict.fromkeys((data.train_split, best_split, data.test_split))
     splits = {name: sources.open_split(data, name) for name in names}
-    train_set = splits[data.train_split]
+    train_set = training_set(splits[data.train_split], data)
     batches = loader.training_batches(
         train_set,
         data,

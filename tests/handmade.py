@@ -4,19 +4,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
 from fasterrcnn_jax.evaluation.results import ImageDetections
 
 
-def record(*objects, image_id="0"):
-    """An image with objects (box, label, difficult)."""
+def record(*objects, image_id="0", crowd=None, area=None):
+    """An image with objects (box, label, difficult); none is a crowd, and areas are the boxes', unless given."""
+    boxes = np.array([o[0] for o in objects], np.float32).reshape(-1, 4)
     return ImageRecord(
         id=image_id,
         path=Path(f"{image_id}.jpg"),
         image_hw=(300, 400),
-        boxes=np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
+        boxes=boxes,
         labels=np.array([o[1] for o in objects], np.int32),
         difficult=np.array([o[2] for o in objects], bool),
+        crowd=np.zeros(len(objects), bool) if crowd is None else np.array(crowd, bool),
+        area=box_areas(boxes) if area is None else np.array(area, np.float64),
     )
 
 
@@ -30,4 +33,5 @@ def found(*rows):
 
 
 def dataset(*records, classes=1):
-    return Dataset("hand made", tuple(f"class{k + 1}" for k in range(classes)), records, ())
+    names = tuple(f"class{k + 1}" for k in range(classes))
+    return Dataset("hand made", names, records, (), tuple(range(1, classes + 1)))

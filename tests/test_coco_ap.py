@@ -12,25 +12,29 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
 BOX, FAR_BOX = (10, 10, 60, 60), (100, 100, 150, 150)
 
 
-def golden_case():
-    """The golden's boxes, which its COCO run took as continuous, none of them difficult."""
+def golden_case(crowds=False):
+    """The golden's boxes, which its COCO run took as continuous, none of them difficult; or those as crowds."""
     gt, det = GOLDEN["gt"], GOLDEN["det"]
     records, detections = [], []
     for image in range(GOLDEN["num_images"]):
         objects, rows = gt[gt[:, 0] == image], det[det[:, 0] == image]
-        records.append(record(*((o[2:6], o[1], False) for o in objects), image_id=f"{image:06d}"))
+        crowd = objects[:, 6] if crowds else None
+        records.append(record(*((o[2:6], o[1], False) for o in objects), image_id=f"{image:06d}", crowd=crowd))
         detections.append(found(*((r[2:6], r[6], r[1]) for r in rows)))
     return detections, dataset(*records, classes=int(GOLDEN["num_classes"]))
 
 
-def test_numbers_equal_pycocotools_on_files():
-    got = coco_ap(*golden_case())
+@pytest.mark.parametrize("crowds, suffix", ((False, ""), (True, "_crowd")))
+def test_numbers_equal_pycocotools_on_files(crowds, suffix):
+    got = coco_ap(*golden_case(crowds))
     scalars = (got.ap, got.ap50, got.ap75, got.ap_small, got.ap_medium, got.ap_large, got.ar_100)
-    np.testing.assert_allclose(scalars, GOLDEN["coco_stats"][[0, 1, 2, 3, 4, 5, 8]], rtol=0, atol=1e-9)
+    want = GOLDEN[f"coco_stats{suffix}"][[0, 1, 2, 3, 4, 5, 8]]
+    np.testing.assert_allclose(scalars, want, rtol=0, atol=1e-9)
 
 
-def test_numbers_per_class_equal_pycocotools_on_files():
-    got, want = coco_ap(*golden_case()), GOLDEN["coco_ap_per_class_iou"]
+@pytest.mark.parametrize("crowds, suffix", ((False, ""), (True, "_crowd")))
+def test_numbers_per_class_equal_pycocotools_on_files(crowds, suffix):
+    got, want = coco_ap(*golden_case(crowds)), GOLDEN[f"coco_ap_per_class_iou{suffix}"]
     np.testing.assert_allclose(got.class_ap[:3], want[:3].mean(axis=1), rtol=0, atol=1e-9)
     np.testing.assert_allclose(got.class_ap50[:3], want[:3, 0], rtol=0, atol=1e-9)
     assert np.isnan([got.class_ap[3], got.class_ap50[3]]).all()  # no objects: pycocotools gives -1
@@ -55,6 +59,22 @@ def test_difficult_object_overlaps_by_ordinary_iou():
     assert got.ap50 == pytest.approx(0.5)
 
 
+def test_crowd_overlaps_by_the_part_of_the_detection_inside_it():
+    data = dataset(record((BOX, 1, False), (FAR_BOX, 1, False), crowd=[True, False]))
+    got = coco_ap([found(((20, 20, 40, 40), 0.9, 1), ((0, 0, 15, 15), 0.8, 1), (FAR_BOX, 0.7, 1))], data)
+    # The first lies inside the crowd; of the second a ninth does, so that it is a false positive.
+    assert got.ap50 == pytest.approx(0.5)
+    assert coco_ap([found(((20, 20, 40, 40), 0.9, 1), (FAR_BOX, 0.7, 1))], data).ap50 == pytest.approx(1.0)
+
+
+def test_crowd_and_difficult_object_of_one_class_keep_their_own_overlap():
+    small, small_too = (20, 20, 40, 40), (110, 110, 130, 130)
+    last = (200, 200, 250, 250)
+    data = dataset(record((BOX, 1, False), (FAR_BOX, 1, True), (last, 1, False), crowd=[True, False, False]))
+    assert coco_ap([found((small, 0.9, 1), (last, 0.7, 1))], data).ap50 == pytest.approx(1.0)
+    assert coco_ap([found((small_too, 0.9, 1), (last, 0.7, 1))], data).ap50 == pytest.approx(0.5)
+
+
 def test_difficult_objects_are_nothing_to_be_found():
     data = dataset(record((BOX, 1, True), (BOX, 2, False)), classes=2)
     got = coco_ap([found((BOX, 0.9, 2))], data)
@@ -75,11 +95,16 @@ def test_iou_exactly_at_the_threshold_is_a_match_unlike_voc():
     assert got.ap == pytest.approx(0.1)  # 1 of 10 thresholds
 
 
-def test_area_ranges_use_the_box():
+def test_area_ranges_use_the_area_of_the_record():
     small, medium, large = (0, 0, 20, 20), (50, 50, 100, 100), (120, 120, 280, 280)
-    data = dataset(record((small, 1, False), (medium, 1, False), (large, 1, False)))
-    got = coco_ap([found((small, 0.9, 1), (large, 0.8, 1))], data)
+    objects = (small, 1, False), (medium, 1, False), (large, 1, False)
+    detections = [found((small, 0.9, 1), (large, 0.8, 1))]
+    got = coco_ap(detections, dataset(record(*objects)))
     assert (got.ap_small, got.ap_medium, got.ap_large) == pytest.approx((1.0, 0.0, 1.0))
+    # The outline of the largest covers less than 96^2 of its 160^2 pixels.
+    got = coco_ap(detections, dataset(record(*objects, area=[400, 2500, 9000])))
+    assert got.ap_small == pytest.approx(1.0) and np.isnan(got.ap_large)
+    assert got.ap_medium == pytest.approx(51 / 101)  # one of two
 
 
 def test_recall_counts_up_to_100_detections_of_an_image_and_class():

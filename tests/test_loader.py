@@ -12,6 +12,7 @@ import tiny
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.plan import plan_epoch
+from fasterrcnn_jax.data.training_set import training_set
 from fasterrcnn_jax.data.transforms import canvas_for, flip_boxes, scale_boxes
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector, training_losses
@@ -32,12 +33,27 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return DataConfig(root=tmp_path_factory.mktemp("unused"), class_names=tiny.CLASS_NAMES, max_boxes=3)
+    """Without crops and in no order of aspects, so that those who test them turn them on."""
+    return DataConfig(
+        root=tmp_path_factory.mktemp("unused"),
+        class_names=tiny.CLASS_NAMES,
+        max_boxes=3,
+        flip="random",
+        crop_aspect=None,
+        rank_by_aspect=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def everything(data):
+    """All that is random or ordered at once; half of the pictures are longer than 1.4."""
+    return dataclasses.replace(data, crop_aspect=1.4, rank_by_aspect=True)
 
 
 def batches_of(dataset, data, *, seed=0, steps=STEPS, batch_size=BATCH_SIZE):
+    """As train.py makes them."""
     return loader.training_batches(
-        dataset, data, tiny.IMAGE, batch_size=batch_size, seed=seed, steps=steps
+        training_set(dataset, data), data, tiny.IMAGE, batch_size=batch_size, seed=seed, steps=steps
     )
 
 
@@ -46,13 +62,13 @@ def assert_same_bits(batch, other):
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, STEPS - 1])
-def test_the_position_resumes_in_a_new_iterator_bit_for_bit(dataset, data, done):
-    first = batches_of(dataset, data)
+def test_the_position_resumes_in_a_new_iterator_bit_for_bit(dataset, everything, done):
+    first = batches_of(dataset, everything)
     for _ in range(done):
         next(first)
     position = first.get_state()
     expected = list(first)
-    resumed = batches_of(dataset, data)
+    resumed = batches_of(dataset, everything)
     resumed.set_state(position)
     rest = list(resumed)
     assert len(rest) == len(expected) == STEPS - done
@@ -76,16 +92,20 @@ def test_the_position_after_the_last_batch_is_the_end(dataset, data):
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_batches_do_not_depend_on_the_number_of_threads(dataset, data, threads, monkeypatch):
-    expected = list(batches_of(dataset, data))
+def test_batches_do_not_depend_on_the_number_of_threads(dataset, everything, threads, monkeypatch):
+    expected = list(batches_of(dataset, everything))
     monkeypatch.setattr(loader, "THREADS", threads)
-    for batch, other in zip(batches_of(dataset, data), expected, strict=True):
+    for batch, other in zip(batches_of(dataset, everything), expected, strict=True):
         assert_same_bits(batch, other)
 
 
-def test_batches_follow_the_plan_over_epochs(dataset, data):
+@pytest.mark.parametrize("ranked", [False, True])
+def test_batches_follow_the_plan_over_epochs(dataset, data, ranked):
+    data = dataclasses.replace(data, rank_by_aspect=ranked)
     canvases = [canvas_for(record.image_hw, tiny.IMAGE) for record in dataset.records]
-    planned = [plan for epoch in range(5) for plan in plan_epoch(canvases, BATCH_SIZE, seed=0, epoch=epoch)]
+    aspects = np.array([width / height for height, width in (r.image_hw for r in dataset.records)])
+    options = dict(seed=0, aspects=aspects if ranked else None)
+    planned = [plan for epoch in range(5) for plan in plan_epoch(canvases, BATCH_SIZE, epoch=epoch, **options)]
     for batch, plan in zip(batches_of(dataset, data), planned):
         assert batch.images.shape == (BATCH_SIZE, *plan.canvas, 3)
         np.testing.assert_array_equal(batch.image_index, plan.image_index)
@@ -127,14 +147,100 @@ def test_flips_follow_seed_epoch_and_image_and_not_the_batch(dataset, data):
     assert [other[index] for index in range(11)] != flips.tolist()
 
 
-def test_without_random_flip_nothing_is_mirrored(dataset, data):
-    plain = dataclasses.replace(data, random_flip=False)
+def test_without_flips_nothing_is_mirrored(dataset, data):
+    plain = dataclasses.replace(data, flip="none")
     assert not any(any(flips) for flips in flipped_images(dataset, batches_of(dataset, plain)).values())
 
 
-def test_boxes_lie_on_the_objects_in_the_pixels(dataset, data):
-    """In flipped pictures and in plain ones: the bright rectangle is where the box says."""
+def test_doubled_an_epoch_meets_every_image_plain_and_mirrored(dataset, data):
+    double = dataclasses.replace(data, flip="double")
+    records = [r.image_hw for r in dataset.records] * 2
+    steps = len(plan_epoch([canvas_for(hw, tiny.IMAGE) for hw in records], BATCH_SIZE, seed=0, epoch=0))
+    prepared = dataset._replace(records=dataset.records * 2)  # what flipped_images finds a row's record in
+    found = flipped_images(prepared, batches_of(dataset, double, steps=steps))
+    assert found == {index: [index >= 11] for index in range(22)}
+
+
+def test_crops_follow_seed_epoch_and_image_and_not_the_batch(tmp_path, data):
+    """Each picture is twice as long as allowed, with a small box in its middle: many places hold it."""
+    box = (50, 8, 54, 20)
+    images = [(tiny.picture((24, 96), box, seed=index), [box], [1]) for index in range(6)]
+    dataset = tiny.dataset(tmp_path / "long", images)
+    cropping = dataclasses.replace(data, crop_aspect=2.0, flip="none")
+
+    def places(batch_size, *, seed=0, epochs=4):
+        """Returns [image, epoch] left edges of the boxes in stored pixels."""
+        found = {}
+        steps = epochs * -(-6 // batch_size)
+        for batch in batches_of(dataset, cropping, seed=seed, steps=steps, batch_size=batch_size):
+            for row in np.flatnonzero(batch.image_valid):
+                np.testing.assert_array_equal(batch.image_hw[row], [48, 96])
+                edge = batch.ground_truth.boxes[row, 0, 0] / batch.scale[row, 1]
+                found.setdefault(int(batch.image_index[row]), []).append(float(edge))
+        return np.array([found[index] for index in range(6)])
+
+    runs = places(1)
+    np.testing.assert_array_equal(runs, places(4))
+    assert (runs >= 0).all() and (runs <= 44).all()
+    assert (runs != runs[:, :1]).any() and (runs != runs[:1]).any()
+    assert (runs != places(1, seed=1)).any()
+
+
+def test_the_canvas_is_that_of_the_cropped_image(tmp_path, data):
+    """30 x 70 needs a wide canvas; the square that is left fits any."""
+    box = (30, 5, 45, 25)
+    dataset = tiny.dataset(tmp_path / "wide", [(tiny.picture((30, 70), box), [box], [1])])
+    square = dataclasses.replace(data, crop_aspect=1.0, flip="none")
+    image = dataclasses.replace(tiny.IMAGE, canvases=(*tiny.IMAGE.canvases, (64, 64)))
+    prepared = training_set(dataset, square)
+    for options, canvas, shown in ((square, (64, 64), (64, 64)), (data, (64, 96), (41, 96))):
+        (batch,) = loader.training_batches(prepared, options, image, batch_size=1, seed=0, steps=1)
+        assert batch.images.shape[1:3] == canvas
+        np.testing.assert_array_equal(batch.image_hw[0], shown)
+
+
+def test_images_of_a_ranked_batch_are_neighbours_in_aspect(dataset, data):
+    ranked = dataclasses.replace(data, rank_by_aspect=True)
+
+    def spread(options):
+        """Returns the summed range of width / height in the batches."""
+        total = 0.0
+        for batch in batches_of(dataset, options, steps=5):
+            sizes = [dataset.records[index].image_hw for index in batch.image_index[batch.image_valid]]
+            total += np.ptp([width / height for height, width in sizes])
+        return total
+
+    assert spread(ranked) < 0.7 * spread(data)
+
+
+def test_ranked_images_are_in_the_order_of_what_the_crop_leaves(tmp_path, data):
+    """Of aspects 1.2, 3 and 5 the last two are alike once cropped to 1.5, and shuffled among themselves."""
+    box = (2, 2, 12, 12)
+    sizes = [(50, 60)] * 2 + [(30, 90), (20, 100)] * 2
+    dataset = tiny.dataset(tmp_path / "ranks", [(tiny.picture(hw, box), [box], [1]) for hw in sizes])
+    options = dataclasses.replace(data, rank_by_aspect=True, crop_aspect=1.5)
+    pairs = set()
+    for batch in batches_of(dataset, options, steps=30, batch_size=2):
+        pairs.add(tuple(sorted(dataset.records[index].image_hw for index in batch.image_index)))
+    assert pairs == {((50, 60), (50, 60)), ((20, 100), (30, 90)), ((20, 100),) * 2, ((30, 90),) * 2}
+
+
+def test_an_evaluation_never_crops_or_mirrors(dataset):
+    """However long the image: its rows are whole, and not even a mirrored record is shown mirrored."""
+    records = tuple(record._replace(flipped=True) for record in dataset.records)
+    plain = list(loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=4))
+    for batch, other in zip(
+        loader.evaluation_batches(dataset._replace(records=records), tiny.IMAGE, batch_size=4), plain
+    ):
+        assert_same_bits(batch, other)
+
+
+@pytest.mark.parametrize("crop_aspect", [None, 1.4])
+@pytest.mark.parametrize("flip", ["random", "double"])
+def test_boxes_lie_on_the_objects_in_the_pixels(dataset, data, flip, crop_aspect):
+    """In flipped pictures, in cropped ones and in plain ones: the bright rectangle is where the box says."""
     seen = set()
+    data = dataclasses.replace(data, flip=flip, crop_aspect=crop_aspect)
     for batch in batches_of(dataset, data):
         for row in np.flatnonzero(batch.image_valid):
             red = batch.images[row, ..., 0] * tiny.IMAGE.std[0] + tiny.IMAGE.mean[0]
@@ -143,7 +249,7 @@ def test_boxes_lie_on_the_objects_in_the_pixels(dataset, data):
             rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
             extent = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             np.testing.assert_allclose(batch.ground_truth.boxes[row, 0], extent, atol=1.01)
-            seen.add(int(batch.image_index[row]))
+            seen.add(int(batch.image_index[row]) % 11)
     assert seen == set(range(11))
 
 
@@ -164,7 +270,7 @@ def test_difficult_objects_are_left_out(tmp_path, data):
     boxes = [(2, 3, 20, 30), (25, 8, 40, 38), (5, 5, 30, 20)]
     pixels = tiny.picture((48, 72), boxes[0])
     dataset = tiny.dataset(tmp_path / "images", [(pixels, boxes, [1, 2, 1])], difficult=[[False, True, False]])
-    plain = dataclasses.replace(data, random_flip=False)
+    plain = dataclasses.replace(data, flip="none")
     (batch,) = batches_of(dataset, plain, steps=1, batch_size=1)
     truth = batch.ground_truth
     assert truth.valid[0].tolist() == [True, True, False]
@@ -181,9 +287,12 @@ def crowd(tmp_path, count, hard):
     )
 
 
-def test_more_objects_than_slots_name_image_field_and_numbers(tmp_path, data):
-    with pytest.raises(InputError, match=r"image 000 has 4 objects, data\.max_boxes is 3"):
-        batches_of(crowd(tmp_path, 4, 0), data)
+def test_objects_beyond_the_slots_are_not_trained_on(tmp_path, data):
+    dataset = crowd(tmp_path, 5, 0)
+    (batch,) = batches_of(dataset, dataclasses.replace(data, flip="none"), steps=1, batch_size=1)
+    assert batch.ground_truth.valid.all()
+    first = scale_boxes(dataset.records[0].boxes[:3], batch.scale[0])
+    np.testing.assert_allclose(batch.ground_truth.boxes[0], first)
 
 
 def test_difficult_objects_need_no_slots(tmp_path, data):
@@ -200,6 +309,16 @@ def test_a_training_set_without_objects_is_refused(tmp_path, data, count, hard):
 def test_a_training_set_without_images_is_refused(tmp_path, data):
     with pytest.raises(InputError, match="tiny.*no image has an object"):
         batches_of(tiny.dataset(tmp_path / "none", []), data)
+
+
+def test_an_image_without_objects_trains_as_background(tmp_path, data):
+    box = (3, 3, 20, 20)
+    images = [(tiny.picture((48, 72), box), [box], [1]), (tiny.picture((20, 96), box), [], [])]
+    dataset = tiny.dataset(tmp_path / "images", images)
+    keeping = dataclasses.replace(data, keep_empty=True, crop_aspect=1.5)
+    batches = list(batches_of(dataset, keeping, steps=2, batch_size=1))
+    counts = {int(batch.image_index[0]): int(batch.ground_truth.valid.sum()) for batch in batches}
+    assert counts == {0: 1, 1: 0}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -77,3 +77,37 @@ def test_the_plan_of_an_evaluation_keeps_the_order_of_the_data_set():
         ((64, 96), [3, 0], [True, False]),
         ((96, 64), [1, 0], [True, False]),
     ]
+
+
+ASPECTS = st.lists(st.sampled_from([0.5, 0.75, 1.0, 4 / 3, 2.0]), min_size=40, max_size=40)
+
+
+@given(LAYOUT, ASPECTS, BATCH_SIZE, st.integers(0, 5), st.integers(0, 5))
+def test_a_ranked_epoch_meets_every_image_once_in_the_order_of_aspects(canvases, aspects, batch_size, seed, epoch):
+    aspects = np.array(aspects[: len(canvases)])
+    batches = plan_epoch(canvases, batch_size, seed=seed, epoch=epoch, aspects=aspects)
+    assert sorted(members(batches)) == list(range(len(canvases)))
+    for canvas in set(canvases):
+        of_canvas = [members([batch]) for batch in batches if batch.canvas == canvas]
+        assert {canvases[index] for indices in of_canvas for index in indices} == {canvas}
+        ranges = sorted((aspects[indices] for indices in of_canvas), key=lambda a: (a[0], a[-1]))
+        assert (np.diff(np.concatenate(ranges)) >= 0).all()  # neighbours, with no overlap beyond ties
+
+
+def test_ranked_batches_are_shuffled_and_ties_are_grouped_anew_each_epoch():
+    canvases, aspects = [CANVASES[0]] * 32, np.repeat([1.0, 1.25, 1.5, 2.0], 8)
+    plans = [plan_epoch(canvases, 4, seed=0, epoch=epoch, aspects=aspects) for epoch in range(4)]
+    orders = [tuple(aspects[batch.image_index[0]] for batch in plan) for plan in plans]
+    assert all(list(order) != sorted(order) for order in orders) and len(set(orders)) > 1
+    groups = {frozenset(frozenset(batch.image_index.tolist()) for batch in plan) for plan in plans}
+    assert len(groups) == len(plans)
+    for plan in plans:
+        assert all(len(set(aspects[batch.image_index])) == 1 for batch in plan)
+
+
+def test_without_aspects_the_plan_is_the_shuffle_alone():
+    canvases = [CANVASES[0]] * 24
+    ranked = as_lists(plan_epoch(canvases, 4, seed=0, epoch=0, aspects=np.ones(24)))
+    assert ranked == as_lists(plan_epoch(canvases, 4, seed=0, epoch=0))  # all ties
+    aspects = np.linspace(0.5, 2.0, 24)
+    assert ranked != as_lists(plan_epoch(canvases, 4, seed=0, epoch=0, aspects=aspects))

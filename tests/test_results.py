@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.results import (
     ImageDetections,
     evaluate_detections,
     format_table,
     metrics_dict,
+    object_counts,
     write_coco_json,
     write_voc_files,
 )
@@ -22,12 +23,15 @@ from fasterrcnn_jax.evaluation.results import (
 IDS = ("000005", "139", "2008_000008", "0")
 
 
+CATEGORY_IDS = (3, 7, 90)  # with gaps, as COCO's
+
+
 def dataset(ids=IDS, class_names=("cat", "traffic light", "ox")):
     """Per image a cat and a difficult traffic light; no ox."""
     boxes = np.array([[10, 10, 60, 60], [100, 100, 150, 150]], np.float32)
-    labels, difficult = np.array([1, 2], np.int32), np.array([False, True])
-    records = tuple(ImageRecord(i, Path(f"{i}.jpg"), (300, 400), boxes, labels, difficult) for i in ids)
-    return Dataset("hand made", class_names, records, ())
+    arrays = boxes, np.array([1, 2], np.int32), np.array([False, True]), np.zeros(2, bool), box_areas(boxes)
+    records = tuple(ImageRecord(i, Path(f"{i}.jpg"), (300, 400), *arrays) for i in ids)
+    return Dataset("hand made", class_names, records, (), CATEGORY_IDS)
 
 
 def random_detections(images=len(IDS), count=6):
@@ -58,7 +62,7 @@ def test_json_loads_as_coco_results_with_the_same_boxes(tmp_path):
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number} for number in numbers.values()],
-        "categories": [{"id": label, "name": name} for label, name in enumerate(data.class_names, 1)],
+        "categories": [{"id": number, "name": name} for number, name in zip(CATEGORY_IDS, data.class_names)],
         "annotations": [],
     }
     coco.createIndex()
@@ -68,7 +72,15 @@ def test_json_loads_as_coco_results_with_the_same_boxes(tmp_path):
         x, y, width, height = np.array([row["bbox"] for row in rows]).T
         np.testing.assert_allclose(np.stack([x, y, x + width, y + height], 1), entry.boxes, atol=1e-9)
         np.testing.assert_array_equal([row["score"] for row in rows], entry.scores)
-        np.testing.assert_array_equal([row["category_id"] for row in rows], entry.labels)
+        np.testing.assert_array_equal(
+            [row["category_id"] for row in rows], np.array(CATEGORY_IDS)[entry.labels - 1]
+        )
+
+
+def test_crowds_are_not_among_the_objects_of_the_table():
+    data = dataset()
+    crowds = tuple(record._replace(crowd=np.array([True, False])) for record in data.records[:1])
+    np.testing.assert_array_equal(object_counts(data._replace(records=crowds + data.records[1:])), [3, 0, 0])
 
 
 def test_json_of_no_detections_is_an_empty_list(tmp_path):

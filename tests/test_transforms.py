@@ -113,15 +113,22 @@ def test_resize_of_a_long_picture_stays_exact():
     assert np.abs(resized[0, :, 0] - expected).max() < 0.26  # 255 grey levels at the wrap, 1e-3 px
 
 
-def test_the_picture_is_normalised_and_the_rest_of_the_canvas_is_zero():
+@pytest.mark.parametrize("order, expected", [("rgb", [50, 25, 20]), ("bgr", [60, 25, 16])])
+def test_the_picture_is_normalised_in_its_channel_order_and_the_rest_of_the_canvas_is_zero(order, expected):
     config = ImageConfig(
-        short_side=64, long_side=96, canvases=SMALL.canvases, mean=(10.0, 20.0, 30.0), std=(2.0, 4.0, 5.0)
+        short_side=64,
+        long_side=96,
+        canvases=SMALL.canvases,
+        channel_order=order,
+        mean=(10.0, 20.0, 30.0),
+        std=(2.0, 4.0, 5.0),
     )
+    # Red, green and blue as decoded.
     image = np.full((32, 40, 3), (110, 120, 130), np.uint8)
     pixels, image_hw, scale = to_canvas(image, (64, 96), config)
     assert pixels.dtype == image_hw.dtype == scale.dtype == np.float32
     assert image_hw.tolist() == [64, 80] and scale.tolist() == [2, 2]
-    np.testing.assert_allclose(pixels[:64, :80], np.broadcast_to([50, 25, 20], (64, 80, 3)), rtol=1e-6)
+    np.testing.assert_allclose(pixels[:64, :80], np.broadcast_to(expected, (64, 80, 3)), rtol=1e-6)
     assert not pixels[:, 80:].any()
 
 

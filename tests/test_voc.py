@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fasterrcnn_jax.data.images import read_image
-from fasterrcnn_jax.data.voc import read_voc
+from fasterrcnn_jax.data.voc import CLASS_NAMES, read_voc
 from fasterrcnn_jax.errors import InputError
 
 CLASSES = ("square", "disc")
@@ -318,6 +318,13 @@ def test_arrays_have_the_stated_types_and_shapes(root):
         assert record.boxes.dtype == np.float32 and record.boxes.shape == (count, 4)
         assert record.labels.dtype == np.int32 and record.labels.shape == (count,)
         assert record.difficult.dtype == bool and record.difficult.shape == (count,)
+        assert record.crowd.shape == (count,) and not record.crowd.any()  # VOC knows none
+        np.testing.assert_array_equal(record.area, [900, 1024][:count])
+
+
+def test_classes_are_numbered_from_one_in_result_files(root):
+    assert read_voc(root, "train", CLASSES).category_ids == (1, 2)
+    assert len(set(CLASS_NAMES)) == 20 and sorted(CLASS_NAMES) == list(CLASS_NAMES)
 
 
 def test_labels_count_from_one_in_the_order_of_class_names(root):

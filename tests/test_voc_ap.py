@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from handmade import dataset, found, record
 
+from fasterrcnn_jax.evaluation.results import mean_over_classes
 from fasterrcnn_jax.evaluation.voc_ap import RECALL_POINTS, average_precision, precision_recall, voc_ap
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
@@ -36,6 +37,14 @@ def test_ap_equals_py_faster_rcnn(column, iou_threshold, use_07_metric):
     want = GOLDEN["voc_ap"][:, column, 0 if use_07_metric else 1]
     np.testing.assert_allclose(got[:3], want[:3], rtol=0, atol=1e-9)
     assert np.isnan(got[3])  # no objects: the reference's 11-point form gives 0
+
+
+@pytest.mark.parametrize("use_07_metric, suffix", ((True, "07"), (False, "area")))
+def test_ap_equals_simple_faster_rcnn_pytorch(use_07_metric, suffix):
+    """Also where a class has no objects; its rule for an overlap of exactly the threshold does not show here."""
+    got = voc_ap(*golden_case(), use_07_metric=use_07_metric)
+    np.testing.assert_allclose(got, GOLDEN[f"cy_ap_{suffix}"], rtol=0, atol=1e-9)
+    assert mean_over_classes(got) == pytest.approx(float(GOLDEN[f"cy_map_{suffix}"]), abs=1e-9)
 
 
 @pytest.mark.parametrize("iou_threshold, tag", ((0.5, "5"), (0.7, "7")))
@@ -113,6 +122,12 @@ def greedy_curve(detections, data, label):
 
 def test_detections_on_a_difficult_object_count_neither_way():
     data = dataset(record((BOX, 1, True), (FAR_BOX, 1, False)))
+    detections = [found((BOX, 0.9, 1), (BOX, 0.8, 1), (FAR_BOX, 0.7, 1))]
+    assert area_ap(detections, data) == [1.0]
+
+
+def test_crowd_is_treated_as_a_difficult_object():
+    data = dataset(record((BOX, 1, False), (FAR_BOX, 1, False), crowd=[True, False]))
     detections = [found((BOX, 0.9, 1), (BOX, 0.8, 1), (FAR_BOX, 0.7, 1))]
     assert area_ap(detections, data) == [1.0]
 

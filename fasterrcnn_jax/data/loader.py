@@ -4,30 +4,38 @@ Grain runs the threads and keeps the position: `iterator.get_state()` after a st
 new process give the same next batch.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import grain
 import numpy as np
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
+from fasterrcnn_jax.data.crop import crop, cropped_hw
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch
 from fasterrcnn_jax.data.records import Dataset, ImageRecord
 from fasterrcnn_jax.data.transforms import canvas_for, flip_boxes, scale_boxes, to_canvas
-from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.structures import Batch, GroundTruth
 
 THREADS = 2
 BATCHES_AHEAD = 8
 
+# Pixels, boxes and labels of an image, before the resize.
+Example = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 class TrainingSource:
     """The plan of a whole run as a random-access source: element i is (epoch, batch plan) of step i."""
 
-    def __init__(self, dataset: Dataset, image: ImageConfig, *, batch_size: int, seed: int, steps: int):
-        canvases = [canvas_for(record.image_hw, image) for record in dataset.records]
+    def __init__(
+        self, dataset: Dataset, data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, steps: int
+    ):
+        sizes = [_training_hw(record, data) for record in dataset.records]
+        canvases = [canvas_for(size, image) for size in sizes]
+        aspects = np.array([width / height for height, width in sizes]) if data.rank_by_aspect else None
         self._epoch = lru_cache(2)(
-            lambda epoch: plan_epoch(canvases, batch_size, seed=seed, epoch=epoch)
+            lambda epoch: plan_epoch(canvases, batch_size, seed=seed, epoch=epoch, aspects=aspects)
         )
         self._steps = steps
 
@@ -44,36 +52,31 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """Returns an iterator over the `steps` batches of a run.
 
-    Raises:
-      InputError: no image has an object to train on, or one has more than `data.max_boxes`.
+    Args:
+      dataset: prepared by `training_set`: every object in it is trained on.
     """
-    usable = [int((~record.difficult).sum()) for record in dataset.records]
-    if not any(usable):
-        raise InputError(f"{dataset.name}: no image has an object to train on")
-    fullest = int(np.argmax(usable))
-    if usable[fullest] > data.max_boxes:
-        raise InputError(
-            f"{dataset.name}: image {dataset.records[fullest].id} has {usable[fullest]} objects, "
-            f"data.max_boxes is {data.max_boxes}"
-        )
-    source = TrainingSource(dataset, image, batch_size=batch_size, seed=seed, steps=steps)
+    source = TrainingSource(dataset, data, image, batch_size=batch_size, seed=seed, steps=steps)
 
     def load(element: tuple[int, BatchPlan]) -> Batch:
         epoch, plan = element
-        flips = [
-            data.random_flip and np.random.default_rng((seed, epoch, int(index))).random() < 0.5
-            for index in plan.image_index
-        ]
-        return assemble(dataset, plan, image, max_boxes=data.max_boxes, flips=flips)
+
+        def example(index: int) -> Example:
+            return training_example(dataset.records[index], data, stream=(seed, epoch, index))
+
+        return assemble(plan, image, example, max_boxes=data.max_boxes)
 
     return _in_threads(source, load)
 
 
 def evaluation_batches(dataset: Dataset, image: ImageConfig, *, batch_size: int) -> grain.DatasetIterator:
-    """Returns an iterator that meets every image once; rows carry no ground truth."""
+    """Returns an iterator that meets every image once, whole; rows carry no ground truth."""
     canvases = [canvas_for(record.image_hw, image) for record in dataset.records]
     plans = plan_batches(canvases, np.arange(len(canvases)), batch_size)
-    return _in_threads(plans, lambda plan: assemble(dataset, plan, image, max_boxes=0))
+
+    def example(index: int) -> Example:
+        return read_image(dataset.records[index].path), np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+
+    return _in_threads(plans, lambda plan: assemble(plan, image, example, max_boxes=0))
 
 
 def _in_threads(source, load) -> grain.DatasetIterator:
@@ -81,13 +84,29 @@ def _in_threads(source, load) -> grain.DatasetIterator:
     return iter(grain.MapDataset.source(source).map(load).to_iter_dataset(options))
 
 
+def training_example(record: ImageRecord, data: DataConfig, *, stream: tuple[int, int, int]) -> Example:
+    """Returns an image as it is trained on: mirrored and cropped where `data` says so.
+
+    Args:
+      stream: (seed, epoch, index of the image), from which all that is random follows.
+    """
+    pixels, boxes, labels = read_image(record.path), record.boxes, record.labels
+    drawn = data.flip == "random" and np.random.default_rng(stream).random() < 0.5
+    if drawn or record.flipped:
+        pixels, boxes = pixels[:, ::-1], flip_boxes(boxes, pixels.shape[1])
+    if data.crop_aspect is not None:
+        # Not 0: a stream that ends in it is the same as without.
+        rng = np.random.default_rng((*stream, 1))
+        pixels, boxes, labels = crop(pixels, boxes, labels, aspect=data.crop_aspect, rng=rng)
+    return pixels, boxes, labels
+
+
+def _training_hw(record: ImageRecord, data: DataConfig) -> tuple[int, int]:
+    return record.image_hw if data.crop_aspect is None else cropped_hw(record.image_hw, data.crop_aspect)
+
+
 def assemble(
-    dataset: Dataset,
-    plan: BatchPlan,
-    image: ImageConfig,
-    *,
-    max_boxes: int,
-    flips: list[bool] | None = None,
+    plan: BatchPlan, image: ImageConfig, example: Callable[[int], Example], *, max_boxes: int
 ) -> Batch:
     """Returns the planned batch as NumPy arrays; rows that only fill it are zeros."""
     size = len(plan.image_index)
@@ -104,20 +123,9 @@ def assemble(
         ),
     )
     for row in np.flatnonzero(plan.image_valid):
-        record = dataset.records[plan.image_index[row]]
-        pixels = read_image(record.path)
-        boxes = record.boxes
-        if flips is not None and flips[row]:
-            pixels, boxes = pixels[:, ::-1], flip_boxes(boxes, pixels.shape[1])
+        pixels, boxes, labels = example(int(plan.image_index[row]))
         batch.images[row], batch.image_hw[row], batch.scale[row] = to_canvas(pixels, plan.canvas, image)
-        if max_boxes:
-            _write_ground_truth(batch.ground_truth, row, record, scale_boxes(boxes, batch.scale[row]))
+        batch.ground_truth.boxes[row, : len(boxes)] = scale_boxes(boxes, batch.scale[row])
+        batch.ground_truth.labels[row, : len(boxes)] = labels
+        batch.ground_truth.valid[row, : len(boxes)] = True
     return batch
-
-
-def _write_ground_truth(ground_truth: GroundTruth, row, record: ImageRecord, boxes: np.ndarray) -> None:
-    # Difficult objects are not trained on: py-faster-rcnn's and the paper's line.
-    boxes, labels = boxes[~record.difficult], record.labels[~record.difficult]
-    ground_truth.boxes[row, : len(boxes)] = boxes
-    ground_truth.labels[row, : len(boxes)] = labels
-    ground_truth.valid[row, : len(boxes)] = True

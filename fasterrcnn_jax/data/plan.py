@@ -2,13 +2,14 @@
 
 Every process computes the same plan and takes its rows of it, so all meet the same shapes in the same
 order. Batches hold images of one canvas; the last batch of a canvas is filled up with invalid rows, so
-every image is met exactly once per epoch.
+every image is met exactly once per epoch. Ranked by aspect, the images of a batch are also alike in
+width / height, and less of their canvas is padding.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 Canvas = tuple[int, int]
 
@@ -37,8 +38,22 @@ def plan_batches(canvases: list[Canvas], order: Int[np.ndarray, "n"], batch_size
     return batches
 
 
-def plan_epoch(canvases: list[Canvas], batch_size: int, *, seed: int, epoch: int) -> list[BatchPlan]:
-    """Returns one epoch's batches: images shuffled, then batches shuffled, by (seed, epoch) alone."""
+def plan_epoch(
+    canvases: list[Canvas],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    aspects: Float[np.ndarray, "n"] | None = None,
+) -> list[BatchPlan]:
+    """Returns one epoch's batches: images shuffled, then batches shuffled, by (seed, epoch) alone.
+
+    Args:
+      aspects: width / height of each image: batches hold neighbours in this order, the shuffle breaking ties.
+    """
     rng = np.random.default_rng((seed, epoch))
-    batches = plan_batches(canvases, rng.permutation(len(canvases)), batch_size)
+    order = rng.permutation(len(canvases))
+    if aspects is not None:
+        order = order[np.argsort(aspects[order], kind="stable")]
+    batches = plan_batches(canvases, order, batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]

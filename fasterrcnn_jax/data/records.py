@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
+
+# Below two pixels nothing can be seen, and a 0-based file's empty boxes are one pixel wide by VOC's 1-based rule.
+MIN_SIDE = 2.0
 
 
 class ImageRecord(NamedTuple):
     """One labelled image; its pixels are decoded only when it is its turn."""
 
-    id: str  # unique in its data set; what result files call the image
+    id: str  # what result files call the image; unique in what a reader returns
     path: Path
     image_hw: tuple[int, int]
     boxes: np.ndarray  # [N, 4] float32
     labels: np.ndarray  # [N] int32
-    difficult: np.ndarray  # [N] bool; kept out of training, ignored by the VOC metric
+    difficult: np.ndarray  # [N] bool; no metric counts detections on them
+    crowd: np.ndarray  # [N] bool: the box holds many objects; never trained on
+    area: np.ndarray  # [N] float64: what COCO calls small and large; of the outline where one is annotated
+    flipped: bool = False  # trained on as its mirror image; the fields above are of the stored one
 
 
 class Dataset(NamedTuple):
@@ -28,3 +35,15 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     records: tuple[ImageRecord, ...]
     notes: tuple[str, ...]  # one sentence per kind of thing that was dropped or clipped, with its count
+    category_ids: tuple[int, ...]  # what COCO result files call each class
+
+
+def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
+    """Returns float64 areas: in float32 some would cross the borders between COCO's sizes."""
+    sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2]
+    return sides[:, 0] * sides[:, 1]
+
+
+def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:
+    """Returns which boxes have `MIN_SIDE` pixels or more on both sides."""
+    return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)

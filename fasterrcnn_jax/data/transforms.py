@@ -57,12 +57,14 @@ def to_canvas(
 ) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
     """Returns the normalised canvas (zero beyond the picture), the picture's size on it, and the scale.
 
-    Size is (height, width) in network pixels, scale (y, x) in network pixels per original pixel; the
-    two axes differ by rounding.
+    Channels are in `config.channel_order`, and so are mean and std. Size is (height, width) in network
+    pixels, scale (y, x) in network pixels per original pixel; the two axes differ by rounding.
     """
     size = network_size(image.shape[:2], config)
     pixels = np.zeros((*canvas, 3), np.float32)
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    if config.channel_order == "bgr":
+        image = image[..., ::-1]
     pixels[: size[0], : size[1]] = (resize_bilinear(image, size) - mean) / std
     scale = np.asarray(size, np.float32) / np.asarray(image.shape[:2], np.float32)
     return pixels, np.asarray(size, np.float32), scale

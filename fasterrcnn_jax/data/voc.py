@@ -16,14 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from fasterrcnn_jax.data.images import image_size
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas
 from fasterrcnn_jax.errors import InputError
+
+# The objects of VOC2007 and VOC2012, in the order of the challenge.
+CLASS_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 
 # Tried in this order when <filename> does not tell.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-
-# Below two pixels nothing can be seen, and a 0-based file's empty boxes are one pixel wide by the 1-based rule.
-MIN_SIDE = 2.0
 
 # No JPEG is wider. The value itself is what is left of 0 - 1 in the 16 bits that some writers use.
 MAX_COORDINATE = 65535
@@ -81,10 +84,12 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...]) -> Data
                 boxes.append(box)
                 labels.append(label)
                 difficult.append(is_difficult)
-        arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int32), np.array(difficult, bool)
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        flags = np.array(difficult, bool), np.zeros(len(boxes), bool)  # VOC knows no crowds
+        arrays = boxes, np.array(labels, np.int32), *flags, box_areas(boxes)
         records.append(ImageRecord(image_id, image_path, (height, width), *arrays))
     notes = tuple(text.format(count=len(found[k]), first=found[k][0]) for k, text in _NOTES.items() if k in found)
-    return Dataset(f"{root} ({split})", tuple(class_names), tuple(records), notes)
+    return Dataset(f"{root} ({split})", tuple(class_names), tuple(records), notes, tuple(label_of.values()))
 
 
 def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:

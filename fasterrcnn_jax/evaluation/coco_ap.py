@@ -2,9 +2,9 @@
 
 Lin et al. 2014 (arXiv:1405.0312) and https://cocodataset.org/#detection-eval: AP is the mean over the
 IoU thresholds 0.50, 0.55, ..., 0.95 and over 101 recall points, with at most 100 detections per image
-and class. Small, medium and large objects are told apart at 32^2 and 96^2 square pixels. The area here
-is the area of the box; the official COCO numbers take the area of the segmentation, which is smaller,
-so these three differ from them.
+and class. Small, medium and large objects are told apart at 32^2 and 96^2 square pixels of the records'
+areas: those of the outlines, as in the official numbers, where COCO json gives them, and those of the
+boxes, which are larger, where the annotations know boxes alone.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from fasterrcnn_jax.evaluation.results import CocoResult, ImageDetections, check
 
 
 class _DifficultEval(COCOeval):
-    """COCOeval in which a crowd is a difficult object: ignored, but overlapped like any other.
+    """COCOeval in which a difficult object is ignored as a crowd is, but overlapped like any other.
 
     pycocotools overwrites a ground truth's `ignore` by its `iscrowd`, and an object that is ignored
     without being a crowd would take one detection only and make the second a false positive. VOC ignores
     every detection on a difficult object. Crowds do that too, but their overlap is the intersection over
-    the *detection's* area, so that any small box inside one would be ignored; that part is undone here.
+    the *detection's* area, so that any small box inside one would be ignored; that part is for `crowd` alone.
     """
 
     def computeIoU(self, imgId, catId):
         objects = self._gts[imgId, catId]
         flags = [item["iscrowd"] for item in objects]
         for item in objects:
-            item["iscrowd"] = 0
+            item["iscrowd"] = item["crowd"]
         iou = super().computeIoU(imgId, catId)
         for item, flag in zip(objects, flags, strict=True):
             item["iscrowd"] = flag
@@ -42,8 +42,9 @@ class _DifficultEval(COCOeval):
 def coco_ap(detections: Sequence[ImageDetections], dataset: Dataset) -> CocoResult:
     """Returns the COCO numbers of `detections`; NaN where no object exists to be found.
 
-    Difficult objects are ignored as VOC does it: a detection matched to one counts neither way. Unlike
-    in VOC, a detection that also overlaps an ordinary, still free object enough is matched to that one.
+    A detection matched to a crowd counts neither way. Difficult objects, which COCO does not know, are
+    ignored as VOC does it: a detection matched to one counts neither way either. Unlike in VOC, a detection
+    that also overlaps an ordinary, still free object enough is matched to that one.
     Equal scores keep the order of the images and, in an image, the order given. What pycocotools prints
     is dropped; that redirects the process's standard output for the duration of the call.
 
@@ -80,8 +81,11 @@ def _ground_truth(dataset: Dataset) -> COCO:
     """Returns the objects of `dataset` with the images numbered from 1."""
     annotations = []
     for image_id, record in enumerate(dataset.records, start=1):
-        for box, label, difficult in zip(record.boxes, record.labels, record.difficult, strict=True):
-            annotations.append(_annotation(image_id, box, int(label)) | {"iscrowd": int(difficult)})
+        for number, (box, label) in enumerate(zip(record.boxes, record.labels, strict=True)):
+            ignored = record.difficult[number] or record.crowd[number]
+            flags = {"iscrowd": int(ignored), "crowd": int(record.crowd[number])}
+            area = float(record.area[number])
+            annotations.append(_annotation(image_id, box, int(label)) | flags | {"area": area})
     return _index(dataset, annotations)
 
 

@@ -30,9 +30,9 @@ class CocoResult(NamedTuple):
     ap: float  # mean over IoU 0.50, 0.55, ..., 0.95
     ap50: float
     ap75: float
-    ap_small: float  # box area below 32^2
+    ap_small: float  # area up to 32^2
     ap_medium: float
-    ap_large: float  # box area above 96^2
+    ap_large: float  # area from 96^2 on
     ar_100: float  # mean recall over the same thresholds, at most 100 detections per image and class
     class_ap: np.ndarray  # [K] float64
     class_ap50: np.ndarray  # [K] float64
@@ -123,7 +123,7 @@ def metrics_dict(metrics: Metrics, class_names: Sequence[str]) -> dict[str, floa
 def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco: CocoResult) -> str:
     """Returns the table per class that the scripts print, ending with the line `AP50 0.xx`.
 
-    Columns: class, number of non-difficult objects, VOC 11-point and area AP (IoU 0.5), COCO AP50 and AP.
+    Columns: class, number of objects to be found, VOC 11-point and area AP (IoU 0.5), COCO AP50 and AP.
     The last row is the mean over the classes that have objects.
     """
     counts = object_counts(dataset)
@@ -138,10 +138,10 @@ def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco
 
 
 def object_counts(dataset: Dataset) -> np.ndarray:
-    """Returns the number of non-difficult objects per class: [K] int64."""
+    """Returns the number of objects per class that are to be found, neither difficult nor crowds: [K] int64."""
     counts = np.zeros(len(dataset.class_names) + 1, np.int64)
     for record in dataset.records:
-        np.add.at(counts, record.labels[~record.difficult], 1)
+        np.add.at(counts, record.labels[~(record.difficult | record.crowd)], 1)
     return counts[1:]
 
 
@@ -155,8 +155,8 @@ def write_coco_json(path: str | Path, detections: Sequence[ImageDetections], dat
     """Writes the COCO result format, https://cocodataset.org/#format-results: one object per detection.
 
     `image_id` is the record's id: an integer if it reads as one and nothing is lost (`139`), otherwise
-    text (`000005`, `2008_000008`). `category_id` is the label, 1..K; `bbox` is [x, y, width, height].
-    The file appears whole or not at all.
+    text (`000005`, `2008_000008`). `category_id` is the one of `dataset.category_ids`; `bbox` is
+    [x, y, width, height]. The file appears whole or not at all.
 
     Raises:
       InputError: the file cannot be written.
@@ -171,7 +171,7 @@ def write_coco_json(path: str | Path, detections: Sequence[ImageDetections], dat
             entries.append(
                 {
                     "image_id": image_id,
-                    "category_id": int(label),
+                    "category_id": dataset.category_ids[int(label) - 1],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": float(score),
                 }

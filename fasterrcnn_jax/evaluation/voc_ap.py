@@ -4,6 +4,7 @@ Everingham et al. 2010, "The PASCAL Visual Object Classes (VOC) Challenge", sect
 form is the metric of VOC 2007 and of the numbers in the Faster R-CNN paper; the area under the curve
 is the metric from VOC 2010 on. The VOC tools add one pixel to every width because their boxes are
 inclusive; our boxes are continuous (xmin - 1, ymin - 1, xmax, ymax), so their overlap is our plain IoU.
+VOC knows no crowds; a crowd of another data set is treated as a difficult object.
 
 Shapes: D detections and N objects of one image, K classes, M detections of one class in all images.
 """
@@ -54,8 +55,9 @@ def voc_ap(
     """Returns the average precision of each class: [K] float64 in 0..1.
 
     A class without a single non-difficult object has no recall and is NaN in both metrics, so that a
-    mean can leave it out. py-faster-rcnn's `voc_eval` gives NaN only for the area; its 11-point form
-    gives 0 there, which lowers the mean.
+    mean can leave it out, as simple-faster-rcnn-pytorch's `eval_detection_voc` does. py-faster-rcnn's
+    `voc_eval` gives NaN only for the area; its 11-point form gives 0 there, which lowers the mean. The two
+    also differ where an overlap is exactly the threshold: no match here and in `voc_eval`, one there.
 
     Args:
       detections: one entry per record of `dataset`, in the same order.
@@ -100,7 +102,8 @@ def precision_recall(
     scores = np.concatenate([np.zeros(0), *(found.scores for found in detections)])
     labels = np.concatenate([np.zeros(0, np.int64), *(found.labels for found in detections)])
     # One entry more than there are objects: index -1, "no object", is not difficult.
-    difficult = np.concatenate([*(record.difficult for record in dataset.records), [False]]).astype(bool)
+    ignored = (record.difficult | record.crowd for record in dataset.records)
+    difficult = np.concatenate([*ignored, [False]]).astype(bool)
 
     curves = []
     for label, count in enumerate(object_counts(dataset), start=1):

@@ -1,0 +1,70 @@
+"""Crops of very long or very tall training images, so that they fill their canvas.
+
+The case analysis is that of faster-rcnn.pytorch's loader (lib/roi_data_layer/roibatchLoader.py), in continuous
+coordinates. It crops after the resize and we before: the sides here are pixels of the stored image, and a
+cropped image is enlarged as one of its own size would be.
+
+Only one axis is ever cut: the one that is more than `aspect` times as long as the other.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from fasterrcnn_jax.data.records import large_enough
+
+
+def cropped_hw(image_hw: tuple[int, int], aspect: float) -> tuple[int, int]:
+    """Returns (height, width) after cropping; follows from the size alone, so that it can be planned."""
+    longest = int(min(image_hw) * aspect)
+    return min(image_hw[0], longest), min(image_hw[1], longest)
+
+
+def crop(
+    pixels: UInt8[np.ndarray, "h w 3"],
+    boxes: Float[np.ndarray, "n 4"],
+    labels: Int[np.ndarray, "n"],
+    *,
+    aspect: float,
+    rng: np.random.Generator,
+) -> tuple[UInt8[np.ndarray, "h2 w2 3"], Float[np.ndarray, "m 4"], Int[np.ndarray, "m"]]:
+    """Returns the image cut to `cropped_hw`, and what is left of its boxes, in its pixels.
+
+    Boxes of which less than two pixels a side are left are dropped. All boxes stay where they fit into the
+    crop together. Where they do not, none may stay: the reference, too, may land in a gap between them.
+
+    Args:
+      rng: drawn from only where the place of the crop is open.
+    """
+    size = cropped_hw(pixels.shape[:2], aspect)
+    start = [0, 0]
+    for axis in (0, 1):
+        if size[axis] < pixels.shape[axis]:
+            low, high = boxes[:, 1 - axis], boxes[:, 3 - axis]
+            start[axis] = crop_start(low, high, pixels.shape[axis], size[axis], rng)
+    pixels = pixels[start[0] : start[0] + size[0], start[1] : start[1] + size[1]]
+    origin, limit = np.array([*start[::-1]] * 2, np.float32), np.array([*size[::-1]] * 2, np.float32)
+    boxes = np.clip(boxes - origin, np.float32(0), limit)
+    stay = large_enough(boxes)
+    return pixels, boxes[stay], labels[stay]
+
+
+def crop_start(
+    low: Float[np.ndarray, "n"], high: Float[np.ndarray, "n"], length: int, kept: int, rng: np.random.Generator
+) -> int:
+    """Returns the first of `kept` pixels out of `length`, along one axis.
+
+    Args:
+      low, high: the edges of the boxes along this axis.
+    """
+    if not len(low):
+        return int(rng.integers(0, length - kept + 1))
+    first, last = int(np.floor(low.min())), int(np.ceil(high.max()))
+    if first == 0:
+        return 0
+    if last - first < kept:
+        # Anywhere that holds all boxes.
+        earliest, end = max(last - kept, 0), min(first, length - kept)
+    else:
+        # From the first box on, over at most half of what does not fit.
+        earliest, end = first, first + (last - first - kept) // 2
+    return earliest if earliest == end else int(rng.integers(earliest, end))
