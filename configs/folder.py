@@ -16,23 +16,38 @@ from fasterrcnn_jax.config import (
     ModelConfig,
     PostprocessConfig,
     ProposalConfig,
-    RoiAlignConfig,
+    RoiFeaturesConfig,
     RoiSamplingConfig,
     RpnConfig,
     TrainConfig,
 )
+from fasterrcnn_jax.families import IMAGENET_RGB
 
 config = Config(
     run=Path("runs/folder"),
-    data=DataConfig(root=Path("data/folder")),
+    data=DataConfig(
+        root=Path("data/folder"),
+        keep_empty=True,
+        flip="random",
+        crop_aspect=None,
+        rank_by_aspect=False,
+    ),
     model=ModelConfig(
-        image=ImageConfig(short_side=240, long_side=320, canvases=((240, 320), (320, 240))),
-        backbone=BackboneConfig(depth=18, width=32, stride=8, norm="group", mask_padding=True),
-        rpn=RpnConfig(anchor_sizes=(20.0, 40.0, 80.0, 160.0), channels=128, anchors_per_image=128),
+        image=ImageConfig(short_side=240, long_side=320, canvases=((240, 320), (320, 240)), **IMAGENET_RGB),
+        backbone=BackboneConfig(
+            name="resnet18", width=32, stride=8, norm="group", stem_pool="padded", fixed_stages=0, mask_padding=True
+        ),
+        rpn=RpnConfig(
+            anchor_scales=(1.25, 2.5, 5.0, 10.0),
+            anchor_rounding="none",
+            allowed_border=None,
+            channels=128,
+            anchors_per_image=128,
+        ),
         train_proposals=ProposalConfig(pre_nms_top_n=1000, post_nms_top_n=300, min_size=4.0),
         test_proposals=ProposalConfig(pre_nms_top_n=1000, post_nms_top_n=150, min_size=4.0),
         roi_sampling=RoiSamplingConfig(rois_per_image=64, fg_fraction=0.5),
-        roi_align=RoiAlignConfig(output_size=7),
+        roi_features=RoiFeaturesConfig(aligned=True, sampling_ratio=2),
         box_head=BoxHeadConfig(summary="flatten"),
         postprocess=PostprocessConfig(nms_threshold=0.4),
     ),
@@ -41,7 +56,11 @@ config = Config(
         batch_size=4,
         optimizer="adamw",
         learning_rate=1e-3,
+        schedule="cosine",
         weight_decay=0.01,
+        double_bias=False,
+        double_objectness=False,
+        clip_norm=10.0,
         warmup_steps=30,
         checkpoint_every=200,
         evaluate_every=200,

@@ -1,19 +1,38 @@
 """Anchors: the boxes that the RPN scores and bends. Ren et al. 2015 (arXiv:1506.01497), section 3.1.1."""
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float
 
 
-def cell_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Float[np.ndarray, "c 4"]:
+def cell_anchors(
+    base: float,
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    *,
+    rounding: Literal["base", "half", "none"],
+) -> Float[np.ndarray, "c 4"]:
     """Returns the anchors of one cell, centred on the origin, ratios varying slowest.
 
     Args:
-      sizes: square roots of the areas, in pixels of the network input.
+      base: side of the square that `scales` multiply, in pixels of the network input.
+      scales: square roots of the anchors' areas, in `base`.
       ratios: height / width.
+      rounding: what becomes whole pixels, halves to even: `base` the sides of the box of each ratio before
+        it is scaled (py-faster-rcnn), `half` half of the scaled sides (torchvision), `none` nothing.
     """
-    roots = np.sqrt(np.asarray(ratios, np.float64))[:, None]
-    half_heights = (0.5 * np.asarray(sizes, np.float64) * roots).ravel()
-    half_widths = (0.5 * np.asarray(sizes, np.float64) / roots).ravel()
+    ratios = np.asarray(ratios, np.float64)[:, None]
+    scales = np.asarray(scales, np.float64)
+    if rounding == "base":
+        widths = np.round(np.sqrt(base * base / ratios))
+        heights = np.round(widths * ratios) * scales
+        widths = widths * scales
+    else:
+        heights, widths = np.sqrt(ratios) * base * scales, base * scales / np.sqrt(ratios)
+    half_heights, half_widths = 0.5 * heights.ravel(), 0.5 * widths.ravel()
+    if rounding == "half":
+        half_heights, half_widths = np.round(half_heights), np.round(half_widths)
     return np.stack([-half_widths, -half_heights, half_widths, half_heights], axis=1).astype(np.float32)
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from fasterrcnn_jax.config import Config, first_difference, from_json, to_json
+from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config_io import first_difference, from_json, to_json
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, create
+from fasterrcnn_jax.models.detector import Detector, create, split
 from fasterrcnn_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -114,7 +115,7 @@ def load(path: str | Path) -> Detector:
     with ocp.training.Checkpointer(folder.absolute()) as checkpoints:
         config = _read_config(checkpoints, step)
         model = jax.eval_shape(lambda: create(config.model, config.data.class_names, seed=0))
-        graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+        graphdef, params, frozen = split(model)
         shapes = {"params": params, "frozen": frozen}
         found = _read(checkpoints, step, {"model": _abstract(_by_path(shapes))})
     values = _from_path(found["model"], shapes)

@@ -12,7 +12,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from fasterrcnn_jax.config import Config, check_types, load_config
+from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config_io import check_types, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -1,21 +1,15 @@
 """Every setting, as frozen dataclasses: hashable, so the parts that shape a program are static arguments.
 
-The docstring under a field is its help text on the command line. A config file is Python that builds
-one `Config` named `config`; a checkpoint holds it as JSON. Nothing is looked up by an unchecked string:
-a misspelt field is an error wherever it comes from.
+The docstring under a field is its help text on the command line. Defaults are those of the reference code
+bases' Caffe line (py-faster-rcnn, faster-rcnn.pytorch); docs/reference.md says where each stands there.
 """
 
 import dataclasses
-import json
 import math
-import runpy
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
-import typeguard
-
-from fasterrcnn_jax.box_coder import Weights
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.box_coder import MAX_LOG_SCALE, PerDelta
 
 
 def _require(condition: bool, message: str) -> None:
@@ -33,6 +27,11 @@ def _require_positive(**fields: float) -> None:
         _require(value > 0, f"{name} must be positive, got {value}")
 
 
+def _require_not_negative(**fields: float) -> None:
+    for name, value in fields.items():
+        _require(value >= 0, f"{name} must not be negative, got {value}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How a picture becomes network input. Part of the model: weights fit one preprocessing."""
@@ -41,11 +40,13 @@ class ImageConfig:
     """pixels that the shorter side is resized to"""
     long_side: int = 1000
     """the longer side never exceeds this; the shorter one then stays below short_side"""
-    canvases: tuple[tuple[int, int], ...] = ((608, 1024), (1024, 608))
+    canvases: tuple[tuple[int, int], ...] = ((608, 800), (800, 608), (608, 1008), (1008, 608))
     """padded (height, width); a picture goes onto the smallest it fits; one compilation each"""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """subtracted from RGB in 0..255"""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    channel_order: Literal["bgr", "rgb"] = "bgr"
+    """order of the network's input channels, and of mean and std"""
+    mean: tuple[float, float, float] = (102.9801, 115.9465, 122.7717)
+    """subtracted from values in 0..255"""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """divides after the subtraction"""
 
     def __post_init__(self):
@@ -68,16 +69,23 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """ResNet-C4 (He et al. 2015, arXiv:1512.03385): stages 1-3 shared, stage 4 per region."""
+    """The shared layers: VGG16 up to conv5_3, or ResNet up to conv4_x (C4), stage 4 then runs per region."""
 
-    depth: Literal[18, 34, 50, 101, 152] = 101
-    """number of layers; basic blocks up to 34, bottlenecks from 50 on"""
+    name: Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
+    """Simonyan and Zisserman 2014 (arXiv:1409.1556), He et al. 2015 (arXiv:1512.03385); bottlenecks from 50 on"""
     width: int = 64
-    """channels of the stem; 64 is the published net, less makes a thinner one"""
+    """channels of the first layer; 64 is the published net, less makes a thinner one"""
     stride: Literal[8, 16] = 16
     """network pixels per feature cell; 8 keeps small objects apart at four times the cost"""
-    norm: Literal["group", "frozen_batch"] = "frozen_batch"
-    """group for training from nothing, frozen_batch with weights from outside"""
+    norm: Literal["none", "frozen_batch", "group"] = "frozen_batch"
+    """none is the plain VGG16, frozen_batch suits weights from outside, group training from nothing"""
+    stride_in: Literal["1x1", "3x3"] = "1x1"
+    """which convolution of a bottleneck strides: the first 1x1 (Caffe) or the 3x3 (torchvision)"""
+    stem_pool: Literal["ceil", "padded"] = "ceil"
+    """ResNet's 3x3 max pooling after the stem: unpadded but for partial windows at the far border (Caffe), or
+    padded by 1 (torchvision)"""
+    fixed_stages: int = 1
+    """leading stages that are never trained, the stem with the first: 1 for ResNet, 2 (conv1_1 to conv2_2) for VGG16"""
     mask_padding: bool = False
     """zero the padding after every layer and leave it out of group statistics, so that results do not
     depend on it; on for training from nothing, off for weights trained without"""
@@ -87,28 +95,59 @@ class BackboneConfig:
             self.width >= 8 and self.width % 8 == 0,
             f"width must be a positive multiple of 8, got {self.width}",
         )
+        _require(
+            self.norm != "none" or self.name == "vgg16",
+            f"norm none is for vgg16, a {self.name} needs frozen_batch or group",
+        )
+        stages = 5 if self.name == "vgg16" else 3
+        _require(
+            0 <= self.fixed_stages <= stages,
+            f"fixed_stages must be in 0..{stages} for {self.name}, got {self.fixed_stages}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoxCoderConfig:
+    """How deltas become boxes, in the RPN and in the box head."""
+
+    far_corner_offset: Literal[0, 1] = 0
+    """1 reproduces the old inclusive corners: decoded far corners lie one pixel further, near corners are
+    clipped to [0, side - 1], far ones to [1, side], and region features are taken without that pixel"""
+    max_log_scale: float | None = MAX_LOG_SCALE
+    """larger log scales are cut to this; None: not at all, as the Caffe line, where exp() may overflow"""
+
+    def __post_init__(self):
+        if self.max_log_scale is not None:
+            _require_positive(max_log_scale=self.max_log_scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RpnConfig:
     """Region proposal network (Ren et al. 2015, arXiv:1506.01497, section 3.1)."""
 
-    anchor_sizes: tuple[float, ...] = (128.0, 256.0, 512.0)
-    """square roots of the anchors' areas, in pixels of the network input"""
+    anchor_base: float = 16.0
+    """side of the square that scales multiply, in pixels of the network input"""
+    anchor_scales: tuple[float, ...] = (8.0, 16.0, 32.0)
+    """square roots of the anchors' areas, in anchor_base; 4, 8, 16, 32 for COCO"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """height / width"""
+    anchor_rounding: Literal["base", "half", "none"] = "base"
+    """what is rounded to whole pixels: the sides of the base boxes (Caffe), half the anchors' sides
+    (torchvision), nothing"""
+    allowed_border: float | None = 0.0
+    """anchors reaching further than this over the picture's border are not trained on; None: all are"""
     channels: int = 512
     """of the 3x3 convolution"""
     fg_iou: float = 0.7
     """an anchor at this IoU with a box is foreground"""
     bg_iou: float = 0.3
     """an anchor below this IoU with every box is background"""
+    clobber_positives: bool = False
+    """background wins where an anchor is a box's best and below bg_iou"""
     anchors_per_image: int = 256
     """sampled for the loss"""
     fg_fraction: float = 0.5
     """at most this part of the sample is foreground"""
-    sigma: float = 3.0
-    """smooth L1: quadratic below 1 / sigma^2"""
 
     def __post_init__(self):
         _require_fraction(fg_iou=self.fg_iou, bg_iou=self.bg_iou, fg_fraction=self.fg_fraction)
@@ -116,14 +155,16 @@ class RpnConfig:
             0 < self.bg_iou <= self.fg_iou,
             f"need 0 < bg_iou <= fg_iou, got {self.bg_iou} and {self.fg_iou}",
         )
-        _require(bool(self.anchor_sizes and self.anchor_ratios), "anchor_sizes and anchor_ratios are empty")
+        _require(bool(self.anchor_scales and self.anchor_ratios), "anchor_scales and anchor_ratios are empty")
         _require_positive(
-            anchor_sizes=min(self.anchor_sizes),
+            anchor_base=self.anchor_base,
+            anchor_scales=min(self.anchor_scales),
             anchor_ratios=min(self.anchor_ratios),
             channels=self.channels,
             anchors_per_image=self.anchors_per_image,
-            sigma=self.sigma,
         )
+        if self.allowed_border is not None:
+            _require_not_negative(allowed_border=self.allowed_border)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +178,7 @@ class ProposalConfig:
     nms_threshold: float = 0.7
     """IoU above which the lower-scored box goes"""
     min_size: float = 16.0
-    """shorter sides drop, in pixels of the network input"""
+    """boxes with a shorter side drop, in pixels of the picture as stored: times the image scale on the canvas"""
 
     def __post_init__(self):
         _require(
@@ -145,7 +186,8 @@ class ProposalConfig:
             f"need pre_nms_top_n >= post_nms_top_n >= 1, got {self.pre_nms_top_n}, {self.post_nms_top_n}",
         )
         _require_fraction(nms_threshold=self.nms_threshold)
-        _require_positive(nms_threshold=self.nms_threshold, min_size=self.min_size)
+        _require_positive(nms_threshold=self.nms_threshold)
+        _require_not_negative(min_size=self.min_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,16 +196,18 @@ class RoiSamplingConfig:
 
     rois_per_image: int = 128
     """sampled for the loss"""
+    rois_per_batch: int | None = None
+    """divided over the images of the batch in place of rois_per_image: 128 for Fast R-CNN's 2 x 64"""
     fg_fraction: float = 0.25
-    """at most this part of the sample is foreground"""
+    """at most this part of the sample is foreground; all of it where no proposal is background"""
     fg_iou: float = 0.5
     """a RoI at this IoU with a box is foreground"""
     bg_iou: tuple[float, float] = (0.0, 0.5)
-    """background lies in [low, high)"""
-    box_weights: Weights = (10.0, 10.0, 5.0, 5.0)
-    """multiply the box targets: the reciprocal of the stds 0.1, 0.1, 0.2, 0.2"""
-    sigma: float = 1.0
-    """smooth L1: quadratic below 1 / sigma^2"""
+    """background lies in [low, high); low 0.1 mines harder examples, as Fast R-CNN"""
+    box_means: PerDelta = (0.0, 0.0, 0.0, 0.0)
+    """subtracted from the box targets"""
+    box_stds: PerDelta = (0.1, 0.1, 0.2, 0.2)
+    """divide the box targets"""
 
     def __post_init__(self):
         _require_fraction(fg_iou=self.fg_iou, fg_fraction=self.fg_fraction)
@@ -171,31 +215,87 @@ class RoiSamplingConfig:
             0.0 <= self.bg_iou[0] < self.bg_iou[1] <= self.fg_iou,
             f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou, got {self.bg_iou} and {self.fg_iou}",
         )
-        _require_positive(
-            rois_per_image=self.rois_per_image, sigma=self.sigma, box_weights=min(self.box_weights)
-        )
+        _require_positive(rois_per_image=self.rois_per_image, box_stds=min(self.box_stds))
+        if self.rois_per_batch is not None:
+            _require_positive(rois_per_batch=self.rois_per_batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoiAlignConfig:
-    """Features of a region (He et al. 2017, arXiv:1703.06870, section 3)."""
+class RoiFeaturesConfig:
+    """A fixed grid of features for every region."""
 
-    output_size: int = 14
-    """cells per side; stage 4 halves it"""
-    sampling_ratio: int = 2
-    """samples per cell and axis"""
+    operator: Literal["align", "align_average", "pool", "crop"] = "align"
+    """RoIAlign, the older average of one sample per corner, RoI max pooling, or bilinear crop and 2x2 max"""
+    output_size: int = 7
+    """cells per side"""
+    sampling_ratio: int = 0
+    """of align: samples per cell and axis; 0 adapts them to the region, one per feature cell or more"""
+    aligned: bool = False
+    """of align: take half a cell off, so that a feature cell's value lies at its centre; off in the references"""
+    quantisation: Literal["rounded", "floor"] = "rounded"
+    """of pool: how corners fall on feature cells"""
 
     def __post_init__(self):
-        _require_positive(output_size=self.output_size, sampling_ratio=self.sampling_ratio)
+        _require_positive(output_size=self.output_size)
+        _require_not_negative(sampling_ratio=self.sampling_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxHeadConfig:
-    """ResNet stage 4 on each region, then one linear layer for classes and one for deltas."""
+    """ResNet stage 4 or VGG16's fc6 and fc7 on each region, then one linear layer for classes and one for deltas."""
 
+    class_agnostic: bool = False
+    """one set of deltas for all classes in place of one per class"""
     summary: Literal["mean", "flatten"] = "mean"
-    """how the cells of stage 4 become one vector: mean is published and suits pretrained weights; flatten
-    keeps where in the region a feature lies, without which a net trained from nothing learns slowly"""
+    """of ResNet: how the cells of stage 4 become one vector: mean is published and suits pretrained weights;
+    flatten keeps where in the region a feature lies, without which a net trained from nothing learns slowly"""
+    channels: int = 4096
+    """of VGG16's fc6 and fc7"""
+    dropout: float = 0.5
+    """of VGG16's fc6 and fc7: part of the values that is zero in training"""
+
+    def __post_init__(self):
+        _require_positive(channels=self.channels)
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the four losses are formed and added. Weights are part of the losses as they are logged."""
+
+    rpn_sigma: float = 3.0
+    """smooth L1 of the RPN: quadratic below 1 / sigma^2"""
+    roi_sigma: float = 1.0
+    """smooth L1 of the box head"""
+    rpn_box_weight: float = 1.0
+    """of the RPN's box loss; 10 is the paper's lambda with locations as the normalizer"""
+    roi_box_weight: float = 1.0
+    """of the box head's box loss"""
+    rpn_box_normalizer: Literal["sampled", "positives", "locations"] = "sampled"
+    """what the RPN's box loss is divided by: the sampled anchors, the foreground ones, or the feature cells"""
+    rpn_box_anchors: Literal["sampled", "all_positives"] = "sampled"
+    """which foreground anchors are regressed: those in the sample, or all before it was drawn"""
+    rpn_positive_weight: float | None = None
+    """foreground anchors together weigh this much in the RPN's box loss, whatever the normalizer; None: as
+    the normalizer says"""
+    rpn_box_inside_weights: PerDelta = (1.0, 1.0, 1.0, 1.0)
+    """multiply the error of each delta before smooth L1, in the RPN"""
+    roi_box_inside_weights: PerDelta = (1.0, 1.0, 1.0, 1.0)
+    """multiply the error of each delta before smooth L1, in the box head"""
+
+    def __post_init__(self):
+        _require_positive(rpn_sigma=self.rpn_sigma, roi_sigma=self.roi_sigma)
+        _require_not_negative(
+            rpn_box_weight=self.rpn_box_weight,
+            roi_box_weight=self.roi_box_weight,
+            rpn_box_inside_weights=min(self.rpn_box_inside_weights),
+            roi_box_inside_weights=min(self.roi_box_inside_weights),
+        )
+        if self.rpn_positive_weight is not None:
+            _require(
+                0.0 < self.rpn_positive_weight < 1.0,
+                f"rpn_positive_weight must be in (0, 1), got {self.rpn_positive_weight}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,12 +320,14 @@ class ModelConfig:
 
     image: ImageConfig = ImageConfig()
     backbone: BackboneConfig = BackboneConfig()
+    box_coder: BoxCoderConfig = BoxCoderConfig()
     rpn: RpnConfig = RpnConfig()
     train_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=12000, post_nms_top_n=2000)
     test_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=6000, post_nms_top_n=300)
     roi_sampling: RoiSamplingConfig = RoiSamplingConfig()
-    roi_align: RoiAlignConfig = RoiAlignConfig()
+    roi_features: RoiFeaturesConfig = RoiFeaturesConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
+    loss: LossConfig = LossConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
 
 
@@ -246,25 +348,44 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: a folder in VOC layout."""
+    """Labelled images: a folder in VOC layout, a VOCdevkit, or COCO json."""
 
     root: Path
-    """holds JPEGImages, Annotations and ImageSets/Main"""
+    """voc: holds JPEGImages, Annotations and ImageSets/Main; vocdevkit: holds VOC2007, VOC2012; coco: holds
+    annotations and images"""
+    layout: Literal["voc", "vocdevkit", "coco"] = "voc"
+    """how root is laid out"""
+    coco_annotations: str = "annotations/instances_{split}.json"
+    """of coco: annotation file of a split, below root"""
+    coco_images: str = "{split}"
+    """of coco: folder of a split's images, below root"""
     class_names: tuple[str, ...] = ()
     """the objects' names in the annotations, without background"""
     train_split: str = "train"
-    """ImageSets/Main/NAME.txt to train on"""
+    """splits to train on, joined by +; voc: ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, as 2007_trainval;
+    coco: the word in the file's name"""
     test_split: str = "test"
-    """ImageSets/Main/NAME.txt to evaluate on"""
+    """splits to evaluate on"""
     max_boxes: int = 100
-    """ground-truth slots per image; a picture with more boxes is an error that says so"""
-    random_flip: bool = True
-    """mirror each training image with probability one half"""
+    """ground-truth slots per image; further boxes are not trained on, counted in a warning"""
+    use_difficult: bool = False
+    """train on objects marked difficult"""
+    keep_empty: bool = False
+    """train on images without a box, as background alone"""
+    flip: Literal["double", "random", "none"] = "double"
+    """mirrored images: each once more per epoch, each with probability one half, or none"""
+    crop_aspect: float | None = 2.0
+    """training images longer than this many times their short side are cropped to it around their boxes;
+    None: never"""
+    rank_by_aspect: bool = True
+    """batches hold images that are neighbours in the order of width / height"""
     shapes: ShapesConfig | None = None
     """draw the embedded data set into root when it is not there yet"""
 
     def __post_init__(self):
         _require_positive(max_boxes=self.max_boxes)
+        if self.crop_aspect is not None:
+            _require(self.crop_aspect >= 1.0, f"crop_aspect must be at least 1, got {self.crop_aspect}")
         repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
         _require(not repeated, f"class_names holds {sorted(repeated)} more than once")
 
@@ -278,17 +399,30 @@ class TrainConfig:
     batch_size: int
     """images per step, over all devices"""
     learning_rate: float
-    """peak; linear warm-up before, cosine to zero after"""
-    warmup_steps: int
+    """peak"""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """how the learning rate falls from the peak: by decay_factor at each of decay_steps, or as a cosine to zero"""
+    decay_steps: tuple[int, ...] = ()
+    """of steps: optimizer steps made before each fall"""
+    decay_factor: float = 0.1
+    """of steps: what the learning rate is multiplied by"""
+    warmup_steps: int = 0
     """steps of linear warm-up"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """momentum SGD with decay in the gradient, or AdamW with decay beside it"""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """momentum SGD or Adam with decay in the gradient, or AdamW with decay beside it"""
     momentum: float = 0.9
     """of SGD"""
-    weight_decay: float = 1e-4
-    """on convolution and matrix weights; none on biases and normalisation"""
-    clip_norm: float = 10.0
-    """largest global norm of the gradient"""
+    weight_decay: float = 5e-4
+    """on convolution and matrix weights; never on normalisation"""
+    bias_decay: bool = False
+    """weight decay on biases too"""
+    double_bias: bool = True
+    """twice the learning rate on biases"""
+    double_objectness: bool = True
+    """twice the learning rate and half the decay on the objectness layer: its one logit then moves as the
+    difference of the reference's two"""
+    clip_norm: float | None = None
+    """largest global norm of the gradient; None: no limit; 10 for VGG16"""
     seed: int = 0
     """weights, order of the images, flips and samples all follow from it"""
     checkpoint_every: int = 500
@@ -299,7 +433,7 @@ class TrainConfig:
     """steps between evaluations that look for the best checkpoint, a multiple of checkpoint_every; 0: only
     the last step"""
     best_split: str | None = None
-    """ImageSets/Main/NAME.txt they are made on, better one that no result is reported on; None: data.test_split"""
+    """split they are made on, better one that no result is reported on; None: data.test_split"""
     best_metric: Literal["AP50", "AP"] = "AP50"
     """COCO metric that decides"""
 
@@ -308,7 +442,6 @@ class TrainConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            clip_norm=self.clip_norm,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
         )
@@ -318,6 +451,17 @@ class TrainConfig:
         _require(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
         _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
+        if self.clip_norm is not None:
+            _require_positive(clip_norm=self.clip_norm)
+        _require(
+            list(self.decay_steps) == sorted(set(self.decay_steps)) and min(self.decay_steps, default=1) >= 1,
+            f"decay_steps must be positive and rise, got {self.decay_steps}",
+        )
+        _require(
+            not self.decay_steps or self.schedule == "steps",
+            f"decay_steps is for schedule steps, got {self.decay_steps} with {self.schedule}",
+        )
+        _require(0.0 < self.decay_factor <= 1.0, f"decay_factor must be in (0, 1], got {self.decay_factor}")
         _require(
             0 <= self.warmup_steps < self.steps,
             f"need 0 <= warmup_steps < steps, got {self.warmup_steps} and {self.steps}",
@@ -338,114 +482,3 @@ class Config:
     train: TrainConfig
     run: Path
     """folder of the run: configuration, metrics, checkpoints, pictures"""
-
-
-def load_config(path: Path) -> Config:
-    """Returns the `config` that the Python file at `path` builds.
-
-    Raises:
-      InputError: the file is absent, fails, or holds no `Config` of the declared types.
-    """
-    if not path.is_file():
-        raise InputError(f"--config {path}: no such file")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
-        raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise InputError(f"--config {path}: defines no `config` of type Config")
-    check_types(config, str(path))
-    return config
-
-
-def check_types(config: Any, name: str) -> None:
-    """Raises InputError naming the first field, depth first, whose value is not of its declared type."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
-        try:
-            # Every item: by default it is the first alone.
-            typeguard.check_type(
-                value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-            )
-        except typeguard.TypeCheckError:
-            raise InputError(f"{where} must be {field.type}, got {value!r}") from None
-        if dataclasses.is_dataclass(value):
-            check_types(value, where)
-
-
-def to_json(config: Config) -> str:
-    """Returns the configuration as JSON text; inverse of `from_json`."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
-
-
-def from_json(text: str, name: str) -> Config:
-    """Returns the configuration that `to_json` wrote.
-
-    Args:
-      name: where the text stands, for messages.
-    Raises:
-      InputError: not JSON, a field is missing, unknown or invalid.
-    """
-    try:
-        config = _build(Config, json.loads(text), "config")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: this configuration cannot be read: {error}") from error
-    check_types(config, name)
-    return config
-
-
-def first_difference(stored: Config, asked: Config) -> str | None:
-    """Returns what makes another run of the one stored, for a message, or None.
-
-    Where files lie and how often something is saved do not: the parameters come out the same.
-    """
-    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
-    for name in old | new:
-        if name not in _INDIFFERENT and old.get(name) != new.get(name):
-            return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
-    return None
-
-
-_INDIFFERENT = {
-    "run",
-    "data.root",
-    "data.test_split",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.evaluate_every",
-    "train.best_split",
-    "train.best_metric",
-}
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _build(cls: type, values: dict[str, Any], name: str) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must hold fields, got {values!r}")
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no field {', '.join(unknown)}")
-    built = {}
-    for field, value in values.items():
-        # A field holds fields itself where its type, or one alternative of it, is one of the classes above.
-        alternatives = (known[field].type, *get_args(known[field].type))
-        nested = next(filter(dataclasses.is_dataclass, alternatives), None)
-        if nested is not None and value is not None:
-            built[field] = _build(nested, value, f"{name}.{field}")
-        elif known[field].type is Path:
-            built[field] = Path(value)
-        else:
-            built[field] = _tuples(value)
-    return cls(**built)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

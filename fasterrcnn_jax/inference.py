@@ -61,7 +61,7 @@ def predict(model: Detector, images: Any, *, batch_size: int = 1) -> Prediction 
             pixels, image_hw, scale = _on_canvas(
                 [listed[position] for position in chosen], canvas, batch_size, model.config.image
             )
-            found = jax.device_get(jitted_detect(model, pixels, image_hw))
+            found = jax.device_get(jitted_detect(model, pixels, image_hw, scale))
             for row, position in enumerate(chosen):
                 boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
                 names = tuple(model.class_names[label - 1] for label in labels)
@@ -74,7 +74,7 @@ def preprocess(
 ) -> tuple[
     Float[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
 ]:
-    """Returns (images, image_hw, scale) for `detect`: all pictures on one canvas that holds them.
+    """Returns the arguments (images, image_hw, scale) of `detect`: all pictures on one canvas that holds them.
 
     Divide boxes by `scale` (y, x) to come back to original pixels.
 
@@ -135,7 +135,7 @@ def detect_dataset(model: Detector, dataset: Dataset, *, batch_size: int) -> lis
     results: list[ImageDetections] = [None] * len(dataset.records)  # type: ignore[list-item]
     with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False) as bar:
         for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
-            found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw))
+            found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw, batch.scale))
             for row in np.flatnonzero(batch.image_valid).tolist():
                 index = batch.image_index[row]
                 original_hw = dataset.records[index].image_hw

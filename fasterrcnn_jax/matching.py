@@ -20,13 +20,15 @@ def match(
     fg_iou: float,
     bg_iou: tuple[float, float],
     low_quality: bool,
+    clobber_positives: bool = False,
 ) -> Matches:
     """Labels each box by its best IoU with a valid ground truth.
 
     Foreground at `fg_iou` and above, background in [bg_iou[0], bg_iou[1]), ignored elsewhere. With
     `low_quality` the boxes that reach a ground truth's own best IoU (ties included, if above zero) are
     foreground too: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2, rule (i). Such a box keeps the
-    ground truth that it overlaps most, which need not be the one that made it foreground.
+    ground truth that it overlaps most, which need not be the one that made it foreground. With
+    `clobber_positives` it is background all the same where its best IoU lies in the background's range.
 
     Raises:
       ValueError: the thresholds do not satisfy 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
@@ -35,10 +37,11 @@ def match(
         raise ValueError(f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1, got {bg_iou} and {fg_iou}")
     iou = jnp.where(gt_valid[None, :], iou, 0.0)
     best = iou.max(axis=1)
-    labels = jnp.where((best >= bg_iou[0]) & (best < bg_iou[1]), BACKGROUND, IGNORED)
-    labels = jnp.where(best >= fg_iou, FOREGROUND, labels)
+    background = (best >= bg_iou[0]) & (best < bg_iou[1])
+    labels = jnp.where(background, BACKGROUND, jnp.where(best >= fg_iou, FOREGROUND, IGNORED))
     if low_quality:
         best_of_gt = iou.max(axis=0)
         reaches = (iou == best_of_gt[None, :]) & (best_of_gt > 0.0)[None, :]
-        labels = jnp.where(reaches.any(axis=1), FOREGROUND, labels)
+        reaches = reaches.any(axis=1) & ~(background & clobber_positives)
+        labels = jnp.where(reaches, FOREGROUND, labels)
     return Matches(iou.argmax(axis=1).astype(jnp.int32), labels.astype(jnp.int32))

@@ -6,8 +6,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from fasterrcnn_jax.box_coder import decode
-from fasterrcnn_jax.boxes import clip, min_side
-from fasterrcnn_jax.config import ProposalConfig
+from fasterrcnn_jax.boxes import clip, larger_than
+from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
 from fasterrcnn_jax.nms import nms
 from fasterrcnn_jax.structures import Proposals
 
@@ -18,8 +18,10 @@ def propose(
     anchors: Float[Array, "a 4"],
     anchor_valid: Bool[Array, "a"],
     image_hw: Float[Array, "2"],
+    scale: Float[Array, "2"],
     *,
     config: ProposalConfig,
+    coder: BoxCoderConfig,
 ) -> Proposals:
     """Returns the `config.post_nms_top_n` best boxes of one image, clipped to the picture.
 
@@ -29,10 +31,13 @@ def propose(
     Args:
       objectness: logits.
       anchor_valid: False for anchors whose cell lies in the padding; they never propose.
+      scale: (y, x) network pixels per pixel of the stored picture; small is meant in the latter.
     """
-    boxes = clip(decode(deltas, anchors, weights=(1.0, 1.0, 1.0, 1.0)), image_hw)
+    offset = coder.far_corner_offset
+    boxes = decode(deltas, anchors, max_log_scale=coder.max_log_scale, far_corner_offset=offset)
+    boxes = clip(boxes, image_hw, far_corner_offset=offset)
     boxes, objectness = lax.stop_gradient((boxes, objectness))
-    valid = anchor_valid & (min_side(boxes) >= config.min_size)
+    valid = anchor_valid & larger_than(boxes, config.min_size, scale)
     top_n = min(config.pre_nms_top_n, boxes.shape[0])
     # Logits order as probabilities do, without the ties of saturated sigmoids.
     logits, top = lax.top_k(jnp.where(valid, objectness, -jnp.inf), top_n)

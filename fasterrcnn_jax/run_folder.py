@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from fasterrcnn_jax.config import Config, to_json
+from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config_io import to_json
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.drawing import draw, draw_boxes, side_by_side

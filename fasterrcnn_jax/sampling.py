@@ -19,13 +19,19 @@ class Sample(NamedTuple):
 
 
 def sample(
-    key: PRNGKeyArray | UInt32[Array, "2"], labels: Int[Array, "n"], *, size: int, fg_fraction: float
+    key: PRNGKeyArray | UInt32[Array, "2"],
+    labels: Int[Array, "n"],
+    *,
+    size: int,
+    fg_fraction: float,
+    fg_only: Bool[Array, ""] | bool = False,
 ) -> Sample:
     """Returns `size` positions of `labels`, at most `int(size * fg_fraction)` of them foreground.
 
     Args:
       key: random key of this image.
       labels: IGNORED, BACKGROUND or FOREGROUND; ignored ones are never drawn.
+      fg_only: lifts the limit on foreground.
     Raises:
       ValueError: `fg_fraction` is not in [0, 1].
     """
@@ -37,7 +43,7 @@ def sample(
     shuffled = jnp.argsort(jax.random.bits(key, labels.shape)).astype(jnp.int32)
     kinds = labels[shuffled]
     fg = kinds == FOREGROUND
-    fg = fg & (jnp.cumsum(fg) <= int(size * fg_fraction))
+    fg = fg & (jnp.cumsum(fg) <= jnp.where(fg_only, size, int(size * fg_fraction)))
     # Foreground first, then background, then the rest; stable, so each kind stays in random order.
     rank = jnp.where(fg, 0, jnp.where(kinds == BACKGROUND, 1, 2))
     order = jnp.argsort(rank, stable=True)[:size]

@@ -22,7 +22,7 @@ class GroundTruth(NamedTuple):
 class Batch(NamedTuple):
     images: Float[Array, "*b h w 3"]  # normalised; zero beyond image_hw
     image_hw: Float[Array, "*b 2"]  # (height, width) of the picture inside the canvas
-    scale: Float[Array, "*b 2"]  # (y, x) network pixels per original pixel; they differ after rounding
+    scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the stored picture; they differ after rounding
     image_index: Int[Array, "*b"]  # position in the data set; seeds what is random for the image
     image_valid: Bool[Array, "*b"]  # False for rows that only fill the batch
     ground_truth: GroundTruth
@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 
 class AnchorTargets(NamedTuple):
     labels: Int[Array, "*b a"]  # -1 ignored, 0 background, 1 foreground; what was not sampled is -1
-    deltas: Float[Array, "*b a 4"]  # zero unless foreground
+    deltas: Float[Array, "*b a 4"]  # zero unless foreground, sampled or not
+    foreground: Bool[Array, "*b a"]  # before the sample was drawn
 
 
 class Proposals(NamedTuple):

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from fasterrcnn_jax.config import TrainConfig
-from fasterrcnn_jax.models.detector import Detector, training_losses
+from fasterrcnn_jax.models.detector import Detector, split, training_losses
 from fasterrcnn_jax.structures import Batch
 
 
@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: PyTree  # what the optimizer moves
-    frozen: PyTree  # constants of the network, saved and never moved
+    frozen: PyTree  # constants and fixed stages of the network, saved and never moved
     opt_state: PyTree
     key: UInt32[Array, "2"]  # never changes; each step folds its number into it
 
@@ -37,35 +37,83 @@ class StepMetrics(NamedTuple):
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Returns a linear warm-up, whose first step already moves, followed by a cosine to zero."""
-    first = config.learning_rate / max(config.warmup_steps, 1)
-    return optax.warmup_cosine_decay_schedule(
-        first, config.learning_rate, config.warmup_steps, config.steps, 0.0
-    )
+    """Returns a linear warm-up, whose first step already moves, followed by steps down or a cosine to zero."""
+    if config.schedule == "cosine":
+        first = config.learning_rate / max(config.warmup_steps, 1)
+        return optax.warmup_cosine_decay_schedule(
+            first, config.learning_rate, config.warmup_steps, config.steps, 0.0
+        )
+
+    def schedule(step):
+        passed = jnp.asarray(step, jnp.float32)
+        first = 1.0 / max(config.warmup_steps, 1)
+        warmup = jnp.minimum(first + (1.0 - first) * passed / max(config.warmup_steps, 1), 1.0)
+        falls = (passed >= jnp.asarray(config.decay_steps, jnp.float32)).sum()
+        return config.learning_rate * warmup * config.decay_factor ** falls.astype(jnp.float32)
+
+    return schedule
 
 
 def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns the optimizer: clipping by global norm, then SGD or AdamW, weight decay on kernels only."""
+    """Returns the optimizer: clipping by global norm, weight decay, SGD or Adam(W), rates per kind of weight.
 
-    def kernels(params):
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    Kernels are all that is convolved or multiplied with, biases what is named so; the scales of
+    normalisation layers are neither and get no decay.
+    """
 
-    schedule = learning_rate_schedule(config)
-    if config.optimizer == "sgd":
-        update = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=kernels),
-            optax.sgd(schedule, momentum=config.momentum),
-        )
+    def masked(transformation, choose):
+        def mask(params):
+            return jax.tree_util.tree_map_with_path(lambda path, leaf: choose(_names(path), leaf), params)
+
+        return optax.masked(transformation, mask)
+
+    def decay(weight):
+        """Adds `weight` times the value to the gradient, as the reference's frameworks do."""
+
+        def kernels(*, of_objectness):
+            return lambda names, leaf: leaf.ndim > 1 and _is_objectness(names) == of_objectness
+
+        halved = weight * (0.5 if config.double_objectness else 1.0)
+        chain = [
+            masked(optax.add_decayed_weights(weight), kernels(of_objectness=False)),
+            masked(optax.add_decayed_weights(halved), kernels(of_objectness=True)),
+        ]
+        if config.bias_decay:
+            chain.append(masked(optax.add_decayed_weights(weight), lambda names, _: _is_bias(names)))
+        return optax.chain(*chain)
+
+    chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    if config.optimizer == "adamw":
+        chain += [optax.scale_by_adam(), decay(config.weight_decay)]
+    elif config.optimizer == "adam":
+        chain += [decay(config.weight_decay), optax.scale_by_adam()]
     else:
-        update = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+        chain += [decay(config.weight_decay), optax.trace(decay=config.momentum)]
+    chain.append(optax.scale_by_learning_rate(learning_rate_schedule(config)))
+    if config.double_bias:
+        chain.append(masked(optax.scale(2.0), lambda names, _: _is_bias(names)))
+    if config.double_objectness:
+        chain.append(masked(optax.scale(2.0), lambda names, _: _is_objectness(names)))
+    return optax.chain(*chain)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(part.key) for part in path if hasattr(part, "key"))
+
+
+def _is_bias(names: tuple[str, ...]) -> bool:
+    return "bias" in names
+
+
+def _is_objectness(names: tuple[str, ...]) -> bool:
+    return "objectness" in names
 
 
 def create_state(
     model: Detector, optimizer: optax.GradientTransformation, *, seed: int
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Returns the static part of `model` and the state at step 0."""
-    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    graphdef, params, frozen = split(model)
     state = TrainState(
         step=jnp.int32(0),
         params=params,
@@ -93,9 +141,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        num_devices = lax.axis_size(axis_name)
 
         def local_loss(params):
-            losses = training_losses(nnx.merge(graphdef, params, state.frozen), batch, key)
+            model = nnx.merge(graphdef, params, state.frozen)
+            losses = training_losses(model, batch, key, num_devices=num_devices)
             counts = [jnp.maximum(lax.psum(lax.stop_gradient(mean.count), axis_name), 1.0) for mean in losses]
             parts = [mean.sum / count for mean, count in zip(losses, counts, strict=True)]
             return sum(parts), parts

@@ -6,14 +6,20 @@ masked. With it a normalisation layer leaves padding out of its statistics and r
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+from fasterrcnn_jax.config import ImageConfig
 
 Valid = Float[Array, "b h w 1"] | None
 EPSILON = 1e-5
+
+# Mean of the stds of RGB in 0..255 over ImageNet: how widely pixels spread when nothing divides them.
+PIXEL_SPREAD = 57.7
 
 
 class Constant(nnx.Variable):
@@ -23,6 +29,16 @@ class Constant(nnx.Variable):
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
     # Drawn on the host: one compilation per shape would take longer than the first training step.
     return jnp.asarray(std * rng.standard_normal(shape, np.float32))
+
+
+def he_std(size: int, out_channels: int) -> float:
+    """Returns the std of He et al. 2015 (arXiv:1502.01852), eq. 14: `sqrt(2 / n)` with fan out n."""
+    return math.sqrt(2.0 / (size * size * out_channels))
+
+
+def first_std(size: int, out_channels: int, image: ImageConfig) -> float:
+    """Returns `he_std` for the layer that sees pixels: smaller by how much wider than 1 these spread."""
+    return he_std(size, out_channels) * float(np.mean(image.std)) / PIXEL_SPREAD
 
 
 class Conv(nnx.Module):
@@ -39,8 +55,7 @@ class Conv(nnx.Module):
         std: float | None = None,
         rng: np.random.Generator,
     ):
-        if std is None:  # He et al. 2015 (arXiv:1502.01852), eq. 14, fan out
-            std = math.sqrt(2.0 / (size * size * out_channels))
+        std = he_std(size, out_channels) if std is None else std
         shape = (size, size, in_channels, out_channels)
         self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
@@ -126,14 +141,37 @@ def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Ar
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-NORMS = {"group": GroupNorm, "frozen_batch": FrozenBatchNorm}
+class Masked(nnx.Module):
+    """No normalisation; zero on padding like the others."""
+
+    def __init__(self, channels: int):
+        del channels
+
+    def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
+        return x if valid is None else x * valid
 
 
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """3 x 3 max pooling with stride 2 and padding 1."""
+NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm}
+
+
+def max_pool(
+    x: Float[Array, "b h w c"], *, size: int, padding: tuple[int, int] = (0, 0)
+) -> Float[Array, "b h2 w2 c"]:
+    """Returns size x size max pooling with stride 2; `padding` at the near and the far border is never the maximum."""
     return lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+        x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), ((0, 0), padding, padding, (0, 0))
     )
+
+
+def dropout(
+    key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "*b"], *, rate: float
+) -> Float[Array, "*b"]:
+    """Returns `x` with each value zero with probability `rate`, the others divided by 1 - rate.
+
+    Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
+    """
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
 def valid_mask(

@@ -1,7 +1,6 @@
 """ResNet for C4 detection. He et al. 2015 (arXiv:1512.03385), table 1 and section 4.1 appendix.
 
 Stages 1-3 (conv2_x - conv4_x) make the shared feature map, stage 4 (conv5_x) runs on every region.
-The stride of a bottleneck sits in its 3 x 3 convolution.
 """
 
 import jax
@@ -9,15 +8,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fasterrcnn_jax.config import BackboneConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, max_pool, valid_mask
+from fasterrcnn_jax.config import BackboneConfig, ImageConfig
+from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, first_std, max_pool, valid_mask
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
+# Near and far padding of the 3 x 3 pooling after the stem. One cell at the far border makes the partial window
+# that the reference's ceil mode adds where the input's side is even, and none where it is odd.
+STEM_POOL_PADDING = {"ceil": (0, 1), "padded": (1, 1)}
+
+
+def depth_of(config: BackboneConfig) -> int:
+    """Returns 18..152."""
+    return int(config.name.removeprefix("resnet"))
+
+
 def stage_channels(config: BackboneConfig, stage: int) -> int:
     """Returns the output channels of stage 1..4."""
-    return config.width * 2 ** (stage - 1) * (4 if config.depth >= 50 else 1)
+    return config.width * 2 ** (stage - 1) * (4 if depth_of(config) >= 50 else 1)
 
 
 class Block(nnx.Module):
@@ -25,13 +34,17 @@ class Block(nnx.Module):
 
     def __init__(self, in_channels: int, planes: int, *, stride: int, config: BackboneConfig, rng: np.random.Generator):
         norm = NORMS[config.norm]
-        if config.depth >= 50:
-            channels, sizes, strides = (in_channels, planes, planes, 4 * planes), (1, 3, 1), (1, stride, 1)
+        if depth_of(config) >= 50:
+            channels, sizes = (in_channels, planes, planes, 4 * planes), (1, 3, 1)
+            strides = (stride, 1, 1) if config.stride_in == "1x1" else (1, stride, 1)
         else:
             channels, sizes, strides = (in_channels, planes, planes), (3, 3), (stride, 1)
+        # Nothing keeps activations from doubling with every block where statistics are fixed and made up: there
+        # the branch starts as zero. Weights from outside replace it.
+        stds = (None,) * (len(sizes) - 1) + (0.0 if config.norm == "frozen_batch" else None,)
         self.convs = nnx.List(
             [
-                Conv(channels[i], channels[i + 1], size, stride=strides[i], rng=rng)
+                Conv(channels[i], channels[i + 1], size, stride=strides[i], std=stds[i], rng=rng)
                 for i, size in enumerate(sizes)
             ]
         )
@@ -69,7 +82,7 @@ class Stage(nnx.Module):
         self.blocks = nnx.List(
             [
                 Block(out if i else first, planes, stride=1 if i else stride, config=config, rng=rng)
-                for i in range(BLOCKS[config.depth][stage - 1])
+                for i in range(BLOCKS[depth_of(config)][stage - 1])
             ]
         )
 
@@ -84,12 +97,13 @@ class Stage(nnx.Module):
         return x
 
 
-class Backbone(nnx.Module):
+class ResNet(nnx.Module):
     """Stem and stages 1-3: normalised images to one feature map."""
 
-    def __init__(self, config: BackboneConfig, *, rng: np.random.Generator):
+    def __init__(self, config: BackboneConfig, image: ImageConfig, *, rng: np.random.Generator):
         self.config = config
-        self.stem = Conv(3, config.width, 7, stride=2, rng=rng)
+        self.channels = stage_channels(config, 3)
+        self.stem = Conv(3, config.width, 7, stride=2, std=first_std(7, config.width, image), rng=rng)
         self.stem_norm = NORMS[config.norm](config.width)
         self.strides = (1, 2, config.stride // 8)
         self.stages = nnx.List(
@@ -111,7 +125,7 @@ class Backbone(nnx.Module):
             return valid_mask(image_hw, (-(-height // stride), -(-width // stride)), stride)
 
         x = jax.nn.relu(self.stem_norm(self.stem(images), valid(2)))
-        x = max_pool(x)
+        x = max_pool(x, size=3, padding=STEM_POOL_PADDING[self.config.stem_pool])
         if self.config.mask_padding:
             x = x * valid(4)
         stride = 4

@@ -1,0 +1,36 @@
+"""Faster R-CNN with ResNet-101 on PASCAL VOC 2007 + 2012: both trainval sets to 2007 test.
+
+    python train.py --config configs/voc0712.py --data.root data/VOCdevkit
+
+The schedule of tf-faster-rcnn, whose README has mAP 79.8 (VOC 2007 metric, "best of 2-3 attempts") with weight
+decay 1e-4: batch size 1, 110,000 steps, learning rate 1e-3 and a tenth of it after 80,000. faster-rcnn.pytorch
+publishes no figure for both years.
+The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
+loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+"""
+
+from pathlib import Path
+
+from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.data.voc import CLASS_NAMES
+from fasterrcnn_jax.families import RESNET_TRAINING, resnet_c4
+
+config = Config(
+    run=Path("runs/voc0712"),
+    data=DataConfig(
+        root=Path("data/VOCdevkit"),
+        layout="vocdevkit",
+        class_names=CLASS_NAMES,
+        train_split="2007_trainval+2012_trainval",
+        test_split="2007_test",
+    ),
+    model=resnet_c4(101),
+    train=TrainConfig(
+        steps=110_000,
+        batch_size=1,
+        learning_rate=1e-3,
+        decay_steps=(80_000,),
+        checkpoint_every=10_000,
+        **RESNET_TRAINING,
+    ),
+)
