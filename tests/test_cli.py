@@ -12,7 +12,8 @@ import tiny
 
 from fasterrcnn_jax import __main__ as verbs
 from fasterrcnn_jax import cli
-from fasterrcnn_jax.config import Config, load_config
+from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config_io import load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 
 ROOT = Path(__file__).parents[1]
@@ -41,20 +42,20 @@ def test_overrides_change_their_field_and_nothing_else():
     default = load_config(SHAPES)
     parsed = parse(
         *("--train.learning_rate", "0.5"),
-        *("--model.rpn.anchor_sizes", "8", "16"),
+        *("--model.rpn.anchor_scales", "0.5", "1"),
         *("--model.image.canvases", "160", "224", "224", "160", "224", "224"),
         *("--data.class_names", "a b", "c"),
         *("--run", "elsewhere"),
-        *("--model.backbone.norm=frozen_batch", "--data.no_random_flip"),
+        *("--model.backbone.norm=frozen_batch", "--data.flip=none", "--data.no_keep_empty"),
     )
     expected = dataclasses.replace(
         default,
         run=Path("elsewhere"),
         train=dataclasses.replace(default.train, learning_rate=0.5),
-        data=dataclasses.replace(default.data, class_names=("a b", "c"), random_flip=False),
+        data=dataclasses.replace(default.data, class_names=("a b", "c"), flip="none", keep_empty=False),
         model=dataclasses.replace(
             default.model,
-            rpn=dataclasses.replace(default.model.rpn, anchor_sizes=(8.0, 16.0)),
+            rpn=dataclasses.replace(default.model.rpn, anchor_scales=(0.5, 1.0)),
             image=dataclasses.replace(
                 default.model.image, canvases=((160, 224), (224, 160), (224, 224))
             ),
@@ -73,7 +74,7 @@ def test_overrides_change_their_field_and_nothing_else():
         (("--train.steps", "many"), "--train.steps.*'many'"),
         (("--train.steps",), "--train.steps"),
         (("--train.warmup_steps", "99999"), "warmup_steps.*99999"),
-        (("--model.backbone.depth", "19"), "'19'.*--model.backbone.depth.*'18', '34'"),
+        (("--model.backbone.name", "resnet19"), "'resnet19'.*--model.backbone.name.*'resnet18', 'resnet34'"),
         (("--model.image.canvases", "160", "224", "160"), "--model.image.canvases"),
         (("--train.seed", "-1"), "seed.*got -1"),
         (("stray",), "stray"),
@@ -106,7 +107,7 @@ def test_help_lists_every_field_with_its_default(capsys, argv):
         options = (f"--{name} ", f"--{name},", name.replace(leaf, f"no_{leaf}"))
         assert any(option in text for option in options), name
     assert text.count("(default: ") >= len(names)
-    assert "peak; linear warm-up before" in text
+    assert "of steps: optimizer steps made before each fall" in text
 
 
 def test_a_shipped_config_is_found_by_name_without_a_checkout(tmp_path, monkeypatch):

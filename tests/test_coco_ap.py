@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fidelity import compare
 from handmade import dataset, found, record
 
 from fasterrcnn_jax.evaluation.coco_ap import coco_ap
@@ -29,14 +30,15 @@ def test_numbers_equal_pycocotools_on_files(crowds, suffix):
     got = coco_ap(*golden_case(crowds))
     scalars = (got.ap, got.ap50, got.ap75, got.ap_small, got.ap_medium, got.ap_large, got.ar_100)
     want = GOLDEN[f"coco_stats{suffix}"][[0, 1, 2, 3, 4, 5, 8]]
-    np.testing.assert_allclose(scalars, want, rtol=0, atol=1e-9)
+    compare("average precision", "pycocotools", f"7 COCO numbers{suffix.replace('_', ', ')}", scalars, want, atol=1e-9)
 
 
 @pytest.mark.parametrize("crowds, suffix", ((False, ""), (True, "_crowd")))
 def test_numbers_per_class_equal_pycocotools_on_files(crowds, suffix):
     got, want = coco_ap(*golden_case(crowds)), GOLDEN[f"coco_ap_per_class_iou{suffix}"]
-    np.testing.assert_allclose(got.class_ap[:3], want[:3].mean(axis=1), rtol=0, atol=1e-9)
-    np.testing.assert_allclose(got.class_ap50[:3], want[:3, 0], rtol=0, atol=1e-9)
+    ours = np.stack([got.class_ap, got.class_ap50])[:, :3]
+    theirs = np.stack([want.mean(axis=1), want[:, 0]])[:, :3]
+    compare("average precision", "pycocotools", f"AP per class{suffix.replace('_', ', ')}", ours, theirs, atol=1e-9)
     assert np.isnan([got.class_ap[3], got.class_ap50[3]]).all()  # no objects: pycocotools gives -1
 
 

@@ -13,21 +13,22 @@ import tiny
 import fasterrcnn_jax.config as config_module
 from fasterrcnn_jax.config import (
     BackboneConfig,
+    BoxCoderConfig,
+    BoxHeadConfig,
     Config,
     DataConfig,
     ImageConfig,
+    LossConfig,
     ModelConfig,
     PostprocessConfig,
     ProposalConfig,
-    RoiAlignConfig,
+    RoiFeaturesConfig,
     RoiSamplingConfig,
     RpnConfig,
     ShapesConfig,
     TrainConfig,
-    from_json,
-    load_config,
-    to_json,
 )
+from fasterrcnn_jax.config_io import from_json, load_config, to_json
 from fasterrcnn_jax.errors import InputError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -71,9 +72,14 @@ INVALID = [
     (lambda: ImageConfig(std=(1.0, 0.0, 1.0)), "std must be positive, got 0.0"),
     (lambda: BackboneConfig(width=12), "width must be .*8, got 12"),
     (lambda: BackboneConfig(width=0), "width .* got 0"),
+    (lambda: BackboneConfig(norm="none"), "norm none is for vgg16, a resnet101"),
+    (lambda: BackboneConfig(fixed_stages=4), r"fixed_stages must be in 0..3 for resnet101, got 4"),
+    (lambda: BackboneConfig(name="vgg16", fixed_stages=6), r"fixed_stages must be in 0..5 for vgg16, got 6"),
     (lambda: RpnConfig(fg_iou=1.5), r"fg_iou must be in \[0, 1\], got 1.5"),
     (lambda: RpnConfig(fg_iou=0.2), "bg_iou <= fg_iou, got 0.3 and 0.2"),
-    (lambda: RpnConfig(anchor_sizes=()), "anchor_sizes"),
+    (lambda: RpnConfig(anchor_scales=()), "anchor_scales"),
+    (lambda: RpnConfig(anchor_base=0.0), "anchor_base must be positive, got 0.0"),
+    (lambda: RpnConfig(allowed_border=-1.0), "allowed_border must not be negative, got -1.0"),
     (lambda: RpnConfig(anchor_ratios=(1.0, -2.0)), "anchor_ratios must be positive, got -2.0"),
     (lambda: RpnConfig(anchors_per_image=0), "anchors_per_image must be positive, got 0"),
     (lambda: ProposalConfig(pre_nms_top_n=10, post_nms_top_n=20), "got 10, 20"),
@@ -81,12 +87,25 @@ INVALID = [
     (lambda: ProposalConfig(pre_nms_top_n=10, post_nms_top_n=2, min_size=-1.0), "min_size .* got -1.0"),
     (lambda: RoiSamplingConfig(bg_iou=(0.5, 0.1)), r"got \(0.5, 0.1\)"),
     (lambda: RoiSamplingConfig(fg_fraction=-0.1), "fg_fraction .* got -0.1"),
-    (lambda: RoiSamplingConfig(box_weights=(1.0, 1.0, 0.0, 1.0)), "box_weights"),
-    (lambda: RoiAlignConfig(output_size=0), "output_size must be positive, got 0"),
+    (lambda: RoiSamplingConfig(box_stds=(1.0, 1.0, 0.0, 1.0)), "box_stds must be positive, got 0.0"),
+    (lambda: RoiSamplingConfig(rois_per_batch=0), "rois_per_batch must be positive, got 0"),
+    (lambda: RoiFeaturesConfig(output_size=0), "output_size must be positive, got 0"),
+    (lambda: RoiFeaturesConfig(sampling_ratio=-1), "sampling_ratio must not be negative, got -1"),
+    (lambda: BoxHeadConfig(dropout=1.0), "dropout .* got 1.0"),
+    (lambda: BoxHeadConfig(channels=0), "channels must be positive, got 0"),
+    (lambda: BoxCoderConfig(max_log_scale=0.0), "max_log_scale must be positive, got 0.0"),
+    (lambda: LossConfig(rpn_sigma=0.0), "rpn_sigma must be positive, got 0.0"),
+    (lambda: LossConfig(roi_sigma=-1.0), "roi_sigma must be positive, got -1.0"),
+    (lambda: LossConfig(rpn_box_weight=-1.0), "rpn_box_weight must not be negative, got -1.0"),
+    (lambda: LossConfig(roi_box_weight=-2.0), "roi_box_weight must not be negative, got -2.0"),
+    (lambda: LossConfig(rpn_positive_weight=1.0), r"rpn_positive_weight must be in \(0, 1\), got 1.0"),
+    (lambda: LossConfig(rpn_box_inside_weights=(1.0, 1.0, -1.0, 1.0)), "rpn_box_inside_weights .* got -1.0"),
+    (lambda: LossConfig(roi_box_inside_weights=(1.0, 1.0, -3.0, 1.0)), "roi_box_inside_weights .* got -3.0"),
     (lambda: PostprocessConfig(max_detections=0), "max_detections must be positive, got 0"),
     (lambda: PostprocessConfig(score_threshold=2.0), "score_threshold .* got 2.0"),
     (lambda: ShapesConfig(num_test=0), "num_test must be positive, got 0"),
     (lambda: DataConfig(root=Path("x"), max_boxes=0), "max_boxes must be positive, got 0"),
+    (lambda: DataConfig(root=Path("x"), crop_aspect=0.5), "crop_aspect must be at least 1, got 0.5"),
     (lambda: DataConfig(root=Path("x"), class_names=("a", "b", "a")), r"class_names holds \['a'\]"),
     (lambda: TrainConfig(**TRAIN | {"steps": 0}), "steps must be positive, got 0"),
     (lambda: TrainConfig(**TRAIN | {"learning_rate": float("nan")}), "learning_rate .* got nan"),
@@ -95,6 +114,11 @@ INVALID = [
     (lambda: TrainConfig(**TRAIN, seed=-1), "seed .* got -1"),
     (lambda: TrainConfig(**TRAIN, seed=2**32), "seed .* got 4294967296"),
     (lambda: TrainConfig(**TRAIN, momentum=1.0), "momentum .* got 1.0"),
+    (lambda: TrainConfig(**TRAIN, clip_norm=0.0), "clip_norm must be positive, got 0.0"),
+    (lambda: TrainConfig(**TRAIN, decay_steps=(5, 4)), r"decay_steps .* got \(5, 4\)"),
+    (lambda: TrainConfig(**TRAIN, decay_steps=(0,)), r"decay_steps .* got \(0,\)"),
+    (lambda: TrainConfig(**TRAIN, decay_steps=(4,), schedule="cosine"), r"got \(4,\) with cosine"),
+    (lambda: TrainConfig(**TRAIN, decay_factor=0.0), "decay_factor .* got 0.0"),
     (lambda: TrainConfig(**TRAIN, weight_decay=-1e-4), "weight_decay .* got -0.0001"),
     (lambda: TrainConfig(**TRAIN, keep_checkpoints=0), "keep_checkpoints must be positive, got 0"),
     (lambda: TrainConfig(**TRAIN, checkpoint_every=4, evaluate_every=6), "evaluate_every .* got 6 and 4"),
@@ -135,7 +159,7 @@ JSONS = [
     (change("run", {}), "cannot be read"),
     (change("model.image.short_side", 63.5), "model.image.short_side must be <class 'int'>, got 63.5"),
     (change("data.class_names", "ring"), "data.class_names must be tuple[str, ...], got 'ring'"),
-    (change("model.backbone.depth", 19), "model.backbone.depth must be typing.Literal"),
+    (change("model.backbone.name", "resnet19"), "model.backbone.name must be typing.Literal"),
 ]
 
 
@@ -157,7 +181,7 @@ FILES = [
     (fault("data", shapes="4"), "data.shapes must be fasterrcnn_jax.config.ShapesConfig | None, got 4"),
     (fault("train", learning_rate="'1'"), "'str'"),
     (fault("train", warmup_steps="1.5"), "train.warmup_steps must be <class 'int'>, got 1.5"),
-    (fault("train", optimizer="'sdg'"), "train.optimizer must be typing.Literal['sgd', 'adamw'], got 'sdg'"),
+    (fault("train", optimizer="'sdg'"), "train.optimizer must be typing.Literal['sgd', 'adam', 'adamw'], got 'sdg'"),
     (fault("model.image", canvases="((64, 96), (96, 64.0))"), "model.image.canvases must be tuple"),
     (fault("model", rpn="None"), "model.rpn must be"),
     (fault("model", rpn="config.model.backbone"), "model.rpn must be"),
@@ -174,7 +198,7 @@ FILES = [
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from fasterrcnn_jax.config import from_json, load_config
+from fasterrcnn_jax.config_io import from_json, load_config
 from fasterrcnn_jax.errors import InputError
 for path in map(Path, sys.argv[1:]):
     try:

@@ -9,12 +9,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "fasterrcnn_jax"
 
 # Lowest first. A module sees the layers before its own and nothing beside it.
-# box_coder is ground because the configuration is typed with its Weights.
+# box_coder is ground because the configuration is typed with its Weights, roi_align because roi_crop
+# shares its products.
 LAYERS = (
-    {"errors", "structures", "boxes", "box_coder"},
-    {"config", "anchors", "nms", "roi_align", "matching"},
-    {"sampling"},
-    {"proposals", "targets", "losses", "postprocess"},
+    {"errors", "structures", "boxes", "box_coder", "roi_align"},
+    {"config", "anchors", "levels", "nms", "roi_pool", "roi_crop", "matching"},
+    {"sampling", "config_io", "families"},
+    {"proposals", "targets", "losses", "postprocess", "roi_features"},
     {"models"},
     {"training", "inference"},
     {"parallel", "checkpoint", "drawing"},
@@ -26,7 +27,7 @@ FOLDERS = {
     "data": {"errors", "structures", "boxes", "config"},
     "evaluation": {"errors", "structures", "boxes", "config", "data.records"},
     "kernels": set(),
-    "configs": {"config", "data.shapes", "data.voc"},
+    "configs": {"config", "families", "data.coco", "data.shapes", "data.voc"},
 }
 # Beside the lower layers: the host's side of detection reads images and hands over results.
 HOST = {"inference", "run_folder"}

@@ -1,5 +1,6 @@
 """From pictures of any size to boxes in their own pixels, and to pictures with boxes on them."""
 
+import dataclasses
 import inspect
 import logging
 
@@ -27,9 +28,10 @@ def environment():
 
 @pytest.fixture(scope="module")
 def model(random_weights):
-    return random_weights(
-        lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=1
-    )
+    # The least size is meant in the picture's own pixels: an enlarged one would have more proposals.
+    proposals = dataclasses.replace(tiny.MODEL.test_proposals, min_size=0.0)
+    config = dataclasses.replace(tiny.MODEL, test_proposals=proposals)
+    return random_weights(lambda: Detector(config, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=1)
 
 
 def pictures():
@@ -150,7 +152,7 @@ def test_one_program_serves_all_pictures_of_a_canvas(model, alone, caplog):
     with caplog.at_level(logging.INFO, logger="fasterrcnn_jax"):
         for number in (1, 5):
             for image in pictures()[:number]:
-                jax.eval_shape(inference.jitted_detect, model, *preprocess([image], tiny.IMAGE)[:2])
+                jax.eval_shape(inference.jitted_detect, model, *preprocess([image], tiny.IMAGE))
     assert len([line for line in caplog.messages if "compiling detection" in line]) == 2
 
 
@@ -184,25 +186,25 @@ def test_detect_runs_inside_a_users_own_jit(model, alone):
     """The model is an argument, so one program serves any weights; a constant would be in the text."""
 
     @jax.jit
-    def best_score(model, images, image_hw):
-        found = fasterrcnn_jax.detect(model, images, image_hw)
+    def best_score(model, images, image_hw, scale):
+        found = fasterrcnn_jax.detect(model, images, image_hw, scale)
         return jnp.where(found.valid, found.scores, 0.0).max(axis=1), found
 
     images, image_hw, scale = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
-    best, found = best_score(model, images, image_hw)
+    best, found = best_score(model, images, image_hw, scale)
     for row, expected in enumerate(alone[:2]):
         original = to_original(found, row, scale[row], SIZES[row])
         assert len(original.scores) == len(expected.scores)
         np.testing.assert_allclose(original.boxes, expected.boxes, atol=1e-2)
         np.testing.assert_allclose(best[row], expected.scores[0], rtol=1e-4)
-    text = best_score.lower(model, images, image_hw).as_text()
+    text = best_score.lower(model, images, image_hw, scale).as_text()
     assert len(text) < 4 * 10**6 and len(jax.tree.leaves(model)) < text.count("%arg")
 
 
 def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
-    images, image_hw, _ = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
-    together = jax.jit(jax.vmap(detect, in_axes=(None, 0, 0)))(model, images[:, None], image_hw[:, None])
-    alone = jax.jit(detect)(model, images, image_hw)
+    inputs = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
+    together = jax.jit(jax.vmap(detect, in_axes=(None, 0, 0, 0)))(model, *(leaf[:, None] for leaf in inputs))
+    alone = jax.jit(detect)(model, *inputs)
     assert together.valid.any()
     np.testing.assert_array_equal(together.valid[:, 0], alone.valid)
     np.testing.assert_array_equal(together.labels[:, 0], alone.labels)

@@ -7,17 +7,20 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from fasterrcnn_jax.config import BackboneConfig
+from fasterrcnn_jax.config import BackboneConfig, ImageConfig
+from fasterrcnn_jax.families import IMAGENET_RGB
 from fasterrcnn_jax.models.layers import (
     EPSILON,
     Conv,
     FrozenBatchNorm,
     GroupNorm,
     Linear,
+    dropout,
     max_pool,
     valid_mask,
 )
-from fasterrcnn_jax.models.resnet import BLOCKS, Backbone, Stage, stage_channels
+from fasterrcnn_jax.models.resnet import BLOCKS, STEM_POOL_PADDING, ResNet, Stage, stage_channels
+from fasterrcnn_jax.models.vgg import Vgg16
 
 
 def normal(*shape, seed=0):
@@ -26,6 +29,9 @@ def normal(*shape, seed=0):
 
 # One program instead of one per operation.
 apply = jax.jit(lambda module, *args: module(*args))
+
+
+IMAGE = ImageConfig(**IMAGENET_RGB)
 
 
 def rng():
@@ -138,17 +144,34 @@ def test_frozen_batch_norm_has_nothing_to_train():
     assert len(jax.tree.leaves(nnx.state(FrozenBatchNorm(4)))) == 4
 
 
+@pytest.mark.parametrize("size, near, far", [(3, 1, 1), (3, 0, 1), (2, 0, 0)])
 @pytest.mark.parametrize("height, width", [(6, 8), (5, 7)])
-def test_max_pool_is_the_largest_of_its_window(height, width):
+def test_max_pool_is_the_largest_of_its_window(height, width, size, near, far):
     x = normal(2, height, width, 3) - 5  # all negative: padding must not win
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    padded = np.pad(x, ((0, 0), (near, far), (near, far), (0, 0)), constant_values=-np.inf)
+    rows, columns = (range(0, side + near + far - size + 1, 2) for side in (height, width))
     expected = np.array(
-        [
-            [padded[:, i : i + 3, j : j + 3].max(axis=(1, 2)) for j in range(0, width, 2)]
-            for i in range(0, height, 2)
-        ]
+        [[padded[:, i : i + size, j : j + size].max(axis=(1, 2)) for j in columns] for i in rows]
     ).transpose(2, 0, 1, 3)
-    np.testing.assert_array_equal(max_pool(x), expected)
+    np.testing.assert_array_equal(max_pool(x, size=size, padding=(near, far)), expected)
+
+
+@pytest.mark.parametrize("side, cells", [(5, 2), (6, 3), (7, 3), (8, 4), (100, 50)])
+def test_stem_pooling_of_the_caffe_style_adds_a_partial_window_at_the_far_border(side, cells):
+    """torch: ceil((side - 3) / 2) + 1 windows, the last one cut."""
+    x = normal(1, side, side, 1) - 5
+    pooled = np.asarray(max_pool(x, size=3, padding=STEM_POOL_PADDING["ceil"]))
+    assert pooled.shape == (1, cells, cells, 1)
+    assert pooled[0, -1, -1, 0] == np.max(x[0, 2 * (cells - 1) :, 2 * (cells - 1) :])
+    assert pooled[0, 0, 0, 0] == np.max(x[0, :3, :3])
+
+
+def test_dropout_zeroes_its_rate_and_keeps_the_mean():
+    ones = jnp.ones((200, 300))
+    kept = np.asarray(dropout(jax.random.key(0), ones, rate=0.3))
+    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.7)}
+    assert np.mean(kept == 0) == pytest.approx(0.3, abs=0.01) and kept.mean() == pytest.approx(1, abs=0.01)
+    assert np.any(kept != dropout(jax.random.key(1), ones, rate=0.3))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 16])
@@ -162,16 +185,23 @@ def test_valid_mask_holds_the_first_cells_rounded_up(stride):
         np.testing.assert_array_equal(mask[row], expected)
 
 
+NETS = {"resnet18": ResNet, "resnet50": ResNet, "vgg16": Vgg16}
+
+
+def backbone(config, image=IMAGE):
+    return NETS[config.name](config, image, rng=rng())
+
+
 @pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("depth, channels", [(18, 4), (50, 16)])
-def test_backbone_has_its_stride_and_channels(depth, channels, stride):
-    config = BackboneConfig(depth=depth, width=8, stride=stride)
+@pytest.mark.parametrize("name, channels", [("resnet18", 4), ("resnet50", 16), ("vgg16", 8)])
+def test_backbone_has_its_stride_and_channels(name, channels, stride):
+    config = BackboneConfig(name=name, width=8, stride=stride)
     shape = nnx.eval_shape(
-        lambda images: Backbone(config, rng=rng())(images, jnp.full((2, 2), 64.0)),
+        lambda images: backbone(config)(images, jnp.full((2, 2), 64.0)),
         jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32),
     ).shape
     assert shape == (2, 64 // stride, 96 // stride, 8 * channels)
-    assert stage_channels(config, 3) == 8 * channels
+    assert nnx.eval_shape(lambda: backbone(config)).channels == 8 * channels
 
 
 def test_depth_counts_the_layers_with_weights():
@@ -183,30 +213,75 @@ def test_published_resnet_50_has_its_number_of_parameters():
     """25.6 M without the 2.0 M of the classifier and the 0.05 M of the normalisations."""
 
     def build():
-        config = BackboneConfig(depth=50)
+        config = BackboneConfig(name="resnet50")
         last = Stage(4, stride=2, config=config, rng=rng())
-        return nnx.Dict(trunk=Backbone(config, rng=rng()), last=last)
+        return nnx.Dict(trunk=backbone(config), last=last)
 
     state = nnx.state(nnx.eval_shape(build))
     kernels = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state) if len(leaf.shape) == 4)
     assert kernels == 25_557_032 - 2_049_000 - 53_120
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_a_block_with_a_silent_branch_is_the_identity(depth):
-    config = BackboneConfig(depth=depth, width=8)
+def test_vgg16_has_its_number_of_parameters():
+    """Of its thirteen convolutions, biases included."""
+    config = BackboneConfig(name="vgg16", norm="none")
+    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: backbone(config))))
+    assert sum(np.prod(leaf.shape) for leaf in leaves) == 14_714_688
+    assert sum(len(leaf.shape) == 4 for leaf in leaves) == 13
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_block_with_a_silent_branch_is_the_identity(name):
+    """So are all blocks at first where statistics are fixed: nothing else keeps activations from doubling."""
+    config = BackboneConfig(name=name, width=8)
     stage = Stage(1, stride=1, config=config, rng=rng())
-    block = stage.blocks[1]
-    block.norms[-1].scale[...] = jnp.zeros(stage_channels(config, 1))
     x = jnp.abs(normal(1, 4, 4, stage_channels(config, 1)))
-    np.testing.assert_array_equal(apply(block, x), x)
+    np.testing.assert_array_equal(apply(stage.blocks[1], x), x)
+    kernel = stage.blocks[1].convs[-1].kernel
+    kernel[...] = normal(*kernel.shape)
+    assert np.any(apply(stage.blocks[1], x) != x)
+    stage.blocks[1].norms[-1].scale[...] = jnp.zeros(stage_channels(config, 1))
+    np.testing.assert_array_equal(apply(stage.blocks[1], x), x)
 
 
-@pytest.mark.parametrize("depth, stride, norm", [(18, 8, "frozen_batch"), (50, 16, "group")])
-def test_masked_backbone_does_not_see_the_canvas(random_weights, depth, stride, norm):
+@pytest.mark.parametrize("stride_in, strides", [("1x1", (2, 1, 1)), ("3x3", (1, 2, 1))])
+def test_a_bottleneck_strides_in_the_convolution_that_is_named(stride_in, strides):
+    config = BackboneConfig(name="resnet50", width=8, stride_in=stride_in)
+    blocks = Stage(2, stride=2, config=config, rng=rng()).blocks
+    assert tuple(conv.stride for conv in blocks[0].convs) == strides and blocks[0].shortcut.stride == 2
+    assert all(conv.stride == 1 for block in list(blocks)[1:] for conv in block.convs)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg16"])
+def test_pixels_that_nothing_divides_start_with_features_of_the_same_size(name):
+    """Caffe's images spread 58 times as widely; the first layer's weights start that much smaller."""
+    config = BackboneConfig(name=name, width=8, norm="group")
+    images = normal(1, 32, 32, 3)
+    normalised, plain = (backbone(config, image) for image in (IMAGE, ImageConfig()))
+    first = "stem" if name == "resnet50" else "stages"
+
+    def stem(net, x):
+        layer = getattr(net, first)
+        return float(np.std(layer(x) if first == "stem" else layer[0].convs[0](x)))
+
+    assert stem(plain, 57.7 * images) == pytest.approx(stem(normalised, images), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, stride, norm, stem_pool",
+    [
+        ("resnet18", 8, "frozen_batch", "padded"),
+        ("resnet50", 16, "group", "ceil"),
+        ("vgg16", 8, "group", "ceil"),
+        ("vgg16", 16, "none", "ceil"),
+    ],
+)
+def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, norm, stem_pool):
     """A picture that fills its canvas, and one that does not, have the same features on a larger one."""
-    config = BackboneConfig(depth=depth, width=8, stride=stride, norm=norm, mask_padding=True)
-    backbone = random_weights(lambda: Backbone(config, rng=rng()))
+    config = BackboneConfig(
+        name=name, width=8, stride=stride, norm=norm, stem_pool=stem_pool, mask_padding=True
+    )
+    net = random_weights(lambda: backbone(config))
     sizes = [(48, 64), (40, 50)]
     pictures = [normal(*size, 3, seed=5) for size in sizes]
 
@@ -214,7 +289,7 @@ def test_masked_backbone_does_not_see_the_canvas(random_weights, depth, stride, 
         images = np.zeros((2, height, width, 3), np.float32)
         for image, picture in zip(images, pictures, strict=True):
             image[: picture.shape[0], : picture.shape[1]] = picture
-        return np.asarray(apply(backbone, images, np.float32(sizes)))
+        return np.asarray(apply(net, images, np.float32(sizes)))
 
     for tight, wide, size in zip(features(48, 64), features(80, 96), sizes, strict=True):
         rows, columns = (-(-side // stride) for side in size)
@@ -223,3 +298,30 @@ def test_masked_backbone_does_not_see_the_canvas(random_weights, depth, stride, 
         assert scale > 0.1
         np.testing.assert_allclose(wide[:rows, :columns] / scale, tight / scale, atol=1e-5)
         assert not wide[rows:].any() and not wide[:, columns:].any()
+
+
+def test_vgg16_with_batch_norm_normalises_between_each_convolution_and_its_relu(random_weights):
+    """As torchvision's vgg16_bn, the statistics fixed: four constants per convolution and nothing more to train."""
+    net = random_weights(lambda: backbone(BackboneConfig(name="vgg16", width=8, norm="frozen_batch")))
+    assert len(jax.tree.leaves(nnx.state(net, nnx.Param))) == 2 * 13
+    assert len(jax.tree.leaves(nnx.state(net))) == (2 + 4) * 13
+    x = expected = normal(1, 8, 8, 3)
+    stage = net.stages[0]
+    for conv, norm in zip(stage.convs, stage.norms, strict=True):
+        y = np.asarray(conv(expected))
+        scale, bias, mean, var = (np.asarray(leaf[...]) for leaf in (norm.scale, norm.bias, norm.mean, norm.var))
+        expected = jnp.asarray(np.maximum((y - mean) / np.sqrt(var + EPSILON) * scale + bias, 0))
+    np.testing.assert_allclose(apply(stage, x, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stem_pool, near", [("ceil", 0), ("padded", 1)])
+def test_the_stem_is_pooled_as_configured(stem_pool, near):
+    """Windows start on even cells, or one before them."""
+    net = backbone(BackboneConfig(name="resnet18", width=8, stem_pool=stem_pool))
+    net.stages, net.strides = nnx.List([]), ()
+    images = normal(1, 24, 32, 3)
+    x = np.asarray(jax.nn.relu(net.stem_norm(net.stem(images))))
+    rows, columns = ([slice(max(2 * i - near, 0), 2 * i - near + 3) for i in range(side // 4)] for side in (24, 32))
+    expected = [[x[:, row, column].max(axis=(1, 2)) for column in columns] for row in rows]
+    found = net(images, jnp.full((1, 2), 32.0))
+    np.testing.assert_array_equal(np.asarray(found).transpose(1, 2, 0, 3), np.array(expected))

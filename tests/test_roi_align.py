@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from fidelity import compare
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
@@ -111,8 +112,9 @@ def test_roi_align_and_its_gradient_equal_torchvision(stride, aligned, sampling_
         GOLDEN[f"cotangent_s{stride}"],
     )
     case = f"s{stride}_aligned{aligned:d}_ratio{sampling_ratio}"
-    np.testing.assert_allclose(pooled, GOLDEN[f"pooled_{case}"], atol=2e-5)
-    np.testing.assert_allclose(gradient, GOLDEN[f"gradient_{case}"], atol=1e-4)
+    named = f"RoIAlign, stride {stride}, aligned {aligned}, sampling ratio {sampling_ratio}"
+    compare("RoI features", "torchvision", named, pooled, GOLDEN[f"pooled_{case}"], atol=2e-5)
+    compare("RoI features", "torchvision", f"{named}: gradient", gradient, GOLDEN[f"gradient_{case}"], atol=1e-4)
 
 
 def test_the_average_and_its_gradient_equal_faster_rcnn_pytorch():
@@ -122,8 +124,11 @@ def test_the_average_and_its_gradient_equal_faster_rcnn_pytorch():
         GOLDEN_AVERAGE["rois"],
         GOLDEN_AVERAGE["cotangent"],
     )
-    np.testing.assert_allclose(pooled, GOLDEN_AVERAGE["pooled"], atol=2e-5)
-    np.testing.assert_allclose(gradient, GOLDEN_AVERAGE["gradient"], atol=1e-4)
+    named = "8 x 8 samples averaged (master branch)"
+    compare("RoI features", "faster-rcnn.pytorch", named, pooled, GOLDEN_AVERAGE["pooled"], atol=2e-5)
+    compare(
+        "RoI features", "faster-rcnn.pytorch", f"{named}: gradient", gradient, GOLDEN_AVERAGE["gradient"], atol=1e-4
+    )
 
 
 def test_the_average_equals_the_loop_over_samples():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from fidelity import compare
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
@@ -83,17 +84,17 @@ def test_roi_pool_and_its_gradient_equal_torchvision(stride):
         return per_image[rois[:, 0].astype(np.int32), np.arange(len(rois))]
 
     pooled, pull_back = jax.vjp(run, jnp.asarray(INPUTS["features"]))
-    np.testing.assert_array_equal(pooled, GOLDEN[f"pooled_s{stride}"])
+    compare("RoI features", "torchvision", f"RoIPool, stride {stride}", pooled, GOLDEN[f"pooled_s{stride}"])
     (gradient,) = pull_back(jnp.asarray(INPUTS[f"cotangent_s{stride}"]))
-    np.testing.assert_allclose(gradient, GOLDEN[f"gradient_s{stride}"], atol=1e-5)
+    theirs = GOLDEN[f"gradient_s{stride}"]
+    compare("RoI features", "torchvision", f"RoIPool, stride {stride}: gradient", gradient, theirs, atol=1e-5)
 
 
 def test_corners_on_halves_are_rounded_as_in_torchvision():
     rois = GOLDEN["half_rois"]
     pool = functools.partial(jitted, stride=16, output_size=3, quantisation="rounded")
-    for (image, *box), expected in zip(rois, GOLDEN["half_pooled"]):
-        (pooled,) = pool(INPUTS["features"][int(image)], np.float32([box]))
-        np.testing.assert_array_equal(pooled, expected)
+    pooled = [pool(INPUTS["features"][int(image)], np.float32([box]))[0] for image, *box in rois]
+    compare("RoI features", "torchvision", "RoIPool of corners on halves", pooled, GOLDEN["half_pooled"])
 
 
 @pytest.mark.parametrize("output_size", [7, 13])

@@ -25,6 +25,7 @@ import fasterrcnn_jax.scripts.train as train_script
 from fasterrcnn_jax import checkpoint
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.sources import open_split
+from fasterrcnn_jax.data.training_set import training_set
 
 STEPS = 6
 LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
@@ -193,7 +194,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(s
     line = refused(stopped[1], r"step 5: .*= nan.* on images train\d, train\d")
     assert any(name in line for name in LOSSES)
     data = dataclasses.replace(tiny.config(folder).data, root=folder / "voc")
-    dataset = open_split(data, "train")
+    dataset = training_set(open_split(data, "train"), data)
     image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
     batches = list(loader.training_batches(dataset, data, image, batch_size=4, seed=0, steps=5))
     named = [dataset.records[i].id for i in batches[-1].image_index[batches[-1].image_valid]]
@@ -262,7 +263,8 @@ def test_evaluate_takes_a_step_a_split_and_a_folder(trained, tmp_path):
         (("--data.root", "nowhere"), "nowhere"),
         (("--data.train_split", "trian"), "trian"),
         (("--data.class_names", "ring"), "disc"),
-        (("--data.max_boxes", "1"), r"image train1 has 2 objects, data.max_boxes is 1"),
+        (("--data.layout", "coco"), r"instances_train.json: not found; get images and annotations"),
+        (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
         (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ local devices"),
         (("--run", "mine.py"), "mine.py"),
     ],

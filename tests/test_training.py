@@ -15,7 +15,7 @@ from flax import nnx
 from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.detector import Detector, split
 from fasterrcnn_jax.structures import Batch, GroundTruth
 
 DEVICES, B, G = 4, 4, 5
@@ -39,16 +39,26 @@ def environment():
 
 
 def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
-    config = TrainConfig(steps=110, batch_size=1, learning_rate=0.4, warmup_steps=10)
+    config = TrainConfig(steps=110, batch_size=1, learning_rate=0.4, warmup_steps=10, schedule="cosine")
     schedule = training.learning_rate_schedule(config)
     rates = np.array([float(schedule(step)) for step in range(111)])
     np.testing.assert_allclose(rates[:11], np.linspace(0.04, 0.4, 11), atol=1e-7)
     np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 101))), atol=1e-7)
 
 
-def test_learning_rate_without_warm_up_starts_at_its_peak():
-    config = TrainConfig(steps=10, batch_size=1, learning_rate=0.4, warmup_steps=0)
+@pytest.mark.parametrize("schedule", ["cosine", "steps"])
+def test_learning_rate_without_warm_up_starts_at_its_peak(schedule):
+    config = TrainConfig(steps=10, batch_size=1, learning_rate=0.4, warmup_steps=0, schedule=schedule)
     assert float(training.learning_rate_schedule(config)(0)) == np.float32(0.4)
+
+
+def test_learning_rate_falls_by_its_factor_after_the_steps_that_are_named():
+    config = TrainConfig(
+        steps=20, batch_size=1, learning_rate=0.4, warmup_steps=4, decay_steps=(8, 15), decay_factor=0.5
+    )
+    rates = [float(training.learning_rate_schedule(config)(step)) for step in range(20)]
+    np.testing.assert_allclose(rates[:5], np.linspace(0.1, 0.4, 5), rtol=1e-6)
+    np.testing.assert_allclose(rates[5:8] + rates[8:15] + rates[15:], [0.4] * 3 + [0.2] * 7 + [0.1] * 5, rtol=1e-6)
 
 
 def updated(config, params, gradients, steps=1):
@@ -60,31 +70,97 @@ def updated(config, params, gradients, steps=1):
     return jax.device_get(params)
 
 
+PLAIN = dict(steps=10, batch_size=1, learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+# The names that rates and decay go by.
+WEIGHTS = {
+    "conv": {"kernel": (1, 1, 2, 2), "bias": (2,)},
+    "norm": {"scale": (2,), "bias": (2,)},
+    "objectness": {"kernel": (1, 1, 2, 3), "bias": (3,)},
+}
+
+
+def moved(gradient, **fields):
+    """Returns how far each weight, all ones at first, is moved by one step of a constant gradient."""
+    params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in WEIGHTS.items()}
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+    after = updated(TrainConfig(**PLAIN | fields), params, gradients)
+    return {
+        f"{layer}/{name}": float(np.mean(1 - leaf)) for layer, of in after.items() for name, leaf in of.items()
+    }
+
+
+def expected(value, **others):
+    named = {name.replace("__", "/"): other for name, other in others.items()}
+    return {f"{layer}/{name}": value for layer, of in WEIGHTS.items() for name in of} | named
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weight_decay_moves_kernels_alone(optimizer):
-    config = TrainConfig(
-        steps=10, batch_size=1, learning_rate=0.5, warmup_steps=0, optimizer=optimizer, weight_decay=0.1
-    )
-    params = {"conv": jnp.ones((1, 1, 2, 2)), "linear": jnp.ones((2, 3)), "bias": jnp.ones(3), "scale": jnp.ones(2)}
-    after = updated(config, params, jax.tree.map(jnp.zeros_like, params))
-    for name in ("conv", "linear"):
-        np.testing.assert_allclose(after[name], 0.95, rtol=1e-6)
-    for name in ("bias", "scale"):
-        np.testing.assert_array_equal(after[name], 1.0)
+    found = moved(0.0, optimizer=optimizer, double_objectness=False)
+    assert found == pytest.approx(expected(0.0, conv__kernel=0.05, objectness__kernel=0.05), abs=1e-6)
+
+
+def test_adam_sees_the_decay_in_the_gradient():
+    """Its first step is the learning rate, whatever the size of what it sees; AdamW adds the decay to that."""
+    found = moved(0.0, optimizer="adam", double_objectness=False, double_bias=False)
+    assert found == pytest.approx(expected(0.0, conv__kernel=0.5, objectness__kernel=0.5), abs=1e-5)
+    adamw = moved(1.0, optimizer="adamw", double_objectness=False, double_bias=False)
+    assert adamw == pytest.approx(expected(0.5, conv__kernel=0.55, objectness__kernel=0.55), abs=1e-5)
+
+
+def test_biases_decay_when_asked_to_and_scales_never():
+    found = moved(0.0, bias_decay=True, double_bias=False, double_objectness=False)
+    assert found == pytest.approx(expected(0.05, norm__scale=0.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_biases_learn_at_twice_the_rate_when_asked_to(optimizer):
+    options = dict(optimizer=optimizer, weight_decay=0.0, double_objectness=False)
+    once = expected(0.5)
+    assert moved(1.0, **options, double_bias=False) == pytest.approx(once, abs=1e-5)
+    twice = once | dict.fromkeys(("conv/bias", "norm/bias", "objectness/bias"), 1.0)
+    assert moved(1.0, **options, double_bias=True) == pytest.approx(twice, abs=1e-5)
+
+
+def test_one_objectness_logit_moves_as_the_difference_of_the_references_two():
+    """Two logits l1 - l0 move by the gradient and by minus the gradient, and each decays by itself."""
+    two = [0.3, -0.2]
+    for _ in range(3):
+        slope = 2.0 * (two[1] - two[0])
+        two = [two[0] - 0.1 * (-slope + 0.2 * two[0]), two[1] - 0.1 * (slope + 0.2 * two[1])]
+    config = TrainConfig(**PLAIN | dict(learning_rate=0.1, weight_decay=0.2, momentum=0.0))
+    optimizer = training.create_optimizer(config)
+    params = {"objectness": {"kernel": jnp.full((1, 1), -0.5)}}
+    state = optimizer.init(params)
+    for _ in range(3):
+        gradients = jax.tree.map(lambda leaf: 2.0 * leaf, params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    assert float(params["objectness"]["kernel"][0, 0]) == pytest.approx(two[1] - two[0], rel=1e-5)
+
+
+def test_the_layer_that_rates_single_out_is_the_objectness_layer():
+    model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(split(model)[1])]
+    names = ["/".join(str(part.key) for part in path if hasattr(part, "key")) for path in paths]
+    chosen = [name for name in names if "objectness" in name.split("/")]
+    assert chosen == ["rpn_head/objectness/bias", "rpn_head/objectness/kernel"]
+    biases = [name for name in names if "bias" in name.split("/")]
+    assert biases == [name for name in names if name.endswith("/bias")] and len(biases) > 20
 
 
 def test_what_decays_is_what_is_called_a_kernel():
     model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.split(model, nnx.Param, ...)[1])
+    leaves = jax.tree_util.tree_leaves_with_path(split(model)[1])
     names = {leaf.ndim > 1: set() for _, leaf in leaves}
     for path, leaf in leaves:
         names[leaf.ndim > 1].add(next(part.key for part in reversed(path) if hasattr(part, "key")))
     assert names == {True: {"kernel"}, False: {"bias", "scale"}}
 
 
-@pytest.mark.parametrize("size, expected", [(1.0, 1.0), (100.0, 2.0)])
-def test_gradients_are_clipped_by_their_global_norm(size, expected):
-    config = dataclasses.replace(TRAIN, learning_rate=1.0, clip_norm=2.0)
+@pytest.mark.parametrize("clip_norm, size, expected", [(2.0, 1.0, 1.0), (2.0, 100.0, 2.0), (None, 100.0, 100.0)])
+def test_gradients_are_clipped_by_their_global_norm(clip_norm, size, expected):
+    config = dataclasses.replace(TRAIN, learning_rate=1.0, clip_norm=clip_norm)
     params = {"a": jnp.zeros(4), "b": jnp.zeros((2, 2))}
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, size / np.sqrt(8)), params)
     after = updated(config, params, gradients)

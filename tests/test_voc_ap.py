@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fidelity import compare
 from handmade import dataset, found, record
 
 from fasterrcnn_jax.evaluation.results import mean_over_classes
@@ -35,7 +36,8 @@ def test_ap_equals_py_faster_rcnn(column, iou_threshold, use_07_metric):
     detections, data = golden_case()
     got = voc_ap(detections, data, iou_threshold=iou_threshold, use_07_metric=use_07_metric)
     want = GOLDEN["voc_ap"][:, column, 0 if use_07_metric else 1]
-    np.testing.assert_allclose(got[:3], want[:3], rtol=0, atol=1e-9)
+    metric = "11-point AP" if use_07_metric else "area AP"
+    compare("average precision", "py-faster-rcnn", f"{metric}, IoU {iou_threshold}", got[:3], want[:3], atol=1e-9)
     assert np.isnan(got[3])  # no objects: the reference's 11-point form gives 0
 
 
@@ -43,22 +45,25 @@ def test_ap_equals_py_faster_rcnn(column, iou_threshold, use_07_metric):
 def test_ap_equals_simple_faster_rcnn_pytorch(use_07_metric, suffix):
     """Also where a class has no objects; its rule for an overlap of exactly the threshold does not show here."""
     got = voc_ap(*golden_case(), use_07_metric=use_07_metric)
-    np.testing.assert_allclose(got, GOLDEN[f"cy_ap_{suffix}"], rtol=0, atol=1e-9)
-    assert mean_over_classes(got) == pytest.approx(float(GOLDEN[f"cy_map_{suffix}"]), abs=1e-9)
+    both = np.append(got, mean_over_classes(got))
+    theirs = np.append(GOLDEN[f"cy_ap_{suffix}"], GOLDEN[f"cy_map_{suffix}"])
+    compare("average precision", "simple-faster-rcnn-pytorch", f"AP and mAP, {suffix}", both, theirs, atol=1e-9)
 
 
 @pytest.mark.parametrize("iou_threshold, tag", ((0.5, "5"), (0.7, "7")))
 def test_curves_equal_py_faster_rcnn(iou_threshold, tag):
     curves = precision_recall(*golden_case(), iou_threshold=iou_threshold)
     for label, (recall, precision) in enumerate(curves, start=1):
-        np.testing.assert_allclose(recall, GOLDEN[f"voc_rec_c{label}_{tag}"], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(precision, GOLDEN[f"voc_prec_c{label}_{tag}"], rtol=0, atol=1e-9)
+        curve = f"class {label}, IoU {iou_threshold}"
+        theirs = [GOLDEN[f"voc_{kind}_c{label}_{tag}"] for kind in ("rec", "prec")]
+        compare("average precision", "py-faster-rcnn", f"recall, {curve}", recall, theirs[0], atol=1e-9)
+        compare("average precision", "py-faster-rcnn", f"precision, {curve}", precision, theirs[1], atol=1e-9)
 
 
 def test_average_precision_of_a_curve_equals_py_faster_rcnn():
     recall, precision = GOLDEN["vocap_rec"], GOLDEN["vocap_prec"]
     got = [average_precision(recall, precision, use_07_metric=use_07) for use_07 in (True, False)]
-    np.testing.assert_allclose(got, GOLDEN["vocap_11pt_area"], rtol=0, atol=1e-9)
+    compare("average precision", "py-faster-rcnn", "AP of one curve", got, GOLDEN["vocap_11pt_area"], atol=1e-9)
 
 
 def test_11_points_carry_the_float_noise_of_the_reference():

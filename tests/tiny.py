@@ -16,23 +16,32 @@ from fasterrcnn_jax.config import (
     ModelConfig,
     PostprocessConfig,
     ProposalConfig,
-    RoiAlignConfig,
+    RoiFeaturesConfig,
     RoiSamplingConfig,
     RpnConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.families import IMAGENET_RGB
 
 CLASS_NAMES = ("ring", "disc")
-IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)))
+IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB)
 MODEL = ModelConfig(
     image=IMAGE,
-    backbone=BackboneConfig(depth=18, width=8, stride=16, norm="group", mask_padding=True),
-    rpn=RpnConfig(anchor_sizes=(16.0, 32.0), channels=8, anchors_per_image=24),
+    backbone=BackboneConfig(
+        name="resnet18", width=8, norm="group", stem_pool="padded", fixed_stages=0, mask_padding=True
+    ),
+    rpn=RpnConfig(
+        anchor_scales=(1.0, 2.0),
+        anchor_rounding="none",
+        allowed_border=None,
+        channels=8,
+        anchors_per_image=24,
+    ),
     train_proposals=ProposalConfig(pre_nms_top_n=64, post_nms_top_n=16, min_size=4.0),
     test_proposals=ProposalConfig(pre_nms_top_n=32, post_nms_top_n=8, min_size=4.0),
     roi_sampling=RoiSamplingConfig(rois_per_image=8, fg_fraction=0.5),
-    roi_align=RoiAlignConfig(output_size=4, sampling_ratio=2),
+    roi_features=RoiFeaturesConfig(output_size=4, sampling_ratio=2, aligned=True),
     postprocess=PostprocessConfig(score_threshold=0.0, max_detections=6),
 )
 
@@ -66,17 +75,22 @@ def config(folder: Path, **train) -> Config:
     )
 
 
-def dataset(folder: Path, images, *, difficult=None, class_names=CLASS_NAMES) -> Dataset:
+def dataset(folder: Path, images, *, difficult=None, crowd=None, class_names=CLASS_NAMES) -> Dataset:
     """Writes (pixels, boxes, labels) triples as PNG files; returns their records."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index, (pixels, boxes, labels) in enumerate(images):
         path = folder / f"{index:03d}.png"
         Image.fromarray(pixels).save(path)
-        hard = np.zeros(len(labels), bool) if difficult is None else np.array(difficult[index], bool)
-        arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int32), hard
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        flags = (
+            np.zeros(len(labels), bool) if marks is None else np.array(marks[index], bool)
+            for marks in (difficult, crowd)
+        )
+        arrays = boxes, np.array(labels, np.int32), *flags, box_areas(boxes)
         records.append(ImageRecord(path.stem, path, pixels.shape[:2], *arrays))
-    return Dataset(f"{folder.name} (tiny)", class_names, tuple(records), ())
+    category_ids = tuple(range(1, len(class_names) + 1))
+    return Dataset(f"{folder.name} (tiny)", class_names, tuple(records), (), category_ids)
 
 
 def picture(image_hw, box, *, colour=(250, 30, 40), seed=0):

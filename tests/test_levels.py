@@ -1,0 +1,55 @@
+"""Pyramid levels of regions, and RoIAlign over several levels, against torchvision's MultiScaleRoIAlign."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fidelity import compare
+
+from fasterrcnn_jax.levels import assign_levels
+from fasterrcnn_jax.roi_align import roi_align
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "roi_levels.npz")
+BOXES = jnp.asarray(np.concatenate([GOLDEN["boxes0"], GOLDEN["boxes1"]]))
+
+
+def test_levels_equal_torchvisions():
+    levels = assign_levels(BOXES, lowest=2, highest=5)
+    compare("RoI features", "torchvision", "pyramid levels", levels, GOLDEN["levels"] + 2)
+
+
+@pytest.mark.parametrize(
+    "side, level", [(0.0, 2), (1.0, 2), (111.9, 2), (112.0, 3), (224.0, 4), (447.9, 4), (448.0, 5), (9e3, 5)]
+)
+def test_a_level_begins_at_its_own_size(side, level):
+    assert assign_levels(jnp.float32([3.0, 5.0, 3.0 + side, 5.0 + side]), lowest=2, highest=5) == level
+
+
+def test_levels_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="got 5 and 2"):
+        assign_levels(BOXES, lowest=5, highest=2)
+
+
+def test_features_over_levels_and_their_gradients_equal_torchvisions():
+    """Each region from the level it is assigned to, as torchvision: not aligned, two samples per bin and axis."""
+    features = [jnp.asarray(GOLDEN[f"features{level}"]) for level in range(4)]
+    boxes = jnp.asarray(np.stack([GOLDEN["boxes0"], GOLDEN["boxes1"]]))
+    levels = assign_levels(boxes, lowest=2, highest=5)
+
+    @jax.jit
+    def pooled(features):
+        total = 0.0
+        for level, maps in enumerate(features, 2):
+            options = dict(stride=2**level, output_size=7, sampling_ratio=2, aligned=False)
+            values = jax.vmap(lambda f, b, options=options: roi_align(f, b, **options))(maps, boxes)
+            total += jnp.where((levels == level)[..., None, None, None], values, 0.0)
+        return total.reshape(-1, *total.shape[2:])
+
+    found, pull_back = jax.vjp(pooled, features)
+    compare("RoI features", "torchvision", "RoIAlign over four levels", found, GOLDEN["pooled"], atol=2e-5)
+    (gradients,) = pull_back(jnp.asarray(GOLDEN["cotangent"]))
+    for level, gradient in enumerate(gradients):
+        theirs = GOLDEN[f"gradient{level}"]
+        compare("RoI features", "torchvision", f"gradient of level {level + 2}", gradient, theirs, atol=1e-4)
