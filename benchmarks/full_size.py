@@ -1,0 +1,62 @@
+"""Steps of a configuration on one repeated batch: compilation, seconds per step, memory, and whether losses fall.
+
+    python benchmarks/full_size.py --config configs/voc.py --data.root FOLDER --train.steps 6
+
+Takes every argument of train.py, from which it differs in that the batch never changes and nothing is saved.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+# A checkout need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fasterrcnn_jax import cli, parallel, training  # noqa: E402
+from fasterrcnn_jax.data import loader, sources  # noqa: E402
+from fasterrcnn_jax.data.training_set import training_set  # noqa: E402
+from fasterrcnn_jax.models.detector import create  # noqa: E402
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    config = cli.parse_config(argv, description=__doc__)
+    data, train = config.data, config.train
+    parallel.check_batch_size(train.batch_size)
+    dataset = training_set(sources.open_split(data, data.train_split), data)
+    batch = next(
+        loader.training_batches(
+            dataset, data, config.model.image, batch_size=train.batch_size, seed=train.seed, steps=train.steps
+        )
+    )
+    print(f"images {batch.images.shape}, {int(batch.ground_truth.valid.sum())} objects, {jax.devices()}")
+
+    model = create(config.model, data.class_names, seed=train.seed)
+    optimizer = training.create_optimizer(train)
+    graphdef, state = training.create_state(model, optimizer, seed=train.seed)
+    trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    print(f"{trained / 1e6:.1f} M values trained, {fixed / 1e6:.1f} M not")
+    step = parallel.data_parallel(training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS))
+    state = parallel.replicate(state)
+    seconds = []
+    for number in range(1, train.steps + 1):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        values = {name: float(value) for name, value in metrics._asdict().items()}  # waits
+        seconds.append(time.perf_counter() - start)
+        losses = "  ".join(f"{name} {values[name]:.4f}" for name in list(values)[:4])
+        print(f"step {number}  {seconds[-1]:6.2f} s  sum {sum(list(values.values())[:4]):.4f}  {losses}", flush=True)
+    steady = sorted(seconds[1:])
+    print(f"first step (with compilation) {seconds[0]:.1f} s, others: median {steady[len(steady) // 2]:.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory of the process {peak:.1f} GiB")
+    for device in jax.local_devices():
+        if statistics := device.memory_stats():
+            print(f"{device}: peak {statistics['peak_bytes_in_use'] / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
