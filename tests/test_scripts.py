@@ -222,6 +222,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder
     assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
 
 
+def test_fifty_steps_twice_give_the_same_bits(folder):
+    """Of everything that is saved: weights, optimizer, position in the data, every number of the log."""
+    runs = [folder / "fifty", folder / "fifty again"]
+    options = ("--train.steps", 50, "--train.checkpoint_every", 50, "--train.evaluate_every", 0, "--data.flip", "random")
+    for run in runs:
+        status, _, err = train(folder, "--run", run, *options)
+        assert status == 0, err
+    first, second = (values_of(run) for run in runs)
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+    logs = [[{k: v for k, v in line.items() if k != "time"} for line in lines_of(run, "step")] for run in runs]
+    assert logs[0] == logs[1] and len(logs[0]) == 51
+    states = []
+    for run in runs:
+        with checkpoint.open_checkpoints(run, keep=2) as checkpoints:
+            found = checkpoints.load_checkpointables(50)
+        states.append(jax.tree.leaves({"train": found["train"], "iterator": found["meta"]["iterator"]}))
+    for one, other in zip(*states, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
 def test_another_seed_gives_other_weights(folder, trained):
     """Through the same program: seeds are no part of it."""
     status, _, err = train(folder, "--run", folder / "seed", "--train.seed", "1")

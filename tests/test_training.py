@@ -20,8 +20,11 @@ from fasterrcnn_jax.structures import Batch, GroundTruth
 
 DEVICES, B, G = 4, 4, 5
 H, W = tiny.IMAGE.canvases[0]
+# A stage that is never trained, and RoIs that the devices must divide between them.
 MODEL = dataclasses.replace(
-    tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch")
+    tiny.MODEL,
+    backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch", fixed_stages=1),
+    roi_sampling=dataclasses.replace(tiny.MODEL.roi_sampling, rois_per_batch=8 * B),
 )
 TRAIN = TrainConfig(
     steps=60, batch_size=B, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip_norm=1e6

@@ -1,6 +1,7 @@
 """A detector and data sets so small that a test can afford them."""
 
 import contextlib
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -65,12 +66,12 @@ def restored_logging():
 
 
 def config(folder: Path, **train) -> Config:
-    """Returns a run in `folder` on the data set in `folder`/voc."""
+    """Returns a run in `folder` on the data set in `folder`/voc; the first stage is not trained."""
     options = dict(steps=6, batch_size=4, learning_rate=0.01, warmup_steps=0, checkpoint_every=2)
     return Config(
         run=folder / "run",
         data=DataConfig(root=folder / "voc", class_names=CLASS_NAMES, max_boxes=4),
-        model=MODEL,
+        model=dataclasses.replace(MODEL, backbone=dataclasses.replace(MODEL.backbone, fixed_stages=1)),
         train=TrainConfig(**(options | train)),
     )
 
