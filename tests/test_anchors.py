@@ -1,35 +1,32 @@
 """Shapes, places and order of the anchors."""
 
-import zlib
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fasterrcnn_jax.anchors import cell_anchors, cell_centres, grid_anchors
-from fasterrcnn_jax.config import BackboneConfig, ModelConfig, ProposalConfig, RpnConfig
+from fasterrcnn_jax.config import BackboneConfig, BoxCoderConfig, ModelConfig, ProposalConfig, RpnConfig
 from fasterrcnn_jax.models.detector import anchors_of
 from fasterrcnn_jax.models.heads import RpnHead
 from fasterrcnn_jax.proposals import propose
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "geometry.npz")
-
-sizes_and_ratios = st.tuples(
-    st.lists(st.floats(8, 512), min_size=1, max_size=4).map(tuple),
+bases_scales_and_ratios = st.tuples(
+    st.sampled_from([1.0, 10.0, 16.0]),
+    st.lists(st.floats(1, 32), min_size=1, max_size=4).map(tuple),
     st.lists(st.floats(0.2, 5), min_size=1, max_size=4).map(tuple),
 )
 
 
-@given(sizes_and_ratios)
-def test_cell_anchors_have_their_area_ratio_and_centre_in_order(sizes_and_ratios):
-    sizes, ratios = sizes_and_ratios
-    cells = cell_anchors(sizes, ratios)
+@given(bases_scales_and_ratios)
+def test_unrounded_cell_anchors_have_their_area_ratio_and_centre_in_order(bases_scales_and_ratios):
+    base, scales, ratios = bases_scales_and_ratios
+    cells = cell_anchors(base, scales, ratios, rounding="none")
     assert cells.dtype == np.float32
-    expected = [(ratio, size) for ratio in ratios for size in sizes]
+    expected = [(ratio, base * scale) for ratio in ratios for scale in scales]
     for (x1, y1, x2, y2), (ratio, size) in zip(cells.astype(np.float64), expected, strict=True):
         assert (x2 - x1) * (y2 - y1) == pytest.approx(size**2, rel=1e-5)
         assert (y2 - y1) / (x2 - x1) == pytest.approx(ratio, rel=1e-5)
@@ -38,7 +35,7 @@ def test_cell_anchors_have_their_area_ratio_and_centre_in_order(sizes_and_ratios
 
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([8, 16]))
 def test_grid_anchors_go_by_row_column_and_cell_anchor(rows, columns, stride):
-    cells = cell_anchors((16.0, 32.0), (0.5, 2.0))
+    cells = cell_anchors(16.0, (1.0, 2.0), (0.5, 2.0), rounding="none")
     anchors = iter(grid_anchors(cells, (rows, columns), stride))
     for row in range(rows):
         for column in range(columns):
@@ -49,31 +46,46 @@ def test_grid_anchors_go_by_row_column_and_cell_anchor(rows, columns, stride):
 
 
 def test_centres_are_those_of_the_anchors():
-    config = ModelConfig(rpn=RpnConfig(anchor_sizes=(32, 64)), backbone=BackboneConfig(stride=8))
+    config = ModelConfig(rpn=RpnConfig(anchor_scales=(2, 4)), backbone=BackboneConfig(stride=8))
     anchors, centres = anchors_of(config, (3, 5))
     np.testing.assert_allclose((anchors[:, :2] + anchors[:, 2:]) / 2, centres, atol=1e-4)
     assert cell_centres((3, 5), 8)[7].tolist() == [20, 12]  # second row, third column
 
 
-def test_anchors_equal_chenyuntcs():
-    cells = cell_anchors((128, 256, 512), (0.5, 1, 2))
-    np.testing.assert_allclose(cells + 8, GOLDEN["cells"], rtol=1e-5, atol=1e-4)
-    grid = grid_anchors(cells, (38, 50), 16)
-    np.testing.assert_allclose(grid[::97], GOLDEN["grid_every_97"], rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("rounding", ["base", "half", "none"])
+@given(bases_scales_and_ratios)
+def test_cell_anchors_equal_the_loop(rounding, bases_scales_and_ratios):
+    cells = cell_anchors(*bases_scales_and_ratios, rounding=rounding)
+    expected = oracles.cell_anchors(*bases_scales_and_ratios, rounding=rounding)
+    np.testing.assert_allclose(cells, expected, rtol=1e-6)
 
 
-def test_rounded_anchors_equal_torchvisions():
-    cells = np.round(cell_anchors((32, 64, 128), (0.5, 1, 2)))
-    np.testing.assert_array_equal(cells, GOLDEN["rounded_cells"])
+@pytest.mark.parametrize(
+    "rounding, width, height",
+    [
+        ("base", 2 * 23.0, 2 * 12.0),  # sqrt(512) = 22.63, half of 23 is 11.5, to even 12
+        ("half", 2 * 23.0, 2 * 11.0),  # 22.63 and 11.31 again, each half a side
+        ("none", 2 * 512**0.5, 512**0.5),
+    ],
+)
+def test_rounding_says_what_becomes_whole_pixels(rounding, width, height):
+    cell = cell_anchors(16.0, (2.0,), (0.5,), rounding=rounding)
+    np.testing.assert_allclose(cell, [[-width / 2, -height / 2, width / 2, height / 2]], rtol=1e-6)
+
+
+def test_the_detectors_anchors_are_rounded_as_its_configuration_says():
+    for rounding in ("base", "half", "none"):
+        rpn = RpnConfig(anchor_base=10.0, anchor_scales=(3.0,), anchor_ratios=(0.5,), anchor_rounding=rounding)
+        anchors, _ = anchors_of(ModelConfig(rpn=rpn), (1, 1))
+        np.testing.assert_array_equal(anchors - 8, cell_anchors(10.0, (3.0,), (0.5,), rounding=rounding))
 
 
 def test_rpn_channels_go_in_the_order_of_the_anchors():
     """One anchor of one cell fires and moves; the box that comes out is its own, moved its own way."""
     config = ModelConfig(
-        backbone=BackboneConfig(depth=18, width=8, stride=16),
-        rpn=RpnConfig(anchor_sizes=(16, 32), anchor_ratios=(0.5, 2.0), channels=1),
+        rpn=RpnConfig(anchor_scales=(1, 2), anchor_ratios=(0.5, 2.0), anchor_rounding="none", channels=1)
     )
-    head = RpnHead(config, rng=np.random.default_rng(0))
+    head = RpnHead(config, 32, rng=np.random.default_rng(0))
     head.conv.kernel[...] = jnp.zeros((3, 3, 32, 1)).at[1, 1, 0, 0].set(1.0)
     grid_hw, stride = (4, 6), 16
     anchors, _ = anchors_of(config, grid_hw)
@@ -87,7 +99,9 @@ def test_rpn_channels_go_in_the_order_of_the_anchors():
             jnp.asarray(anchors),
             jnp.ones(len(anchors), bool),
             jnp.array([100.0, 100.0]),
+            jnp.ones(2),
             config=ProposalConfig(pre_nms_top_n=1, post_nms_top_n=1, min_size=1),
+            coder=BoxCoderConfig(),
         )
         return found.boxes[0]
 
@@ -105,12 +119,3 @@ def test_rpn_channels_go_in_the_order_of_the_anchors():
             y = (row + 0.5) * stride + shift[1] * height
             expected = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
             np.testing.assert_allclose(best_box(head, features), expected, atol=1e-3)
-
-
-def test_grid_checksum_of_the_golden_file_is_the_reference_grid():
-    """Guards the golden numbers themselves: the whole grid, rebuilt from its first cell."""
-    cells = GOLDEN["cells"][:, [1, 0, 3, 2]]
-    y, x = np.mgrid[0:38, 0:50] * 16
-    shifts = np.stack([y, x, y, x], axis=-1).reshape(-1, 1, 4)
-    grid = (cells[None] + shifts).reshape(-1, 4).astype(np.float32)
-    assert zlib.crc32(grid.tobytes()) == GOLDEN["grid_yxyx_crc32"]

@@ -1,6 +1,6 @@
 """Areas, intersections over union and clipping."""
 
-from pathlib import Path
+import functools
 
 import jax
 import numpy as np
@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.boxes import area, clip, min_side, pairwise_iou
-
-GOLDEN = np.load(Path(__file__).parent / "golden" / "geometry.npz")
+from fasterrcnn_jax.boxes import area, clip, larger_than, min_side, pairwise_iou
 
 iou = jax.jit(pairwise_iou)
-jitted_clip = jax.jit(clip)
+jitted_clip = functools.partial(jax.jit, static_argnames="far_corner_offset")(clip)
 jitted_area = jax.jit(area)
 jitted_min_side = jax.jit(min_side)
+jitted_larger_than = functools.partial(jax.jit, static_argnames="min_size")(larger_than)
 
 
 def corners(n):
@@ -50,11 +49,6 @@ def test_iou_with_padding_is_0(boxes):
     np.testing.assert_array_equal(found, np.zeros((7, 3)))
 
 
-def test_iou_equals_torchvision():
-    expected = np.nan_to_num(GOLDEN["iou"])  # 0 / 0 is NaN there and 0 here
-    np.testing.assert_allclose(iou(GOLDEN["iou_boxes"], GOLDEN["iou_others"]), expected, rtol=1e-6)
-
-
 @given(corners(7))
 def test_area_and_min_side_equal_width_and_height(boxes):
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -62,10 +56,22 @@ def test_area_and_min_side_equal_width_and_height(boxes):
     np.testing.assert_array_equal(jitted_min_side(boxes), np.minimum(width, height))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
 @given(corners(7), st.integers(0, 10), st.integers(0, 10))
-def test_clip_limits_x_by_the_width_and_y_by_the_height(boxes, height, width):
-    clipped = jitted_clip(boxes, np.array([height, width], np.float32))
-    np.testing.assert_array_equal(clipped, [oracles.clip(box, height, width) for box in boxes])
+def test_clip_limits_x_by_the_width_and_y_by_the_height(offset, boxes, height, width):
+    clipped = jitted_clip(boxes, np.array([height, width], np.float32), far_corner_offset=offset)
+    expected = [oracles.clip(box, height, width, far_corner_offset=offset) for box in boxes]
+    np.testing.assert_array_equal(clipped, expected)
+
+
+def test_clip_with_an_offset_is_the_clip_of_inclusive_corners():
+    """[x1, x2] cut to [0, side - 1], as pixels; one pixel at least remains of a box beyond the picture."""
+    inclusive = np.float32([[-5, -5, 2, 3], [-9, 30, -4, 40], [50, -7, 60, -1]])
+    expected = np.clip(inclusive, 0, np.float32([19, 9, 19, 9]))
+    far = np.float32([0, 0, 1, 1])
+    clipped = jitted_clip(inclusive + far, np.float32([10, 20]), far_corner_offset=1)
+    np.testing.assert_array_equal(clipped, expected + far)
+    assert (oracles.area(np.asarray(clipped)) >= 1).all()
 
 
 @given(corners(7))
@@ -78,3 +84,11 @@ def test_clip_leaves_boxes_inside_alone(boxes):
 def test_iou_of_single_boxes_keeps_its_shape(n, m):
     box = np.array([[0, 0, 2, 2]], np.float32)
     assert iou(box.repeat(n, 0), box.repeat(m, 0)).shape == (n, m)
+
+
+@given(corners(7), st.sampled_from([0.0, 2.0, 3.5]), st.sampled_from([(1.0, 1.0), (2.0, 0.5), (0.5, 2.0)]))
+def test_larger_than_measures_each_axis_in_the_stored_picture(boxes, min_size, scale):
+    found = jitted_larger_than(boxes, min_size, np.float32(scale))
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    expected = (width / scale[1] >= min_size) & (height / scale[0] >= min_size)
+    np.testing.assert_array_equal(found, expected)

@@ -1,7 +1,6 @@
 """Foreground, background and ignored, by intersection over union."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,13 @@ from oracles import arrays
 
 from fasterrcnn_jax.matching import match
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "targets.npz")
 N, G = 12, 4
 RPN = dict(fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True)
 HEAD = dict(fg_iou=0.5, bg_iou=(0.1, 0.5), low_quality=False)
 
-jitted_match = functools.partial(jax.jit, static_argnames=("fg_iou", "bg_iou", "low_quality"))(match)
+jitted_match = functools.partial(
+    jax.jit, static_argnames=("fg_iou", "bg_iou", "low_quality", "clobber_positives")
+)(match)
 
 # Few values, the thresholds among them and their float32 neighbours: ties and equality abound.
 LEVELS = [np.float32(v) for v in (0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1)]
@@ -27,7 +27,9 @@ LEVELS += [np.nextafter(np.float32(v), np.float32(0)) for v in (0.1, 0.3, 0.5, 0
 ious = arrays(np.float32, (N, G), elements=st.sampled_from(LEVELS))
 
 
-@pytest.mark.parametrize("options", [RPN, HEAD, RPN | dict(low_quality=False)])
+@pytest.mark.parametrize(
+    "options", [RPN, HEAD, RPN | dict(low_quality=False), RPN | dict(clobber_positives=True)]
+)
 @given(ious, arrays(bool, G))
 def test_match_equals_the_loop(options, iou, gt_valid):
     found = jitted_match(iou, gt_valid, **options)
@@ -85,25 +87,12 @@ def test_a_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
     assert found.labels.tolist() == [1, 1] and found.matched_gt_indices.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    "name, fg_iou, bg_iou, low_quality",
-    [("73T", 0.7, 0.3, True), ("73F", 0.7, 0.3, False), ("55T", 0.5, 0.5, True), ("55F", 0.5, 0.5, False)],
-)
-def test_match_equals_torchvision(name, fg_iou, bg_iou, low_quality):
-    found = match(
-        jnp.asarray(GOLDEN["tie_iou"]),
-        jnp.ones(3, bool),
-        fg_iou=fg_iou,
-        bg_iou=(0.0, bg_iou),
-        low_quality=low_quality,
-    )
-    reference = GOLDEN[f"tie_{name}"]  # index of the ground truth, or -1 below, -2 between
-    expected = np.select([reference >= 0, reference == -1], [1, 0], -1)
-    np.testing.assert_array_equal(found.labels, expected)
-    foreground = reference >= 0
-    np.testing.assert_array_equal(
-        np.asarray(found.matched_gt_indices)[foreground], reference[foreground]
-    )
+@pytest.mark.parametrize("clobber_positives, labels", [(False, [1, 1, 1, 0]), (True, [0, 0, 1, 0])])
+def test_background_wins_over_a_best_box_only_where_it_clobbers_positives(clobber_positives, labels):
+    """Two boxes tie for ground truth 0 at background's IoU; ground truth 1 has a best between the thresholds."""
+    iou = jnp.array([[0.2, 0.0], [0.2, 0.0], [0.0, 0.4], [0.1, 0.2]])
+    found = match(iou, jnp.ones(2, bool), **RPN, clobber_positives=clobber_positives)
+    assert found.labels.tolist() == labels
 
 
 @pytest.mark.parametrize("fg_iou, bg_iou", [(0.3, (0.0, 0.5)), (0.5, (0.5, 0.5)), (1.1, (0.0, 0.5))])

@@ -1,8 +1,6 @@
-"""Greedy suppression: the textbook loop, torchvision's results, and the promises about padding."""
+"""Greedy suppression: the textbook loop, and the promises about padding, groups and ties."""
 
 import functools
-import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ from oracles import arrays
 from fasterrcnn_jax import nms as nms_module
 from fasterrcnn_jax.nms import nms
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "nms.npz")
 THRESHOLDS = (0.3, 0.5, 0.7)
 SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
 
@@ -94,37 +91,11 @@ def test_smaller_max_output_is_a_prefix(example):
     )
 
 
-@pytest.mark.parametrize(
-    "name, threshold",
-    [*itertools.product(["n40", "n40tie", "n200alleq", "n300", "edge"], THRESHOLDS), ("ident", 0.5)],
-)
-def test_nms_equals_torchvision(name, threshold):
-    digit = f"{threshold * 10:.0f}"
-    found = run_large(GOLDEN[f"{name}_boxes"], GOLDEN[f"{name}_scores"], threshold)
-    assert found == GOLDEN[f"{name}_keep_{digit}"].tolist()
-
-
-def test_nms_of_2000_boxes_equals_torchvision():
-    found = jitted_nms(
-        GOLDEN["n2000_boxes"], GOLDEN["n2000_scores"], np.ones(2000, bool), iou_threshold=0.7, max_output=1500
-    )
-    assert kept_of(found) == GOLDEN["n2000_keep_7"].tolist()
-
-
-def test_class_wise_nms_equals_torchvision():
-    found = run_large(GOLDEN["bat_boxes"], GOLDEN["bat_scores"], 0.5, GOLDEN["bat_idxs"])
-    assert found == GOLDEN["bat_keep_5"].tolist()
-
-
 def test_identical_boxes_survive_a_threshold_of_1():
-    found = jitted_nms(
-        GOLDEN["ident_boxes"],
-        GOLDEN["ident_scores"],
-        np.ones(16, bool),
-        iou_threshold=1.0,
-        max_output=16,
-    )
-    assert kept_of(found) == GOLDEN["ident_keep_1"].tolist()
+    boxes = np.tile(np.float32([[3, 4, 20, 30]]), (SMALL, 1))
+    scores = np.random.default_rng(0).permutation(SMALL).astype(np.float32)
+    found = jitted_nms(boxes, scores, np.ones(SMALL, bool), iou_threshold=1.0, max_output=SMALL)
+    assert kept_of(found) == np.argsort(-scores).tolist()
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)

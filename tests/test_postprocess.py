@@ -1,25 +1,30 @@
 """From the box head's outputs to the detections of one image."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
-from fasterrcnn_jax.config import PostprocessConfig
+from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
 from fasterrcnn_jax.postprocess import postprocess
 from fasterrcnn_jax.structures import Proposals
 
 P, K, D = 60, 4, 100
 IMAGE_HW = np.float32([80, 100])
 CONFIG = PostprocessConfig(score_threshold=0.1, nms_threshold=0.5, max_detections=D)
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+MEANS, STDS = (0.01, -0.02, 0.03, -0.04), (0.1, 0.1, 0.2, 0.2)
+CAFFE = BoxCoderConfig(far_corner_offset=1, max_log_scale=None)
+
+jitted_postprocess = functools.partial(
+    jax.jit, static_argnames=("means", "stds", "coder", "config")
+)(postprocess)
 
 
-@jax.jit
-def run(logits, deltas, proposals):
-    return postprocess(
-        logits, deltas, proposals, jnp.asarray(IMAGE_HW), box_weights=WEIGHTS, config=CONFIG
+def run(logits, deltas, proposals, *, means=MEANS, stds=STDS, coder=BoxCoderConfig(), config=CONFIG):
+    return jitted_postprocess(
+        logits, deltas, proposals, IMAGE_HW, means=means, stds=stds, coder=coder, config=config
     )
 
 
@@ -36,22 +41,26 @@ def head_outputs(seed):
     return logits, deltas, Proposals(boxes, np.zeros(P, np.float32), valid)
 
 
-def candidates(logits, deltas, proposals):
+def candidates(logits, deltas, proposals, coder=BoxCoderConfig()):
     """(box, score, label) of every class of every valid proposal above the threshold."""
-    rows = []
+    rows, offset = [], dict(far_corner_offset=coder.far_corner_offset)
     for i in np.flatnonzero(proposals.valid):
         probabilities = np.exp(logits[i]) / np.exp(logits[i]).sum()
         for label in range(1, K + 1):
-            box = oracles.clip(oracles.decode(deltas[i, label], proposals.boxes[i], WEIGHTS), *IMAGE_HW)
+            delta = deltas[i, label if deltas.shape[1] > 1 else 0]
+            box = oracles.decode(
+                delta, proposals.boxes[i], MEANS, STDS, max_log_scale=coder.max_log_scale, **offset
+            )
+            box = oracles.clip(box, *IMAGE_HW, **offset)
             if probabilities[label] > CONFIG.score_threshold and box[2] > box[0] and box[3] > box[1]:
                 rows.append((box, probabilities[label], label))
     return rows
 
 
-def reference(*outputs, limit=D):
+def reference(*outputs, limit=D, coder=BoxCoderConfig()):
     """One NMS per class, then the best over all classes."""
     survivors = []
-    rows = candidates(*outputs)
+    rows = candidates(*outputs, coder)
     for label in range(1, K + 1):
         of_class = [row for row in rows if row[2] == label]
         kept = oracles.greedy_nms(
@@ -72,22 +81,87 @@ def assert_detections(found, expected):
     np.testing.assert_allclose(np.asarray(found.boxes)[valid], [row[0] for row in expected], atol=1e-3)
 
 
+@pytest.mark.parametrize("classes", [K + 1, 1])
+@pytest.mark.parametrize("coder", [BoxCoderConfig(), CAFFE], ids=["plain", "caffe"])
 @pytest.mark.parametrize("seed", range(3))
-def test_detections_equal_one_nms_per_class_then_the_best(seed):
-    outputs = head_outputs(seed)
-    expected = reference(*outputs)
+def test_detections_equal_one_nms_per_class_then_the_best(seed, coder, classes):
+    """With deltas per class, and with one set for all of them."""
+    logits, deltas, proposals = head_outputs(seed)
+    outputs = logits, deltas[:, :classes], proposals
+    expected = reference(*outputs, coder=coder)
     assert len({row[2] for row in expected}) == K
     assert 20 < len(expected) < len(candidates(*outputs))
-    assert_detections(run(*outputs), expected)
+    assert_detections(run(*outputs, coder=coder), expected)
 
 
 def test_max_detections_keeps_the_best_over_all_classes():
     outputs = head_outputs(3)
     config = PostprocessConfig(score_threshold=0.1, nms_threshold=0.5, max_detections=7)
-    limited = jax.jit(
-        lambda *args: postprocess(*args, jnp.asarray(IMAGE_HW), box_weights=WEIGHTS, config=config)
-    )
-    assert_detections(limited(*outputs), reference(*outputs, limit=7))
+    assert_detections(run(*outputs, config=config), reference(*outputs, limit=7))
+
+
+ZEROS = (0.0, 0.0, 0.0, 0.0)
+
+
+def one_box_with(deltas, *, classes=K + 1, **options):
+    """The box of one proposal at [10, 10, 30, 40], of class 2."""
+    logits, _, proposals = one_proposal(0.9)
+    every = np.zeros((P, classes, 4), np.float32)
+    every[0, min(2, classes - 1)] = deltas
+    found = run(logits, every, proposals, **(dict(means=ZEROS) | options))
+    assert found.labels.tolist()[:2] == [2, 0]
+    return np.asarray(found.boxes)[0]
+
+
+@pytest.mark.parametrize("classes", [K + 1, 1])
+def test_means_and_stds_are_taken_out_of_the_deltas(classes):
+    options = dict(classes=classes, means=(0.0, 0.1, 0.0, 0.0), stds=(0.5, 0.1, 0.2, 0.2))
+    found = one_box_with([0.2, 0, 0, 0], **options)
+    np.testing.assert_allclose(found, [12, 13, 32, 43], atol=1e-4)  # .2 * .5 of 20, .1 of 30
+
+
+@pytest.mark.parametrize(
+    "coder, expected",
+    [
+        (BoxCoderConfig(), [10, 10, 30, 40]),
+        (BoxCoderConfig(far_corner_offset=1), [10, 10, 31, 41]),
+    ],
+)
+def test_far_corner_offset_moves_the_far_corners_of_detections(coder, expected):
+    np.testing.assert_allclose(one_box_with(ZEROS, coder=coder), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("coder", [BoxCoderConfig(), CAFFE], ids=["plain", "caffe"])
+def test_detections_end_at_the_picture(coder):
+    """Four widths to the right, two heights down, of which half and a third remain."""
+    found = one_box_with([40.0, 20.0, 0, 0], coder=coder)
+    np.testing.assert_allclose(found, [90, 70, 100, 80], atol=1e-4)
+
+
+def test_with_an_offset_one_pixel_at_the_border_remains_of_a_box_beyond_it():
+    """Twenty widths to the left: inclusive corners cut to [0, side - 1] hold a pixel whatever they were."""
+    found = one_box_with([-200.0, 0, 0, 0], coder=CAFFE)
+    np.testing.assert_allclose(found, [0, 10, 1, 41], atol=1e-4)
+
+
+@pytest.mark.parametrize("limit, width", [(0.5, 20 * np.exp(0.5)), (None, 20 * np.exp(1.0))])
+def test_log_scales_are_cut_to_the_coders_limit(limit, width):
+    found = one_box_with([5.0, 0, 5.0, 0], coder=BoxCoderConfig(max_log_scale=limit))
+    assert found[2] - found[0] == pytest.approx(width, rel=1e-5)
+
+
+@pytest.mark.parametrize("nms_threshold, count", [(0.5, 1), (0.7, 2)])
+def test_overlapping_boxes_of_a_class_are_suppressed_and_those_of_another_are_not(nms_threshold, count):
+    """Two proposals of IoU .6, both of class 2, the second of class 3 too."""
+    logits = np.full((P, K + 1), -1e3, np.float32)
+    logits[0, 2], logits[1, 2], logits[1, 3] = 0.0, 0.0, -0.1
+    boxes = np.zeros((P, 4), np.float32)
+    boxes[:2] = [0, 0, 50, 10], [0, 0, 50, 6]
+    proposals = Proposals(boxes, boxes[:, 0], np.arange(P) < 2)
+    config = PostprocessConfig(score_threshold=0.1, nms_threshold=nms_threshold)
+    found = run(logits, np.zeros((P, K + 1, 4), np.float32), proposals, means=ZEROS, config=config)
+    labels = np.asarray(found.labels)[np.asarray(found.valid)].tolist()
+    assert sorted(labels) == [2] * count + [3]
 
 
 def test_invalid_proposals_never_appear():
@@ -111,7 +185,7 @@ def one_proposal(probability):
 
 @pytest.mark.parametrize("probability, count", [(0.11, 1), (0.09, 0)])
 def test_score_threshold_decides(probability, count):
-    found = run(*one_proposal(probability))
+    found = run(*one_proposal(probability), means=ZEROS)
     assert np.asarray(found.valid).sum() == count
     if count:
         assert found.labels[0] == 2 and found.scores[0] == pytest.approx(probability, rel=1e-4)
@@ -128,6 +202,7 @@ def test_padding_of_detections_is_zero():
 def test_box_moved_out_of_the_picture_is_no_detection():
     logits, deltas, proposals = one_proposal(0.9)
     deltas[0, 2, 0] = -10 * 5  # five widths to the left
+    assert np.any(run(logits, 0 * deltas, proposals).valid)
     assert not np.any(run(logits, deltas, proposals).valid)
 
 

@@ -1,5 +1,7 @@
 """Region proposals of one image."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,20 +9,24 @@ import oracles
 import pytest
 
 from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
-from fasterrcnn_jax.config import ProposalConfig
+from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
 from fasterrcnn_jax.proposals import propose
 
-ANCHORS = grid_anchors(cell_anchors((16, 32), (0.5, 1, 2)), (6, 8), 16)
+ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.5, 1.0, 2.0), rounding="none"), (6, 8), 16)
 A = len(ANCHORS)
 IMAGE_HW = np.float32([80, 100])
+SCALE = np.float32([1, 1])
 CONFIG = ProposalConfig(pre_nms_top_n=100, post_nms_top_n=30, nms_threshold=0.6, min_size=12)
+CAFFE = BoxCoderConfig(far_corner_offset=1, max_log_scale=None)
 IN_PICTURE = np.repeat((np.mgrid[0:6, 0:8] * 16 < IMAGE_HW[:, None, None]).all(axis=0).ravel(), 6)
 
 
-@jax.jit
-def run(objectness, deltas, anchor_valid):
-    return propose(
-        objectness, deltas, jnp.asarray(ANCHORS), anchor_valid, jnp.asarray(IMAGE_HW), config=CONFIG
+jitted_propose = functools.partial(jax.jit, static_argnames=("config", "coder"))(propose)
+
+
+def run(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig()):
+    return jitted_propose(
+        objectness, deltas, ANCHORS, anchor_valid, IMAGE_HW, scale, config=config, coder=coder
     )
 
 
@@ -30,34 +36,46 @@ def rpn_outputs(seed):
     return objectness, generator.normal(0, 0.3, (A, 4)).astype(np.float32)
 
 
-def reference(objectness, deltas, anchor_valid):
+def reference(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig()):
     """Decode, clip, drop small ones, best by objectness, NMS."""
-    boxes = np.array(
-        [
-            oracles.clip(oracles.decode(d, a), *IMAGE_HW)
-            for d, a in zip(deltas, ANCHORS, strict=True)
-        ],
-        np.float32,
-    )
-    sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
-    usable = np.flatnonzero(anchor_valid & (sides >= CONFIG.min_size))
-    best = sorted(usable, key=lambda i: -objectness[i])[: CONFIG.pre_nms_top_n]
+    offset = dict(far_corner_offset=coder.far_corner_offset)
+    decoded = [
+        oracles.decode(d, a, max_log_scale=coder.max_log_scale, **offset)
+        for d, a in zip(deltas, ANCHORS, strict=True)
+    ]
+    boxes = np.array([oracles.clip(box, *IMAGE_HW, **offset) for box in decoded], np.float32)
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    large = (height / scale[0] >= config.min_size) & (width / scale[1] >= config.min_size)
+    usable = np.flatnonzero(anchor_valid & large)
+    best = sorted(usable, key=lambda i: -objectness[i])[: config.pre_nms_top_n]
     kept = oracles.greedy_nms(
         boxes[best],
         objectness[best],
         np.ones(len(best), bool),
-        iou_threshold=CONFIG.nms_threshold,
-        max_output=CONFIG.post_nms_top_n,
+        iou_threshold=config.nms_threshold,
+        max_output=config.post_nms_top_n,
     )
     chosen = np.array(best)[kept]
     return boxes[chosen], 1 / (1 + np.exp(-objectness[chosen]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(coder=CAFFE),
+        dict(scale=np.float32([0.5, 2.0])),
+        dict(scale=np.float32([2.0, 0.5])),
+        dict(config=ProposalConfig(pre_nms_top_n=30, post_nms_top_n=30, min_size=0.0)),
+        dict(config=ProposalConfig(pre_nms_top_n=300, post_nms_top_n=20, nms_threshold=0.3)),
+    ],
+    ids=["plain", "caffe", "wide", "tall", "pre", "post"],
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_proposals_equal_the_loop(seed):
+def test_proposals_equal_the_loop(seed, options):
     outputs = rpn_outputs(seed)
-    found = run(*outputs, IN_PICTURE)
-    boxes, scores = reference(*outputs, IN_PICTURE)
+    found = run(*outputs, IN_PICTURE, **options)
+    boxes, scores = reference(*outputs, IN_PICTURE, **options)
     valid = np.asarray(found.valid)
     assert len(boxes) == valid.sum() > 10
     np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3)
@@ -70,6 +88,88 @@ def test_proposals_stay_in_the_picture_and_keep_the_minimum_size():
     boxes = np.asarray(found.boxes)[np.asarray(found.valid)]
     assert (boxes >= 0).all() and (boxes[:, 2::2] <= 100).all() and (boxes[:, 3::2] <= 80).all()
     assert (boxes[:, 2:] - boxes[:, :2]).min() >= CONFIG.min_size
+
+
+def single(delta, anchor, **options):
+    """The proposal of one anchor."""
+    options = dict(scale=SCALE, config=CONFIG, coder=BoxCoderConfig()) | options
+    found = jitted_propose(
+        np.zeros(1, np.float32),
+        np.float32([delta]),
+        np.float32([anchor]),
+        np.ones(1, bool),
+        IMAGE_HW,
+        **options,
+    )
+    assert not np.asarray(found.valid)[1:].any()
+    return np.asarray(found.boxes)[0] if found.valid[0] else None
+
+
+@pytest.mark.parametrize("scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)])
+def test_minimum_size_is_meant_in_the_stored_picture(scale, survives):
+    """A box of 24 x 12 network pixels is 12 high in the picture at scale 1, and less where that was enlarged."""
+    found = single([0, 0, 0, 0], [10, 10, 34, 22], scale=np.float32(scale))
+    assert (found is not None) == survives
+
+
+def test_boxes_are_clipped_before_they_are_measured():
+    """Only 11 of the 30 columns lie in the picture."""
+    assert single([0, 0, 0, 0], [-19, 10, 11, 40]) is None
+    assert single([0, 0, 0, 0], [-19, 10, 12, 40]) is not None
+
+
+@pytest.mark.parametrize(
+    "coder, expected",
+    [
+        (BoxCoderConfig(), [0, 0, 100, 80]),
+        (BoxCoderConfig(far_corner_offset=1), [0, 0, 100, 80]),
+        (BoxCoderConfig(max_log_scale=0.5), [40 - 20 * np.exp(0.5), 0, 40 + 20 * np.exp(0.5), 80]),
+    ],
+)
+def test_the_clamp_on_log_scales_is_the_coders(coder, expected):
+    np.testing.assert_allclose(single([0, 0, 2, 2], [20, 5, 60, 75], coder=coder), expected, rtol=1e-6)
+
+
+def test_without_a_clamp_a_proposal_follows_its_log_scale():
+    """A sliver of .1 pixel, stretched by e^5 = 148, the clamp being at 62.5."""
+    anchor, delta = [50, 20, 50.1, 60], [0, 0, 5, 0]
+    for coder, factor in ((BoxCoderConfig(), 62.5), (BoxCoderConfig(max_log_scale=None), np.exp(5))):
+        config = ProposalConfig(pre_nms_top_n=100, post_nms_top_n=30, min_size=0.0)
+        box = single(delta, anchor, coder=coder, config=config)
+        assert box[2] - box[0] == pytest.approx(0.1 * factor, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "anchor, expected",
+    [
+        ([10, 10, 40, 40], [10, 10, 41, 41]),  # one more at the far corners
+        ([70, 50, 100, 80], [70, 50, 100, 80]),  # which the picture ends
+        ([-40, -50, -20, -10], [0, 0, 1, 1]),  # beyond: one pixel at the border remains
+        ([120, 90, 150, 110], [99, 79, 100, 80]),
+    ],
+)
+def test_far_corner_offset_is_added_when_decoding_and_heeded_when_clipping(anchor, expected):
+    config = ProposalConfig(pre_nms_top_n=100, post_nms_top_n=30, min_size=0.0)
+    found = single([0, 0, 0, 0], anchor, coder=CAFFE, config=config)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("pre, post, count", [(4, 4, 2), (8, 8, 4), (8, 3, 3)])
+def test_pre_and_post_top_n_bound_what_enters_and_what_leaves_suppression(pre, post, count):
+    """Pairs of equal boxes: the best 4 anchors hold 2 boxes, the best 8 hold 4."""
+    boxes = np.repeat(np.float32([[x, 10, x + 20, 60] for x in (0, 20, 40, 60)]), 2, axis=0)
+    found = jitted_propose(
+        -np.arange(8, dtype=np.float32),
+        np.zeros((8, 4), np.float32),
+        boxes,
+        np.ones(8, bool),
+        IMAGE_HW,
+        SCALE,
+        config=ProposalConfig(pre_nms_top_n=pre, post_nms_top_n=post),
+        coder=BoxCoderConfig(),
+    )
+    assert np.asarray(found.valid).sum() == count
+    np.testing.assert_array_equal(np.asarray(found.boxes)[:count], boxes[: 2 * count : 2])
 
 
 def test_anchors_in_the_padding_never_propose():
@@ -122,11 +222,14 @@ def test_no_gradient_passes():
 
 def test_more_slots_than_anchors_are_padding():
     config = ProposalConfig(pre_nms_top_n=50, post_nms_top_n=5, min_size=1)
-    found = jax.jit(lambda *args: propose(*args, config=config))(
+    found = jitted_propose(
         jnp.zeros(2),
         jnp.zeros((2, 4)),
         jnp.array([[0.0, 0, 20, 20], [40, 40, 60, 60]]),
         jnp.ones(2, bool),
         jnp.array([80.0, 80.0]),
+        jnp.ones(2),
+        config=config,
+        coder=BoxCoderConfig(),
     )
     assert found.valid.tolist() == [True, True, False, False, False]

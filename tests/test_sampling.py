@@ -42,6 +42,15 @@ def test_sample_has_exactly_the_counts_of_the_quota_and_no_repeats(size, fg_frac
     assert kinds == [1] * foreground + [0] * background
 
 
+@pytest.mark.parametrize("size, fg_fraction", [(6, 0.5), (8, 0.25), (30, 0.0)])
+@given(arrays(np.int32, N, elements=st.sampled_from([-1, 0, 1])), st.booleans())
+def test_fg_only_lifts_the_limit_on_foreground(size, fg_fraction, labels, fg_only):
+    indices = drawn(jitted(key(0), labels, size=size, fg_fraction=fg_fraction, fg_only=fg_only))
+    foreground = min((labels == 1).sum(), size if fg_only else math.floor(size * fg_fraction))
+    assert (labels[indices] == 1).sum() == foreground
+    assert (labels[indices] == 0).sum() == min((labels == 0).sum(), size - foreground)
+
+
 @pytest.mark.parametrize("kind, count", [(-1, 0), (0, 6), (1, 3)])
 def test_sample_of_one_kind(kind, count):
     """All ignored: nothing. Only background: all of the sample. Only foreground: its quota, no more."""

@@ -1,6 +1,7 @@
 """What the two stages are trained towards."""
 
-from pathlib import Path
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +13,35 @@ from hypothesis import strategies as st
 from oracles import arrays
 
 from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
-from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
+from fasterrcnn_jax.config import LossConfig, RoiSamplingConfig, RpnConfig
+from fasterrcnn_jax.losses import box_losses
 from fasterrcnn_jax.structures import GroundTruth, Proposals
 from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "targets.npz")
 # Ratios with whole sides: intersections over union are exact, ties are ties.
-ANCHORS = grid_anchors(cell_anchors((16, 32), (0.25, 1, 4)), (3, 4), 16)
+ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), 16)
 A, G, P = len(ANCHORS), 3, 10
+IMAGE_HW = np.float32([44, 60])  # less than the 48 x 64 of the grid: each border has anchors of its own over it
 
-EVERY_ANCHOR = RpnConfig(anchors_per_image=A, fg_fraction=1.0)
-SOME_ANCHORS = RpnConfig(anchors_per_image=12, fg_fraction=0.5, fg_iou=0.4)
-EVERY_ROI = RoiSamplingConfig(rois_per_image=P + G, fg_fraction=1.0)
-SOME_ROIS = RoiSamplingConfig(rois_per_image=6, fg_fraction=0.5)
-
-
-@jax.jit
-def every_anchor(key, valid, gt):
-    return anchor_targets(key, jnp.asarray(ANCHORS), valid, gt, config=EVERY_ANCHOR)
+EVERY_ANCHOR = RpnConfig(anchors_per_image=A, fg_fraction=1.0, allowed_border=None)
+SOME_ANCHORS = RpnConfig(anchors_per_image=12, fg_fraction=0.5, fg_iou=0.4, allowed_border=None)
+EVERY_ROI = RoiSamplingConfig(fg_fraction=1.0)
+SOME_ROIS = RoiSamplingConfig(fg_fraction=0.5)
 
 
-@jax.jit
-def some_anchors(key, valid, gt):
-    return anchor_targets(key, jnp.asarray(ANCHORS), valid, gt, config=SOME_ANCHORS)
+jitted_anchor_targets = functools.partial(jax.jit, static_argnames="config")(anchor_targets)
 
 
-@jax.jit
-def every_roi(key, proposals, gt):
-    return roi_targets(key, proposals, gt, config=EVERY_ROI)
+def run_anchors(key, valid, gt, *, config):
+    return jitted_anchor_targets(key, ANCHORS, valid, IMAGE_HW, gt, config=config)
 
 
-@jax.jit
-def some_rois(key, proposals, gt):
-    return roi_targets(key, proposals, gt, config=SOME_ROIS)
+every_anchor = functools.partial(run_anchors, config=EVERY_ANCHOR)
+some_anchors = functools.partial(run_anchors, config=SOME_ANCHORS)
+
+run_rois = functools.partial(jax.jit, static_argnames=("rois_per_image", "config"))(roi_targets)
+every_roi = functools.partial(run_rois, rois_per_image=P + G, config=EVERY_ROI)
+some_rois = functools.partial(run_rois, rois_per_image=6, config=SOME_ROIS)
 
 
 def corners(n):
@@ -84,13 +81,21 @@ def assert_same(one, other):
 KEY = jax.random.key(0)
 
 
+@pytest.mark.parametrize("allowed_border", [None, 0.0, 6.0])
+@pytest.mark.parametrize("clobber_positives", [False, True])
 @given(ground_truths(), arrays(bool, A))
-def test_anchor_targets_equal_the_loop(gt, anchor_valid):
-    found = every_anchor(KEY, anchor_valid, gt)
-    iou = np.where(anchor_valid[:, None], oracles.iou_matrix(ANCHORS, gt.boxes), np.float32(0))
-    indices, labels = oracles.match(iou, gt.valid, fg_iou=0.7, bg_iou=(0, 0.3), low_quality=True)
-    labels = np.where(anchor_valid, labels, -1)
+def test_anchor_targets_equal_the_loop(allowed_border, clobber_positives, gt, anchor_valid):
+    options = dict(allowed_border=allowed_border, clobber_positives=clobber_positives)
+    found = run_anchors(KEY, anchor_valid, gt, config=dataclasses.replace(EVERY_ANCHOR, **options))
+    within = [oracles.within_border(anchor, *IMAGE_HW, allowed_border) for anchor in ANCHORS]
+    usable = anchor_valid & np.array(within)
+    iou = np.where(usable[:, None], oracles.iou_matrix(ANCHORS, gt.boxes), np.float32(0))
+    indices, labels = oracles.match(
+        iou, gt.valid, fg_iou=0.7, bg_iou=(0, 0.3), low_quality=True, clobber_positives=clobber_positives
+    )
+    labels = np.where(usable, labels, -1)
     np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.foreground, labels == 1)
     expected = np.zeros((A, 4))
     for i in np.flatnonzero(labels == 1):
         expected[i] = oracles.encode(gt.boxes[indices[i]], ANCHORS[i])
@@ -100,12 +105,18 @@ def test_anchor_targets_equal_the_loop(gt, anchor_valid):
 @given(ground_truths())
 def test_sampled_anchors_keep_the_label_they_have_without_sampling(gt):
     """With a low foreground threshold, so that the quota is exceeded now and then."""
-    everything = RpnConfig(anchors_per_image=A, fg_fraction=1.0, fg_iou=SOME_ANCHORS.fg_iou)
     iou = oracles.iou_matrix(ANCHORS, gt.boxes)
     _, labels = oracles.match(
-        iou, gt.valid, fg_iou=everything.fg_iou, bg_iou=(0, 0.3), low_quality=True
+        iou, gt.valid, fg_iou=SOME_ANCHORS.fg_iou, bg_iou=(0, 0.3), low_quality=True
     )
-    found = np.asarray(some_anchors(KEY, np.ones(A, bool), gt).labels)
+    targets = some_anchors(KEY, np.ones(A, bool), gt)
+    found = np.asarray(targets.labels)
+    # What was foreground before the draw stays known, deltas included.
+    np.testing.assert_array_equal(targets.foreground, np.array(labels) == 1)
+    everything = run_anchors(
+        KEY, np.ones(A, bool), gt, config=dataclasses.replace(EVERY_ANCHOR, fg_iou=SOME_ANCHORS.fg_iou)
+    )
+    np.testing.assert_array_equal(targets.deltas, everything.deltas)
     np.testing.assert_array_equal(found[found >= 0], np.array(labels)[found >= 0])
     foreground = min(labels.count(1), 6)
     assert (found == 1).sum() == foreground
@@ -134,7 +145,8 @@ def test_roi_targets_equal_the_loop(proposals, gt):
         box, matched = boxes[i], indices[i]
         foreground = labels[i] == 1
         label = gt.labels[matched] if foreground else 0
-        deltas = oracles.encode(gt.boxes[matched], box, (10, 10, 5, 5)) if foreground else np.zeros(4)
+        stds = (0.1, 0.1, 0.2, 0.2)
+        deltas = oracles.encode(gt.boxes[matched], box, stds=stds) if foreground else np.zeros(4)
         expected.append([*box, label, *deltas])
     valid = np.asarray(found.valid)
     rows = np.column_stack([found.boxes, found.labels, found.deltas])
@@ -158,12 +170,16 @@ def test_ground_truth_is_among_the_rois(proposals, gt):
 
 @given(all_proposals(), ground_truths(), st.integers(0, 9))
 def test_sampled_rois_meet_their_quota(proposals, gt, seed):
+    """Half of six is foreground at most; all of them where nothing is background."""
     found = some_rois(jax.random.key(seed), proposals, gt)
     everything = every_roi(KEY, proposals, gt)
     foreground = int((np.asarray(everything.labels) > 0).sum())
     background = int((np.asarray(everything.labels)[np.asarray(everything.valid)] == 0).sum())
-    assert (np.asarray(found.labels) > 0).sum() == min(foreground, 3)
-    assert np.asarray(found.valid).sum() == min(foreground, 3) + min(background, 6 - min(foreground, 3))
+    limit = 3 if background else 6
+    assert (np.asarray(found.labels) > 0).sum() == min(foreground, limit)
+    assert np.asarray(found.valid).sum() == min(foreground, limit) + min(
+        background, 6 - min(foreground, limit)
+    )
 
 
 @given(all_proposals(), arrays(bool, A))
@@ -179,27 +195,192 @@ def test_without_ground_truth_all_is_background_and_finite(proposals, anchor_val
 def test_raised_background_threshold_leaves_far_proposals_out():
     gt = GroundTruth(jnp.array([[0.0, 0, 10, 10]]), jnp.array([3]), jnp.array([True]))
     boxes = jnp.array([[0.0, 0, 10, 9], [0, 0, 10, 3], [50, 50, 60, 60]])
-    config = RoiSamplingConfig(rois_per_image=4, fg_fraction=1.0, bg_iou=(0.1, 0.5))
+    config = RoiSamplingConfig(fg_fraction=1.0, bg_iou=(0.1, 0.5))
     proposals = Proposals(boxes, jnp.zeros(3), jnp.ones(3, bool))
-    found = jax.jit(lambda *args: roi_targets(*args, config=config))(KEY, proposals, gt)
+    found = run_rois(KEY, proposals, gt, rois_per_image=4, config=config)
     assert sorted(found.labels[found.valid].tolist()) == [0, 3, 3]
 
 
-@pytest.mark.parametrize("image", [0, 1])
-def test_roi_targets_equal_torchvision(image):
-    expected_labels = GOLDEN[f"roi_labels_{image}"]
-    count, num_gt = len(expected_labels), int(GOLDEN["num_gt"][image])
-    boxes = GOLDEN["rois"][image, : count - num_gt]
-    gt = GOLDEN["gt"][image, :num_gt]
-    config = RoiSamplingConfig(rois_per_image=count, fg_fraction=1.0)
-    found = jax.jit(lambda *args: roi_targets(*args, config=config))(
+def one_box(box, label=3, slots=1):
+    boxes = np.zeros((slots, 4), np.float32)
+    boxes[0] = box
+    valid = np.arange(slots) < 1
+    return GroundTruth(boxes, np.where(valid, label, 0).astype(np.int32), valid)
+
+
+# Along the left border of the picture: the first reaches 6 pixels over it, the second touches it. Both lie
+# within the others' borders.
+BORDER_ANCHORS = np.float32([[-6, 10, 10, 26], [0, 10, 16, 26], [20, 10, 36, 26]])
+
+
+@pytest.mark.parametrize(
+    "allowed_border, labels",
+    [
+        # The box is the first anchor's twin. Left out, the first anchor is not its best either: the second is.
+        (0.0, [-1, 1, 0]),
+        (5.9, [-1, 1, 0]),
+        # Allowed, it takes part and the second (IoU .45) is neither the best nor background.
+        (6.0, [1, -1, 0]),
+        (None, [1, -1, 0]),
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "top", "right", "bottom"])
+def test_allowed_border_decides_who_takes_part(allowed_border, labels, side):
+    image_hw = np.float32([100, 100])
+
+    def turned(boxes):
+        boxes = boxes if side in ("left", "right") else boxes[:, [1, 0, 3, 2]]
+        return boxes if side in ("left", "top") else (100 - boxes)[:, [2, 3, 0, 1]]
+
+    config = RpnConfig(allowed_border=allowed_border, anchors_per_image=3, fg_fraction=1.0)
+    gt = one_box(turned(BORDER_ANCHORS[:1])[0])
+    anchors = turned(BORDER_ANCHORS)
+    found = jitted_anchor_targets(KEY, anchors, np.ones(3, bool), image_hw, gt, config=config)
+    assert found.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("clobber_positives, label", [(False, 1), (True, 0)])
+def test_all_anchors_that_tie_for_a_box_are_foreground_unless_clobbered(clobber_positives, label):
+    """A small box in the middle of the picture: every anchor around it is far below the thresholds."""
+    box = np.float32([30, 22, 34, 26])
+    found = run_anchors(
         KEY,
-        Proposals(boxes, np.zeros(len(boxes), np.float32), np.ones(len(boxes), bool)),
-        GroundTruth(gt[:, :4], gt[:, 4].astype(np.int32), np.ones(num_gt, bool)),
+        np.ones(A, bool),
+        one_box(box),
+        config=dataclasses.replace(EVERY_ANCHOR, clobber_positives=clobber_positives),
     )
-    assert found.valid.all()
-    rows = {tuple(box): i for i, box in enumerate(np.concatenate([boxes, gt[:, :4]]).tolist())}
-    order = [rows[tuple(box)] for box in found.boxes.tolist()]
-    np.testing.assert_array_equal(found.labels, expected_labels[order])
-    expected = np.where(expected_labels[:, None] > 0, GOLDEN[f"roi_targets_{image}"], 0)[order]
-    np.testing.assert_allclose(found.deltas, expected, rtol=1e-4, atol=1e-4)
+    iou = oracles.iou_matrix(ANCHORS, box[None])[:, 0]
+    ties = iou == iou.max()
+    assert ties.sum() > 1 and iou.max() < 0.3
+    assert (np.asarray(found.labels)[ties] == label).all()
+    assert (np.asarray(found.labels)[~ties] == 0).all()
+
+
+def test_the_default_sample_is_256_with_at_most_half_foreground():
+    """200 copies of the box itself and 400 anchors away from it."""
+    anchors = np.repeat(np.float32([[10, 10, 50, 50], [60, 60, 90, 90]]), [200, 400], axis=0)
+    image_hw, gt = np.float32([100, 100]), one_box([10, 10, 50, 50])
+    for count in (600, 250, 220):
+        valid = np.arange(600) < count
+        found = jitted_anchor_targets(KEY, anchors, valid, image_hw, gt, config=RpnConfig())
+        labels = np.asarray(found.labels)
+        assert (labels == 1).sum() == 128
+        assert (labels == 0).sum() == min(count - 200, 128)
+        assert np.asarray(found.foreground).sum() == 200
+
+
+@given(ground_truths(), arrays(bool, A), st.permutations(range(G)), st.integers(0, 9))
+def test_anchor_labels_do_not_depend_on_the_slots_of_the_ground_truth(gt, anchor_valid, order, seed):
+    """Deltas would differ where two boxes tie for an anchor."""
+    key, order = jax.random.key(seed), np.array(order)
+    moved = GroundTruth(*(leaf[order] for leaf in gt))
+    for run in (every_anchor, some_anchors):
+        one, other = run(key, anchor_valid, gt), run(key, anchor_valid, moved)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_array_equal(one.foreground, other.foreground)
+
+
+@given(all_proposals(), ground_truths(), arrays(np.float32, (P + G, 4), elements=st.floats(0, 60, width=32)))
+def test_targets_do_not_read_what_padding_holds(proposals, gt, garbage):
+    dirty_gt = gt._replace(boxes=np.where(gt.valid[:, None], gt.boxes, garbage[P:]))
+    dirty = proposals._replace(boxes=np.where(proposals.valid[:, None], proposals.boxes, garbage[:P]))
+    assert_same(some_rois(KEY, proposals, gt), some_rois(KEY, dirty, dirty_gt))
+    anchor_valid = np.ones(A, bool)
+    assert_same(some_anchors(KEY, anchor_valid, gt), some_anchors(KEY, anchor_valid, dirty_gt))
+
+
+@given(ground_truths(), arrays(bool, A))
+def test_anchor_targets_do_not_depend_on_where_padding_lies(gt, anchor_valid):
+    """The real boxes moved to the front, in their order."""
+    order = np.argsort(~gt.valid, kind="stable")
+    dense = GroundTruth(*(leaf[order] for leaf in gt))
+    for run in (every_anchor, some_anchors):
+        assert_same(run(KEY, anchor_valid, gt), run(KEY, anchor_valid, dense))
+
+
+def proposals_at(*boxes):
+    boxes = np.float32(boxes)
+    return Proposals(boxes, np.zeros(len(boxes), np.float32), np.ones(len(boxes), bool))
+
+
+def test_without_background_all_rois_may_be_foreground():
+    """The limit is a quarter of eight; the proposals are the box itself, the box once more is the ground truth."""
+    box = [10, 10, 50, 50]
+    found = run_rois(
+        KEY, proposals_at(*[box] * 9), one_box(box), rois_per_image=8, config=RoiSamplingConfig()
+    )
+    assert found.labels.tolist() == [3] * 8 and found.valid.all()
+
+
+def test_with_one_background_the_limit_on_foreground_holds():
+    box = [10, 10, 50, 50]
+    proposals = proposals_at(*[box] * 9, [60, 60, 90, 90])
+    found = run_rois(KEY, proposals, one_box(box), rois_per_image=8, config=RoiSamplingConfig())
+    assert found.labels[found.valid].tolist() == [3, 3, 0]
+    # The other slots are padding, though foreground is left over that could have filled them.
+    for leaf in found:
+        assert leaf.shape[0] == 8 and not np.asarray(leaf)[3:].any()
+
+
+def test_without_foreground_all_rois_are_background():
+    """Nothing is added where there is no ground truth."""
+    nothing = GroundTruth(np.zeros((2, 4), np.float32), np.zeros(2, np.int32), np.zeros(2, bool))
+    proposals = proposals_at(*[[10, 10, 50, 50]] * 9)
+    found = run_rois(KEY, proposals, nothing, rois_per_image=8, config=RoiSamplingConfig())
+    assert found.labels.tolist() == [0] * 8 and found.valid.all()
+
+
+@jax.jit
+def box_losses_and_gradients(outputs, targets):
+    """Of logits and deltas that are all the same numbers."""
+
+    def losses(outputs):
+        deltas = jnp.broadcast_to(outputs[:, :, None], (*outputs.shape, 4))
+        return box_losses(outputs, deltas, targets, config=LossConfig())
+
+    gradients = jax.jacrev(lambda outputs: [mean.sum for mean in losses(outputs)])(outputs)
+    return losses(outputs), gradients
+
+
+@pytest.mark.parametrize("bg_iou", [(0.0, 0.5), (0.1, 0.5)])
+def test_without_foreground_and_background_the_sample_is_empty_and_costs_nothing(bg_iou):
+    """No ground truth, and either no proposals or none that reaches the lower limit of background."""
+    nothing = GroundTruth(np.zeros((2, 4), np.float32), np.zeros(2, np.int32), np.zeros(2, bool))
+    proposals = proposals_at(*[[10, 10, 50, 50]] * 9)
+    if bg_iou[0] == 0.0:
+        proposals = proposals._replace(valid=np.zeros(9, bool))
+    found = run_rois(KEY, proposals, nothing, rois_per_image=8, config=RoiSamplingConfig(bg_iou=bg_iou))
+    for leaf in found:
+        assert leaf.shape[0] == 8 and not np.any(leaf)
+
+    (classes, boxes), gradients = box_losses_and_gradients(np.ones((8, 5), np.float32), found)
+    assert classes == boxes == (0, 0)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("low, labels", [(0.0, [0, 0, 0, 3, 3]), (0.1, [0, 0, 3, 3])])
+def test_background_starts_at_its_lower_limit(low, labels):
+    """IoUs of exactly .1 (which float32 rounds up), .05, .2 and 1."""
+    proposals = proposals_at([0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 20], [0, 0, 10, 100])
+    config = RoiSamplingConfig(fg_fraction=1.0, bg_iou=(low, 0.5))
+    found = run_rois(KEY, proposals, one_box([0, 0, 10, 100]), rois_per_image=5, config=config)
+    assert sorted(found.labels[found.valid].tolist()) == labels
+
+
+def test_box_means_and_stds_normalise_the_targets():
+    means, stds = (0.1, -0.2, 0.3, -0.4), (0.5, 0.25, 0.2, 0.1)
+    box, proposal = np.float32([12, 10, 52, 60]), np.float32([10, 14, 50, 58])
+    config = RoiSamplingConfig(fg_fraction=1.0, box_means=means, box_stds=stds)
+    found = run_rois(KEY, proposals_at(proposal), one_box(box), rois_per_image=2, config=config)
+    for roi, deltas in zip(np.asarray(found.boxes), np.asarray(found.deltas)):
+        np.testing.assert_allclose(deltas, oracles.encode(box, roi, means, stds), atol=1e-5)
+    assert {tuple(roi) for roi in np.asarray(found.boxes).tolist()} == {tuple(box), tuple(proposal)}
+
+
+def test_a_raised_foreground_threshold_leaves_a_gap_that_nobody_is_drawn_from():
+    """IoU .6 is neither foreground at .7 nor background below .5."""
+    proposals = proposals_at([0, 0, 10, 60], [0, 0, 10, 40])
+    config = RoiSamplingConfig(fg_fraction=1.0, fg_iou=0.7, bg_iou=(0.0, 0.5))
+    found = run_rois(KEY, proposals, one_box([0, 0, 10, 100]), rois_per_image=3, config=config)
+    assert sorted(found.labels[found.valid].tolist()) == [0, 3]
