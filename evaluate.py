@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from fasterrcnn_jax import checkpoint, cli
+from fasterrcnn_jax import checkpoint, cli, parallel
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.evaluation import results
 from fasterrcnn_jax.inference import detect_dataset
@@ -23,6 +23,8 @@ class Arguments:
     """folder laid out as the one trained on; default: that one"""
     split: str | None = None
     """split, or several joined by +; default: the configuration's test split"""
+    batch_size: int | None = None
+    """images detected at once, on one device; default: a device's share of the training batch"""
     out: Path | None = None
     """folder for the result files; default: evaluation/SPLIT in the run folder"""
 
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     # An evaluation never makes a data set: a relative root may be meant from another folder.
     dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
     out.mkdir(parents=True, exist_ok=True)
-    detections = detect_dataset(model, dataset, batch_size=config.train.batch_size)
+    batch_size = arguments.batch_size or parallel.per_device(config.train.batch_size)
+    detections = detect_dataset(model, dataset, batch_size=batch_size)
     metrics = results.evaluate_detections(detections, dataset)
 
     results.write_coco_json(out / "detections.json", detections, dataset)

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def evaluate(number, split):
         model = training.merge(graphdef, state)
-        found = detect_dataset(model, splits[split], batch_size=train.batch_size)
+        # On one device, which never held more than its share of a batch.
+        found = detect_dataset(model, splits[split], batch_size=parallel.per_device(train.batch_size))
         result = evaluate_detections(found, splits[split])
         named = metrics_dict(result, data.class_names)
         if number >= first:  # a finished run is only shown again

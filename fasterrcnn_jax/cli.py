@@ -13,8 +13,10 @@ import jax
 import tyro
 
 from fasterrcnn_jax.config import Config
-from fasterrcnn_jax.config_io import check_types, load_config
+from fasterrcnn_jax.config_io import check_types, load_config, unread_fields
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -50,6 +52,8 @@ def parse_config(argv: list[str] | None, *, description: str) -> Config:
         config=(tyro.conf.AvoidSubcommands,),
     )
     check_types(parsed.fields, "command line")
+    for sentence in unread_fields(parsed.fields):
+        logger.warning("%s", sentence)
     return parsed.fields
 
 

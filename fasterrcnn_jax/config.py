@@ -72,7 +72,8 @@ class BackboneConfig:
     """The shared layers: VGG16 up to conv5_3, or ResNet up to conv4_x (C4), stage 4 then runs per region."""
 
     name: Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
-    """Simonyan and Zisserman 2014 (arXiv:1409.1556), He et al. 2015 (arXiv:1512.03385); bottlenecks from 50 on"""
+    """Simonyan and Zisserman 2014 (arXiv:1409.1556), He et al. 2015 (arXiv:1512.03385); bottlenecks from 50 on;
+    what else belongs to VGG16 is in configs/voc_vgg16.py"""
     width: int = 64
     """channels of the first layer; 64 is the published net, less makes a thinner one"""
     stride: Literal[8, 16] = 16
@@ -482,3 +483,10 @@ class Config:
     train: TrainConfig
     run: Path
     """folder of the run: configuration, metrics, checkpoints, pictures"""
+
+    def __post_init__(self):
+        rois = self.model.roi_sampling.rois_per_batch
+        _require(
+            rois is None or rois % self.train.batch_size == 0,
+            f"rois_per_batch must be a multiple of batch_size, got {rois} and {self.train.batch_size}",
+        )

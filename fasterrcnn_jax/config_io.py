@@ -71,6 +71,30 @@ def from_json(text: str, name: str) -> Config:
     return config
 
 
+def unread_fields(config: Config) -> list[str]:
+    """Returns a sentence for each field that was given a value which nothing reads, given the others' values."""
+    model, train = config.model, config.train
+    backbone, features = model.backbone, model.roi_features
+    operator = features.operator
+    is_vgg, has_bottlenecks = backbone.name == "vgg16", backbone.name in ("resnet50", "resnet101", "resnet152")
+    reads = [
+        (backbone, "model.backbone", has_bottlenecks, ("stride_in",), backbone.name),
+        (backbone, "model.backbone", not is_vgg, ("stem_pool",), backbone.name),
+        (model.box_head, "model.box_head", not is_vgg, ("summary",), backbone.name),
+        (model.box_head, "model.box_head", is_vgg, ("channels", "dropout"), backbone.name),
+        (features, "model.roi_features", operator == "align", ("sampling_ratio", "aligned"), operator),
+        (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
+        (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
+        (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
+    ]
+    return [
+        f"{prefix}.{field.name} = {getattr(part, field.name)!r} changes nothing with {chosen}"
+        for part, prefix, is_read, names, chosen in reads
+        for field in dataclasses.fields(part)
+        if not is_read and field.name in names and getattr(part, field.name) != field.default
+    ]
+
+
 def first_difference(stored: Config, asked: Config) -> str | None:
     """Returns what makes another run of the one stored, for a message, or None.
 

@@ -91,6 +91,6 @@ def voc_schedule(
         "learning_rate": learning_rate,
         "steps": steps_per_epoch * epochs[0 if is_vgg else 1],
         "decay_steps": (steps_per_epoch * decay_epochs,),
-        "checkpoint_every": steps_per_epoch,
+        "checkpoint_every": 1000,
         **(VGG16_TRAINING if is_vgg else RESNET_TRAINING),
     }

@@ -1,5 +1,6 @@
 """`detect` on a device, `predict` around it on the host, whole data sets, and pictures of the result."""
 
+import sys
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -133,7 +134,8 @@ def to_original(
 def detect_dataset(model: Detector, dataset: Dataset, *, batch_size: int) -> list[ImageDetections]:
     """Returns the detections of every image of a data set, in its order and its pixels."""
     results: list[ImageDetections] = [None] * len(dataset.records)  # type: ignore[list-item]
-    with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False, mininterval=interval) as bar:
         for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
             found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw, batch.scale))
             for row in np.flatnonzero(batch.image_valid).tolist():

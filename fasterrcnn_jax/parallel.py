@@ -43,6 +43,11 @@ def replicate(state: TrainState, *, devices: Sequence[jax.Device] | None = None)
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 
+def per_device(batch_size: int) -> int:
+    """Returns how many images of a batch one local device gets, at least one."""
+    return max(1, batch_size // jax.local_device_count())
+
+
 def check_batch_size(batch_size: int) -> None:
     """Raises InputError unless every local device gets the same number of images."""
     devices = jax.local_device_count()

@@ -26,7 +26,9 @@ def sample(
     fg_fraction: float,
     fg_only: Bool[Array, ""] | bool = False,
 ) -> Sample:
-    """Returns `size` positions of `labels`, at most `int(size * fg_fraction)` of them foreground.
+    """Returns `size` positions of `labels`, at most `fg_fraction` of them foreground.
+
+    That many rounded, halves to even, and at least one unless `fg_fraction` is 0: the reference's RoIs.
 
     Args:
       key: random key of this image.
@@ -38,12 +40,13 @@ def sample(
     if not 0.0 <= fg_fraction <= 1.0:
         raise ValueError(f"fg_fraction must be in [0, 1], got {fg_fraction}")
     size = min(size, labels.shape[0])
+    quota = max(1, round(size * fg_fraction)) if fg_fraction > 0.0 else 0
     # A random order makes "the first k of a kind" a uniform draw of k of them. Each position has a random
     # number of its own, so that padding appended to `labels` changes nothing.
     shuffled = jnp.argsort(jax.random.bits(key, labels.shape)).astype(jnp.int32)
     kinds = labels[shuffled]
     fg = kinds == FOREGROUND
-    fg = fg & (jnp.cumsum(fg) <= jnp.where(fg_only, size, int(size * fg_fraction)))
+    fg = fg & (jnp.cumsum(fg) <= jnp.where(fg_only, size, quota))
     # Foreground first, then background, then the rest; stable, so each kind stays in random order.
     rank = jnp.where(fg, 0, jnp.where(kinds == BACKGROUND, 1, 2))
     order = jnp.argsort(rank, stable=True)[:size]

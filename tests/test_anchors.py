@@ -75,7 +75,8 @@ def test_rounding_says_what_becomes_whole_pixels(rounding, width, height):
 
 def test_the_detectors_anchors_are_rounded_as_its_configuration_says():
     for rounding in ("base", "half", "none"):
-        rpn = RpnConfig(anchor_base=10.0, anchor_scales=(3.0,), anchor_ratios=(0.5,), anchor_rounding=rounding)
+        shapes = dict(anchor_base=10.0, anchor_scales=(3.0,), anchor_ratios=(0.5,))
+        rpn = RpnConfig(**shapes, anchor_rounding=rounding)
         anchors, _ = anchors_of(ModelConfig(rpn=rpn), (1, 1))
         np.testing.assert_array_equal(anchors - 8, cell_anchors(10.0, (3.0,), (0.5,), rounding=rounding))
 

@@ -86,5 +86,6 @@ def test_without_a_limit_large_log_scales_are_not_cut_and_may_overflow():
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_far_corner_offset_moves_far_corners_only(offset):
-    decoded = jitted_decode(np.zeros((1, 4), np.float32), np.float32([[2, 3, 12, 23]]), far_corner_offset=offset)
+    deltas, anchor = np.zeros((1, 4), np.float32), np.float32([[2, 3, 12, 23]])
+    decoded = jitted_decode(deltas, anchor, far_corner_offset=offset)
     np.testing.assert_array_equal(decoded, [[2, 3, 12 + offset, 23 + offset]])

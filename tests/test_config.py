@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from fasterrcnn_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.config_io import from_json, load_config, to_json
+from fasterrcnn_jax.config_io import from_json, load_config, to_json, unread_fields
 from fasterrcnn_jax.errors import InputError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -55,9 +57,9 @@ def test_json_keeps_what_differs_from_the_defaults():
 
 def test_every_field_has_its_help_text_in_the_source():
     """tyro shows the docstring under a field; `--help` is only as good as these."""
-    lines = [line.strip() for line in inspect.getsource(config_module).splitlines()]
     for cls in vars(config_module).values():
         if dataclasses.is_dataclass(cls) and cls not in (Config, ModelConfig):
+            lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
             for field in dataclasses.fields(cls):
                 at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}: "))
                 assert lines[at + 1].startswith('"""'), f"{cls.__name__}.{field.name}"
@@ -123,6 +125,49 @@ INVALID = [
     (lambda: TrainConfig(**TRAIN, keep_checkpoints=0), "keep_checkpoints must be positive, got 0"),
     (lambda: TrainConfig(**TRAIN, checkpoint_every=4, evaluate_every=6), "evaluate_every .* got 6 and 4"),
 ]
+
+
+def test_rois_of_a_batch_must_divide_over_its_images():
+    model = replace(TINY.model, roi_sampling=RoiSamplingConfig(rois_per_batch=6))
+    with pytest.raises(ValueError, match="rois_per_batch must be a multiple of batch_size, got 6 and 4"):
+        replace(TINY, model=model)
+
+
+UNREAD = [
+    (dict(backbone=dict(name="vgg16", norm="none", stride_in="3x3")), r"backbone.stride_in = '3x3' .* vgg16"),
+    (dict(backbone=dict(stem_pool="padded", name="vgg16", norm="none")), "backbone.stem_pool = 'padded' .* vgg16"),
+    (dict(backbone=dict(name="vgg16"), box_head=dict(summary="flatten")), "box_head.summary = 'flatten' .* vgg16"),
+    (dict(box_head=dict(channels=16)), "box_head.channels = 16 changes nothing with resnet101"),
+    (dict(box_head=dict(dropout=0.1)), "box_head.dropout = 0.1 changes nothing with resnet101"),
+    (dict(roi_features=dict(operator="pool", aligned=True)), "roi_features.aligned = True .* pool"),
+    (dict(roi_features=dict(operator="crop", sampling_ratio=2)), "roi_features.sampling_ratio = 2 .* crop"),
+    (dict(roi_features=dict(quantisation="floor")), "roi_features.quantisation = 'floor' .* align"),
+]
+
+
+@pytest.mark.parametrize("parts, said", UNREAD, ids=[said for _, said in UNREAD])
+def test_a_value_that_nothing_reads_is_named(parts, said):
+    model = ModelConfig()
+    for part, fields in parts.items():
+        model = replace(model, **{part: replace(getattr(model, part), **fields)})
+    (sentence,) = unread_fields(replace(TINY, model=model))
+    assert re.search(said, sentence)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(optimizer="adam", momentum=0.5), "train.momentum = 0.5 changes nothing with adam"),
+        (dict(schedule="cosine", decay_factor=0.5), "train.decay_factor = 0.5 changes nothing with cosine"),
+    ],
+)
+def test_a_setting_of_another_optimizer_or_schedule_is_named(fields, said):
+    assert unread_fields(replace(TINY, train=TrainConfig(**TRAIN, **fields))) == [said]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_set_nothing_in_vain(path):
+    assert unread_fields(load_config(path)) == []
 
 
 @pytest.mark.parametrize("build, message", INVALID, ids=range(len(INVALID)))

@@ -16,6 +16,7 @@ from fasterrcnn_jax.config import (
     RoiFeaturesConfig,
     RpnConfig,
 )
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector, anchors_of, detect, detect_in, split, training_losses
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
 from fasterrcnn_jax.roi_align import roi_align, roi_align_average
@@ -398,14 +399,25 @@ def test_weighted_box_losses_are_multiplied(random_weights, losses_of):
 
 
 def test_small_proposals_are_told_by_the_pixels_of_the_stored_picture(model):
-    """A picture enlarged four times has boxes of 60 network pixels that are 15 of its own."""
-    strict = with_config(model, altered("test_proposals", min_size=15.0))
+    """15 of its pixels are 30 of a picture enlarged twice: the same boxes stay, and fewer than without a limit."""
     batch = make_batch()
 
-    def found(scale):
-        return run_detect(strict, batch.images, batch.image_hw, np.full((B, 2), scale, np.float32)).valid
+    def found(min_size, scale):
+        strict = with_config(model, altered("test_proposals", min_size=min_size))
+        return run_detect(strict, batch.images, batch.image_hw, np.full((B, 2), scale, np.float32))
 
-    assert np.any(found(0.1)) and not np.any(found(100.0))
+    enlarged, plain, unlimited = found(15.0, 2.0), found(30.0, 1.0), found(0.0, 1.0)
+    for leaf, other in zip(enlarged, plain, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert np.any(enlarged.valid) and np.any(enlarged.scores != unlimited.scores)
+
+
+def test_a_canvas_without_an_anchor_inside_the_border_is_refused():
+    """Otherwise the RPN would train on nothing, with losses of 0."""
+    config = replaced(CONFIG, "rpn", anchor_scales=(16.0,), allowed_border=4.0)
+    with pytest.raises(InputError, match="every anchor reaches more than .* = 4.0 pixels .* 64 x 96 .* is 256 pixels"):
+        jax.eval_shape(training_losses, abstract(config), make_batch(), KEY)
+    jax.eval_shape(training_losses, abstract(replaced(config, "rpn", allowed_border=None)), make_batch(), KEY)
 
 
 def test_each_image_trains_on_rois_per_image(losses_of):

@@ -1,10 +1,17 @@
 """The reference's detectors and schedules: the numbers of its cfgs/*.yml, and of its README for each batch size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fasterrcnn_jax.config import BackboneConfig, ModelConfig, TrainConfig
+from fasterrcnn_jax.config import (
+    BackboneConfig,
+    ModelConfig,
+    RoiFeaturesConfig,
+    RoiSamplingConfig,
+    TrainConfig,
+)
 from fasterrcnn_jax.config_io import load_config
 from fasterrcnn_jax.families import (
     IMAGENET_RGB,
@@ -93,6 +100,11 @@ def test_the_other_normalisation_is_torchvisions_in_0_to_255():
     assert IMAGENET_RGB["channel_order"] == "rgb"
 
 
+CROPPED = replace(
+    resnet_c4(101),
+    roi_sampling=RoiSamplingConfig(rois_per_image=256),
+    roi_features=RoiFeaturesConfig(operator="crop"),
+)
 COCO_EPOCH = 14658  # 117,266 images with objects and their mirrored copies, 16 in a step
 
 
@@ -102,12 +114,12 @@ COCO_EPOCH = 14658  # 117,266 images with objects and their mirrored copies, 16 
         ("voc", resnet_c4(101), "2007_trainval > 2007_test", 1, 1e-3, 50110, 70154),
         ("voc_vgg16", vgg16(), "2007_trainval > 2007_test", 1, 1e-3, 50110, 60132),
         ("voc_res50", resnet_c4(50), "2007_trainval > 2007_test", 1, 1e-3, 50110, 70154),
-        ("voc0712", resnet_c4(101), "2007_trainval+2012_trainval > 2007_test", 1, 1e-3, 80000, 110000),
+        ("voc0712", CROPPED, "2007_trainval+2012_trainval > 2007_test", 1, 1e-3, 80000, 110000),
         ("coco", coco_scales(resnet_c4(101)), "train2017 > val2017", 16, 1e-2, 4 * COCO_EPOCH, 6 * COCO_EPOCH),
         ("coco_vgg16", coco_scales(vgg16()), "train2017 > val2017", 16, 1e-2, 4 * COCO_EPOCH, 6 * COCO_EPOCH),
     ],
 )
-def test_shipped_configurations_are_the_published_runs(
+def test_shipped_configurations_have_the_values_of_the_runs_they_name(
     name, model, splits, batch_size, learning_rate, falls_at, steps
 ):
     config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.py")

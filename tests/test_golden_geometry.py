@@ -37,7 +37,7 @@ def crc32(values) -> int:
 
 
 def test_faster_rcnn_pytorchs_cells_and_grid():
-    """The reference's cells are centred on (7.5, 7.5) as inclusive corners, which is (8, 8) as continuous ones."""
+    """Its cells are centred on (7.5, 7.5) as inclusive corners, which is (8, 8) as continuous ones."""
     for name, scales in (("jw_cells", (8.0, 16.0, 32.0)), ("jw_cells_coco", (4.0, 8.0, 16.0, 32.0))):
         cells = cell_anchors(16.0, scales, RATIOS, rounding="base")
         compare("anchors", "faster-rcnn.pytorch", name, inclusive(cells + 8), GOLDEN[name])
@@ -160,7 +160,7 @@ def test_iou_of_three_implementations():
 
 @pytest.mark.parametrize("name", ["jw_iou_batch", "jw_iou_batch_rois"])
 def test_faster_rcnn_pytorchs_iou_with_padding(name):
-    """There a ground truth of one pixel counts as padding and gives 0, an anchor or RoI of one pixel gives -1.
+    """A ground truth of one pixel counts as padding there and gives 0, an anchor or RoI of one -1.
 
     Here only `valid` says what padding is, and padding gives 0; a box of one pixel is a box of area 1.
     """

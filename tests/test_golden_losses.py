@@ -1,9 +1,9 @@
 """The four losses and their gradients, against the reference implementations.
 
-Arrays and what produced them: tests/golden/README.md; each gradient there is of its own loss alone. Their maps
-are laid out by anchor, row and column, and so are ours here: no loss depends on the order. Ours are sums and
-counts, from which each reference's mean is formed. Tolerances, fixed first: a hundred float32 roundings for
-sums of thousands of terms, 1e-7 for gradients, which are divided by hundreds.
+Arrays and what produced them: tests/golden/README.md; each gradient there is of its own loss alone. Their
+maps are laid out by anchor, row and column, and so are ours here: no loss depends on the order. Ours are sums
+and counts, from which each reference's mean is formed. Tolerances, fixed first: a hundred float32 roundings
+for sums of thousands of terms, 1e-7 for gradients, which are divided by hundreds.
 """
 
 import functools
@@ -26,7 +26,7 @@ JW, TV = "faster-rcnn.pytorch", "torchvision"
 
 
 def with_gradients(function):
-    """Returns both (sum, count) pairs and the gradients of the first's sum by scores and the second's by deltas."""
+    """Returns both (sum, count) pairs, the first's gradient by scores and the second's by deltas."""
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(scores, deltas, targets, *, config=LossConfig()):

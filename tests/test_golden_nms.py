@@ -102,7 +102,7 @@ def test_py_faster_rcnns_kept_indices(name, digit):
     "name, digit", list(itertools.product(["n1", "n40", "n40tie", "n300", "n2000"], DIGITS))
 )
 def test_faster_rcnn_pytorchs_kept_boxes(name, digit):
-    """Its C++ suppresses at the threshold too, where no pair of these cases lies; it lists ascending indices."""
+    """Its C++ suppresses at the threshold too, where no pair here lies; it lists ascending indices."""
     boxes, scores = case(name)
     ours = sorted(kept(continuous(boxes), scores, digit / 10))
     compare("NMS", "faster-rcnn.pytorch", f"{name} at 0.{digit}", ours, GOLDEN[f"{name}_jwcpp_keep_{digit}"])
@@ -110,7 +110,7 @@ def test_faster_rcnn_pytorchs_kept_boxes(name, digit):
 
 @pytest.mark.parametrize("digit", DIGITS)
 def test_faster_rcnn_pytorchs_choice_among_equal_scores_is_one_of_many(digit):
-    """Its sort is not stable, so only what any order gives can be held against it; ours takes lower indices."""
+    """Its sort is not stable: only what any order gives can be held against it; ours takes lower indices."""
     boxes, scores = case("n200alleq")
     iou = iou_matrix(continuous(boxes), continuous(boxes))
     for chosen in (kept(continuous(boxes), scores, digit / 10), GOLDEN[f"n200alleq_jwcpp_keep_{digit}"]):
@@ -122,7 +122,7 @@ def test_faster_rcnn_pytorchs_choice_among_equal_scores_is_one_of_many(digit):
 
 @pytest.mark.parametrize("digit, at_threshold", [(3, (0, 1)), (5, (2, 3)), (7, (4, 5))])
 def test_edge_pairs_are_the_only_difference(digit, at_threshold):
-    """Pairs of IoU 3/10, 1/2 and 7/10. float32(.3) is above .3, so the first goes at .3; the others stay at theirs."""
+    """Pairs of IoU 3/10, 1/2, 7/10: float32(.3) exceeds .3, so the first goes at .3, the others stay."""
     boxes, scores = continuous(GOLDEN["edge_boxes_p1"]), GOLDEN["edge_scores"]
     iou = [iou_matrix(boxes[i : i + 1], boxes[i + 1 : i + 2])[0, 0] for i in (0, 2, 4)]
     np.testing.assert_array_equal(iou, np.float32([0.3, 0.5, 0.7]))

@@ -1,7 +1,7 @@
 """What RPN and box head are trained towards, against the reference implementations: labels are identical.
 
-Arrays and what produced them: tests/golden/README.md. faster-rcnn.pytorch reads boxes as inclusive corners and
-lays its maps out by anchor, row and column; torchvision's are in our order, its grid is moved in the test.
+Arrays and what produced them: tests/golden/README.md. faster-rcnn.pytorch reads boxes as inclusive corners
+and lays its maps out by anchor, row and column; torchvision's are in our order, its grid is moved here.
 Deltas: 1e-5 plus 1e-4 of the value, fixed first; normalised ones are up to ten times as large.
 """
 
@@ -54,7 +54,7 @@ def everything(count, **options):
 
 
 def jw_map(values, depth) -> np.ndarray:
-    """A map of the reference [anchors x depth, rows, columns] in our order: [rows x columns x anchors, depth]."""
+    """A map [anchors x depth, rows, columns] of the reference as [rows x columns x anchors, depth]."""
     height, width = GOLDEN["grid_hw"]
     return values.reshape(9, depth, height, width).transpose(2, 3, 0, 1).reshape(-1, depth)
 

@@ -89,7 +89,7 @@ def test_a_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
 
 @pytest.mark.parametrize("clobber_positives, labels", [(False, [1, 1, 1, 0]), (True, [0, 0, 1, 0])])
 def test_background_wins_over_a_best_box_only_where_it_clobbers_positives(clobber_positives, labels):
-    """Two boxes tie for ground truth 0 at background's IoU; ground truth 1 has a best between the thresholds."""
+    """Two boxes tie for ground truth 0 at background's IoU; the best of 1 lies between the thresholds."""
     iou = jnp.array([[0.2, 0.0], [0.2, 0.0], [0.0, 0.4], [0.1, 0.2]])
     found = match(iou, jnp.ones(2, bool), **RPN, clobber_positives=clobber_positives)
     assert found.labels.tolist() == labels

@@ -105,9 +105,11 @@ def single(delta, anchor, **options):
     return np.asarray(found.boxes)[0] if found.valid[0] else None
 
 
-@pytest.mark.parametrize("scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)])
+@pytest.mark.parametrize(
+    "scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)]
+)
 def test_minimum_size_is_meant_in_the_stored_picture(scale, survives):
-    """A box of 24 x 12 network pixels is 12 high in the picture at scale 1, and less where that was enlarged."""
+    """24 x 12 network pixels are 12 high in the picture at scale 1, and less where that was enlarged."""
     found = single([0, 0, 0, 0], [10, 10, 34, 22], scale=np.float32(scale))
     assert (found is not None) == survives
 

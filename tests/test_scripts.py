@@ -225,7 +225,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder
 def test_fifty_steps_twice_give_the_same_bits(folder):
     """Of everything that is saved: weights, optimizer, position in the data, every number of the log."""
     runs = [folder / "fifty", folder / "fifty again"]
-    options = ("--train.steps", 50, "--train.checkpoint_every", 50, "--train.evaluate_every", 0, "--data.flip", "random")
+    options = ("--train.steps", 50, "--train.checkpoint_every", 50, "--train.evaluate_every", 0)
+    options += ("--data.flip", "random")
     for run in runs:
         status, _, err = train(folder, "--run", run, *options)
         assert status == 0, err

@@ -21,7 +21,8 @@ from fasterrcnn_jax.targets import anchor_targets, roi_targets
 # Ratios with whole sides: intersections over union are exact, ties are ties.
 ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), 16)
 A, G, P = len(ANCHORS), 3, 10
-IMAGE_HW = np.float32([44, 60])  # less than the 48 x 64 of the grid: each border has anchors of its own over it
+# Less than the 48 x 64 of the grid: each border has anchors of its own over it.
+IMAGE_HW = np.float32([44, 60])
 
 EVERY_ANCHOR = RpnConfig(anchors_per_image=A, fg_fraction=1.0, allowed_border=None)
 SOME_ANCHORS = RpnConfig(anchors_per_image=12, fg_fraction=0.5, fg_iou=0.4, allowed_border=None)
@@ -216,7 +217,7 @@ BORDER_ANCHORS = np.float32([[-6, 10, 10, 26], [0, 10, 16, 26], [20, 10, 36, 26]
 @pytest.mark.parametrize(
     "allowed_border, labels",
     [
-        # The box is the first anchor's twin. Left out, the first anchor is not its best either: the second is.
+        # The box is the first anchor's twin. Left out, that is not its best either: the second is.
         (0.0, [-1, 1, 0]),
         (5.9, [-1, 1, 0]),
         # Allowed, it takes part and the second (IoU .45) is neither the best nor background.
@@ -304,7 +305,7 @@ def proposals_at(*boxes):
 
 
 def test_without_background_all_rois_may_be_foreground():
-    """The limit is a quarter of eight; the proposals are the box itself, the box once more is the ground truth."""
+    """The limit is a quarter of eight; all proposals, and the ground truth among them, are the box."""
     box = [10, 10, 50, 50]
     found = run_rois(
         KEY, proposals_at(*[box] * 9), one_box(box), rois_per_image=8, config=RoiSamplingConfig()

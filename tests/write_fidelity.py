@@ -19,7 +19,7 @@ comparisons are tests; this page is what they measured, written by `python tests
 ({where}).
 
 *Identical* means every value, or every index and label, is the same. Otherwise the tolerance is the one that the
-test asserts, fixed before the difference was seen; |x| is the size of the reference's value. The relative
+test asserts; |x| is the size of the reference's value. The relative
 difference is the largest over values other than zero, so that it is large where a value is nearly zero.
 
 {count:,} values in {rows} comparisons.

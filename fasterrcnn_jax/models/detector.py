@@ -6,23 +6,25 @@ are mapped over the batch here, so an image's result never depends on its batch 
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from fasterrcnn_jax.anchors import cell_anchors, cell_centres, grid_anchors
 from fasterrcnn_jax.config import ModelConfig, ProposalConfig
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.losses import box_losses, rpn_losses
-from fasterrcnn_jax.models.heads import BoxHead, RpnHead
+from fasterrcnn_jax.models.heads import BoxHead, Keys, RpnHead
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
 from fasterrcnn_jax.postprocess import postprocess
 from fasterrcnn_jax.proposals import propose
 from fasterrcnn_jax.roi_features import roi_features
-from fasterrcnn_jax.structures import Batch, Detections, Losses, Proposals
+from fasterrcnn_jax.structures import AnchorTargets, Batch, Detections, Losses, Proposals, RoiTargets
 from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
 # Both functions below log when they are traced: once per program, so that recompilation shows.
@@ -73,9 +75,24 @@ def anchors_of(
 def _anchor_valid(
     centres: Float[np.ndarray, "a 2"], image_hw: Float[Array, "b 2"], stride: int
 ) -> Bool[Array, "b a"]:
-    """True where the anchor's cell holds picture: without padding the others would not exist."""
+    """True where the anchor's cell holds picture: without padding the others would hardly exist."""
     corners = jnp.asarray(centres) - 0.5 * stride
     return (corners[None] < image_hw[:, None, ::-1]).all(axis=-1)
+
+
+def _check_border(
+    anchors: Float[np.ndarray, "a 4"], canvas: tuple[int, int], allowed_border: float | None
+) -> None:
+    """Raises InputError where even a picture that fills the canvas has no anchor to train the RPN on."""
+    if allowed_border is not None:
+        sides = anchors[:, 2:] - anchors[:, :2]
+        reach = np.concatenate([-anchors[:, :2], anchors[:, 2:] - np.float32(canvas[::-1])], axis=1)
+        if (reach > allowed_border).any(axis=1).all():
+            raise InputError(
+                f"every anchor reaches more than model.rpn.allowed_border = {allowed_border} pixels over the border "
+                f"of a {canvas[0]} x {canvas[1]} canvas: the smallest is {sides.prod(axis=1).min() ** 0.5:.0f} pixels "
+                "square; smaller model.rpn.anchor_scales, or None for the border, give the RPN something to learn"
+            )
 
 
 def _propose(
@@ -129,6 +146,7 @@ def training_losses(
     Args:
       num_devices: devices that hold another part of the same batch each, this one included.
     Raises:
+      InputError: no anchor lies within `allowed_border` of the canvas.
       ValueError: `rois_per_batch` cannot be divided over the images.
     """
     logger.info("compiling the training step for images %s", batch.images.shape)
@@ -136,6 +154,7 @@ def training_losses(
     features = model.backbone(batch.images, batch.image_hw)
     objectness, deltas = model.rpn_head(features)
     anchors, centres = anchors_of(config, features.shape[1:3])
+    _check_border(anchors, batch.images.shape[1:3], config.rpn.allowed_border)
     anchor_valid = _anchor_valid(centres, batch.image_hw, config.backbone.stride)
     # Rows that only fill the batch take part in nothing.
     anchor_valid &= batch.image_valid[:, None]
@@ -154,16 +173,44 @@ def training_losses(
     rois = jax.vmap(
         functools.partial(roi_targets, rois_per_image=rois_per_image, config=config.roi_sampling)
     )(keys[:, 1], proposals, ground_truth)
-    class_logits, box_deltas = model.box_head(
-        _roi_features(model, features, rois.boxes), dropout_keys=keys[:, 2]
+    losses = losses_towards(
+        model,
+        features,
+        objectness,
+        deltas,
+        a_targets,
+        rois,
+        num_locations=anchor_valid.sum(axis=1) // (len(anchors) // math.prod(features.shape[1:3])),
+        dropout_keys=keys[:, 2],
     )
+    return jax.tree.map(lambda per_image: per_image.sum(), losses)
 
-    num_locations = anchor_valid.sum(axis=1) // (anchors.shape[0] // (features.shape[1] * features.shape[2]))
-    rpn = jax.vmap(functools.partial(rpn_losses, config=config.loss))(
+
+def losses_towards(
+    model: Detector,
+    features: Float[Array, "b h w c"],
+    objectness: Float[Array, "b a"],
+    deltas: Float[Array, "b a 4"],
+    a_targets: AnchorTargets,
+    rois: RoiTargets,
+    *,
+    num_locations: Int[Array, "b"],
+    dropout_keys: Keys | None,
+) -> Losses:
+    """Returns the four losses of each image towards given targets: the second half of `training_losses`.
+
+    Args:
+      num_locations: feature cells that hold picture.
+      dropout_keys: one per image; None drops nothing.
+    """
+    config = model.config.loss
+    pooled = _roi_features(model, features, rois.boxes)
+    class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys)
+    rpn = jax.vmap(functools.partial(rpn_losses, config=config))(
         objectness, deltas, a_targets, num_locations
     )
-    box = jax.vmap(functools.partial(box_losses, config=config.loss))(class_logits, box_deltas, rois)
-    return jax.tree.map(lambda per_image: per_image.sum(), Losses(*rpn, *box))
+    box = jax.vmap(functools.partial(box_losses, config=config))(class_logits, box_deltas, rois)
+    return Losses(*rpn, *box)
 
 
 def detect(
