@@ -11,6 +11,7 @@ import tyro
 
 from fasterrcnn_jax import checkpoint, cli, parallel
 from fasterrcnn_jax.data import sources
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation import results
 from fasterrcnn_jax.inference import detect_dataset
 
@@ -32,6 +33,8 @@ class Arguments:
 @cli.script
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     model = checkpoint.load(arguments.ckpt)
     config = checkpoint.load_run_config(arguments.ckpt)
     split = arguments.split or config.data.test_split

@@ -126,6 +126,12 @@ def test_a_run_compiles_its_step_once(trained):
     assert trained[2].count("compiling the training step") == 1
 
 
+def test_detection_runs_on_one_device_with_its_share_of_the_batch(trained):
+    share = 4 // jax.local_device_count()
+    lines = [line for line in trained[2].splitlines() if "compiling detection" in line]
+    assert lines == [f"compiling detection for images ({share}, 96, 96, 3)"]
+
+
 def test_the_run_folder_holds_configuration_numbers_pictures_and_checkpoints(trained):
     run = trained[0]
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
@@ -271,10 +277,12 @@ def test_evaluate_needs_the_run_alone(trained, folder, tmp_path, monkeypatch):
     assert len(lines) == len(entries) and all(len(line.split()) == 6 for line in lines)
 
 
-def test_evaluate_takes_a_step_a_split_and_a_folder(trained, tmp_path):
+def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_path):
     arguments = ("--split", "train", "--out", tmp_path / "files", "--root", trained[0].parent / "voc")
+    arguments += ("--batch_size", "3")
     status, out, err = called(evaluate_script.main, "--ckpt", trained[0] / "checkpoints" / "4", *arguments)
     assert status == 0, err
+    assert "compiling detection for images (3, 96, 96, 3)" in err
     assert re.search(r"^AP50 [01]\.\d\d$", out, re.MULTILINE)
     assert (tmp_path / "files" / "comp4_det_train_ring.txt").is_file()
 
@@ -348,6 +356,7 @@ def test_steps_made_again_are_logged_once(folder, trained, tmp_path):
         (("--ckpt", "{folder}"), "holds no checkpoint"),
         (("--ckpt", "{run}", "--root", "nowhere"), "nowhere"),
         (("--ckpt", "{run}", "--split", "tset"), "tset"),
+        (("--ckpt", "{run}", "--batch_size", "0"), "--batch_size must be positive, got 0"),
     ],
 )
 def test_bad_input_to_evaluate_is_named_in_one_line(folder, trained, argv, message):
