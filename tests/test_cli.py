@@ -65,6 +65,14 @@ def test_overrides_change_their_field_and_nothing_else():
     assert parsed == expected
 
 
+def test_a_value_that_nothing_reads_is_warned_of(caplog):
+    parse("--model.box_head.dropout", "0.1")
+    assert caplog.messages == ["model.box_head.dropout = 0.1 changes nothing with resnet18"]
+    caplog.clear()
+    parse()
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [
