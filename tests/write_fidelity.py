@@ -19,10 +19,14 @@ comparisons are tests; this page is what they measured, written by `python tests
 ({where}).
 
 *Identical* means every value, or every index and label, is the same. Otherwise the tolerance is the one that the
-test asserts; |x| is the size of the reference's value. The relative
-difference is the largest over values other than zero, so that it is large where a value is nearly zero.
+test asserts; |x| is the size of the reference's value. The relative difference is the largest over values other
+than zero, so that it is large where a value is nearly zero.
 
-{count:,} values in {rows} comparisons.
+{count:,} values in {rows} comparisons. By concept first, one by one below.
+"""
+
+EACH = """
+## Every comparison
 """
 
 FOOTER = """
@@ -56,6 +60,18 @@ def rows(records) -> list[str]:
     return lines
 
 
+def summary(records) -> list[str]:
+    columns = ("concept", "reference", "comparisons", "identical", "values", "largest difference", "relative")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for concept, reference in dict.fromkeys((r.concept, r.reference) for r in records):
+        of = [r for r in records if (r.concept, r.reference) == (concept, reference)]
+        same, values = sum(r.identical for r in of), sum(r.values for r in of)
+        apart = (max(r.max_abs for r in of), max(r.max_rel for r in of))
+        differences = " | ".join(f"{size:.1e}" if size else "0" for size in apart)
+        lines.append(f"| {concept} | {reference} | {len(of)} | {same} | {values:,} | {differences} |")
+    return lines
+
+
 def main() -> None:
     sys.path.insert(0, str(TESTS))
     files = sorted(str(path) for path in TESTS.glob("test_*.py") if "from fidelity import" in path.read_text())
@@ -68,7 +84,7 @@ def main() -> None:
     records = sorted(dict.fromkeys(fidelity.RECORDS), key=lambda r: (r.concept, r.reference, r.name))
     where = f"JAX {jax.__version__}, NumPy {np.__version__}, Python {platform.python_version()}, CPU"
     header = HEADER.format(where=where, count=sum(r.values for r in records), rows=len(records))
-    PAGE.write_text("\n".join([header, *rows(records)]) + "\n" + FOOTER)
+    PAGE.write_text("\n".join([header, *summary(records), EACH, *rows(records)]) + "\n" + FOOTER)
     print(f"{PAGE}: {len(records)} comparisons, {sum(r.values for r in records):,} values")
 
 
