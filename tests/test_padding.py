@@ -36,8 +36,8 @@ def detections(model, image, padding):
     """Detects `image` on a canvas that is `padding` pixels (rounded up to a multiple of 16) larger."""
     height, width = network_size(image.shape[:2], model.config.image)
     canvas = tuple(-(-(side + padding) // 16) * 16 for side in (height, width))
-    pixels, image_hw, _ = to_canvas(image, canvas, model.config.image)
-    return jax.device_get(jax.jit(fasterrcnn_jax.detect)(model, pixels[None], image_hw[None]))
+    pixels, image_hw, scale = to_canvas(image, canvas, model.config.image)
+    return jax.device_get(jax.jit(fasterrcnn_jax.detect)(model, pixels[None], image_hw[None], scale[None]))
 
 
 def test_share_of_equal_detections_under_32_and_224_pixels_of_padding(run):
