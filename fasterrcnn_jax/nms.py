@@ -1,6 +1,6 @@
 """Greedy non-maximum suppression with fixed sizes.
 
-The contract, which every implementation keeps:
+The contract, which both implementations keep on every device:
 - boxes are visited by descending score, equal scores by ascending index, invalid boxes never;
 - a box is suppressed by an earlier kept one of its group where float32 `intersection / union` exceeds
   the threshold rounded *down* to float32 (what torchvision does on a CPU, where it compares with a double);
@@ -12,7 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from fasterrcnn_jax.boxes import area
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.kernels import nms as kernel
+from fasterrcnn_jax.kernels.choice import Implementation
 
 # Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that the
 # pairs inside a block stay cheap beside the pairs with what is already kept.
@@ -27,15 +29,26 @@ def nms(
     iou_threshold: float,
     max_output: int,
     groups: Int[Array, "n"] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
     """Returns the indices of the `max_output` best boxes that survive, and which of them are real.
 
+    No gradient passes.
+
     Args:
+      boxes: float32; in bfloat16 a pixel of a large picture is lost, and boxes near the threshold with it.
       groups: boxes of different groups never suppress each other (classes, pyramid levels). Because
         boxes are visited by score over all groups, the result is the best of all groups' survivors.
+      implementation: "xla" is plain JAX. "mosaic" is the kernel, with which `vmap` makes one batch of all
+        mapped problems. None: the kernel where it can run.
     Raises:
-      ValueError: `iou_threshold` is not in (0, 1] or `max_output` is not positive.
+      NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
+      TypeError: the boxes are not float32.
+      ValueError: `iou_threshold` is not in (0, 1], `max_output` is not positive, or `implementation` is none of
+        the named.
     """
+    if boxes.dtype != jnp.float32:
+        raise TypeError(f"boxes must be float32, got {boxes.dtype.name}")
     if not 0.0 < iou_threshold <= 1.0:
         raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
     if max_output < 1:
@@ -44,11 +57,17 @@ def nms(
         return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool)
     if groups is None:
         groups = jnp.zeros(boxes.shape[0], jnp.int32)
+    boxes, scores = lax.stop_gradient((boxes, scores))
     index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
     _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
-    kept, count = _keep(
-        boxes[order], groups[order], valid.sum(), _rounded_down(iou_threshold), max_output
-    )
+    sorted_boxes = boxes[order], groups[order], valid.sum(dtype=jnp.int32)
+    threshold = _rounded_down(iou_threshold)
+    unsupported = kernel.unsupported(len(boxes), max_output)
+    if choice.choose("nms", implementation, unsupported=unsupported) == "mosaic":
+        batch_of_one = (x[None] for x in sorted_boxes)
+        kept, count = (x[0] for x in kernel.keep_first(threshold, max_output)(*batch_of_one))
+    else:
+        kept, count = _keep(*sorted_boxes, threshold, max_output)
     is_kept = jnp.arange(max_output) < count
     return jnp.where(is_kept, order[kept], 0), is_kept
 
@@ -58,24 +77,18 @@ def _rounded_down(threshold: float) -> np.float32:
     return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(0.0))
 
 
-def _suppresses(boxes, groups, other_boxes, other_groups, threshold) -> Bool[Array, "n m"]:
-    top_left = jnp.maximum(boxes[:, None, :2], other_boxes[None, :, :2])
-    bottom_right = jnp.minimum(boxes[:, None, 2:], other_boxes[None, :, 2:])
-    sides = jnp.maximum(bottom_right - top_left, 0.0)
-    intersection = sides[..., 0] * sides[..., 1]
-    union = area(boxes)[:, None] + area(other_boxes)[None, :] - intersection
-    # 0 / 0 is NaN, which exceeds nothing: empty boxes neither suppress nor are suppressed.
-    return (intersection / union > threshold) & (groups[:, None] == other_groups[None, :])
-
-
 def _keep(boxes, groups, num_valid, threshold, max_output):
     """Walks sorted boxes block by block; stops when `max_output` are kept or none is left."""
     block = min(BLOCK, boxes.shape[0])
     padding = -boxes.shape[0] % block
-    boxes = jnp.pad(boxes, ((0, padding), (0, 0)))
+    boxes = jnp.pad(kernel.with_area(boxes), ((0, 0), (0, padding)))
     groups = jnp.pad(groups, (0, padding))
     offsets = jnp.arange(block, dtype=jnp.int32)
     earlier = offsets[:, None] < offsets[None, :]
+
+    def suppresses(boxes, groups, other_boxes, other_groups):
+        boxes, others = boxes[:, :, None], other_boxes[:, None, :]
+        return kernel.suppresses(boxes, groups[:, None], others, other_groups[None, :], threshold)
 
     def unfinished(carry):
         start, count, *_ = carry
@@ -83,12 +96,12 @@ def _keep(boxes, groups, num_valid, threshold, max_output):
 
     def decide_block(carry):
         start, count, kept, kept_boxes, kept_groups = carry
-        block_boxes = lax.dynamic_slice_in_dim(boxes, start, block)
+        block_boxes = lax.dynamic_slice_in_dim(boxes, start, block, axis=1)
         block_groups = lax.dynamic_slice_in_dim(groups, start, block)
-        by_kept = _suppresses(kept_boxes, kept_groups, block_boxes, block_groups, threshold)
+        by_kept = suppresses(kept_boxes, kept_groups, block_boxes, block_groups)
         by_kept &= (jnp.arange(max_output) < count)[:, None]
         alive = ~by_kept.any(axis=0) & (start + offsets < num_valid)
-        inside = _suppresses(block_boxes, block_groups, block_boxes, block_groups, threshold) & earlier
+        inside = suppresses(block_boxes, block_groups, block_boxes, block_groups) & earlier
 
         # Greedy suppression inside the block is the fixed point of "kept unless an earlier kept one
         # suppresses it"; each pass settles at least one more box of every chain.
@@ -103,7 +116,7 @@ def _keep(boxes, groups, num_valid, threshold, max_output):
             start + block,
             jnp.minimum(count + keep.sum(), max_output).astype(jnp.int32),
             kept.at[slot].set(start + offsets, mode="drop"),
-            kept_boxes.at[slot].set(block_boxes, mode="drop"),
+            kept_boxes.at[:, slot].set(block_boxes, mode="drop"),
             kept_groups.at[slot].set(block_groups, mode="drop"),
         )
 
@@ -111,7 +124,7 @@ def _keep(boxes, groups, num_valid, threshold, max_output):
         jnp.int32(0),
         jnp.int32(0),
         jnp.zeros(max_output, jnp.int32),
-        jnp.zeros((max_output, 4), boxes.dtype),
+        jnp.zeros((5, max_output), boxes.dtype),
         jnp.zeros(max_output, groups.dtype),
     )
     _, count, kept, _, _ = lax.while_loop(unfinished, decide_block, start)

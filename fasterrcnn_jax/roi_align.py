@@ -1,53 +1,74 @@
 """RoIAlign: a fixed grid of features for every region. He et al. 2017 (arXiv:1703.06870), section 3.
 
-Bilinear sampling on a regular grid, averaged per bin, is separable: the weight of feature cell (j, k)
-in bin (p, q) is a weight in y times a weight in x. So the operation is two small matrix products per
-region, forward and backward, with no gather and no scatter: fast on a CPU and deterministic.
+Shapes: n images (the axes that are mapped, folded into one), r regions, s bins along a side, c channels.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.kernels import roi_align as kernel
+from fasterrcnn_jax.kernels.batching import fold_mapped_axes
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.kernels.roi_align import SampleGrid
 
 # Of one image. Between the two products each holds a row of the whole map per bin: 1.8 MB at 7 bins of 63 x 1024.
 REGIONS_AT_ONCE = 128
 
 
 def roi_align(
-    features: Float[Array, "h w c"],
+    features: tuple[Float[Array, "_ _ c"], ...],
     boxes: Float[Array, "r 4"],
+    levels: Int[Array, " r"],
     *,
-    stride: int,
+    strides: tuple[int, ...],
     output_size: int,
     sampling_ratio: int,
     aligned: bool,
+    implementation: Implementation = None,
 ) -> Float[Array, "r s s c"]:
-    """Returns `output_size` x `output_size` features per box, in float32.
+    """Returns `output_size` x `output_size` features per box, in the type of `features`; summed in float32.
 
     Samples more than one cell outside the map count as zero, the others are clamped to it, as in
-    torchvision and detectron2. No gradient reaches `boxes`.
+    torchvision and detectron2. Coordinates that are no finite number lie outside. No gradient reaches `boxes`. The
+    features' gradient is summed in float32; it has the same bits in every run on a CPU and with the
+    kernel, but on a GPU without it ("xla") in an order that changes from run to run.
 
     Args:
-      boxes: network pixels. With `sampling_ratio` 0 the work grows with the longest side: clip first.
+      features: one map per level.
+      boxes: network pixels. Without the kernel and with `sampling_ratio` 0 the work grows with the longest
+        side: clip first.
+      levels: the index into `features` of every box.
+      strides: network pixels per cell of every level.
       sampling_ratio: samples per bin and axis; 0 takes as many as a bin has cells, rounded up, in each
         box by itself (none, and so zeros, where a side is not positive).
-      aligned: cell (j, k) of `features` has its centre at ((k + 0.5) * stride, (j + 0.5) * stride)
-        network pixels. Otherwise at (k * stride, j * stride), and a box's sides count as at least one
-        cell: the operator before detectron2 moved it.
+      aligned: cell (j, k) of a map has its centre at ((k + 0.5) * stride, (j + 0.5) * stride) network
+        pixels. Otherwise at (k * stride, j * stride), and a box's sides count as at least one cell: the
+        operator before detectron2 moved it.
     Raises:
-      ValueError: `output_size` is not positive or `sampling_ratio` is negative.
+      ValueError: `output_size` is not positive, `sampling_ratio` is negative, or there is not one stride per
+        map or not one type of features.
+      NotImplementedError: the named implementation cannot run.
     """
     _require_positive(output_size)
     if sampling_ratio < 0:
         raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}")
-    boxes = lax.stop_gradient(boxes) / stride - (0.5 if aligned else 0.0)
-    starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    if not aligned:
-        sides = jnp.maximum(sides, 1.0)
-    height, width, _ = features.shape
-    weights_y = _bin_weights(starts[:, 1], sides[:, 1], height, output_size, sampling_ratio)
-    weights_x = _bin_weights(starts[:, 0], sides[:, 0], width, output_size, sampling_ratio)
-    return contract(features, weights_y, weights_x)
+    if len(features) != len(strides):
+        raise ValueError(f"need one stride per map, got {len(strides)} for {len(features)}")
+    dtypes = sorted({level.dtype.name for level in features})
+    if len(dtypes) > 1:
+        raise ValueError(f"the maps must have one type, got {' and '.join(dtypes)}")
+    unsupported = choice.unsupported_features(features[0].dtype, features[0].shape[2])
+    if len(boxes) == 0:
+        unsupported = "it takes at least one region and there is none"
+    chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
+    grid = _sample_grid(lax.stop_gradient(boxes), levels, strides, output_size, sampling_ratio, aligned)
+    return _pool(features, grid, sampling_ratio, chosen)
 
 
 def roi_align_average(
@@ -119,30 +140,143 @@ def linear_weights(points: Float[Array, "r p"], size: int) -> Float[Array, "r p 
     return jnp.maximum(1.0 - jnp.abs(points[..., None] - cells), 0.0)
 
 
-def _bin_weights(start, side, size, bins, sampling_ratio) -> Float[Array, "r bins size"]:
-    """Returns the weight of each of `size` cells in each bin, along one axis; start and side in cells."""
-    bin_side = side / bins
+def _sample_grid(boxes, levels, strides, bins, sampling_ratio, aligned) -> SampleGrid:
+    corners = boxes / jnp.array(strides, jnp.float32)[levels][:, None] - (0.5 if aligned else 0.0)
+    starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    if not aligned:
+        sides = jnp.maximum(sides, 1.0)
+    bin_sides = sides / bins
     if sampling_ratio:
-        counts = jnp.full_like(side, sampling_ratio)
-        most = sampling_ratio
+        samples = jnp.full_like(sides, sampling_ratio)
     else:
-        counts = jnp.ceil(bin_side)
+        samples = jnp.ceil(bin_sides)
         # XLA divides by multiplying with the reciprocal: whole multiples may come out a little too large.
-        counts = jnp.where((counts - 1.0) * bins >= side, counts - 1.0, counts)
-        counts = jnp.where(counts > 0.0, counts, 0.0)
-        most = counts.max(initial=0.0).astype(jnp.int32)
-    bin_starts = start[:, None] + jnp.arange(bins, dtype=jnp.float32)[None] * bin_side[:, None]
+        samples = jnp.where((samples - 1.0) * bins >= sides, samples - 1.0, samples)
+        samples = jnp.where((samples > 0.0) & (samples < jnp.inf), samples, 0.0)
+    bin_starts = starts[..., None] + jnp.arange(bins, dtype=jnp.float32)[None, None] * bin_sides[..., None]
+    return SampleGrid(levels.astype(jnp.int32), bin_starts, bin_sides / jnp.maximum(samples, 1.0), samples)
 
-    def add_sample(i, total):
-        i = jnp.float32(i)
-        points = bin_starts + ((i + 0.5) * bin_side / jnp.maximum(counts, 1.0))[:, None]
-        counted = (points >= -1.0) & (points <= size) & (i < counts)[:, None]
-        weights = linear_weights(jnp.clip(points, 0.0, size - 1.0), size)
-        return total + jnp.where(counted[..., None], weights, 0.0)
 
-    # One sample at a time, so that no bound on their number is needed. Nothing here is differentiated.
-    total = lax.fori_loop(0, most, add_sample, jnp.zeros((*bin_starts.shape, size)))
-    return total / jnp.maximum(counts, 1.0)[:, None, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _pool(features, grid, sampling_ratio, implementation):
+    return _forward(sampling_ratio, implementation)(_lead(features), _lead(grid))[0]
+
+
+def _pool_forward(features, grid, sampling_ratio, implementation):
+    # Empty arrays carry the static sizes of the maps to the backward pass.
+    return _pool(features, grid, sampling_ratio, implementation), (grid, [level[..., :0] for level in features])
+
+
+def _pool_backward(sampling_ratio, implementation, residuals, cotangent):
+    grid, empty = residuals
+    backward = _backward(tuple(level.shape[:2] for level in empty), sampling_ratio, implementation)
+    return tuple(gradient[0] for gradient in backward(cotangent[None], _lead(grid))), None
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
+
+
+def _lead(arrays):
+    return jax.tree.map(lambda x: x[None], arrays)
+
+
+@functools.cache
+def _forward(sampling_ratio, implementation):
+    forward = kernel.forward if implementation == "mosaic" else _forward_by_taking
+    return fold_mapped_axes(functools.partial(forward, sampling_ratio=sampling_ratio))
+
+
+@functools.cache
+def _backward(maps, sampling_ratio, implementation):
+    backward = kernel.backward if implementation == "mosaic" else _backward_by_adding
+    return fold_mapped_axes(functools.partial(backward, maps=maps, sampling_ratio=sampling_ratio))
+
+
+def _forward_by_taking(
+    features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid, *, sampling_ratio: int
+) -> Float[Array, "n r s s c"]:
+    cells = jnp.concatenate([level.reshape(len(level), -1, level.shape[3]) for level in features], axis=1)
+    cells = cells.reshape(-1, cells.shape[2])
+
+    def add(corners, pooled):
+        for index, weight in corners:
+            pooled += weight[..., None] * cells[index].astype(jnp.float32)
+        return pooled
+
+    problems, regions, _, bins = grid.bin_start.shape
+    pooled = jnp.zeros((problems, regions, bins, bins, cells.shape[1]))
+    maps = [level.shape[1:3] for level in features]
+    # Unrolled, a static number of samples becomes one kernel on a GPU.
+    pooled = _over_samples(grid, maps, sampling_ratio, add, pooled, unroll=sampling_ratio > 0)
+    return pooled.astype(cells.dtype)
+
+
+def _backward_by_adding(
+    cotangent: Float[Array, "n r s s c"],
+    grid: SampleGrid,
+    *,
+    maps: tuple[tuple[int, int], ...],
+    sampling_ratio: int,
+) -> tuple[Float[Array, "n _ _ c"], ...]:
+    problems, *_, channels = cotangent.shape
+    dtype, cotangent = cotangent.dtype, cotangent.astype(jnp.float32)
+
+    def add_one(gradient, corner):
+        index, weight = corner
+        return gradient.at[index].add(weight[..., None] * cotangent), None
+
+    # A loop holds one product with the cotangent at a time.
+    def add(corners, gradient):
+        return lax.scan(add_one, gradient, jax.tree.map(lambda *x: jnp.stack(x), *corners))[0]
+
+    ends = np.cumsum([height * width for height, width in maps])
+    gradient = jnp.zeros((problems * ends[-1], channels))
+    gradient = _over_samples(grid, maps, sampling_ratio, add, gradient).astype(dtype)
+    levels = jnp.split(gradient.reshape(problems, -1, channels), ends[:-1], axis=1)
+    return tuple(level.reshape(problems, *cells, channels) for level, cells in zip(levels, maps, strict=True))
+
+
+def _over_samples(grid, maps, sampling_ratio, add, total, *, unroll=False):
+    """Returns `total` after `add`, sample by sample of a bin, of the cells around it.
+
+    Args:
+      add: takes [(index, weight)], both [n r s s], and the total. An index counts the cells of all levels of
+        all images, one after another.
+    """
+    most = jnp.max(grid.samples, axis=(0, 1), initial=0.0).astype(jnp.int32)
+    columns, rows = (sampling_ratio, sampling_ratio) if sampling_ratio else most
+    heights, widths = np.array(maps, np.int32).T
+    ends = np.cumsum(heights * widths, dtype=np.int32)
+    images = ends[-1] * jnp.arange(len(grid.level), dtype=jnp.int32)
+    begins = images[:, None] + jnp.asarray(ends - heights * widths)[grid.level]
+    heights, widths = jnp.asarray(heights)[grid.level], jnp.asarray(widths)[grid.level]
+
+    def body(i, total):
+        neighbours_x = _neighbours(grid, 0, i % columns, widths)
+        neighbours_y = _neighbours(grid, 1, i // columns, heights)
+        corners = []
+        for j, weight_y in neighbours_y:
+            for k, weight_x in neighbours_x:
+                index = begins[..., None, None] + j[..., None] * widths[..., None, None] + k[..., None, :]
+                corners.append((index, weight_y[..., None] * weight_x[..., None, :]))
+        return add(corners, total)
+
+    # One sample at a time, so that no bound on their number is needed.
+    return lax.fori_loop(0, rows * columns, body, total, unroll=unroll)
+
+
+def _neighbours(grid, axis, sample, sizes):
+    """Returns, along one axis, the cells [n r s] before and behind a sample of every bin with their weights."""
+    sample = jnp.float32(sample)
+    samples, step = grid.samples[..., axis, None], grid.step[..., axis, None]
+    last = (sizes[..., None] - 1).astype(jnp.float32)
+    points = grid.bin_start[..., axis, :] + (sample + 0.5) * step
+    counted = (points >= -1.0) & (points <= last + 1.0) & (sample < samples)
+    points = jnp.clip(jnp.where(counted, points, 0.0), 0.0, last)
+    before = jnp.floor(points)
+    behind = jnp.minimum(before + 1.0, last)
+    part, share = points - before, jnp.where(counted, 1.0 / jnp.maximum(samples, 1.0), 0.0)
+    return (before.astype(jnp.int32), share * (1.0 - part)), (behind.astype(jnp.int32), share * part)
 
 
 def _require_positive(output_size):

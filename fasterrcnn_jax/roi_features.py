@@ -6,32 +6,55 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import RoiFeaturesConfig
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.levels import assign_levels
 from fasterrcnn_jax.roi_align import roi_align, roi_align_average
 from fasterrcnn_jax.roi_crop import roi_crop
 from fasterrcnn_jax.roi_pool import roi_pool
 
 
 def roi_features(
-    features: Float[Array, "h w c"],
+    features: tuple[Float[Array, "_ _ c"], ...],
     boxes: Float[Array, "r 4"],
     *,
-    stride: int,
+    strides: tuple[int, ...],
     far_corner_offset: int,
     config: RoiFeaturesConfig,
+    implementation: Implementation = None,
 ) -> Float[Array, "r s s c"]:
-    """Returns `config.output_size` x `config.output_size` features per box, in float32.
+    """Returns `config.output_size` x `config.output_size` features per box.
 
     Args:
+      features: one map, or the levels of a pyramid, fine to coarse: each box is then taken from the level
+        that fits its size.
       boxes: network pixels.
+      strides: network pixels per cell of every map. In a pyramid each is a power of two, twice the last.
       far_corner_offset: taken off the far corners first: the old operators read inclusive ones.
+    Raises:
+      ValueError: the operator takes a single map and there are several.
     """
+    boxes = boxes - jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset, boxes.shape)
+    if config.operator == "align":
+        if len(features) == 1:
+            levels = jnp.zeros(len(boxes), jnp.int32)
+        else:
+            lowest, highest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+            levels = assign_levels(boxes, lowest=lowest, highest=highest) - lowest
+        return roi_align(
+            features,
+            boxes,
+            levels,
+            strides=strides,
+            output_size=config.output_size,
+            sampling_ratio=config.sampling_ratio,
+            aligned=config.aligned,
+            implementation=implementation,
+        )
+    if len(features) > 1:
+        raise ValueError(f"the operator {config.operator} takes a single map, got {len(features)}")
     operators = {
-        "align": functools.partial(
-            roi_align, sampling_ratio=config.sampling_ratio, aligned=config.aligned
-        ),
         "align_average": roi_align_average,
-        "pool": functools.partial(roi_pool, quantisation=config.quantisation),
+        "pool": functools.partial(roi_pool, quantisation=config.quantisation, implementation=implementation),
         "crop": roi_crop,
     }
-    boxes = boxes - jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset, boxes.shape)
-    return operators[config.operator](features, boxes, stride=stride, output_size=config.output_size)
+    return operators[config.operator](features[0], boxes, stride=strides[0], output_size=config.output_size)

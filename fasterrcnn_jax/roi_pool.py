@@ -1,8 +1,9 @@
 """RoI pooling: the maxima of a fixed grid of bins in every region. Girshick 2015 (arXiv:1504.08083), section 2.1.
 
-A bin is a range of rows times a range of columns, so its maximum is found along one axis and then along
-the other. The gradient goes to the first maximum in row-major order, as in the reference's loops; it
-is gathered by comparing, cell by cell, so no scatter-add makes its sum depend on an order.
+A bin is a range of rows times a range of columns; in plain JAX its maximum is found along one axis and then
+along the other, in the kernel by walking its cells. The gradient goes to the first maximum in row-major order,
+as in the reference's loops; it is gathered by comparing, cell by cell, so no scatter-add makes its sum depend
+on an order.
 """
 
 from typing import Literal
@@ -13,6 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.kernels import roi_pool as kernel
+from fasterrcnn_jax.kernels.choice import Implementation
+
 
 def roi_pool(
     features: Float[Array, "h w c"],
@@ -21,13 +26,14 @@ def roi_pool(
     stride: int,
     output_size: int,
     quantisation: Literal["rounded", "floor"],
+    implementation: Implementation = None,
 ) -> Float[Array, "r s s c"]:
-    """Returns the maxima of `output_size` x `output_size` bins per box, in float32; 0 in empty bins.
+    """Returns the maxima of `output_size` x `output_size` bins per box, in the type of `features`; 0 in empty bins.
 
     A box covers whole cells, its last one included. Bin p of s spans cells floor(p * size / s) to
     ceil((p + 1) * size / s), the last one excluded, from the box's first; neighbours may share a cell.
-    No gradient reaches `boxes`. Regions are taken one by one: what is held grows with the map, not
-    with their number.
+    No gradient reaches `boxes`; the features' is summed in float32. NaN is larger than nothing: a bin without a
+    number is the lowest float32 and gives no gradient, as in torchvision.
 
     Args:
       boxes: network pixels, inclusive corners.
@@ -35,8 +41,12 @@ def roi_pool(
         are laid out first and then clipped to the map (py-faster-rcnn, torchvision). "floor" rounds
         towards zero and clips the box before it is divided into bins (a slice of the map, then
         adaptive max pooling).
+      implementation: "xla" takes regions one by one: what it holds grows with the map, not with their number.
+        "mosaic" is the kernel, for float32 and bfloat16 and channels in multiples of 128. None: the kernel
+        where it can run.
     Raises:
-      ValueError: `output_size` is not positive or `quantisation` is neither.
+      NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
+      ValueError: `output_size` is not positive, or `quantisation` or `implementation` is none of the named.
     """
     if output_size < 1:
         raise ValueError(f"output_size must be at least 1, got {output_size}")
@@ -58,6 +68,18 @@ def roi_pool(
         raise ValueError(f"quantisation must be 'rounded' or 'floor', got {quantisation!r}")
     first = jnp.clip(start[..., None] + first, 0, limits[..., None])
     end = jnp.clip(start[..., None] + end, 0, limits[..., None])
+    unsupported = choice.unsupported_features(features.dtype, features.shape[2])
+    if not len(boxes):
+        unsupported = "it takes at least one region and there is none"
+    if choice.choose("roi_pool", implementation, unsupported=unsupported) == "mosaic":
+        return kernel.roi_pool(features, first, end)
+    return _pool(features, first, end)
+
+
+def _pool(
+    features: Float[Array, "h w c"], first: Int[Array, "r 2 s"], end: Int[Array, "r 2 s"]
+) -> Float[Array, "r s s c"]:
+    """Returns the maxima of the bins between the columns and rows `first` and `end`."""
     columns_first = features.astype(jnp.float32).swapaxes(0, 1)
 
     # Without checkpoint the maxima over columns of every region would wait for the backward pass.
@@ -67,7 +89,7 @@ def roi_pool(
         columns = _range_max(columns_first, first[0], end[0])
         return _range_max(columns.swapaxes(0, 1), first[1], end[1])
 
-    return lax.map(pool, (first, end))
+    return lax.map(pool, (first, end)).astype(features.dtype)
 
 
 # Cells. A box has more only where it was not clipped to the picture.
@@ -106,7 +128,7 @@ def _range_max_forward(cells, first, end):
         larger = in_bin[:, None, None] & (cells[i][None] > maximum)
         return jnp.where(larger, cells[i][None], maximum), jnp.where(larger, i, place)
 
-    start = jnp.full(bins, -jnp.inf), jnp.full(bins, -1, jnp.int32)
+    start = jnp.full(bins, jnp.finfo(jnp.float32).min), jnp.full(bins, -1, jnp.int32)
     maximum, place = lax.fori_loop(jnp.int32(0), jnp.int32(len(cells)), step, start)
     maximum = jnp.where((first < end)[:, None, None], maximum, 0.0)
     # An empty array carries the static number of cells to the backward pass.

@@ -1,1 +1,1 @@
-"""Pallas GPU kernels; each stands behind one function of the library. Depends on jax alone."""
+"""Pallas kernels for NVIDIA GPUs (Mosaic), and what decides between them and plain JAX: README.md beside this file."""

@@ -125,36 +125,54 @@ def match(
     return indices, labels
 
 
-def bilinear(features, y, x) -> np.ndarray:
-    """The features at one point; cell centres at integers, zero beyond one cell outside."""
-    height, width, channels = features.shape
-    if y < -1 or y > height or x < -1 or x > width:
-        return np.zeros(channels)
+def bilinear_weights(size, y, x) -> list[tuple[int, int, float]]:
+    """(row, column, weight) of the cells around a point; centres at integers, nothing beyond one cell outside."""
+    height, width = size
+    if not (-1 <= y <= height and -1 <= x <= width):  # as NaN is not
+        return []
     y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
     top, left = int(y), int(x)
     bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
     b, r = y - top, x - left
-    return (
-        (1 - b) * (1 - r) * features[top, left]
-        + (1 - b) * r * features[top, right]
-        + b * (1 - r) * features[bottom, left]
-        + b * r * features[bottom, right]
-    )
+    return [
+        (top, left, (1 - b) * (1 - r)),
+        (top, right, (1 - b) * r),
+        (bottom, left, b * (1 - r)),
+        (bottom, right, b * r),
+    ]
 
 
-def roi_align(features, boxes, *, stride, output_size, sampling_ratio, aligned) -> np.ndarray:
-    features = np.asarray(features, np.float64)
-    pooled = np.zeros((len(boxes), output_size, output_size, features.shape[2]))
-    for r, box in enumerate(np.asarray(boxes, np.float64)):
-        x1, y1, x2, y2 = box / stride - 0.5 * aligned
+def roi_align_matrices(sizes, boxes, levels, *, strides, output_size, sampling_ratio, aligned) -> list[np.ndarray]:
+    """Per region [s, s, h, w]: the weight of every cell of its level in every bin."""
+    matrices = []
+    for box, level in zip(np.asarray(boxes, np.float64), levels, strict=True):
+        x1, y1, x2, y2 = box / strides[level] - 0.5 * aligned
         w, h = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1), max(y2 - y1, 1))
-        columns, rows = (sampling_ratio or max(math.ceil(side / output_size), 0) for side in (w, h))
+        sides = np.nan_to_num([w, h], posinf=0.0)
+        columns, rows = (sampling_ratio or max(math.ceil(side / output_size), 0) for side in sides)
+        matrix = np.zeros((output_size, output_size, *sizes[level]))
         for p, q in np.ndindex(output_size, output_size):
             for i, j in np.ndindex(rows, columns):
                 y = y1 + (p + (i + 0.5) / rows) * h / output_size
                 x = x1 + (q + (j + 0.5) / columns) * w / output_size
-                pooled[r, p, q] += bilinear(features, y, x) / (rows * columns)
-    return pooled
+                for row, column, weight in bilinear_weights(sizes[level], y, x):
+                    matrix[p, q, row, column] += weight / (rows * columns)
+        matrices.append(matrix)
+    return matrices
+
+
+def roi_align(features, boxes, levels, **options) -> np.ndarray:
+    matrices = roi_align_matrices([f.shape[:2] for f in features], boxes, levels, **options)
+    return np.stack([np.tensordot(m, np.float64(features[k]), 2) for m, k in zip(matrices, levels, strict=True)])
+
+
+def roi_align_gradient(cotangent, sizes, boxes, levels, **options) -> list[np.ndarray]:
+    """Of the features of every level: the transposed matrices."""
+    gradients = [np.zeros((*size, cotangent.shape[-1])) for size in sizes]
+    matrices = roi_align_matrices(sizes, boxes, levels, **options)
+    for matrix, level, bins in zip(matrices, levels, np.float64(cotangent), strict=True):
+        gradients[level] += np.tensordot(matrix, bins, ((0, 1), (0, 1)))
+    return gradients
 
 
 def roi_align_average(features, boxes, *, stride, output_size) -> np.ndarray:

@@ -1,9 +1,13 @@
-"""Greedy suppression: the textbook loop, and the promises about padding, groups and ties."""
+"""Greedy suppression: the textbook loop, and the promises about padding, groups and ties.
+
+The kernel runs here step by step, with its races watched; `test_nms_kernel.py` has what plain JAX need not promise.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import oracles
 import pytest
@@ -12,12 +16,37 @@ from hypothesis import strategies as st
 from oracles import arrays
 
 from fasterrcnn_jax import nms as nms_module
+from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.nms import nms
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
 
-jitted_nms = functools.partial(jax.jit, static_argnames=("iou_threshold", "max_output"))(nms)
+STATIC = ("iou_threshold", "max_output", "implementation")
+jitted_nms = jax.jit(nms, static_argnames=STATIC)
+
+# So small that a few dozen boxes fill several tiles of either design, and several chunks of the mask.
+SHRUNK = dict(
+    THREADS=4, WORD=8, CHUNK=32, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16
+)
+
+
+@pytest.fixture(
+    params=["xla", *(pytest.param(design, marks=mosaic.needs_mosaic) for design in ("mask", "list"))]
+)
+def any_nms(request, monkeypatch):
+    """`nms` in plain JAX, and by each design of the kernel."""
+    if request.param == "xla":
+        yield functools.partial(jitted_nms, implementation="xla")
+        return
+    mosaic.interpret(monkeypatch)
+    monkeypatch.setattr(kernel, "design", lambda *sizes: request.param)
+    for name, size in SHRUNK.items():
+        monkeypatch.setattr(kernel, name, size)
+    kernel.keep_first.cache_clear()
+    # A function of its own, for traces of its own.
+    yield jax.jit(functools.partial(nms, implementation="mosaic"), static_argnames=STATIC)
+    kernel.keep_first.cache_clear()
 
 
 def corners(n):
@@ -82,6 +111,34 @@ def test_nms_equals_the_greedy_loop(threshold, example):
         )
 
 
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_a_batch_of_every_kind_equals_the_greedy_loop(threshold, any_nms):
+    """Clusters with ties and invalid boxes in three groups, a chain, a few valid boxes that fill no tile, none."""
+    n, kept = 60, 24
+    chain = 4.0 * np.arange(n, dtype=np.float32)
+    chain = np.stack([chain, np.zeros(n), chain + 10, np.full(n, 10)], axis=1).astype(np.float32)
+    clusters, scores = clustered(n, seed=5)
+    clusters[25:40] = clusters[5:20]  # duplicates, of other groups and scores
+    problems = [
+        (clusters, scores, np.random.default_rng(6).random(n) < 0.9),
+        (chain, -np.arange(n, dtype=np.float32), np.ones(n, bool)),
+        (clusters[::-1], scores, np.arange(n) < 19),
+        (clusters, scores, np.zeros(n, bool)),
+    ]
+    groups = np.random.default_rng(7).integers(0, 3, n).astype(np.int32)
+    groups = np.stack([groups, np.zeros(n, np.int32), groups, groups])
+    run = functools.partial(any_nms, iou_threshold=threshold, max_output=kept)
+    found = jax.vmap(lambda *xs: run(*xs[:3], groups=xs[3]))(*map(np.stack, zip(*problems)), groups)
+    counts = []
+    for row, (problem, groups_of_row) in enumerate(zip(problems, groups)):
+        expected = oracles.greedy_nms(
+            *problem, iou_threshold=threshold, max_output=kept, groups=groups_of_row
+        )
+        assert kept_of((found[0][row], found[1][row])) == expected
+        counts.append(len(expected))
+    assert counts[1] == kept and 1 < counts[2] < kept and counts[3] == 0
+
+
 @given(boxes_scores_valid_groups)
 def test_smaller_max_output_is_a_prefix(example):
     boxes, scores, valid, groups = example
@@ -91,10 +148,17 @@ def test_smaller_max_output_is_a_prefix(example):
     )
 
 
-def test_identical_boxes_survive_a_threshold_of_1():
+def test_max_output_beyond_the_boxes_keeps_all_that_survive(any_nms):
+    boxes, scores = clustered(SMALL, seed=3)
+    valid = np.arange(SMALL) % 5 > 0
+    found = any_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL + 9)
+    assert kept_of(found) == oracles.greedy_nms(boxes, scores, valid, iou_threshold=0.5)
+
+
+def test_identical_boxes_survive_a_threshold_of_1(any_nms):
     boxes = np.tile(np.float32([[3, 4, 20, 30]]), (SMALL, 1))
     scores = np.random.default_rng(0).permutation(SMALL).astype(np.float32)
-    found = jitted_nms(boxes, scores, np.ones(SMALL, bool), iou_threshold=1.0, max_output=SMALL)
+    found = any_nms(boxes, scores, np.ones(SMALL, bool), iou_threshold=1.0, max_output=SMALL)
     assert kept_of(found) == np.argsort(-scores).tolist()
 
 
@@ -124,15 +188,52 @@ def test_a_chain_through_a_whole_block_alternates():
     assert run_large(boxes, scores, 0.3) == list(range(0, 600, 2))  # neighbours 6/14, next 2/18
 
 
-def test_threshold_is_rounded_down_to_float32():
+def test_threshold_is_rounded_down_to_float32(any_nms):
     """float32(3/10) exceeds 0.3, float32(7/10) does not exceed 0.7."""
     boxes = np.zeros((SMALL, 4), np.float32)
     valid = np.arange(SMALL) < 2
     scores = -np.arange(SMALL, dtype=np.float32)
     for overlap, threshold, survivors in ((3, 0.3, 1), (7, 0.7, 2), (5, 0.5, 2)):
         boxes[0], boxes[1] = (0, 0, 10, 1), (0, 0, overlap, 1)
-        found = jitted_nms(boxes, scores, valid, iou_threshold=threshold, max_output=SMALL)
+        found = any_nms(boxes, scores, valid, iou_threshold=threshold, max_output=SMALL)
         assert len(kept_of(found)) == survivors, threshold
+
+
+def close_pairs(count, threshold):
+    """Pairs of nested boxes, a group each, whose overlap lies within a few ulp of the threshold."""
+    generator = np.random.default_rng(8)
+    width, height = generator.uniform(20, 900, (2, count)).astype(np.float32)
+    part = (np.float32(threshold) * width).view(np.int32) + generator.integers(-3, 4, count).astype(np.int32)
+    corners = np.zeros((2, count, 4), np.float32)
+    corners[:, :, 2], corners[:, :, 3] = [width, part.view(np.float32)], height
+    return corners.reshape(-1, 4), np.tile(np.arange(count, dtype=np.int32), 2)
+
+
+def check_close_pairs(run, count, threshold):
+    """By pair: the second of a group falls where the rounded quotient exceeds the threshold."""
+    boxes, groups = close_pairs(count, threshold)
+    scores, valid = -np.arange(2 * count, dtype=np.float32), np.ones(2 * count, bool)
+    ious = np.array([oracles.iou(boxes[i], boxes[count + i]) for i in range(count)], np.float64)
+    survives = ious <= threshold
+    assert 0.2 < survives.mean() < 0.8
+    found = run(boxes, scores, valid, groups=groups, iou_threshold=threshold, max_output=2 * count)
+    assert kept_of(found) == [*range(count), *(count + np.flatnonzero(survives))]
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_pairs_within_a_few_ulp_of_the_threshold(threshold, any_nms):
+    check_close_pairs(any_nms, 32, threshold)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("design", ["mask", "list"])
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_on_a_gpu_pairs_within_a_few_ulp_of_the_threshold(threshold, design, monkeypatch):
+    monkeypatch.setattr(kernel, "design", lambda *sizes: design)
+    kernel.keep_first.cache_clear()
+    run = jax.jit(functools.partial(nms, implementation="mosaic"), static_argnames=STATIC)
+    check_close_pairs(run, 4000, threshold)
+    kernel.keep_first.cache_clear()
 
 
 def test_all_invalid_keeps_nothing():
@@ -142,22 +243,32 @@ def test_all_invalid_keeps_nothing():
 
 
 @pytest.mark.parametrize("valid", [True, False])
-def test_single_box_survives_if_valid(valid):
-    found = jitted_nms(
+def test_single_box_survives_if_valid(valid, any_nms):
+    found = any_nms(
         jnp.array([[1.0, 1, 5, 5]]), jnp.zeros(1), jnp.array([valid]), iou_threshold=0.5, max_output=3
     )
     assert found[0].shape == (3,)
     assert kept_of(found) == [0] * valid
 
 
-def test_invalid_boxes_change_nothing_whatever_they_hold():
+def test_invalid_boxes_change_nothing_whatever_they_hold(any_nms):
     boxes, scores = clustered(SMALL, seed=4)
     valid = np.arange(SMALL) % 3 > 0
-    clean = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
+    clean = any_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
     for payload in (np.nan, np.inf, -np.inf):
         boxes[~valid], scores[~valid] = payload, payload
-        dirty = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
+        dirty = any_nms(boxes, scores, valid, iou_threshold=0.5, max_output=SMALL)
         assert kept_of(dirty) == kept_of(clean)
+
+
+def test_valid_boxes_with_nan_or_without_an_area_suppress_nothing(any_nms):
+    """A box, the same with a NaN, with an infinity, inverted, and empty, twice each: only the first has a victim."""
+    box = np.float32([2, 3, 30, 40])
+    kinds = [box, [np.nan, 3, 30, 40], [2, 3, np.inf, 40], [30, 40, 2, 3], [30, 3, 2, 40], [7, 7, 7, 9]]
+    boxes = np.repeat(np.float32(kinds), 2, axis=0)
+    scores, valid = -np.arange(12, dtype=np.float32), np.ones(12, bool)
+    found = any_nms(boxes, scores, valid, iou_threshold=0.3, max_output=12)
+    assert kept_of(found) == [0, *range(2, 12)]
 
 
 def test_vmap_equals_the_loop():

@@ -1,16 +1,21 @@
-"""RoIAlign and its older average: the loops over samples, the references' numbers, and symmetries."""
+"""RoIAlign and its older average: the loops over samples, the references' numbers, and symmetries.
+
+The kernel runs here step by step, with its races watched; on a GPU `pytest -m gpu` runs it as it is.
+"""
 
 import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import oracles
 import pytest
 from fidelity import compare
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 from oracles import arrays
 
 from fasterrcnn_jax.roi_align import roi_align, roi_align_average
@@ -22,8 +27,14 @@ STRIDE = 8
 GRID = dict(stride=STRIDE, output_size=3)
 OPTIONS = GRID | dict(sampling_ratio=2, aligned=True)
 
+
+
+def align_on_one_map(features, boxes, *, stride, **options):
+    return roi_align((features,), boxes, jnp.zeros(len(boxes), jnp.int32), strides=(stride,), **options)
+
+
 STATIC = ("stride", "output_size", "sampling_ratio", "aligned")
-jitted = functools.partial(jax.jit, static_argnames=STATIC)(roi_align)
+jitted = jax.jit(align_on_one_map, static_argnames=STATIC)
 align = functools.partial(jitted, **OPTIONS)
 adaptive = functools.partial(jitted, **(OPTIONS | dict(sampling_ratio=0)))
 average = functools.partial(jax.jit(roi_align_average, static_argnames=("stride", "output_size")), **GRID)
@@ -51,11 +62,56 @@ BOXES = np.float32(
 )
 
 
+def loop_over_samples(features, boxes, *, stride, **options):
+    return oracles.roi_align([features], boxes, [0] * len(boxes), strides=(stride,), **options)
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic", marks=mosaic.needs_mosaic)], indirect=True
+)
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+    if request.param == "mosaic":
+        mosaic.interpret(monkeypatch)
+    return request.param
+
+
+# Two images on two levels; the kernel's channels come in multiples of 128.
+SIZES, STRIDES = ((9, 11), (5, 6)), (8, 16)
+PYRAMID = tuple(
+    np.random.default_rng(level).normal(size=(2, *size, 128)).astype(np.float32) for level, size in enumerate(SIZES)
+)
+PYRAMID_BOXES = np.float32(
+    [
+        [
+            [9, 5, 41, 37],  # inside
+            [-2, -3, 88, 74],  # the whole map and more
+            [-20, -9, 13, 21],  # partly outside, near corner
+            [61, 50, 107, 90],  # partly outside, far corner, on the finer level
+            [41, 37, 9, 5],  # inverted
+            [np.nan, 3, 30, 40],
+        ],
+        [
+            [61, 50, 107, 90],  # the same on the coarser level
+            [20.375, 20.375, 20.375, 20.375],  # a point
+            [3, 11, 50, 11],  # no height
+            [140, 0, 190, 30],  # wholly outside
+            [13.5, 17.25, 14, 17.5],  # smaller than a cell
+            [7, 3, 60, np.inf],
+        ],
+    ]
+) + np.float32(0.125)  # no sample lies on the edge of what counts, where rounding would decide
+PYRAMID_LEVELS = np.int32([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]])
+PYRAMID_BOXES[1, 5, 3] = np.inf
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 def test_roi_align_equals_the_loop_over_samples(sampling_ratio, aligned):
     options = GRID | dict(sampling_ratio=sampling_ratio, aligned=aligned)
-    expected = oracles.roi_align(FEATURES, BOXES, **options)
+    expected = loop_over_samples(FEATURES, BOXES, **options)
     np.testing.assert_allclose(jitted(FEATURES, BOXES, **options), expected, atol=1e-5)
 
 
@@ -66,7 +122,7 @@ def test_roi_align_of_any_box_equals_the_loop_over_samples(sampling_ratio, align
     boxes = (boxes + 0.375).astype(np.float32)
     options = GRID | dict(sampling_ratio=sampling_ratio, aligned=aligned)
     np.testing.assert_allclose(
-        jitted(FEATURES, boxes, **options), oracles.roi_align(FEATURES, boxes, **options), atol=1e-4
+        jitted(FEATURES, boxes, **options), loop_over_samples(FEATURES, boxes, **options), atol=1e-4
     )
 
 
@@ -76,7 +132,7 @@ def test_a_bin_of_whole_cells_takes_one_adaptive_sample_per_cell():
     corner = 3.0 * STRIDE
     boxes = np.float32([[corner, corner] + [corner + 7 * cells * STRIDE] * 2 for cells in range(1, 7)])
     options = dict(stride=STRIDE, output_size=7, sampling_ratio=0, aligned=True)
-    expected = oracles.roi_align(features, boxes, **options)
+    expected = loop_over_samples(features, boxes, **options)
     np.testing.assert_allclose(jitted(features, boxes, **options), expected, atol=1e-5)
 
 
@@ -106,7 +162,7 @@ def pool_and_gradient(operator, features, rois, cotangent):
 def test_roi_align_and_its_gradient_equal_torchvision(stride, aligned, sampling_ratio):
     options = dict(stride=stride, output_size=7, sampling_ratio=sampling_ratio, aligned=aligned)
     pooled, gradient = pool_and_gradient(
-        functools.partial(roi_align, **options),
+        functools.partial(align_on_one_map, **options),
         GOLDEN["features"],
         GOLDEN[f"rois_s{stride}"],
         GOLDEN[f"cotangent_s{stride}"],
@@ -234,17 +290,16 @@ def test_no_gradient_reaches_the_boxes(operator):
 
 @OPERATORS
 def test_one_image_of_a_batch_ignores_the_others(operator):
-    features = np.stack([FEATURES, np.full_like(FEATURES, 1e9)])
+    features = np.stack([FEATURES, np.full_like(FEATURES, np.nan)])
     # The other image's boxes want many more adaptive samples.
     pooled = jax.vmap(operator)(features, np.stack([BOXES, 20 * BOXES]))
     np.testing.assert_allclose(pooled[0], operator(FEATURES, BOXES), atol=1e-5)
 
 
-@OPERATORS
-def test_low_precision_features_are_pooled_in_float32(operator):
-    pooled = operator(FEATURES.astype(jnp.bfloat16), BOXES)
+def test_the_average_of_low_precision_features_is_float32():
+    pooled = average(FEATURES.astype(jnp.bfloat16), BOXES)
     assert pooled.dtype == jnp.float32
-    np.testing.assert_allclose(pooled, operator(FEATURES, BOXES), atol=0.05)
+    np.testing.assert_allclose(pooled, average(FEATURES, BOXES), atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -263,3 +318,249 @@ def test_nothing_to_sample_is_an_error(operator, options, message):
 def test_the_average_of_a_single_row_is_an_error():
     with pytest.raises(ValueError, match="at least 2 x 2 cells, got 1 x 7"):
         average(FEATURES[:1], BOXES)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pull_back_over_levels(align, features, boxes, levels, cotangent):
+    """Returns what `align` makes of every region, and the gradient of the features."""
+    pooled, pull_back = jax.vjp(lambda features: align(features, boxes, levels), features)
+    return pooled, *pull_back(cotangent)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    "sampling_ratio, aligned, dtype",
+    [(2, True, jnp.float32), (0, False, jnp.float32), (3, False, jnp.bfloat16), (0, True, jnp.bfloat16)],
+)
+def test_every_implementation_and_its_gradient_equal_the_loop_over_samples(
+    implementation, sampling_ratio, aligned, dtype
+):
+    """bfloat16 results are the float32 sums rounded once."""
+    options = dict(strides=STRIDES, output_size=3, sampling_ratio=sampling_ratio, aligned=aligned)
+    features = tuple(level.astype(dtype) for level in PYRAMID)
+    cotangent = np.random.default_rng(5).normal(size=(2, 6, 3, 3, 128)).astype(dtype)
+    align = jax.vmap(functools.partial(roi_align, **options, implementation=implementation))
+    pooled, gradients = pull_back_over_levels(align, features, PYRAMID_BOXES, PYRAMID_LEVELS, cotangent)
+    rtol = 2.0**-8 if dtype == jnp.bfloat16 else 0.0
+    for image, (boxes, levels) in enumerate(zip(PYRAMID_BOXES, PYRAMID_LEVELS)):
+        expected = oracles.roi_align([level[image] for level in features], boxes, levels, **options)
+        assert pooled.dtype == dtype and np.any(expected)
+        np.testing.assert_allclose(np.float64(pooled[image]), expected, rtol=rtol, atol=1e-5)
+        expected = oracles.roi_align_gradient(cotangent[image], SIZES, boxes, levels, **options)
+        for gradient, of_level in zip(gradients, expected):
+            assert gradient.dtype == dtype and np.any(of_level)
+            np.testing.assert_allclose(np.float64(gradient[image]), of_level, rtol=rtol, atol=1e-4)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("output_size, channels", [(1, 384), (6, 128)])
+def test_many_cells_in_a_bin_and_many_bins_in_a_cell(implementation, output_size, channels):
+    """More than the kernel loads at once, of either; 384 channels are three blocks."""
+    features = np.random.default_rng(6).normal(size=(7, 10, channels)).astype(np.float32)
+    boxes = np.float32([[0.125, 0.375, 9.625, 6.5], [2.125, 3.375, 4.625, 4.5]])
+    options = dict(strides=(1,), output_size=output_size, sampling_ratio=0, aligned=True)
+    align = functools.partial(roi_align, **options, implementation=implementation)
+    cotangent = np.random.default_rng(7).normal(size=(2, output_size, output_size, channels)).astype(np.float32)
+    levels = np.zeros(2, np.int32)
+    pooled, (gradient,) = pull_back_over_levels(align, (features,), boxes, levels, cotangent)
+    expected = oracles.roi_align([features], boxes, levels, **options)
+    np.testing.assert_allclose(pooled, expected, atol=1e-5)
+    (expected,) = oracles.roi_align_gradient(cotangent, [(7, 10)], boxes, levels, **options)
+    np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+# Boxes of one cell, the centre of which is the one sample.
+CELL = dict(strides=(1,), output_size=1, sampling_ratio=1, aligned=True)
+
+
+@IMPLEMENTATIONS
+def test_gradients_of_bfloat16_features_are_summed_in_float32(implementation):
+    """256 + 1 is 256 in bfloat16: a sum that passed through it would lose every 1."""
+    features = np.zeros((3, 4, 128), jnp.bfloat16)
+    boxes, levels = np.tile(np.float32([[2, 1, 3, 2]]), (9, 1)), np.zeros(9, np.int32)
+    cotangent = np.concatenate([np.full((1, 1, 1, 128), 256.0), np.ones((8, 1, 1, 128))]).astype(jnp.bfloat16)
+    align = functools.partial(roi_align, **CELL, implementation=implementation)
+    _, (gradient,) = pull_back_over_levels(align, (features,), boxes, levels, cotangent)
+    expected = np.zeros((3, 4, 128))
+    expected[1, 2] = 264.0
+    np.testing.assert_array_equal(np.float64(gradient), expected)
+
+
+@IMPLEMENTATIONS
+def test_gradients_are_summed_in_the_order_of_the_regions(implementation):
+    """1 before 1e8 is lost in float32, 1 behind -1e8 is not. The kernel takes 300 regions in three blocks."""
+    boxes = np.full((300, 4), -9, np.float32)
+    cotangent = np.zeros((300, 1, 1, 128), np.float32)
+    for cell, regions in enumerate([(4, 130, 290), (7, 8, 9), (140, 141, 299)]):
+        boxes[list(regions)] = [cell, 0, cell + 1, 1]
+        cotangent[list(regions), 0, 0] = [[1.0], [1e8], [-1e8]]
+        cotangent[list(regions), 0, 0, 64:] = [[1e8], [-1e8], [1.0]]
+    align = functools.partial(roi_align, **CELL, implementation=implementation)
+    features, levels = np.zeros((1, 3, 128), np.float32), np.zeros(300, np.int32)
+    _, (gradient,) = pull_back_over_levels(align, (features,), boxes, levels, cotangent)
+    np.testing.assert_array_equal(gradient[..., :64], np.zeros((1, 3, 64)))
+    np.testing.assert_array_equal(gradient[..., 64:], np.ones((1, 3, 64)))
+
+
+@IMPLEMENTATIONS
+def test_mapped_twice_over_boxes_alone_it_equals_the_loop(implementation):
+    """Features are mapped by neither axis, levels by the inner one."""
+    options = dict(strides=STRIDES, output_size=2, sampling_ratio=0, aligned=False)
+    features = tuple(level[0] for level in PYRAMID)
+    boxes = np.stack([PYRAMID_BOXES[:, :2], PYRAMID_BOXES[:, 2:4]])
+    levels = np.int32([[0, 1], [1, 0]])
+    align = functools.partial(roi_align, **options, implementation=implementation)
+    mapped = jax.vmap(jax.vmap(align, in_axes=(None, 0, 0)), in_axes=(None, 0, None))
+    cotangent = np.random.default_rng(8).normal(size=(2, 2, 2, 2, 2, 128)).astype(np.float32)
+    pooled, gradients = pull_back_over_levels(mapped, features, boxes, levels, cotangent)
+    alone = functools.partial(roi_align, **options, implementation="xla")
+    totals = [0.0, 0.0]
+    for i, j in np.ndindex(2, 2):
+        expected, of_levels = pull_back_over_levels(alone, features, boxes[i, j], levels[j], cotangent[i, j])
+        np.testing.assert_allclose(pooled[i, j], expected, atol=1e-5)
+        totals = [total + np.asarray(gradient) for total, gradient in zip(totals, of_levels)]
+    for gradient, total in zip(gradients, totals):
+        np.testing.assert_allclose(gradient, total, atol=1e-4)
+
+
+@IMPLEMENTATIONS
+def test_no_regions_are_no_features_and_no_gradient(implementation):
+    """None of them is a launch: the kernel stands aside where nobody names it."""
+    options = dict(strides=STRIDES, output_size=2, sampling_ratio=0, aligned=False)
+    features = tuple(level[0] for level in PYRAMID)
+    boxes, levels, cotangent = np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros((0, 2, 2, 128), np.float32)
+    align = functools.partial(roi_align, **options)
+    pooled, gradients = pull_back_over_levels(align, features, boxes, levels, cotangent)
+    assert pooled.shape == cotangent.shape and not any(map(np.any, gradients))
+
+
+def grad_over_images(features, boxes, levels, **options):
+    """Returns the gradient of a sum of squares over images."""
+    align = jax.vmap(functools.partial(roi_align, **options))
+    return jax.grad(lambda features: (align(features, boxes, levels) ** 2).sum())(features)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("over_devices", ["pmap", "shard_map"])
+def test_devices_share_the_images_of_a_batch(over_devices, sampling_ratio):
+    options = dict(strides=STRIDES, output_size=3, sampling_ratio=sampling_ratio, aligned=False)
+    arguments = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), (PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS))
+    run = functools.partial(grad_over_images, **options)
+    if over_devices == "pmap":
+        shared = jax.pmap(run, devices=jax.devices()[:2])
+        found = shared(*jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), arguments))
+        found = jax.tree.map(lambda x: np.asarray(x).reshape(4, *x.shape[2:]), found)
+    else:
+        spec = PartitionSpec("images")
+        mesh = Mesh(np.array(jax.devices()[:2]), ("images",))
+        shared = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        found = jax.jit(shared)(*arguments)
+    for gradient, alone in zip(found, jax.jit(run)(*arguments)):
+        np.testing.assert_array_equal(gradient, alone)
+
+
+def test_the_plain_form_is_exported_for_cpu_and_cuda():
+    options = dict(strides=STRIDES, output_size=3, sampling_ratio=0, aligned=False, implementation="xla")
+    run, arguments = jax.jit(functools.partial(grad_over_images, **options)), (PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS)
+    exported = jax.export.export(run, platforms=("cpu", "cuda"))(*arguments)
+    for gradient, directly in zip(exported.call(*arguments), run(*arguments)):
+        np.testing.assert_array_equal(gradient, directly)
+
+
+def lowered(channels, dtype=jnp.float32, implementation=None, images=3):
+    """Returns the CUDA program of a gradient over images and levels, with the features it is of."""
+    options = dict(strides=(4, 8, 16), output_size=7, sampling_ratio=2, aligned=False, implementation=implementation)
+
+    def features_and_gradient(features, boxes, levels):
+        align = jax.vmap(functools.partial(roi_align, **options))
+        pooled, pull_back = jax.vjp(lambda features: align(features, boxes, levels), features)
+        return pooled, pull_back(pooled)
+
+    array = jax.ShapeDtypeStruct
+    features = tuple(array((images, size, size + 1, channels), dtype) for size in (32, 16, 8))
+    boxes, levels = array((images, 130, 4), jnp.float32), array((images, 130), jnp.int32)
+    return mosaic.lowered_for_cuda(features_and_gradient, features, boxes, levels)
+
+
+@mosaic.needs_mosaic
+@pytest.mark.parametrize("channels, dtype", [(128, jnp.bfloat16), (256, jnp.float32), (1024, jnp.bfloat16)])
+def test_images_and_levels_are_one_launch_forward_and_one_backward(monkeypatch, channels, dtype):
+    mosaic.pretend(monkeypatch)
+    program = lowered(channels, dtype)
+    assert program.count("@mosaic_gpu") == 2
+    assert program.count("roi_align_forward") and program.count("roi_align_backward")
+    assert "scatter" not in program
+
+
+@mosaic.needs_mosaic
+@pytest.mark.parametrize(
+    "channels, dtype, reason",
+    [(96, jnp.float32, "there are 96"), (128, jnp.float16, "these are float16")],
+)
+def test_what_the_kernel_cannot_take_is_refused_by_name_and_run_without_it_otherwise(
+    monkeypatch, channels, dtype, reason
+):
+    mosaic.pretend(monkeypatch)
+    with pytest.raises(NotImplementedError, match=f"roi_align was asked for, but .* {reason}"):
+        lowered(channels, dtype, "mosaic")
+    assert "mosaic_gpu" not in lowered(channels, dtype)
+    assert "mosaic_gpu" not in lowered(128, jnp.float32, "xla")
+
+
+def test_the_kernel_is_refused_by_name_where_it_cannot_run():
+    if jax.default_backend() == "gpu":
+        pytest.skip("here it can")
+    with pytest.raises(NotImplementedError, match="roi_align was asked for, but it (runs on CUDA|needs JAX)"):
+        lowered(128, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    "features, strides, message",
+    [
+        ([np.zeros((4, 4, 2), np.float32)] * 2, (8,), "need one stride per map, got 1 for 2"),
+        (
+            [np.zeros((4, 4, 2), np.float32), np.zeros((2, 2, 2), jnp.bfloat16)],
+            (8, 16),
+            "one type, got bfloat16 and float32",
+        ),
+    ],
+)
+def test_maps_that_do_not_fit_together_are_an_error(features, strides, message):
+    features, boxes, levels = tuple(map(jnp.asarray, features)), jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        roi_align(features, boxes, levels, strides=strides, output_size=2, sampling_ratio=2, aligned=True)
+
+
+PRODUCTION = {
+    "fpn": (((200, 336), (100, 168), (50, 84), (25, 42)), (4, 8, 16, 32), 256, 512, 7, 2),
+    "c4": (((50, 84),), (16,), 1024, 128, 14, 2),
+    "c4 adaptive": (((50, 84),), (16,), 1024, 128, 14, 0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_on_a_gpu_the_kernel_equals_the_plain_form_and_itself_bit_by_bit(name, dtype):
+    maps, strides, channels, regions, output_size, sampling_ratio = PRODUCTION[name]
+    generator = np.random.default_rng(9)
+    sides = np.exp(generator.uniform(np.log(16), np.log(700), (8, regions, 2)))
+    centres = generator.uniform(0, [1344, 800], (8, regions, 2))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=-1).clip(0, [1344, 800, 1344, 800])
+    levels = np.digitize(np.sqrt(sides.prod(axis=-1)), [112, 224, 448][: len(maps) - 1]).astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), len(maps) + 1)
+    features = tuple(jax.random.normal(key, (8, *size, channels), dtype) for key, size in zip(keys, maps))
+    cotangent = jax.random.normal(keys[-1], (8, regions, output_size, output_size, channels), dtype)
+    options = dict(strides=strides, output_size=output_size, sampling_ratio=sampling_ratio, aligned=False)
+
+    def run(implementation):
+        align = jax.vmap(functools.partial(roi_align, **options, implementation=implementation))
+        pooled, gradients = pull_back_over_levels(align, features, np.float32(boxes), levels, cotangent)
+        return jax.tree.map(np.asarray, (pooled, *gradients))
+
+    kernel, again, plain = run("mosaic"), run("mosaic"), run("xla")
+    # Either rounds a float32 sum once; two sums may lie on either side of where it does.
+    rtol = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5
+    for found, second, expected in zip(kernel, again, plain):
+        np.testing.assert_array_equal(found, second)
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=rtol, atol=1e-4)

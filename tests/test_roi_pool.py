@@ -1,10 +1,14 @@
-"""RoI pooling: the loop over cells, torchvision's numbers, and which of equal cells gets the gradient."""
+"""RoI pooling: the loop over cells, torchvision's numbers, and which of equal cells gets the gradient.
+
+The kernel runs here step by step, with its races watched; on a GPU `pytest -m gpu` runs it as it is.
+"""
 
 import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import oracles
 import pytest
@@ -21,9 +25,12 @@ INPUTS = np.load(GOLDEN_FOLDER / "roi_align.npz")
 STRIDE = 8
 GRID = dict(stride=STRIDE, output_size=3)
 
-jitted = jax.jit(roi_pool, static_argnames=("stride", "output_size", "quantisation"))
+jitted = jax.jit(roi_pool, static_argnames=("stride", "output_size", "quantisation", "implementation"))
 rounded = functools.partial(jitted, **GRID, quantisation="rounded")
 OPERATORS = pytest.mark.parametrize("quantisation", ["rounded", "floor"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic", marks=mosaic.needs_mosaic)], indirect=True
+)
 
 # Few values: many cells of a bin are equal, and every sum of cotangents below is exact.
 FEATURES = np.random.default_rng(0).integers(-2, 3, size=(9, 11, 3)).astype(np.float32)
@@ -46,9 +53,22 @@ BOXES = np.float32(
 )
 
 
-def pool_and_gradient(operator, boxes, cotangent):
-    pooled, pull_back = jax.vjp(lambda f: operator(f, boxes), jnp.asarray(FEATURES))
-    return pooled, pull_back(jnp.asarray(cotangent))[0]
+# The kernel's channels come in multiples of 128: the three above, and others on every row of threads.
+WIDE = np.concatenate(
+    [FEATURES, np.random.default_rng(4).integers(-9, 10, size=(9, 11, 125)).astype(np.float32)], axis=-1
+)
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+    if request.param == "mosaic":
+        mosaic.interpret(monkeypatch)
+    return request.param
+
+
+def pool_and_gradient(operator, boxes, cotangent, features=FEATURES):
+    pooled, pull_back = jax.vjp(lambda f: operator(f, jnp.asarray(boxes)), jnp.asarray(features))
+    return pooled, pull_back(jnp.asarray(cotangent, pooled.dtype))[0]
 
 
 @OPERATORS
@@ -180,10 +200,145 @@ def test_one_image_of_a_batch_ignores_the_others():
     np.testing.assert_array_equal(pooled[0], rounded(FEATURES, BOXES))
 
 
-def test_low_precision_features_are_pooled_in_float32():
-    pooled = rounded(FEATURES.astype(jnp.bfloat16), BOXES)
-    assert pooled.dtype == jnp.float32
-    np.testing.assert_array_equal(pooled, rounded(FEATURES, BOXES))
+@IMPLEMENTATIONS
+@OPERATORS
+def test_every_implementation_and_its_gradient_equal_the_loop_over_cells(implementation, quantisation):
+    options = GRID | dict(quantisation=quantisation)
+    expected, places = oracles.roi_pool(WIDE, BOXES, **options)
+    cotangent = np.random.default_rng(1).integers(-9, 10, expected.shape).astype(np.float32)
+    pool = functools.partial(roi_pool, **options, implementation=implementation)
+    pooled, gradient = pool_and_gradient(pool, BOXES, cotangent, WIDE)
+    np.testing.assert_array_equal(pooled, expected)
+    np.testing.assert_array_equal(gradient, oracles.roi_pool_gradient(places, cotangent, WIDE.shape))
+    np.testing.assert_array_equal(pool(jnp.asarray(WIDE), jnp.asarray(BOXES)), expected)
+
+
+@IMPLEMENTATIONS
+def test_nan_is_never_a_maximum_and_a_bin_without_a_number_gives_no_gradient(implementation):
+    """torchvision's outcome: the lowest float32."""
+    features = np.zeros((2, 3, 128), np.float32)
+    features[0, 0] = features[1, 0] = features[1, 2] = np.nan
+    features[0, 2] = 4.0
+    boxes = np.float32([[0, 0, 2, 1], [0, 0, 0, 1]])
+    options = dict(stride=1, output_size=1, quantisation="rounded", implementation=implementation)
+    pool = functools.partial(roi_pool, **options)
+    pooled, gradient = pool_and_gradient(pool, boxes, np.ones((2, 1, 1, 128), np.float32), features)
+    np.testing.assert_array_equal(pooled[0], np.full((1, 1, 128), 4.0))
+    np.testing.assert_array_equal(pooled[1], np.full((1, 1, 128), np.finfo(np.float32).min))
+    expected = np.zeros_like(features)
+    expected[0, 2] = 1.0
+    np.testing.assert_array_equal(gradient, expected)
+
+
+@IMPLEMENTATIONS
+def test_features_of_either_type_keep_it_and_gradients_are_summed_in_float32(implementation):
+    """256 + 1 is 256 in bfloat16: a sum that passed through it would lose every 1."""
+    features = np.zeros((3, 4, 128), np.float32)
+    features[1, 2] = 1.0
+    boxes = np.tile(np.float32([[0, 0, 3, 2]]), (9, 1))
+    cotangent = np.concatenate([np.full((1, 1, 1, 128), 256.0), np.ones((8, 1, 1, 128))])
+    options = dict(stride=1, output_size=1, quantisation="floor", implementation=implementation)
+    pool = functools.partial(roi_pool, **options)
+    pooled, gradient = pool_and_gradient(pool, boxes, cotangent, features.astype(jnp.bfloat16))
+    assert pooled.dtype == gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(pooled.astype(np.float32), np.ones((9, 1, 1, 128)))
+    np.testing.assert_array_equal(gradient.astype(np.float32), 264 * features)
+
+
+@IMPLEMENTATIONS
+def test_mapped_twice_each_image_ignores_the_others(implementation):
+    """384 channels: the kernel takes them in three blocks."""
+    features = np.random.default_rng(6).integers(-9, 10, (2, 5, 6, 384)).astype(np.float32)
+    boxes = np.stack([BOXES[:3], BOXES[1:4]])[:, None]
+    options = GRID | dict(quantisation="floor", implementation=implementation)
+    pool = jax.vmap(jax.vmap(functools.partial(roi_pool, **options)))
+    cotangent = np.arange(2 * 3 * 3 * 3 * 384, dtype=np.float32).reshape(2, 1, 3, 3, 3, 384)
+    pooled, gradient = pool_and_gradient(pool, boxes, cotangent, features[:, None])
+    for image in range(2):
+        alone = functools.partial(jitted, **(options | dict(implementation="xla")))
+        expected = pool_and_gradient(alone, boxes[image, 0], cotangent[image, 0], features[image])
+        np.testing.assert_array_equal(pooled[image, 0], expected[0])
+        np.testing.assert_array_equal(gradient[image, 0], expected[1])
+
+
+@mosaic.needs_mosaic
+def test_a_batch_is_one_launch_each_way_without_a_scatter(monkeypatch):
+    mosaic.pretend(monkeypatch)
+    pool = jax.vmap(jax.vmap(functools.partial(roi_pool, stride=16, output_size=7, quantisation="rounded")))
+    features = jax.ShapeDtypeStruct((2, 4, 38, 63, 512), jnp.bfloat16)
+    boxes = jax.ShapeDtypeStruct((2, 4, 128, 4), jnp.float32)
+
+    def gradient(features, boxes):
+        return jax.grad(lambda f: pool(f, boxes).astype(jnp.float32).sum())(features)
+
+    forward, backward = (mosaic.lowered_for_cuda(f, features, boxes) for f in (pool, gradient))
+    for program, results in (
+        (forward, ["8x128x7x7x512xbf16"]),
+        (backward, ["8x128x7x7x512xi32", "8x38x63x512xbf16"]),
+    ):
+        launches = [line for line in program.splitlines() if "mosaic_gpu_v2" in line]
+        assert len(launches) == len(results)
+        for launch, result in zip(launches, results):
+            assert f"tensor<{result}>" in launch.split("->")[-1]
+    assert "stablehlo.while" not in backward
+    assert "scatter" not in forward + backward
+
+
+@mosaic.needs_mosaic
+def test_without_a_gradient_no_places_are_written(monkeypatch):
+    mosaic.pretend(monkeypatch)
+    boxes = jax.ShapeDtypeStruct((5, 4), jnp.float32)
+    features = jax.ShapeDtypeStruct((8, 9, 128), jnp.float32)
+    pool = functools.partial(roi_pool, stride=16, output_size=6, quantisation="floor")
+    assert "5x6x6x128xi32" not in mosaic.lowered_for_cuda(pool, features, boxes)
+    gradient = jax.grad(lambda f, boxes: pool(f, boxes).sum())
+    assert "5x6x6x128xi32" in mosaic.lowered_for_cuda(gradient, features, boxes)
+
+
+@pytest.mark.parametrize(
+    ("features", "regions", "reason"),
+    [
+        (jnp.zeros((4, 4, 100)), 2, "channels in multiples of 128 and there are 100"),
+        (jnp.zeros((4, 4, 128), jnp.float16), 2, "float32 and bfloat16 features and these are float16"),
+        (jnp.zeros((4, 4, 128)), 0, "at least one region and there is none"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_do_and_left_alone_plain_jax_does_it(
+    features, regions, reason, monkeypatch
+):
+    mosaic.pretend(monkeypatch)
+    boxes = jnp.zeros((regions, 4))
+    options = dict(stride=1, output_size=2, quantisation="rounded")
+    with pytest.raises(NotImplementedError, match=reason):
+        roi_pool(features, boxes, **options, implementation="mosaic")
+    pooled = roi_pool(features, boxes, **options)
+    assert pooled.dtype == features.dtype
+    np.testing.assert_array_equal(pooled, np.zeros((regions, 2, 2, features.shape[2])))
+
+
+@pytest.mark.gpu
+@OPERATORS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_gpu_the_kernel_equals_plain_jax_and_repeats_its_bits(dtype, quantisation):
+    """At full size. Whole cotangents: their sums are exact in any order, and in float32 before they are rounded."""
+    generator = np.random.default_rng(5)
+    features = jnp.asarray(generator.standard_normal((8, 38, 63, 512)), dtype)
+    corners = generator.uniform(-40, 1040, (8, 128, 2, 2)).astype(np.float32)
+    boxes = np.concatenate([corners.min(axis=2), corners.max(axis=2)], axis=-1)
+    cotangent = jnp.asarray(generator.integers(-9, 10, (8, 128, 7, 7, 512)), dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, features, boxes, cotangent):
+        options = dict(stride=16, output_size=7, quantisation=quantisation, implementation=implementation)
+        pool = jax.vmap(functools.partial(roi_pool, **options))
+        pooled, pull_back = jax.vjp(lambda f: pool(f, boxes), features)
+        return pooled, pull_back(cotangent)[0]
+
+    first, second = (run("mosaic", features, boxes, cotangent) for _ in range(2))
+    plain = run("xla", features, boxes, cotangent)
+    for ours, again, expected in zip(first, second, plain):
+        np.testing.assert_array_equal(ours, again)
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("output_size", [3, 7])

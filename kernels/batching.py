@@ -1,0 +1,30 @@
+"""`vmap` of a kernel: one launch over all mapped axes in place of one launch mapped."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+
+def fold_mapped_axes(launch: Callable) -> Callable:
+    """Returns `launch`, but `vmap` lengthens the leading axis that its arguments and results share.
+
+    Args:
+      launch: takes and returns pytrees of arrays, each with the same leading axis of problems.
+    """
+    folded = custom_vmap(launch)
+
+    @folded.def_vmap
+    def rule(axis_size, is_mapped, *arguments):
+        def fold(mapped, x):
+            if not mapped:
+                x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = folded(*jax.tree.map(fold, tuple(is_mapped), arguments))
+        results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return functools.wraps(launch)(folded)

@@ -1,0 +1,256 @@
+"""RoIAlign for Mosaic GPU, of all images and levels in one launch, and a gradient that is gathered, not scattered.
+
+Samples on a regular grid, averaged per bin, are separable: a cell weighs in a bin what its row does times what its
+column does. XLA writes these weights, and which cells a bin holds along an axis, to small tables. Forward: one block
+per region and block of channels sums the cells of every bin. Backward: one block per tile of cells and block of
+channels visits the regions that meet its tile in ascending order, sums what their bins there hand back, and writes
+each gradient once. Nothing is added atomically: two runs give the same bits. Sums are float32 for every feature type.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fasterrcnn_jax.kernels import mosaic
+
+THREADS = 128
+# Cells per side of the backward's tile: 16 sums of up to 4 channels per thread. A larger one meets a region less
+# often, but leaves registers for fewer blocks, and it is other blocks that hide the latency of one's loads.
+TILE = 4
+# Cells (forward) or bins (backward) of a row whose loads are under way together.
+AT_ONCE = 4
+# Where a bin takes several adaptive samples they lie more than half a cell apart: at most four between the two
+# neighbours of a cell, and one more at each end for rounding.
+ADAPTIVE_SAMPLES_OF_A_CELL = 6
+
+
+class SampleGrid(NamedTuple):
+    """Where the r regions of n images are sampled; axes in the order (x, y), in cells of the region's level."""
+
+    level: jax.Array  # [n r] int32
+    bin_start: jax.Array  # [n r 2 s] float32
+    step: jax.Array  # [n r 2] float32, from sample to sample; the first lies half a step behind the bin's start
+    samples: jax.Array  # [n r 2] float32, a whole number: of one bin along the axis
+
+
+def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio: int) -> jax.Array:
+    """Returns the features [n r s s c] of the regions, in the type of `features`.
+
+    Args:
+      features: [n h w c] of every level, float32 or bfloat16, c a multiple of 128.
+      sampling_ratio: the number of samples if all regions take the same; 0 if not.
+    """
+    from jax.experimental import pallas as pl
+
+    problems, *_, channels = features[0].shape
+    _, regions, _, bins = grid.bin_start.shape
+    block = _block(channels)
+    weights = _weights(grid, [level.shape[1:3] for level in features], sampling_ratio)
+    first, end = _cells_of_bins(weights)
+
+    def roi_align_forward(*refs):
+        *maps, level, first, end, weights, pooled = refs
+        n, r = lax.axis_index("problem"), lax.axis_index("region")
+        c = pl.ds(pl.multiple_of(lax.axis_index("channels") * block, block), block)
+
+        def pool(cells):
+            @pl.loop(0, bins)
+            def _(p):
+                first_row, end_row = first[n, r, 1, p], end[n, r, 1, p]
+
+                @pl.loop(0, bins)
+                def _(q):
+                    first_column, end_column = first[n, r, 0, q], end[n, r, 0, q]
+
+                    def columns(i, total):
+                        k = [first_column + i * AT_ONCE + near for near in range(AT_ONCE)]
+                        # Behind a bin's last cell its weights are zero.
+                        weights_x = [weights[n, r, 0, q, k_] for k_ in k]
+                        k = [jnp.minimum(k_, cells.shape[2] - 1) for k_ in k]
+
+                        def row(j, total):
+                            values = [cells[n, j, k_, c].astype(jnp.float32) for k_ in k]
+                            row_sum = sum(w * value for w, value in zip(weights_x, values, strict=True))
+                            return total + weights[n, r, 1, p, j] * row_sum
+
+                        return lax.fori_loop(first_row, end_row, row, total)
+
+                    total = lax.fori_loop(0, pl.cdiv(end_column - first_column, AT_ONCE), columns, _zeros(block))
+                    pooled[n, r, p, q, c] = total.astype(pooled.dtype)
+
+        for number, cells in enumerate(maps):
+            pl.when(level[n, r] == number)(lambda cells=cells: pool(cells))
+
+    return _kernel(
+        roi_align_forward,
+        out_type=jax.ShapeDtypeStruct((problems, regions, bins, bins, channels), features[0].dtype),
+        grid=(problems, regions, channels // block),
+        grid_names=("problem", "region", "channels"),
+    )(*features, grid.level, first, end, weights)
+
+
+def backward(
+    cotangent: jax.Array, grid: SampleGrid, *, maps: tuple[tuple[int, int], ...], sampling_ratio: int
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients [n h w c] of the features of every level, in the type of `cotangent` [n r s s c].
+
+    Args:
+      maps: height and width of every level.
+    """
+    from jax.experimental import pallas as pl
+
+    problems, regions, bins, _, channels = cotangent.shape
+    block, roi_block = _block(channels), _block(regions + -regions % THREADS)
+    weights = _weights(grid, maps, sampling_ratio)
+    first, end = _cells_of_bins(weights)
+    columns = _bins_of_tiles(first[:, :, 0], end[:, :, 0], grid.level, [width for _, width in maps])
+    rows = _bins_of_tiles(first[:, :, 1], end[:, :, 1], grid.level, [height for height, _ in maps])
+    tiles = _tiles(maps)
+
+    def roi_align_backward(tiles, columns, rows, weights, cotangent, *gradients):
+        t, n = lax.axis_index("tile"), lax.axis_index("problem")
+        c = pl.ds(pl.multiple_of(lax.axis_index("channels") * block, block), block)
+        level, row_tile, column_tile, y, x = (tiles[t, i] for i in range(tiles.shape[1]))
+
+        def visit(r, sums):
+            first_column, end_column = columns[n, 0, column_tile, r], columns[n, 1, column_tile, r]
+
+            def row(p, sums):
+                def of_bins(i, row_sums):
+                    q = [first_column + i * AT_ONCE + near for near in range(AT_ONCE)]
+                    is_bin = [q_ < end_column for q_ in q]
+                    q = [jnp.minimum(q_, bins - 1) for q_ in q]
+                    values = [cotangent[n, r, p, q_, c].astype(jnp.float32) for q_ in q]
+                    values = [
+                        jnp.where(jnp.broadcast_to(is_one, value.shape), value, 0.0)
+                        for is_one, value in zip(is_bin, values, strict=True)
+                    ]
+                    weights_x = [[weights[n, r, 0, q_, x, k] for k in range(TILE)] for q_ in q]
+                    for value, of_cells in zip(values, weights_x, strict=True):
+                        row_sums = tuple(
+                            total + weight * value for total, weight in zip(row_sums, of_cells, strict=True)
+                        )
+                    return row_sums
+
+                weights_y = [weights[n, r, 1, p, y, j] for j in range(TILE)]
+                chunks = pl.cdiv(end_column - first_column, AT_ONCE)
+                row_sums = lax.fori_loop(0, chunks, of_bins, tuple(_zeros(block) for _ in range(TILE)))
+                return tuple(
+                    sums[j * TILE + k] + weights_y[j] * row_sums[k] for j, k in np.ndindex(TILE, TILE)
+                )
+
+            return lax.fori_loop(rows[n, 0, row_tile, r], rows[n, 1, row_tile, r], row, sums)
+
+        def visit_block(i, sums):
+            here = pl.ds(pl.multiple_of(i * roi_block, roi_block), roi_block)
+            # A region's rank falls from the size of the block to 1; 0: it does not meet the tile.
+            meets = jnp.minimum(columns[n, 1, column_tile, here], rows[n, 1, row_tile, here]) > 0
+            ranks = jnp.where(meets, roi_block - lax.iota(jnp.int32, roi_block), 0)
+
+            def visit_next(state):
+                rank, sums = state
+                sums = visit((i + 1) * roi_block - rank, sums)
+                return jnp.max(jnp.where(ranks < rank, ranks, 0)), sums
+
+            return lax.while_loop(lambda state: state[0] > 0, visit_next, (jnp.max(ranks), sums))[1]
+
+        sums = tuple(_zeros(block) for _ in range(TILE**2))
+        sums = lax.fori_loop(0, columns.shape[3] // roi_block, visit_block, sums)
+        for number, gradient in enumerate(gradients):
+            for (j, k), total in zip(np.ndindex(TILE, TILE), sums, strict=True):
+                j, k = y * TILE + j, x * TILE + k
+
+                @pl.when((level == number) & (j < gradient.shape[1]) & (k < gradient.shape[2]))
+                def _(gradient=gradient, j=j, k=k, total=total):
+                    gradient[n, j, k, c] = total.astype(gradient.dtype)
+
+    return _kernel(
+        roi_align_backward,
+        out_type=tuple(jax.ShapeDtypeStruct((problems, *cells, channels), cotangent.dtype) for cells in maps),
+        grid=(len(tiles), problems, channels // block),
+        grid_names=("tile", "problem", "channels"),
+    )(tiles, columns, rows, weights.reshape(*weights.shape[:4], -1, TILE), cotangent)
+
+
+def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: int) -> jax.Array:
+    """Returns the weight [n r 2 s cells] of every cell in every bin along each axis, column by column and row by row.
+
+    There are as many cells as the longest side has, and zeros behind them for who reads AT_ONCE from the last one on;
+    together whole tiles.
+    """
+    sizes = jnp.array([(width, height) for height, width in maps], jnp.float32)[grid.level][..., None, None]
+    cells = max(map(max, maps)) + AT_ONCE - 1
+    cells = jnp.arange(cells + -cells % TILE, dtype=jnp.float32)[None, None, None, None]
+    start, step, samples = grid.bin_start[..., None], grid.step[..., None, None], grid.samples[..., None, None]
+    if sampling_ratio:
+        candidates = [jnp.float32(i) for i in range(sampling_ratio)]
+    else:
+        nearest = jnp.maximum(jnp.floor((cells - 1.0 - start) / step - 0.5), 0.0)
+        candidates = [nearest + i for i in range(ADAPTIVE_SAMPLES_OF_A_CELL)]
+    total = jnp.zeros(jnp.broadcast_shapes(start.shape, cells.shape))
+    for i in candidates:
+        points = start + (i + 0.5) * step
+        counted = (points >= -1.0) & (points <= sizes) & (i < samples)
+        distance = jnp.abs(jnp.clip(points, 0.0, sizes - 1.0) - cells)
+        total += jnp.where(counted, jnp.maximum(1.0 - distance, 0.0), 0.0)
+    return total / jnp.maximum(samples, 1.0)
+
+
+def _cells_of_bins(weights):
+    """Returns the first cell [n r 2 s] with a weight of every bin and the one after its last; none in an empty bin."""
+    cells = weights.shape[-1]
+    numbers = jnp.arange(cells, dtype=jnp.int32)[None, None, None, None]
+    first = jnp.where(weights > 0.0, numbers, cells).min(axis=-1)
+    end = jnp.where(weights > 0.0, numbers + 1, 0).max(axis=-1)
+    return first, end
+
+
+def _bins_of_tiles(first, end, level, sizes):
+    """Returns [n 2 t r], along one axis: a region's first bin that meets a tile and the one after the last, or 0.
+
+    The t tiles are those of all levels, one after another. Regions are padded to what a block of threads reads.
+    """
+    starts = np.concatenate([np.arange(0, size, TILE, dtype=np.int32) for size in sizes])[None, :, None, None]
+    levels = np.repeat(np.arange(len(sizes), dtype=np.int32), [-(-size // TILE) for size in sizes])
+    first, end, bins = first[:, None], end[:, None], first.shape[-1]
+    meets = (first < starts + TILE) & (end > starts) & (level[:, None] == levels[None, :, None])[..., None]
+    numbers = jnp.arange(bins, dtype=jnp.int32)[None, None, None]
+    begin = jnp.where(meets, numbers, bins).min(axis=-1)
+    stop = jnp.where(meets, numbers + 1, 0).max(axis=-1)
+    return jnp.pad(jnp.stack([begin, stop], axis=1), ((0, 0), (0, 0), (0, 0), (0, -first.shape[2] % THREADS)))
+
+
+def _tiles(maps):
+    """Returns [t 5] of every tile: level, number along y and x among all levels' tiles, and among its own level's.
+
+    Coarse levels come first: their tiles meet the most regions and must not start last.
+    """
+    tiles, row_tiles, column_tiles = [], 0, 0
+    for level, (height, width) in enumerate(maps):
+        rows, columns = -(-height // TILE), -(-width // TILE)
+        tiles[:0] = [(level, row_tiles + j, column_tiles + k, j, k) for j, k in np.ndindex(rows, columns)]
+        row_tiles, column_tiles = row_tiles + rows, column_tiles + columns
+    return np.array(tiles, np.int32)
+
+
+def _block(size: int) -> int:
+    """Returns into how large blocks a multiple of 128 is cut: up to 4 elements per thread."""
+    return next(block for block in (4 * THREADS, 2 * THREADS, THREADS) if size % block == 0)
+
+
+def _kernel(body, **options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # Threads hand each other nothing through memory: their stores need no barriers around them.
+    return mosaic.kernel(body, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **options)
+
+
+def _zeros(block):
+    """Returns a vector of zeros, laid out over the threads as one that is read from memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.layout_cast(jnp.zeros(block), plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS))

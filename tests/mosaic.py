@@ -1,0 +1,29 @@
+"""What tests of the Mosaic kernels share: interpret mode, a pretended device, and lowering for CUDA on a CPU."""
+
+import jax
+import pytest
+
+from fasterrcnn_jax.kernels import choice, mosaic
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__[:2] < choice.OLDEST_JAX,
+    reason=f"the Mosaic kernels need JAX {choice.OLDEST_JAX[0]}.{choice.OLDEST_JAX[1]} or newer",
+)
+
+
+def pretend(monkeypatch, platform="cuda", capability=choice.HOPPER):
+    """Makes the library choose as if it ran on such a device."""
+    monkeypatch.setattr(choice, "device", lambda: (platform, capability))
+
+
+def interpret(monkeypatch, *, detect_races=True):
+    """Runs kernels on the CPU, as if on a Hopper GPU, step by step; traces made before do not notice."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    pretend(monkeypatch)
+    monkeypatch.setattr(mosaic, "INTERPRET", plgpu.InterpretGPUParams(detect_races=detect_races))
+
+
+def lowered_for_cuda(function, *arguments):
+    """Returns the program of `function` for a CUDA device as text, made on any machine."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,202 @@
+"""Every kernel at the sizes it is made for, compiled to the machine code of an H200 on whatever machine this is.
+
+One run of benchmarks/compile_for_gpu.py, which needs JAX's CUDA plugin and ptxas but no GPU: `pytest -m aot`.
+Ceilings stand a little above what came out when they were written: more is a change that somebody should explain.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_for_gpu.py"
+MB, GB = 1e6, 1e9
+
+# Launches of our kernels, registers per thread of the largest, workspace in MB; for a gradient with what the forward
+# pass leaves to it.
+KERNELS = {
+    "nms proposals 1": (3, 112, 21),
+    "nms proposals 8": (3, 112, 164),
+    "nms levels 8": (3, 112, 164),
+    "nms classes 8": (1, 96, 32),
+    "nms classes 8 x 90": (1, 96, 24),
+    "roi_align fpn float32 forward": (1, 96, 84),
+    "roi_align fpn float32 gradient": (1, 128, 92),
+    "roi_align fpn bfloat16 forward": (1, 96, 84),
+    "roi_align fpn bfloat16 gradient": (1, 128, 92),
+    "roi_align c4 float32 forward": (1, 128, 10),
+    "roi_align c4 float32 gradient": (1, 184, 10),
+    "roi_align c4 bfloat16 forward": (1, 72, 10),
+    "roi_align c4 bfloat16 gradient": (1, 184, 10),
+    "roi_pool c4 float32 forward": (1, 64, 1),
+    "roi_pool c4 float32 gradient": (2, 104, 412),
+    "roi_pool c4 bfloat16 forward": (1, 64, 1),
+    "roi_pool c4 bfloat16 gradient": (2, 104, 309),
+    "roi_pool vgg16 float32 forward": (1, 64, 1),
+    "roi_pool vgg16 float32 gradient": (2, 120, 412),
+    "roi_pool vgg16 bfloat16 forward": (1, 64, 1),
+    "roi_pool vgg16 bfloat16 gradient": (2, 120, 309),
+}
+# Launches of our kernels, launches in all, peak memory in GB; without what cuDNN takes for itself.
+PROGRAMS = {
+    "detect resnet101-c4 batch 1": (7, 310, 0.35),
+    "train step resnet101-c4 batch 1": (5, 1400, 1.8),
+    "detect resnet101-c4 batch 8": (3, 360, 1.2),
+    "train step resnet101-c4 batch 8": (5, 1500, 9.8),
+    "detect resnet50-fpn batch 8": (5, 270, 1.8),
+    "train step resnet50-fpn batch 8": (5, 950, 9.7),
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compile_for_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def compiled(script, tmp_path_factory):
+    """Returns the script's rows by name."""
+    out = tmp_path_factory.mktemp("compiled") / "programs.json"
+    command = [sys.executable, str(SCRIPT), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == script.UNAVAILABLE:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        pytest.fail(done.stderr, pytrace=False)
+    return {row["name"]: row for row in json.loads(out.read_text())["programs"]}
+
+
+@pytest.mark.aot
+def test_every_program_has_its_ceilings(compiled):
+    assert set(compiled) == set(KERNELS) | set(PROGRAMS)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_keep_to_their_registers_and_workspace(compiled, name):
+    launches, registers, workspace = KERNELS[name]
+    row = compiled[name]
+    assert row["mosaic_launches"] == launches
+    assert row["scatters"] == 0
+    assert row["kernels"]
+    for kernel in row["kernels"]:
+        assert kernel["target"] == "sm_90a"
+        assert kernel["spill"] == 0
+    assert max(kernel["registers"] for kernel in row["kernels"]) <= registers
+    assert row["workspace"] <= workspace * MB
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_whole_programs_hold_the_kernels_and_keep_to_their_launches_and_memory(compiled, name):
+    mosaic_launches, launches, peak = PROGRAMS[name]
+    row = compiled[name]
+    assert row["mosaic_launches"] == mosaic_launches
+    assert row["launches"] <= launches
+    assert row["peak_memory"] <= peak * GB
+
+
+HLO = """
+HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%fused_computation (param_0: f32[8]) -> f32[8] {
+  %param_0 = f32[8]{0} parameter(0)
+  ROOT %sine.1 = f32[8]{0} sine(%param_0)
+}
+
+%compare (a: f32[], b: f32[]) -> pred[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %lt = pred[] compare(%a, %b), direction=LT
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], /*index=1*/f32[8]{0}) parameter(0)
+  %number = s32[] get-tuple-element(%state), index=0
+  %value = f32[8]{0} get-tuple-element(%state), index=1
+  %kernel = f32[8]{0} custom-call(%value), custom_call_target="mosaic_gpu_v2"
+  ROOT %next = (s32[], f32[8]{0}) tuple(%number, %kernel)
+}
+
+%condition (state: (s32[], f32[8])) -> pred[] {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %number = s32[] get-tuple-element(%state), index=0
+  ROOT %fusion.1 = pred[] fusion(%number), kind=kLoop, calls=%fused_computation
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %sort.1 = (f32[8]{0}, u8[4]{0}) custom-call(%x), custom_call_target="__cub$DeviceRadixSort"
+  %sorted = f32[8]{0} get-tuple-element(%sort.1), index=0
+  %sort.2 = f32[8]{0} sort(%sorted), dimensions={0}, to_apply=%compare
+  %start = (s32[], f32[8]{0}) tuple(%zero, %sort.2)
+  %while.1 = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %while.2 = (s32[], f32[8]{0}) while(%while.1), condition=%condition, body=%body
+  ROOT %copy.1 = f32[8]{0} copy(%while.2)
+}
+"""
+
+
+def test_what_a_program_launches_is_counted_in_loops_too_and_not_inside_of_fusions(script):
+    opcodes = sorted(line.split()[0] for line in script.launched(HLO))
+    assert opcodes == ["copy", "custom-call", "custom-call", "fusion", "sort"]
+
+
+def test_the_assemblers_report_is_read_and_removed(script, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "1").write_text(
+        """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'one' for 'sm_90a'
+ptxas info    : Function properties for one
+    24 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 182 registers, used 2 barriers, 24 bytes cumulative stack size, 4096 bytes smem
+ptxas info    : Compile time = 3.962 ms
+ptxas info    : Compiling entry function 'two' for 'sm_90a'
+ptxas info    : Function properties for two
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers
+ptxas info    : Compile time = 1.0 ms
+"""
+    )
+    one, two = script.read_kernels(tmp_path)
+    assert one == ("one", "sm_90a", 182, 12, 24, 4096)
+    assert two == ("two", "sm_90a", 10, 0, 0, 0)
+    assert script.read_kernels(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        ({"jax": "0.10.2"}, "JAX 0.10.2 is older than 0.11"),
+        ({"jax": "0.11.2"}, "jax-cuda13-plugin is not installed"),
+        ({"jax": "0.11.2", "jax-cuda13-plugin": "0.11.2"}, "jax-cuda13-pjrt is not installed"),
+        (
+            {"jax": "0.12.0.1", "jax-cuda13-plugin": "0.11.2", "jax-cuda13-pjrt": "0.12.0.1"},
+            "jax-cuda13-plugin 0.11.2 does not fit JAX 0.12.0.1",
+        ),
+        (
+            {"jax": "0.12.0.1", "jax-cuda13-plugin": "0.12.0.1", "jax-cuda13-pjrt": "0.12.0.1"},
+            "no CUDA toolkit with ptxas and libdevice was found",
+        ),
+    ],
+)
+def test_a_machine_that_cannot_compile_is_told_what_is_missing(script, installed, reason, monkeypatch, capsys):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(script, "toolkit", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["compile_for_gpu.py"])
+    with pytest.raises(SystemExit) as exit_:
+        script.main()
+    assert exit_.value.code == script.UNAVAILABLE
+    assert reason in capsys.readouterr().err
