@@ -6,6 +6,7 @@ detections as COCO json and as VOC comp4 files.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -26,6 +27,8 @@ class Arguments:
     """split, or several joined by +; default: the configuration's test split"""
     batch_size: int | None = None
     """images detected at once, on one device; default: a device's share of the training batch"""
+    implementation: Literal["xla", "mosaic"] | None = None
+    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
     out: Path | None = None
     """folder for the result files; default: evaluation/SPLIT in the run folder"""
 
@@ -45,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
     out.mkdir(parents=True, exist_ok=True)
     batch_size = arguments.batch_size or parallel.per_device(config.train.batch_size)
-    detections = detect_dataset(model, dataset, batch_size=batch_size)
+    detections = detect_dataset(
+        model, dataset, batch_size=batch_size, implementation=arguments.implementation
+    )
     metrics = results.evaluate_detections(detections, dataset)
 
     results.write_coco_json(out / "detections.json", detections, dataset)

@@ -36,16 +36,26 @@ def cell_anchors(
     return np.stack([-half_widths, -half_heights, half_widths, half_heights], axis=1).astype(np.float32)
 
 
-def cell_centres(grid_hw: tuple[int, int], stride: int) -> Float[np.ndarray, "hw 2"]:
-    """Returns the (x, y) centres of the feature cells in network pixels, row by row."""
-    y = (np.arange(grid_hw[0], dtype=np.float32) + 0.5) * stride
-    x = (np.arange(grid_hw[1], dtype=np.float32) + 0.5) * stride
+def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[np.ndarray, "hw 2"]:
+    """Returns the (x, y) near corners of the feature cells in network pixels, row by row."""
+    y, x = (np.arange(size, dtype=np.float32) * stride for size, stride in zip(grid_hw, stride_hw, strict=True))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 
 def grid_anchors(
-    cells: Float[np.ndarray, "c 4"], grid_hw: tuple[int, int], stride: int
+    cells: Float[np.ndarray, "c 4"],
+    grid_hw: tuple[int, int],
+    stride_hw: tuple[int, int],
+    *,
+    centre: Literal["cell", "corner"] = "cell",
 ) -> Float[np.ndarray, "hwc 4"]:
-    """Returns the cell anchors moved to every cell's centre: rows, then columns, then anchors of a cell."""
-    centres = np.tile(cell_centres(grid_hw, stride), 2)
-    return (centres[:, None, :] + cells[None, :, :]).reshape(-1, 4)
+    """Returns the cell anchors moved to every feature cell: rows, then columns, then anchors of a cell.
+
+    Args:
+      stride_hw: network pixels per cell.
+      centre: where in a cell the anchors are centred, in its middle or on its near corner.
+    """
+    centres = cell_corners(grid_hw, stride_hw)
+    if centre == "cell":
+        centres = centres + np.float32(0.5) * np.asarray(stride_hw[::-1], np.float32)
+    return (np.tile(centres, 2)[:, None, :] + cells[None, :, :]).reshape(-1, 4)

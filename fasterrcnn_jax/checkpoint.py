@@ -105,16 +105,19 @@ def restore(
     return TrainState(**model, **train), json.loads(found["meta"]["iterator"])
 
 
-def load(path: str | Path) -> Detector:
+def load(path: str | Path, *, backbone: type[nnx.Module] | None = None) -> Detector:
     """Returns the detector in `path`: a run folder (its newest checkpoint) or one checkpoint folder.
 
+    Args:
+      backbone: your own, in place of the one whose import path the checkpoint holds; docs/backbone.md.
     Raises:
       InputError: no checkpoint there, or one that does not fit its own configuration.
     """
     folder, step = _locate(Path(path))
     with ocp.training.Checkpointer(folder.absolute()) as checkpoints:
         config = _read_config(checkpoints, step)
-        model = jax.eval_shape(lambda: create(config.model, config.data.class_names, seed=0))
+        names = config.data.class_names
+        model = jax.eval_shape(lambda: create(config.model, names, seed=0, backbone=backbone))
         graphdef, params, frozen = split(model)
         shapes = {"params": params, "frozen": frozen}
         found = _read(checkpoints, step, {"model": _abstract(_by_path(shapes))})

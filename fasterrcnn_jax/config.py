@@ -40,6 +40,8 @@ class ImageConfig:
     """pixels that the shorter side is resized to"""
     long_side: int = 1000
     """the longer side never exceeds this; the shorter one then stays below short_side"""
+    size_rounding: Literal["nearest", "down"] = "nearest"
+    """how resized sides become whole pixels; down is torchvision's"""
     canvases: tuple[tuple[int, int], ...] = ((608, 800), (800, 608), (608, 1008), (1008, 608))
     """padded (height, width); a picture goes onto the smallest it fits; one compilation each"""
     channel_order: Literal["bgr", "rgb"] = "bgr"
@@ -69,11 +71,14 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The shared layers: VGG16 up to conv5_3, or ResNet up to conv4_x (C4), stage 4 then runs per region."""
+    """The shared layers: VGG16 up to conv5_3, ResNet up to conv4_x (C4), where stage 4 runs per region, or all
+    of ResNet under a feature pyramid."""
 
     name: Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
     """Simonyan and Zisserman 2014 (arXiv:1409.1556), He et al. 2015 (arXiv:1512.03385); bottlenecks from 50 on;
     what else belongs to VGG16 is in configs/voc_vgg16.py"""
+    own: str | None = None
+    """MODULE:CLASS of a backbone of your own, in place of name; docs/backbone.md"""
     width: int = 64
     """channels of the first layer; 64 is the published net, less makes a thinner one"""
     stride: Literal[8, 16] = 16
@@ -100,11 +105,28 @@ class BackboneConfig:
             self.norm != "none" or self.name == "vgg16",
             f"norm none is for vgg16, a {self.name} needs frozen_batch or group",
         )
-        stages = 5 if self.name == "vgg16" else 3
+        _require(
+            self.own is None or len(self.own.split(":")) == 2,
+            f"own must be MODULE:CLASS, got {self.own!r}",
+        )
+        stages = 5 if self.name == "vgg16" else 4
         _require(
             0 <= self.fixed_stages <= stages,
             f"fixed_stages must be in 0..{stages} for {self.name}, got {self.fixed_stages}",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FpnConfig:
+    """Feature pyramid network (Lin et al. 2017, arXiv:1612.03144): levels P2 to P5 of strides 4 to 32, and P6."""
+
+    channels: int = 256
+    """of every level"""
+    norm: Literal["none", "frozen_batch", "group"] = "none"
+    """behind the pyramid's convolutions and those of the box head"""
+
+    def __post_init__(self):
+        _require_positive(channels=self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +149,8 @@ class RpnConfig:
     """Region proposal network (Ren et al. 2015, arXiv:1506.01497, section 3.1)."""
 
     anchor_base: float = 16.0
-    """side of the square that scales multiply, in pixels of the network input"""
+    """side of the square that scales multiply, in pixels of the network input; of a pyramid on its finest
+    level, doubled from level to level"""
     anchor_scales: tuple[float, ...] = (8.0, 16.0, 32.0)
     """square roots of the anchors' areas, in anchor_base; 4, 8, 16, 32 for COCO"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -135,10 +158,19 @@ class RpnConfig:
     anchor_rounding: Literal["base", "half", "none"] = "base"
     """what is rounded to whole pixels: the sides of the base boxes (Caffe), half the anchors' sides
     (torchvision), nothing"""
+    anchor_centre: Literal["cell", "corner"] = "cell"
+    """of a feature cell: its centre, or its near corner (torchvision, detectron2)"""
+    anchor_stride: Literal["level", "canvas"] = "level"
+    """pixels from anchor to anchor: the stride of their level, or, as in torchvision, the canvas divided by the
+    level's cells and rounded down, which differs on P6"""
+    anchors_in_padding: bool = False
+    """anchors on cells of the padding take part, as in the references; what is found then depends on the canvas"""
     allowed_border: float | None = 0.0
     """anchors reaching further than this over the picture's border are not trained on; None: all are"""
     channels: int = 512
-    """of the 3x3 convolution"""
+    """of the 3x3 convolutions"""
+    convs: int = 1
+    """3x3 convolutions before objectness and deltas"""
     fg_iou: float = 0.7
     """an anchor at this IoU with a box is foreground"""
     bg_iou: float = 0.3
@@ -162,6 +194,7 @@ class RpnConfig:
             anchor_scales=min(self.anchor_scales),
             anchor_ratios=min(self.anchor_ratios),
             channels=self.channels,
+            convs=self.convs,
             anchors_per_image=self.anchors_per_image,
         )
         if self.allowed_border is not None:
@@ -173,19 +206,18 @@ class ProposalConfig:
     """From anchors to proposals."""
 
     pre_nms_top_n: int
-    """best boxes that enter NMS"""
+    """best boxes that enter NMS, of each level of a pyramid"""
     post_nms_top_n: int
     """proposals per image, padding included"""
     nms_threshold: float = 0.7
     """IoU above which the lower-scored box goes"""
     min_size: float = 16.0
     """boxes with a shorter side drop, in pixels of the picture as stored: times the image scale on the canvas"""
+    drop_small: Literal["first", "after_top_n"] = "first"
+    """whether small boxes drop before the best are taken (Caffe) or take places among them (torchvision)"""
 
     def __post_init__(self):
-        _require(
-            self.pre_nms_top_n >= self.post_nms_top_n >= 1,
-            f"need pre_nms_top_n >= post_nms_top_n >= 1, got {self.pre_nms_top_n}, {self.post_nms_top_n}",
-        )
+        _require_positive(pre_nms_top_n=self.pre_nms_top_n, post_nms_top_n=self.post_nms_top_n)
         _require_fraction(nms_threshold=self.nms_threshold)
         _require_positive(nms_threshold=self.nms_threshold)
         _require_not_negative(min_size=self.min_size)
@@ -243,20 +275,26 @@ class RoiFeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxHeadConfig:
-    """ResNet stage 4 or VGG16's fc6 and fc7 on each region, then one linear layer for classes and one for deltas."""
+    """ResNet stage 4, or convolutions and fully connected layers, on each region; then one linear layer for
+    classes and one for deltas."""
 
     class_agnostic: bool = False
     """one set of deltas for all classes in place of one per class"""
     summary: Literal["mean", "flatten"] = "mean"
     """of ResNet: how the cells of stage 4 become one vector: mean is published and suits pretrained weights;
     flatten keeps where in the region a feature lies, without which a net trained from nothing learns slowly"""
+    convs: int = 0
+    """of a pyramid: 3x3 convolutions with its channels and norm, before the fully connected layers"""
+    layers: int = 2
+    """fully connected: VGG16's fc6 and fc7, a pyramid's two; 1 after four convolutions in torchvision's v2"""
     channels: int = 4096
-    """of VGG16's fc6 and fc7"""
+    """of the fully connected layers; 1024 on a pyramid"""
     dropout: float = 0.5
-    """of VGG16's fc6 and fc7: part of the values that is zero in training"""
+    """of the fully connected layers: part of the values that is zero in training"""
 
     def __post_init__(self):
-        _require_positive(channels=self.channels)
+        _require_positive(channels=self.channels, layers=self.layers)
+        _require_not_negative(convs=self.convs)
         _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -321,6 +359,10 @@ class ModelConfig:
 
     image: ImageConfig = ImageConfig()
     backbone: BackboneConfig = BackboneConfig()
+    fpn: FpnConfig | None = None
+    """None: one feature map"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the network's layers; weights, boxes and losses are float32 with either"""
     box_coder: BoxCoderConfig = BoxCoderConfig()
     rpn: RpnConfig = RpnConfig()
     train_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=12000, post_nms_top_n=2000)
@@ -330,6 +372,39 @@ class ModelConfig:
     box_head: BoxHeadConfig = BoxHeadConfig()
     loss: LossConfig = LossConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
+
+    def __post_init__(self):
+        if self.fpn is None:
+            stages = 5 if self.backbone.name == "vgg16" else 3
+            _require(
+                self.backbone.fixed_stages <= stages,
+                f"backbone.fixed_stages must be in 0..{stages} without a pyramid, got {self.backbone.fixed_stages}",
+            )
+            for proposals in (self.train_proposals, self.test_proposals):
+                _require(
+                    proposals.pre_nms_top_n >= proposals.post_nms_top_n,
+                    "need pre_nms_top_n >= post_nms_top_n, "
+                    f"got {proposals.pre_nms_top_n} and {proposals.post_nms_top_n}",
+                )
+            return
+        _require(
+            self.backbone.own is not None or (self.backbone.name != "vgg16" and self.backbone.stride == 16),
+            f"a pyramid stands on a resnet of stride 16, got {self.backbone.name} of stride {self.backbone.stride}",
+        )
+        _require(
+            self.roi_features.operator == "align",
+            f"roi_features.operator must be align on a pyramid, got {self.roi_features.operator}",
+        )
+        for canvas in self.image.canvases:
+            _require(
+                canvas[0] % 32 == 0 and canvas[1] % 32 == 0,
+                f"under a pyramid canvas sides must be multiples of 32, got {canvas}",
+            )
+
+
+def has_fully_connected(model: ModelConfig) -> bool:
+    """True where a region passes fully connected layers, False where it passes ResNet's stage 4."""
+    return model.fpn is not None or model.backbone.own is not None or model.backbone.name == "vgg16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -426,6 +501,8 @@ class TrainConfig:
     """largest global norm of the gradient; None: no limit; 10 for VGG16"""
     seed: int = 0
     """weights, order of the images, flips and samples all follow from it"""
+    implementation: Literal["xla", "mosaic"] | None = None
+    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
     checkpoint_every: int = 500
     """steps between checkpoints; the last step is always saved"""
     keep_checkpoints: int = 2
@@ -483,6 +560,8 @@ class Config:
     train: TrainConfig
     run: Path
     """folder of the run: configuration, metrics, checkpoints, pictures"""
+    init: Path | None = None
+    """weights that a new run starts from, of ours or another program, classes may differ; None: random ones"""
 
     def __post_init__(self):
         rois = self.model.roi_sampling.rois_per_batch

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typeguard
 
-from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config import Config, has_fully_connected
 from fasterrcnn_jax.errors import InputError
 
 
@@ -77,11 +77,12 @@ def unread_fields(config: Config) -> list[str]:
     backbone, features = model.backbone, model.roi_features
     operator = features.operator
     is_vgg, has_bottlenecks = backbone.name == "vgg16", backbone.name in ("resnet50", "resnet101", "resnet152")
+    is_fc, is_fpn = has_fully_connected(model), model.fpn is not None
     reads = [
         (backbone, "model.backbone", has_bottlenecks, ("stride_in",), backbone.name),
         (backbone, "model.backbone", not is_vgg, ("stem_pool",), backbone.name),
-        (model.box_head, "model.box_head", not is_vgg, ("summary",), backbone.name),
-        (model.box_head, "model.box_head", is_vgg, ("channels", "dropout"), backbone.name),
+        (model.box_head, "model.box_head", not is_fc, ("summary",), "a pyramid" if is_fpn else backbone.name),
+        (model.box_head, "model.box_head", is_fc, ("convs", "layers", "channels", "dropout"), backbone.name),
         (features, "model.roi_features", operator == "align", ("sampling_ratio", "aligned"), operator),
         (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
         (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
@@ -109,6 +110,7 @@ def first_difference(stored: Config, asked: Config) -> str | None:
 
 _INDIFFERENT = {
     "run",
+    "init",
     "data.root",
     "data.test_split",
     "train.checkpoint_every",
@@ -116,6 +118,7 @@ _INDIFFERENT = {
     "train.evaluate_every",
     "train.best_split",
     "train.best_metric",
+    "train.implementation",
 }
 
 
@@ -140,7 +143,7 @@ def _build(cls: type, values: dict[str, Any], name: str) -> Any:
         nested = next(filter(dataclasses.is_dataclass, alternatives), None)
         if nested is not None and value is not None:
             built[field] = _build(nested, value, f"{name}.{field}")
-        elif known[field].type is Path:
+        elif Path in alternatives and value is not None:
             built[field] = Path(value)
         else:
             built[field] = _tuples(value)

@@ -1,6 +1,7 @@
-"""The detectors and schedules of the reference code base, as functions that build configurations.
+"""The detectors and schedules of the reference code bases, as functions that build configurations.
 
-Values are those of faster-rcnn.pytorch (cfgs/*.yml, trainval_net.py and the tables of its README).
+Values are those of faster-rcnn.pytorch (cfgs/*.yml, trainval_net.py and the tables of its README); of pyramids
+those of torchvision and detectron2.
 """
 
 import math
@@ -10,9 +11,15 @@ from typing import Any, Literal
 from fasterrcnn_jax.config import (
     BackboneConfig,
     BoxHeadConfig,
+    FpnConfig,
+    ImageConfig,
+    LossConfig,
     ModelConfig,
+    PostprocessConfig,
+    ProposalConfig,
     RoiFeaturesConfig,
     RoiSamplingConfig,
+    RpnConfig,
 )
 
 # How torchvision's weights expect pixels; fields of `ImageConfig`.
@@ -25,6 +32,15 @@ IMAGENET_RGB = {
 # Fields of `TrainConfig`.
 VGG16_TRAINING = {"weight_decay": 5e-4, "double_bias": True, "clip_norm": 10.0}
 RESNET_TRAINING = {"weight_decay": 1e-4, "double_bias": False}
+# 16 images over 8 devices: torchvision's and detectron2's. Objectness is one logit there too.
+FPN_TRAINING = {
+    "batch_size": 16,
+    "learning_rate": 0.02,
+    "weight_decay": 1e-4,
+    "bias_decay": True,
+    "double_bias": False,
+    "double_objectness": False,
+}
 
 # Batch size -> learning rate, epochs before it falls to a tenth, epochs in all for VGG16 and for ResNet-101.
 _VOC_SCHEDULES = {
@@ -54,6 +70,82 @@ def vgg16(*, norm: Literal["none", "frozen_batch"] = "none") -> ModelConfig:
         backbone=BackboneConfig(name="vgg16", norm=norm, fixed_stages=2),
         roi_sampling=RoiSamplingConfig(rois_per_image=256),
         box_head=BoxHeadConfig(dropout=0.5),
+    )
+
+
+def resnet_fpn(
+    depth: Literal[18, 34, 50, 101, 152],
+    *,
+    norm: Literal["frozen_batch", "group"] = "frozen_batch",
+    version: Literal[1, 2] = 1,
+) -> ModelConfig:
+    """Returns torchvision's ResNet-FPN detector (fasterrcnn_resnet50_fpn), at short side 800 and long side 1333.
+
+    Version 2 is fasterrcnn_resnet50_fpn_v2: normalisation in the pyramid, two convolutions in the RPN, four and
+    one fully connected layer in the box head. Group normalisation, for training from nothing, goes everywhere
+    and comes with masked padding.
+    """
+    scratch, second = norm == "group", version == 2
+    proposals = {"nms_threshold": 0.7, "min_size": 1e-3, "drop_small": "after_top_n"}
+    return ModelConfig(
+        image=ImageConfig(
+            short_side=800,
+            long_side=1333,
+            size_rounding="down",
+            canvases=((800, 1088), (1088, 800), (800, 1344), (1344, 800)),
+            **IMAGENET_RGB,
+        ),
+        backbone=BackboneConfig(
+            name=f"resnet{depth}",
+            norm=norm,
+            stride_in="3x3",
+            stem_pool="padded",
+            fixed_stages=0 if scratch else 1,
+            mask_padding=scratch,
+        ),
+        fpn=FpnConfig(norm=norm if scratch or second else "none"),
+        rpn=RpnConfig(
+            anchor_base=32.0,
+            anchor_scales=(1.0,),
+            anchor_rounding="half",
+            anchor_centre="corner",
+            anchor_stride="canvas",
+            anchors_in_padding=not scratch,
+            allowed_border=None,
+            channels=256,
+            convs=2 if second else 1,
+        ),
+        train_proposals=ProposalConfig(pre_nms_top_n=2000, post_nms_top_n=2000, **proposals),
+        test_proposals=ProposalConfig(pre_nms_top_n=1000, post_nms_top_n=1000, **proposals),
+        roi_sampling=RoiSamplingConfig(rois_per_image=512),
+        roi_features=RoiFeaturesConfig(sampling_ratio=2),
+        box_head=BoxHeadConfig(convs=4 if second else 0, layers=1 if second else 2, channels=1024, dropout=0.0),
+        loss=LossConfig(roi_sigma=3.0),
+        postprocess=PostprocessConfig(nms_threshold=0.5),
+    )
+
+
+def detectron2_fpn(depth: Literal[50, 101]) -> ModelConfig:
+    """Returns the ResNet-FPN detector with the defaults of detectron2 (Base-RCNN-FPN.yaml).
+
+    Caffe-style network and BGR means, anchors that are not rounded and 64 pixels apart on P6, aligned adaptive
+    RoIAlign, L1 in both box losses: sigma 1000 differs from it by less than 1e-6 per value.
+    """
+    model = resnet_fpn(depth)
+    return replace(
+        model,
+        image=replace(
+            model.image,
+            size_rounding="nearest",
+            channel_order="bgr",
+            mean=(103.53, 116.28, 123.675),
+            std=(1.0, 1.0, 1.0),
+        ),
+        backbone=replace(model.backbone, stride_in="1x1"),
+        rpn=replace(model.rpn, anchor_rounding="none", anchor_stride="level"),
+        train_proposals=replace(model.train_proposals, post_nms_top_n=1000),
+        roi_features=replace(model.roi_features, sampling_ratio=0, aligned=True),
+        loss=replace(model.loss, rpn_sigma=1000.0, roi_sigma=1000.0),
     )
 
 

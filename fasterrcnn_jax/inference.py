@@ -20,10 +20,11 @@ from fasterrcnn_jax.data.transforms import (
     to_canvas,
 )
 from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, detect
 from fasterrcnn_jax.structures import Detections
 
-jitted_detect = jax.jit(detect)
+jitted_detect = jax.jit(detect, static_argnames="implementation")
 
 
 class Prediction(NamedTuple):
@@ -35,7 +36,9 @@ class Prediction(NamedTuple):
     class_names: tuple[str, ...]  # of each detection
 
 
-def predict(model: Detector, images: Any, *, batch_size: int = 1) -> Prediction | list[Prediction]:
+def predict(
+    model: Detector, images: Any, *, batch_size: int = 1, implementation: Implementation = None
+) -> Prediction | list[Prediction]:
     """Finds objects in one image, a list of images of any sizes, or a batch array.
 
     Images are grouped by canvas and every group is cut into batches of exactly `batch_size`, so what is
@@ -43,6 +46,7 @@ def predict(model: Detector, images: Any, *, batch_size: int = 1) -> Prediction 
 
     Args:
       images: uint8 RGB [height, width, 3], a list of such arrays, or [batch, height, width, 3].
+      implementation: of NMS and region features, as of `detect`.
     Returns:
       One `Prediction` for one image, a list otherwise.
     Raises:
@@ -62,7 +66,7 @@ def predict(model: Detector, images: Any, *, batch_size: int = 1) -> Prediction 
             pixels, image_hw, scale = _on_canvas(
                 [listed[position] for position in chosen], canvas, batch_size, model.config.image
             )
-            found = jax.device_get(jitted_detect(model, pixels, image_hw, scale))
+            found = jax.device_get(jitted_detect(model, pixels, image_hw, scale, implementation=implementation))
             for row, position in enumerate(chosen):
                 boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
                 names = tuple(model.class_names[label - 1] for label in labels)
@@ -131,13 +135,17 @@ def to_original(
     )
 
 
-def detect_dataset(model: Detector, dataset: Dataset, *, batch_size: int) -> list[ImageDetections]:
+def detect_dataset(
+    model: Detector, dataset: Dataset, *, batch_size: int, implementation: Implementation = None
+) -> list[ImageDetections]:
     """Returns the detections of every image of a data set, in its order and its pixels."""
     results: list[ImageDetections] = [None] * len(dataset.records)  # type: ignore[list-item]
     interval = 0.1 if sys.stderr.isatty() else 15.0
     with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False, mininterval=interval) as bar:
         for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
-            found = jax.device_get(jitted_detect(model, batch.images, batch.image_hw, batch.scale))
+            found = jax.device_get(
+                jitted_detect(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
+            )
             for row in np.flatnonzero(batch.image_valid).tolist():
                 index = batch.image_index[row]
                 original_hw = dataset.records[index].image_hw

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from fasterrcnn_jax.box_coder import PerDelta, decode
 from fasterrcnn_jax.boxes import clip, min_side
 from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
+from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.nms import nms
 from fasterrcnn_jax.structures import Detections, Proposals
 
@@ -21,6 +22,7 @@ def postprocess(
     stds: PerDelta,
     coder: BoxCoderConfig,
     config: PostprocessConfig,
+    implementation: Implementation = None,
 ) -> Detections:
     """Returns the best `config.max_detections` after class-wise NMS; boxes in network pixels.
 
@@ -54,6 +56,7 @@ def postprocess(
         iou_threshold=config.nms_threshold,
         max_output=config.max_detections,
         groups=labels,
+        implementation=implementation,
     )
     return Detections(
         jnp.where(kept_valid[:, None], boxes[kept], 0.0),

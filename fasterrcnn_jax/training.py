@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, split, training_losses
 from fasterrcnn_jax.structures import Batch
 
@@ -131,7 +132,11 @@ def merge(graphdef: nnx.GraphDef, state: TrainState) -> Detector:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, *, axis_name: str
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str,
+    implementation: Implementation = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the step of one device; map it over devices with the axis `axis_name`.
 
@@ -145,7 +150,7 @@ def make_train_step(
 
         def local_loss(params):
             model = nnx.merge(graphdef, params, state.frozen)
-            losses = training_losses(model, batch, key, num_devices=num_devices)
+            losses = training_losses(model, batch, key, num_devices=num_devices, implementation=implementation)
             counts = [jnp.maximum(lax.psum(lax.stop_gradient(mean.count), axis_name), 1.0) for mean in losses]
             parts = [mean.sum / count for mean, count in zip(losses, counts, strict=True)]
             return sum(parts), parts

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fasterrcnn_jax.anchors import grid_anchors
-
 
 class Record(NamedTuple):
     concept: str
@@ -63,9 +61,3 @@ def inclusive(continuous) -> np.ndarray:
 def swapped(boxes) -> np.ndarray:
     """Returns boxes or deltas with x and y exchanged."""
     return np.asarray(boxes)[..., [1, 0, 3, 2]]
-
-
-def corner_centred(cells, grid_hw, strides_hw) -> np.ndarray:
-    """Returns torchvision's grid: centred on each cell's corner, with a stride of its own for each axis."""
-    y, x = (grid_anchors(cells, grid_hw, stride) - np.float32(stride / 2) for stride in strides_hw)
-    return np.stack([x[:, 0], y[:, 1], x[:, 2], y[:, 3]], axis=1)

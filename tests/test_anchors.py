@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterrcnn_jax.anchors import cell_anchors, cell_centres, grid_anchors
-from fasterrcnn_jax.config import BackboneConfig, BoxCoderConfig, ModelConfig, ProposalConfig, RpnConfig
-from fasterrcnn_jax.models.detector import anchors_of
+from fasterrcnn_jax.anchor_grid import anchors_of
+from fasterrcnn_jax.anchors import cell_anchors, cell_corners, grid_anchors
+from fasterrcnn_jax.config import (
+    BackboneConfig,
+    BoxCoderConfig,
+    FpnConfig,
+    ImageConfig,
+    ModelConfig,
+    ProposalConfig,
+    RpnConfig,
+)
 from fasterrcnn_jax.models.heads import RpnHead
 from fasterrcnn_jax.proposals import propose
 
@@ -36,7 +44,7 @@ def test_unrounded_cell_anchors_have_their_area_ratio_and_centre_in_order(bases_
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([8, 16]))
 def test_grid_anchors_go_by_row_column_and_cell_anchor(rows, columns, stride):
     cells = cell_anchors(16.0, (1.0, 2.0), (0.5, 2.0), rounding="none")
-    anchors = iter(grid_anchors(cells, (rows, columns), stride))
+    anchors = iter(grid_anchors(cells, (rows, columns), (stride, stride)))
     for row in range(rows):
         for column in range(columns):
             x, y = (column + 0.5) * stride, (row + 0.5) * stride
@@ -45,11 +53,45 @@ def test_grid_anchors_go_by_row_column_and_cell_anchor(rows, columns, stride):
     assert next(anchors, None) is None
 
 
-def test_centres_are_those_of_the_anchors():
-    config = ModelConfig(rpn=RpnConfig(anchor_scales=(2, 4)), backbone=BackboneConfig(stride=8))
-    anchors, centres = anchors_of(config, (3, 5))
-    np.testing.assert_allclose((anchors[:, :2] + anchors[:, 2:]) / 2, centres, atol=1e-4)
-    assert cell_centres((3, 5), 8)[7].tolist() == [20, 12]  # second row, third column
+@pytest.mark.parametrize("centre, offset", [("cell", 4), ("corner", 0)])
+def test_anchors_are_centred_on_cells_or_their_corners(centre, offset):
+    rpn = RpnConfig(anchor_scales=(2, 4), anchor_centre=centre)
+    grid = anchors_of(ModelConfig(rpn=rpn, backbone=BackboneConfig(stride=8)), ((3, 5),))
+    centres = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
+    np.testing.assert_allclose(centres, grid.corners + offset, atol=1e-4)
+    assert cell_corners((3, 5), (8, 8))[7].tolist() == [16, 8]  # second row, third column
+    assert (grid.level_sizes, grid.per_cell) == ((90,), 6)
+
+
+FPN = dict(
+    fpn=FpnConfig(), image=ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)))
+)
+PYRAMID = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
+
+
+@pytest.mark.parametrize("apart, last", [("level", (64, 64)), ("canvas", (16, 24))])
+def test_a_pyramid_has_anchors_twice_as_large_on_every_level(apart, last):
+    rpn = RpnConfig(anchor_base=32.0, anchor_scales=(1.0,), anchor_centre="corner", anchor_stride=apart)
+    grid = anchors_of(ModelConfig(rpn=rpn, **FPN), PYRAMID)
+    assert grid.level_sizes == tuple(3 * rows * columns for rows, columns in PYRAMID) and grid.per_cell == 3
+    sides = np.sqrt((grid.anchors[:, 2:] - grid.anchors[:, :2]).prod(axis=1))
+    levels = np.repeat([32, 64, 128, 256, 512], grid.level_sizes)
+    np.testing.assert_allclose(sides, levels, rtol=0.03)  # ratios are rounded
+    firsts = np.cumsum([0, *grid.level_sizes[:-1]])
+    np.testing.assert_array_equal(grid.anchors[firsts, :2], -grid.anchors[firsts, 2:])
+    # Two rows and columns on P6, so that there is something between them.
+    assert grid_strides(ModelConfig(rpn=rpn, **FPN), (*PYRAMID[:4], (2, 2))) == [(4, 4), last]
+
+
+def grid_strides(config, grids):
+    """Returns (y, x) pixels between the anchors of neighbouring cells on the first and the last level."""
+    grid = anchors_of(config, grids)
+    found = []
+    for level in (0, len(grids) - 1):
+        start = sum(grid.level_sizes[:level])
+        anchors = grid.anchors[start : start + grid.level_sizes[level] : grid.per_cell].reshape(*grids[level], 4)
+        found.append((float(anchors[1, 0, 1] - anchors[0, 0, 1]), float(anchors[0, 1, 0] - anchors[0, 0, 0])))
+    return found
 
 
 @pytest.mark.parametrize("rounding", ["base", "half", "none"])
@@ -77,8 +119,8 @@ def test_the_detectors_anchors_are_rounded_as_its_configuration_says():
     for rounding in ("base", "half", "none"):
         shapes = dict(anchor_base=10.0, anchor_scales=(3.0,), anchor_ratios=(0.5,))
         rpn = RpnConfig(**shapes, anchor_rounding=rounding)
-        anchors, _ = anchors_of(ModelConfig(rpn=rpn), (1, 1))
-        np.testing.assert_array_equal(anchors - 8, cell_anchors(10.0, (3.0,), (0.5,), rounding=rounding))
+        grid = anchors_of(ModelConfig(rpn=rpn), ((1, 1),))
+        np.testing.assert_array_equal(grid.anchors - 8, cell_anchors(10.0, (3.0,), (0.5,), rounding=rounding))
 
 
 def test_rpn_channels_go_in_the_order_of_the_anchors():
@@ -87,13 +129,13 @@ def test_rpn_channels_go_in_the_order_of_the_anchors():
         rpn=RpnConfig(anchor_scales=(1, 2), anchor_ratios=(0.5, 2.0), anchor_rounding="none", channels=1)
     )
     head = RpnHead(config, 32, rng=np.random.default_rng(0))
-    head.conv.kernel[...] = jnp.zeros((3, 3, 32, 1)).at[1, 1, 0, 0].set(1.0)
+    head.convs[0].kernel[...] = jnp.zeros((3, 3, 32, 1)).at[1, 1, 0, 0].set(1.0)
     grid_hw, stride = (4, 6), 16
-    anchors, _ = anchors_of(config, grid_hw)
+    anchors = anchors_of(config, (grid_hw,)).anchors
 
     @jax.jit
     def best_box(head, features):
-        objectness, deltas = head(features)
+        objectness, deltas = head((features,))
         found = propose(
             objectness[0],
             deltas[0],

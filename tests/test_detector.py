@@ -10,6 +10,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from fasterrcnn_jax.anchor_grid import anchors_of
 from fasterrcnn_jax.config import (
     BoxCoderConfig,
     BoxHeadConfig,
@@ -17,7 +18,7 @@ from fasterrcnn_jax.config import (
     RpnConfig,
 )
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, anchors_of, detect, detect_in, split, training_losses
+from fasterrcnn_jax.models.detector import Detector, detect, detect_in, split, training_losses
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
 from fasterrcnn_jax.roi_align import roi_align, roi_align_average
 from fasterrcnn_jax.roi_crop import roi_crop
@@ -367,9 +368,13 @@ def test_the_configured_operator_sees_boxes_without_the_far_corners_offset(monke
         return head(self, features)
 
     monkeypatch.setattr(BoxHead, "__call__", spied)
-    detect_in(model, features, Proposals(boxes, jnp.ones((1, 2)), jnp.ones((1, 2), bool)), jnp.float32([[H, W]]))
+    detect_in(model, (features,), Proposals(boxes, jnp.ones((1, 2)), jnp.ones((1, 2), bool)), jnp.float32([[H, W]]))
     shifted = boxes[0] - jnp.float32([[0, 0, offset, offset]] * 2)
-    expected = operator(features[0], shifted, stride=16, output_size=4, **options)
+    if operator is roi_align:
+        levels = jnp.zeros(2, jnp.int32)
+        expected = roi_align((features[0],), shifted, levels, strides=(16,), output_size=4, **options)
+    else:
+        expected = operator(features[0], shifted, stride=16, output_size=4, **options)
     np.testing.assert_allclose(pooled[0][0], expected, atol=1e-6)
 
 
@@ -430,7 +435,7 @@ def test_anchors_end_at_the_border_of_their_own_picture(random_weights):
     """Not at that of the first picture of the batch, nor at the canvas."""
     config = replaced(CONFIG, "rpn", allowed_border=0.0, anchors_per_image=1000)
     sizes = ((64, 96), (60, 80), (40, 50), (64, 70))
-    anchors, _ = anchors_of(config, (H // 16, W // 16))
+    anchors = anchors_of(config, ((H // 16, W // 16),)).anchors
     within = [
         ((anchors[:, :2] >= 0).all(axis=1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)).sum()
         for height, width in sizes
@@ -447,7 +452,7 @@ def test_heads_start_with_the_references_spreads():
     rpn = RpnHead(dataclasses.replace(CONFIG, rpn=RpnConfig(channels=256)), 32, rng=np.random.default_rng(0))
     head = BoxHead(CONFIG, 32, 200, rng=np.random.default_rng(0))
     layers = [
-        (rpn.conv, 0.01),
+        (rpn.convs[0], 0.01),
         (rpn.objectness, 0.01 * 2**0.5),
         (rpn.deltas, 0.01),
         (head.class_logits, 0.01),

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fasterrcnn_jax.config import (
@@ -18,10 +20,13 @@ from fasterrcnn_jax.families import (
     RESNET_TRAINING,
     VGG16_TRAINING,
     coco_scales,
+    detectron2_fpn,
     resnet_c4,
+    resnet_fpn,
     vgg16,
     voc_schedule,
 )
+from fasterrcnn_jax.losses import smooth_l1
 
 # VOC 2007 trainval and its mirrored copies: 10022 images, in steps of 1, 4, 16 and 24 of them.
 STEPS_PER_EPOCH = {1: 10022, 4: 2506, 16: 627, 24: 418}
@@ -134,3 +139,63 @@ def test_shipped_configurations_have_the_values_of_the_runs_they_name(
     )  # fmt: skip
     fields = VGG16_TRAINING if model.backbone.name == "vgg16" else RESNET_TRAINING
     assert {field: getattr(train, field) for field in fields} == fields
+
+
+def test_pyramids_have_the_values_of_the_detectors_they_name():
+    """torchvision's constructor arguments; detectron2's Base-RCNN-FPN.yaml and config/defaults.py."""
+    for model in (resnet_fpn(50), detectron2_fpn(101)):
+        assert (model.image.short_side, model.image.long_side) == (800, 1333)
+        assert model.fpn.channels == model.rpn.channels == 256
+        rpn, sampling = model.rpn, model.roi_sampling
+        assert (rpn.anchor_base, rpn.anchor_scales, rpn.anchor_ratios) == (32.0, (1.0,), (0.5, 1.0, 2.0))
+        assert (rpn.fg_iou, rpn.bg_iou, rpn.anchors_per_image, rpn.fg_fraction) == (0.7, 0.3, 256, 0.5)
+        assert (model.train_proposals.pre_nms_top_n, model.test_proposals.pre_nms_top_n) == (2000, 1000)
+        assert model.train_proposals.nms_threshold == model.test_proposals.nms_threshold == 0.7
+        assert (sampling.rois_per_image, sampling.fg_fraction, sampling.fg_iou) == (512, 0.25, 0.5)
+        assert sampling.box_stds == (0.1, 0.1, 0.2, 0.2)
+        assert (model.roi_features.output_size, model.box_head.layers, model.box_head.channels) == (7, 2, 1024)
+        post = model.postprocess
+        assert (post.score_threshold, post.nms_threshold, post.max_detections) == (0.05, 0.5, 100)
+        assert model.backbone.fixed_stages == 1 and model.backbone.norm == "frozen_batch"
+    torchvision, detectron2 = resnet_fpn(50), detectron2_fpn(101)
+    assert (torchvision.train_proposals.post_nms_top_n, detectron2.train_proposals.post_nms_top_n) == (2000, 1000)
+    assert (torchvision.roi_features.sampling_ratio, torchvision.roi_features.aligned) == (2, False)
+    assert (detectron2.roi_features.sampling_ratio, detectron2.roi_features.aligned) == (0, True)
+    assert (torchvision.backbone.stride_in, detectron2.backbone.stride_in) == ("3x3", "1x1")
+    assert (torchvision.image.channel_order, detectron2.image.channel_order) == ("rgb", "bgr")
+    assert detectron2.image.mean == (103.53, 116.28, 123.675)
+    assert torchvision.loss.roi_sigma == torchvision.loss.rpn_sigma == 3.0
+    errors = jnp.float32([-2.0, 0.0, 1e-3, 0.5])
+    l1 = smooth_l1(errors, sigma=detectron2.loss.roi_sigma)
+    np.testing.assert_allclose(l1, np.abs(errors), atol=1e-6)
+    scratch = resnet_fpn(18, norm="group")
+    assert scratch.backbone.mask_padding and not scratch.rpn.anchors_in_padding
+    assert (scratch.backbone.fixed_stages, scratch.fpn.norm) == (0, "group")
+
+
+@pytest.mark.parametrize(
+    "name, model, warmup, falls_at, steps",
+    [
+        ("coco_resnet50_fpn", resnet_fpn(50), 1000, (16 * 7329, 22 * 7329), 26 * 7329),
+        ("coco_resnet50_fpn_v2", resnet_fpn(50, version=2), 1000, (16 * 7329, 22 * 7329), 26 * 7329),
+        ("coco_resnet101_fpn", detectron2_fpn(101), 1000, (210_000, 250_000), 270_000),
+        ("voc_resnet50_fpn", resnet_fpn(50), 500, (8 * 1034, 11 * 1034), 12 * 1034),
+    ],
+)
+def test_shipped_pyramids_have_the_schedules_they_name(name, model, warmup, falls_at, steps):
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    if name.startswith("voc"):
+        assert (config.model.image.short_side, config.model.image.long_side) == (600, 1000)
+        model = replace(model, image=config.model.image)
+    assert config.model == model
+    train = config.train
+    assert (train.batch_size, train.learning_rate, train.momentum, train.weight_decay) == (16, 0.02, 0.9, 1e-4)
+    assert (train.warmup_steps, train.decay_steps, train.steps) == (warmup, falls_at, steps)
+    assert (train.double_bias, train.double_objectness, train.bias_decay) == (False, False, True)
+
+
+def test_resnet_101_from_torchvisions_weights():
+    config = load_config(Path(__file__).parents[1] / "configs" / "voc_resnet101_c4.py")
+    assert (config.model.backbone.stride_in, config.model.backbone.stem_pool) == ("3x3", "padded")
+    assert config.model.image.mean == IMAGENET_RGB["mean"]
+    assert config.data.train_split == "2007_trainval+2012_trainval"

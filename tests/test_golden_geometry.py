@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fidelity import compare, continuous, corner_centred, inclusive, swapped
+from fidelity import compare, continuous, inclusive, swapped
 
 from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.box_coder import MAX_LOG_SCALE, decode, encode
@@ -42,7 +42,7 @@ def test_faster_rcnn_pytorchs_cells_and_grid():
         cells = cell_anchors(16.0, scales, RATIOS, rounding="base")
         compare("anchors", "faster-rcnn.pytorch", name, inclusive(cells + 8), GOLDEN[name])
     cells = cell_anchors(16.0, (8.0, 16.0, 32.0), RATIOS, rounding="base")
-    grid = grid_anchors(cells, tuple(GOLDEN["grid_hw"].tolist()), 16)
+    grid = grid_anchors(cells, tuple(GOLDEN["grid_hw"].tolist()), (16, 16))
     compare("anchors", "faster-rcnn.pytorch", "grid", inclusive(grid), GOLDEN["jw_grid"])
 
 
@@ -58,7 +58,7 @@ def test_chenyuntcs_cells_and_grid():
     expected = (theirs[None] + shifts).reshape(-1, 4).astype(np.float32)
     assert crc32(expected) == GOLDEN["cy_grid_yxyx_crc32"]
     np.testing.assert_array_equal(expected[::97], GOLDEN["cy_grid_yxyx_every_97"])
-    grid = swapped(grid_anchors(cells, (height, width), 16))
+    grid = swapped(grid_anchors(cells, (height, width), (16, 16)))
     compare("anchors", "simple-faster-rcnn-pytorch", "grid", grid, expected, **tolerance)
 
 
@@ -72,7 +72,7 @@ def test_torchvisions_cells_and_grids_of_five_levels():
     canvas, grids = GOLDEN["tv_canvas_hw"], [tuple(hw) for hw in GOLDEN["tv_grid_hw"].tolist()]
     strides = [tuple((canvas // hw).tolist()) for hw in grids]
     np.testing.assert_array_equal(strides, GOLDEN["tv_strides_hw"])
-    levels = [corner_centred(*level) for level in zip(cells, grids, strides)]
+    levels = [grid_anchors(*level, centre="corner") for level in zip(cells, grids, strides)]
     for number, level in enumerate(levels):
         name = f"tv_grid_{number}" + ("_every_101" if number < 3 else "")
         rows = level[::101] if number < 3 else level

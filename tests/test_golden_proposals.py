@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fidelity import compare, continuous, corner_centred, inclusive
+from fidelity import compare, continuous, inclusive
 from jax import lax
 
 from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
@@ -50,7 +50,7 @@ def jw_propose(foreground, deltas, image_hw, *, pre, post):
     """Proposals of one image of the reference's maps [anchors, rows, columns]."""
     height, width = foreground.shape[1:]
     cells = cell_anchors(16.0, (8.0, 16.0, 32.0), RATIOS, rounding="base")
-    anchors = grid_anchors(cells, (height, width), 16)
+    anchors = grid_anchors(cells, (height, width), (16, 16))
     probabilities = foreground.transpose(1, 2, 0).ravel().astype(np.float64)
     logits = np.log(probabilities / (1 - probabilities)).astype(np.float32)
     # The order of the logits is the order of the probabilities.
@@ -100,10 +100,11 @@ def tv_inputs():
     deltas = (generator.standard_normal((2, n, 4)) * 0.3).astype(np.float32)
     check("tv_inputs_crc32", objectness, deltas)
     levels = [
-        corner_centred(
+        grid_anchors(
             cell_anchors(16.0, (size / 16,), RATIOS, rounding="half"),
             (256 // stride, 320 // stride),
             (stride, stride),
+            centre="corner",
         )
         for size, stride in ((32, 4), (64, 8), (128, 16), (256, 32), (512, 64))
     ]

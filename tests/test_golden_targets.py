@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fidelity import compare, continuous, corner_centred, inclusive
+from fidelity import compare, continuous, inclusive
 
 from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.box_coder import encode
@@ -45,7 +45,7 @@ TV_LEVELS = [
     )
     for size, stride in ((32, 4), (64, 8), (128, 16), (256, 32), (512, 64))
 ]
-TV_ANCHORS = np.concatenate([corner_centred(*level) for level in TV_LEVELS])
+TV_ANCHORS = np.concatenate([grid_anchors(*level, centre="corner") for level in TV_LEVELS])
 
 
 def everything(count, **options):

@@ -1,6 +1,7 @@
 """The order of the layers, read from the source: a module imports from lower layers only."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ PACKAGE = "fasterrcnn_jax"
 # box_coder is ground because the configuration is typed with its Weights, roi_align because roi_crop
 # shares its products.
 LAYERS = (
+    {"kernels"},
     {"errors", "structures", "boxes", "box_coder", "roi_align"},
     {"config", "anchors", "levels", "nms", "roi_pool", "roi_crop", "matching"},
-    {"sampling", "config_io", "families"},
+    {"sampling", "config_io", "families", "anchor_grid"},
     {"proposals", "targets", "losses", "postprocess", "roi_features"},
     {"models"},
-    {"training", "inference"},
+    {"training", "inference", "weights", "summary"},
     {"parallel", "checkpoint", "drawing"},
-    {"run_folder"},
+    {"run_folder", "zoo"},
     {"cli"},
 )
 # What the modules of these folders may see of the package, beside their own folder.
@@ -30,10 +32,10 @@ FOLDERS = {
     "configs": {"config", "families", "data.coco", "data.shapes", "data.voc"},
 }
 # Beside the lower layers: the host's side of detection reads images and hands over results.
-HOST = {"inference", "run_folder"}
+HOST = {"inference", "run_folder", "zoo"}
 HOST_SEES = {"data", "evaluation.results"}
 ENTRIES = {"__init__", "__main__", "scripts"}
-FLAX = {"models", "training", "checkpoint"}
+FLAX = {"models", "training", "checkpoint", "summary"}
 
 
 def modules():
@@ -74,7 +76,7 @@ def allowed_in(name):
     rank = next((rank for rank, layer in enumerate(LAYERS) if top in layer), None)
     assert rank is not None, f"{name} is in no layer; give it a place in {Path(__file__).name}"
     lower = set().union(*LAYERS[:rank])
-    return lower | ({top} if top == "models" else set()) | (HOST_SEES if top in HOST else set())
+    return lower | ({top} if top in ("models", "weights") else set()) | (HOST_SEES if top in HOST else set())
 
 
 CHECKED = {name: path for name, path in modules() if name.split(".")[0] not in ENTRIES}
@@ -102,6 +104,18 @@ def test_nothing_imports_the_folders_at_the_top_by_their_bare_names():
         (name, other) for name, path in modules() for other in imported(path) if is_within(other, bare)
     }
     assert not found
+
+
+def test_kernels_depend_on_jax_alone():
+    """Beside the standard library and NumPy, which JAX cannot be without."""
+    roots = {
+        name.split(".")[0]
+        for module, path in modules()
+        if module.split(".")[0] == "kernels"
+        for name in imported(path)
+        if not is_within(name, {f"{PACKAGE}.kernels"})
+    }
+    assert "jax" in roots and roots - {"jax", "numpy"} <= sys.stdlib_module_names
 
 
 def test_every_layer_that_is_named_exists():

@@ -196,12 +196,12 @@ def backbone(config, image=IMAGE):
 @pytest.mark.parametrize("name, channels", [("resnet18", 4), ("resnet50", 16), ("vgg16", 8)])
 def test_backbone_has_its_stride_and_channels(name, channels, stride):
     config = BackboneConfig(name=name, width=8, stride=stride)
-    shape = nnx.eval_shape(
+    (features,) = nnx.eval_shape(
         lambda images: backbone(config)(images, jnp.full((2, 2), 64.0)),
         jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32),
-    ).shape
-    assert shape == (2, 64 // stride, 96 // stride, 8 * channels)
-    assert nnx.eval_shape(lambda: backbone(config)).channels == 8 * channels
+    )
+    assert features.shape == (2, 64 // stride, 96 // stride, 8 * channels)
+    assert nnx.eval_shape(lambda: backbone(config)).channels == (8 * channels,)
 
 
 def test_depth_counts_the_layers_with_weights():
@@ -289,7 +289,7 @@ def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, n
         images = np.zeros((2, height, width, 3), np.float32)
         for image, picture in zip(images, pictures, strict=True):
             image[: picture.shape[0], : picture.shape[1]] = picture
-        return np.asarray(apply(net, images, np.float32(sizes)))
+        return np.asarray(apply(net, images, np.float32(sizes))[0])
 
     for tight, wide, size in zip(features(48, 64), features(80, 96), sizes, strict=True):
         rows, columns = (-(-side // stride) for side in size)
@@ -323,5 +323,5 @@ def test_the_stem_is_pooled_as_configured(stem_pool, near):
     x = np.asarray(jax.nn.relu(net.stem_norm(net.stem(images))))
     rows, columns = ([slice(max(2 * i - near, 0), 2 * i - near + 3) for i in range(side // 4)] for side in (24, 32))
     expected = [[x[:, row, column].max(axis=(1, 2)) for column in columns] for row in rows]
-    found = net(images, jnp.full((1, 2), 32.0))
+    (found,) = net(images, jnp.full((1, 2), 32.0))
     np.testing.assert_array_equal(np.asarray(found).transpose(1, 2, 0, 3), np.array(expected))

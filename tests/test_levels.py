@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from fidelity import compare
 
+from fasterrcnn_jax.config import RoiFeaturesConfig
 from fasterrcnn_jax.levels import assign_levels
-from fasterrcnn_jax.roi_align import roi_align
+from fasterrcnn_jax.roi_features import roi_features
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "roi_levels.npz")
 BOXES = jnp.asarray(np.concatenate([GOLDEN["boxes0"], GOLDEN["boxes1"]]))
@@ -34,18 +35,15 @@ def test_levels_out_of_order_are_refused():
 
 def test_features_over_levels_and_their_gradients_equal_torchvisions():
     """Each region from the level it is assigned to, as torchvision: not aligned, two samples per bin and axis."""
-    features = [jnp.asarray(GOLDEN[f"features{level}"]) for level in range(4)]
+    features = tuple(jnp.asarray(GOLDEN[f"features{level}"]) for level in range(4))
     boxes = jnp.asarray(np.stack([GOLDEN["boxes0"], GOLDEN["boxes1"]]))
-    levels = assign_levels(boxes, lowest=2, highest=5)
+    config = RoiFeaturesConfig(sampling_ratio=2)
 
     @jax.jit
     def pooled(features):
-        total = 0.0
-        for level, maps in enumerate(features, 2):
-            options = dict(stride=2**level, output_size=7, sampling_ratio=2, aligned=False)
-            values = jax.vmap(lambda f, b, options=options: roi_align(f, b, **options))(maps, boxes)
-            total += jnp.where((levels == level)[..., None, None, None], values, 0.0)
-        return total.reshape(-1, *total.shape[2:])
+        options = dict(strides=(4, 8, 16, 32), far_corner_offset=0, config=config)
+        values = jax.vmap(lambda f, b: roi_features(f, b, **options))(features, boxes)
+        return values.reshape(-1, *values.shape[2:])
 
     found, pull_back = jax.vjp(pooled, features)
     compare("RoI features", "torchvision", "RoIAlign over four levels", found, GOLDEN["pooled"], atol=2e-5)

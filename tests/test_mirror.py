@@ -28,7 +28,7 @@ def symmetric(path, leaf):
     values = np.array(leaf)
     if values.ndim == 4:
         values = (values + values[:, ::-1]) / 2
-    elif "fc6" in names and "kernel" in names:
+    elif "fcs" in names and "kernel" in names:
         grid = values.reshape(S, S, -1, values.shape[-1])
         values = ((grid + grid[:, ::-1]) / 2).reshape(values.shape)
     if "deltas" in names:

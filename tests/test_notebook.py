@@ -13,10 +13,11 @@ import pytest
 from fidelity import compare
 from flax import nnx
 
+from fasterrcnn_jax.anchor_grid import anchors_of
 from fasterrcnn_jax.boxes import pairwise_iou
 from fasterrcnn_jax.config import ProposalConfig, RoiFeaturesConfig, RpnConfig
 from fasterrcnn_jax.families import vgg16
-from fasterrcnn_jax.models.detector import Detector, anchors_of
+from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.proposals import propose
 from fasterrcnn_jax.roi_features import roi_features
 from fasterrcnn_jax.structures import GroundTruth
@@ -30,7 +31,7 @@ CONFIG = dataclasses.replace(
     rpn=RpnConfig(anchor_rounding="none"),
     roi_features=RoiFeaturesConfig(operator="pool", quantisation="floor"),
 )
-ANCHORS = jnp.asarray(anchors_of(CONFIG, (50, 50))[0])
+ANCHORS = jnp.asarray(anchors_of(CONFIG, ((50, 50),)).anchors)
 KEY = jax.random.key(0)
 
 
@@ -81,12 +82,12 @@ def shapes():
         )
         rois = roi_targets(KEY, proposals, GROUND_TRUTH, rois_per_image=128, config=config.roi_sampling)
         pooled = roi_features(
-            features[0], rois.boxes, stride=16, far_corner_offset=0, config=config.roi_features
+            (features[0][0],), rois.boxes, strides=(16,), far_corner_offset=0, config=config.roi_features
         )
         hidden = model.box_head.tail(pooled[None], None)
         logits, box_deltas = model.box_head(pooled[None])
         return dict(
-            features=features,
+            features=features[0],
             objectness=objectness,
             deltas=deltas,
             proposals=proposals.boxes,

@@ -12,7 +12,7 @@ from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
 from fasterrcnn_jax.proposals import propose
 
-ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.5, 1.0, 2.0), rounding="none"), (6, 8), 16)
+ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.5, 1.0, 2.0), rounding="none"), (6, 8), (16, 16))
 A = len(ANCHORS)
 IMAGE_HW = np.float32([80, 100])
 SCALE = np.float32([1, 1])
@@ -21,13 +21,16 @@ CAFFE = BoxCoderConfig(far_corner_offset=1, max_log_scale=None)
 IN_PICTURE = np.repeat((np.mgrid[0:6, 0:8] * 16 < IMAGE_HW[:, None, None]).all(axis=0).ravel(), 6)
 
 
-jitted_propose = functools.partial(jax.jit, static_argnames=("config", "coder"))(propose)
+jitted_propose = functools.partial(jax.jit, static_argnames=("config", "coder", "level_sizes"))(propose)
 
 
-def run(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig()):
+def run(
+    objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig(), level_sizes=None
+):
     return jitted_propose(
-        objectness, deltas, ANCHORS, anchor_valid, IMAGE_HW, scale, config=config, coder=coder
-    )
+        objectness, deltas, ANCHORS, anchor_valid, IMAGE_HW, scale,
+        config=config, coder=coder, level_sizes=level_sizes,
+    )  # fmt: skip
 
 
 def rpn_outputs(seed):
@@ -36,8 +39,10 @@ def rpn_outputs(seed):
     return objectness, generator.normal(0, 0.3, (A, 4)).astype(np.float32)
 
 
-def reference(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig()):
-    """Decode, clip, drop small ones, best by objectness, NMS."""
+def reference(
+    objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig(), level_sizes=None
+):
+    """Decode, clip, drop small ones, best of each level by objectness, NMS in each, the best of all levels."""
     offset = dict(far_corner_offset=coder.far_corner_offset)
     decoded = [
         oracles.decode(d, a, max_log_scale=coder.max_log_scale, **offset)
@@ -46,16 +51,17 @@ def reference(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, c
     boxes = np.array([oracles.clip(box, *IMAGE_HW, **offset) for box in decoded], np.float32)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     large = (height / scale[0] >= config.min_size) & (width / scale[1] >= config.min_size)
-    usable = np.flatnonzero(anchor_valid & large)
-    best = sorted(usable, key=lambda i: -objectness[i])[: config.pre_nms_top_n]
-    kept = oracles.greedy_nms(
-        boxes[best],
-        objectness[best],
-        np.ones(len(best), bool),
-        iou_threshold=config.nms_threshold,
-        max_output=config.post_nms_top_n,
-    )
-    chosen = np.array(best)[kept]
+    kept, start = [], 0
+    for size in level_sizes or (A,):
+        level = range(start, start + size)
+        usable = [i for i in level if anchor_valid[i] and (large[i] or config.drop_small == "after_top_n")]
+        best = sorted(usable, key=lambda i: -objectness[i])[: config.pre_nms_top_n]
+        best = [i for i in best if large[i]]
+        options = dict(iou_threshold=config.nms_threshold, max_output=config.post_nms_top_n)
+        survivors = oracles.greedy_nms(boxes[best], objectness[best], np.ones(len(best), bool), **options)
+        kept += [best[i] for i in survivors]
+        start += size
+    chosen = np.array(sorted(kept, key=lambda i: -objectness[i])[: config.post_nms_top_n])
     return boxes[chosen], 1 / (1 + np.exp(-objectness[chosen]))
 
 
@@ -235,3 +241,37 @@ def test_more_slots_than_anchors_are_padding():
         coder=BoxCoderConfig(),
     )
     assert found.valid.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("pre", [10, 60])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_level_has_its_own_best_and_its_own_suppression(seed, pre):
+    outputs = rpn_outputs(seed)
+    config = ProposalConfig(pre_nms_top_n=pre, post_nms_top_n=100, nms_threshold=0.4, min_size=4.0)
+    options = dict(config=config, level_sizes=(A - 100, 70, 30))
+    found = run(*outputs, IN_PICTURE, **options)
+    boxes, scores = reference(*outputs, IN_PICTURE, **options)
+    valid = np.asarray(found.valid)
+    assert len(boxes) == valid.sum()
+    np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, rtol=1e-5)
+    # The levels matter: as one map fewer boxes come out.
+    assert run(*outputs, IN_PICTURE, config=config).valid.sum() < valid.sum()
+
+
+def test_small_boxes_drop_before_or_after_the_best_are_taken():
+    """Ten places among which half of the best are small."""
+    objectness, deltas = rpn_outputs(3)
+    order = np.argsort(-np.where(IN_PICTURE, objectness, -np.inf))
+    deltas[order[:20:2], 2:] = -4.0
+    counts = {}
+    for when in ("first", "after_top_n"):
+        config = ProposalConfig(
+            pre_nms_top_n=10, post_nms_top_n=10, nms_threshold=1.0, min_size=3.0, drop_small=when
+        )
+        found = run(objectness, deltas, IN_PICTURE, config=config)
+        boxes, _ = reference(objectness, deltas, IN_PICTURE, config=config)
+        valid = np.asarray(found.valid)
+        np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3)
+        counts[when] = int(valid.sum())
+    assert counts["first"] == 10 and 0 < counts["after_top_n"] <= 5

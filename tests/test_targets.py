@@ -19,7 +19,7 @@ from fasterrcnn_jax.structures import GroundTruth, Proposals
 from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
 # Ratios with whole sides: intersections over union are exact, ties are ties.
-ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), 16)
+ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), (16, 16))
 A, G, P = len(ANCHORS), 3, 10
 # Less than the 48 x 64 of the grid: each border has anchors of its own over it.
 IMAGE_HW = np.float32([44, 60])

@@ -177,3 +177,12 @@ def test_flipping_twice_changes_nothing(corners, width):
     assert (flipped[:, 2] >= flipped[:, 0]).all()
     np.testing.assert_array_equal(flip_boxes(flipped, width), boxes)
     np.testing.assert_array_equal(flipped[:, [1, 3]], boxes[:, [1, 3]])
+
+
+@pytest.mark.parametrize("rounding, size", [("nearest", (75, 101)), ("down", (75, 100))])
+def test_sides_are_rounded_as_configured(rounding, size):
+    """40 x 53.8 of 100: 53.8 * 1.875 = 100.9."""
+    config = ImageConfig(
+        short_side=75, long_side=112, canvases=((80, 112), (112, 80)), size_rounding=rounding
+    )
+    assert network_size((400, 538), config) == size

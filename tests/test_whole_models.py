@@ -20,12 +20,13 @@ import reference_weights
 from fidelity import compare, continuous
 from flax import nnx
 
+from fasterrcnn_jax.anchor_grid import anchors_of
 from fasterrcnn_jax.box_coder import decode
 from fasterrcnn_jax.boxes import clip
 from fasterrcnn_jax.config import BoxCoderConfig, ImageConfig, PostprocessConfig, ProposalConfig
 from fasterrcnn_jax.data.transforms import to_canvas
 from fasterrcnn_jax.families import resnet_c4, vgg16
-from fasterrcnn_jax.models.detector import Detector, anchors_of, detect, detect_in, losses_towards, split
+from fasterrcnn_jax.models.detector import Detector, detect, detect_in, losses_towards, shared_features, split
 from fasterrcnn_jax.postprocess import postprocess
 from fasterrcnn_jax.proposals import propose
 from fasterrcnn_jax.roi_features import roi_features
@@ -81,8 +82,8 @@ def forward(case):
 
     @jax.jit
     def run(model, images):
-        features = model.backbone(images, jnp.asarray(IMAGE_HW))
-        return features, *model.rpn_head(features)
+        levels = shared_features(model, images, jnp.asarray(IMAGE_HW))
+        return levels, *model.rpn_head(levels)
 
     return run(model, network_input(golden, model, "image"))
 
@@ -111,7 +112,7 @@ def logit_difference(scores):
 
 def test_features_objectness_and_deltas(case, forward):
     name, golden, _, _ = case
-    features, objectness, deltas = forward
+    (features,), objectness, deltas = forward
     assert nchw(features).shape == tuple(golden["base_feat_shape"])
     maps = samples(nchw(features), 1024)
     compare(f"{name}: features", REFERENCE, "shared features", maps, golden["base_feat_samples"], atol=1e-4)
@@ -123,8 +124,8 @@ def test_features_objectness_and_deltas(case, forward):
 
 def test_proposals_are_the_same_boxes_in_the_same_order(case, forward):
     name, golden, model, _ = case
-    features, objectness, deltas = forward
-    anchors, _ = anchors_of(model.config, features.shape[1:3])
+    (features,), objectness, deltas = forward
+    anchors = anchors_of(model.config, (features.shape[1:3],)).anchors
     found = propose(
         objectness[0],
         deltas[0],
@@ -154,8 +155,8 @@ def head_outputs(case, forward):
 
     @jax.jit
     def run(model, features, boxes):
-        options = dict(stride=16, far_corner_offset=1, config=model.config.roi_features)
-        pooled = roi_features(features[0], boxes[0], **options)
+        options = dict(strides=(16,), far_corner_offset=1, config=model.config.roi_features)
+        pooled = roi_features((features[0][0],), boxes[0], **options)
         return pooled, *model.box_head(pooled[None]), model.box_head.tail(pooled[None, :4], None)
 
     return run(model, forward[0], recorded_regions(golden).boxes)
@@ -272,16 +273,16 @@ def training(case):
     def run(graphdef, params, frozen, images):
         def total(params):
             model = nnx.merge(graphdef, params, frozen)
-            features = model.backbone(images, image_hw)
-            objectness, deltas = model.rpn_head(features)
-            anchors = jnp.asarray(anchors_of(model.config, features.shape[1:3])[0])
+            levels = shared_features(model, images, image_hw)
+            objectness, deltas = model.rpn_head(levels)
+            anchors = jnp.asarray(anchors_of(model.config, (levels[0].shape[1:3],)).anchors)
             label = functools.partial(anchor_targets, config=model.config.rpn)
             targets = jax.vmap(label, in_axes=(0, None, None, 0, 0))(
                 keys, anchors, jnp.ones(len(anchors), bool), image_hw, ground_truth
             )
             rpn_class, rpn_box, *box = losses_towards(
                 model,
-                features,
+                levels,
                 objectness,
                 deltas,
                 targets,

@@ -11,8 +11,10 @@ from PIL import Image
 
 from fasterrcnn_jax.config import (
     BackboneConfig,
+    BoxHeadConfig,
     Config,
     DataConfig,
+    FpnConfig,
     ImageConfig,
     ModelConfig,
     PostprocessConfig,
@@ -44,6 +46,13 @@ MODEL = ModelConfig(
     roi_sampling=RoiSamplingConfig(rois_per_image=8, fg_fraction=0.5),
     roi_features=RoiFeaturesConfig(output_size=4, sampling_ratio=2, aligned=True),
     postprocess=PostprocessConfig(score_threshold=0.0, max_detections=6),
+)
+
+FPN = dataclasses.replace(
+    MODEL,
+    fpn=FpnConfig(channels=16, norm="group"),
+    rpn=dataclasses.replace(MODEL.rpn, anchor_base=8.0, anchor_scales=(1.0,), anchor_centre="corner"),
+    box_head=BoxHeadConfig(channels=16, dropout=0.0),
 )
 
 

@@ -3,6 +3,8 @@
 The resize is bilinear in float without antialias, half-pixel centres: what the reference code bases do.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -12,7 +14,8 @@ from fasterrcnn_jax.config import ImageConfig
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
     """Returns (height, width) after resizing: short side to `short_side`, long at most `long_side`."""
     scale = min(config.short_side / min(image_hw), config.long_side / max(image_hw))
-    height, width = (max(1, round(side * scale)) for side in image_hw)
+    whole = round if config.size_rounding == "nearest" else math.floor
+    height, width = (max(1, whole(side * scale)) for side in image_hw)
     return height, width
 
 

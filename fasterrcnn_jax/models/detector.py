@@ -5,8 +5,8 @@ are mapped over the batch here, so an image's result never depends on its batch 
 """
 
 import functools
+import importlib
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from fasterrcnn_jax.anchors import cell_anchors, cell_centres, grid_anchors
-from fasterrcnn_jax.config import ModelConfig, ProposalConfig
+from fasterrcnn_jax.anchor_grid import AnchorGrid, anchors_of, anchors_on_picture, check_border, strides_of
+from fasterrcnn_jax.config import BackboneConfig, ModelConfig, ProposalConfig
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.losses import box_losses, rpn_losses
+from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, Keys, RpnHead
+from fasterrcnn_jax.models.layers import valid_mask
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
 from fasterrcnn_jax.postprocess import postprocess
@@ -30,22 +33,56 @@ from fasterrcnn_jax.targets import anchor_targets, roi_targets
 # Both functions below log when they are traced: once per program, so that recompilation shows.
 logger = logging.getLogger(__name__)
 
+# Of every level, fine to coarse: the shared features that the heads read.
+Levels = tuple[Float[Array, "b _ _ c"], ...]
+
 
 class Detector(nnx.Module):
     """The layers and their configuration; a pytree whose structure carries everything static."""
 
-    def __init__(self, config: ModelConfig, class_names: tuple[str, ...], *, rng: np.random.Generator):
+    def __init__(
+        self,
+        config: ModelConfig,
+        class_names: tuple[str, ...],
+        *,
+        backbone: type[nnx.Module] | None = None,
+        rng: np.random.Generator,
+    ):
         self.config = config
         self.class_names = class_names
-        backbone = Vgg16 if config.backbone.name == "vgg16" else ResNet
-        self.backbone = backbone(config.backbone, config.image, rng=rng)
-        self.rpn_head = RpnHead(config, self.backbone.channels, rng=rng)
-        self.box_head = BoxHead(config, self.backbone.channels, len(class_names), rng=rng)
+        backbone = backbone or backbone_class(config.backbone)
+        pyramid = {} if config.fpn is None else {"pyramid": True}
+        self.backbone = backbone(config.backbone, config.image, rng=rng, **pyramid)
+        self.neck = None if config.fpn is None else Fpn(config.fpn, self.backbone.channels, rng=rng)
+        channels = self.backbone.channels[-1] if config.fpn is None else config.fpn.channels
+        self.rpn_head = RpnHead(config, channels, rng=rng)
+        self.box_head = BoxHead(config, channels, len(class_names), rng=rng)
 
 
-def create(config: ModelConfig, class_names: tuple[str, ...], *, seed: int) -> Detector:
-    """Returns a detector with fresh random weights."""
-    return Detector(config, class_names, rng=np.random.default_rng(seed))
+def backbone_class(config: BackboneConfig) -> type[nnx.Module]:
+    """Returns the class that `config` names; a user's own is imported.
+
+    Raises:
+      InputError: `config.own` cannot be imported.
+    """
+    if config.own is None:
+        return Vgg16 if config.name == "vgg16" else ResNet
+    module, name = config.own.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"model.backbone.own = {config.own}: {error}") from error
+
+
+def create(
+    config: ModelConfig, class_names: tuple[str, ...], *, seed: int, backbone: type[nnx.Module] | None = None
+) -> Detector:
+    """Returns a detector with fresh random weights.
+
+    Args:
+      backbone: in place of the class that `config.backbone` names.
+    """
+    return Detector(config, class_names, backbone=backbone, rng=np.random.default_rng(seed))
 
 
 def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
@@ -61,66 +98,59 @@ def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     return nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
 
 
-def anchors_of(
-    config: ModelConfig, grid_hw: tuple[int, int]
-) -> tuple[Float[np.ndarray, "a 4"], Float[np.ndarray, "a 2"]]:
-    """Returns the anchors of a feature map and the (x, y) centres of their cells."""
-    rpn = config.rpn
-    cells = cell_anchors(rpn.anchor_base, rpn.anchor_scales, rpn.anchor_ratios, rounding=rpn.anchor_rounding)
-    stride = config.backbone.stride
-    centres = np.repeat(cell_centres(grid_hw, stride), len(cells), axis=0)
-    return grid_anchors(cells, grid_hw, stride), centres
+def shared_features(model: Detector, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]) -> Levels:
+    """Returns the maps that RPN and box head read, in the model's compute type: one, or P2 to P6."""
+    config = model.config
+    maps = model.backbone(images.astype(config.compute_dtype), image_hw)
+    if model.neck is None:
+        return maps
+    strides = strides_of(config)[:-1]
+    valids = tuple(
+        valid_mask(image_hw, x.shape[1:3], stride) if config.backbone.mask_padding else None
+        for x, stride in zip(maps, strides, strict=True)
+    )
+    return model.neck(maps, valids)
 
 
-def _anchor_valid(
-    centres: Float[np.ndarray, "a 2"], image_hw: Float[Array, "b 2"], stride: int
-) -> Bool[Array, "b a"]:
-    """True where the anchor's cell holds picture: without padding the others would hardly exist."""
-    corners = jnp.asarray(centres) - 0.5 * stride
-    return (corners[None] < image_hw[:, None, ::-1]).all(axis=-1)
-
-
-def _check_border(
-    anchors: Float[np.ndarray, "a 4"], canvas: tuple[int, int], allowed_border: float | None
-) -> None:
-    """Raises InputError where even a picture that fills the canvas has no anchor to train the RPN on."""
-    if allowed_border is not None:
-        sides = anchors[:, 2:] - anchors[:, :2]
-        reach = np.concatenate([-anchors[:, :2], anchors[:, 2:] - np.float32(canvas[::-1])], axis=1)
-        if (reach > allowed_border).any(axis=1).all():
-            raise InputError(
-                f"every anchor reaches more than model.rpn.allowed_border = {allowed_border} pixels over the border "
-                f"of a {canvas[0]} x {canvas[1]} canvas: the smallest is {sides.prod(axis=1).min() ** 0.5:.0f} pixels "
-                "square; smaller model.rpn.anchor_scales, or None for the border, give the RPN something to learn"
-            )
+def _grid(config: ModelConfig, levels: Levels) -> AnchorGrid:
+    return anchors_of(config, tuple(level.shape[1:3] for level in levels))
 
 
 def _propose(
     config: ModelConfig,
     proposal_config: ProposalConfig,
-    anchors: Float[np.ndarray, "a 4"],
+    grid: AnchorGrid,
     objectness: Float[Array, "b a"],
     deltas: Float[Array, "b a 4"],
     anchor_valid: Bool[Array, "b a"],
     image_hw: Float[Array, "b 2"],
     scale: Float[Array, "b 2"],
+    implementation: Implementation,
 ) -> Proposals:
-    options = dict(config=proposal_config, coder=config.box_coder)
+    options = dict(
+        level_sizes=grid.level_sizes,
+        config=proposal_config,
+        coder=config.box_coder,
+        implementation=implementation,
+    )
     return jax.vmap(functools.partial(propose, **options), in_axes=(0, 0, None, 0, 0, 0))(
-        objectness, deltas, jnp.asarray(anchors), anchor_valid, image_hw, scale
+        objectness, deltas, jnp.asarray(grid.anchors), anchor_valid, image_hw, scale
     )
 
 
 def _roi_features(
-    model: Detector, features: Float[Array, "b h w c"], boxes: Float[Array, "b r 4"]
+    model: Detector, levels: Levels, boxes: Float[Array, "b r 4"], implementation: Implementation
 ) -> Float[Array, "b r s s c"]:
     config = model.config
+    # No region is taken from P6: it is there for the anchors.
+    levels = levels if config.fpn is None else levels[:-1]
     options = dict(
-        stride=config.backbone.stride,
+        strides=strides_of(config)[: len(levels)],
         far_corner_offset=config.box_coder.far_corner_offset,
         config=config.roi_features,
+        implementation=implementation,
     )
-    return jax.vmap(functools.partial(roi_features, **options))(features, boxes)
+    return jax.vmap(functools.partial(roi_features, **options))(levels, boxes)
 
 
 def _rois_per_image(config: ModelConfig, batch_size: int) -> int:
@@ -136,7 +166,12 @@ def _rois_per_image(config: ModelConfig, batch_size: int) -> int:
 
 
 def training_losses(
-    model: Detector, batch: Batch, key: PRNGKeyArray | UInt32[Array, "2"], *, num_devices: int = 1
+    model: Detector,
+    batch: Batch,
+    key: PRNGKeyArray | UInt32[Array, "2"],
+    *,
+    num_devices: int = 1,
+    implementation: Implementation = None,
 ) -> Losses:
     """Returns the four losses of a batch as sums and counts; approximate joint training, section 3.2.
 
@@ -145,29 +180,37 @@ def training_losses(
 
     Args:
       num_devices: devices that hold another part of the same batch each, this one included.
+      implementation: of NMS and region features; `fasterrcnn_jax/kernels/README.md`.
     Raises:
       InputError: no anchor lies within `allowed_border` of the canvas.
       ValueError: `rois_per_batch` cannot be divided over the images.
     """
     logger.info("compiling the training step for images %s", batch.images.shape)
     config = model.config
-    features = model.backbone(batch.images, batch.image_hw)
-    objectness, deltas = model.rpn_head(features)
-    anchors, centres = anchors_of(config, features.shape[1:3])
-    _check_border(anchors, batch.images.shape[1:3], config.rpn.allowed_border)
-    anchor_valid = _anchor_valid(centres, batch.image_hw, config.backbone.stride)
+    levels = shared_features(model, batch.images, batch.image_hw)
+    objectness, deltas = model.rpn_head(levels)
+    grid = _grid(config, levels)
+    check_border(grid, batch.images.shape[1:3], config.rpn.allowed_border)
     # Rows that only fill the batch take part in nothing.
-    anchor_valid &= batch.image_valid[:, None]
+    anchor_valid = anchors_on_picture(grid, batch.image_hw, config) & batch.image_valid[:, None]
     ground_truth = batch.ground_truth._replace(
         valid=batch.ground_truth.valid & batch.image_valid[:, None]
     )
 
     keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index), 3))(batch.image_index)
     a_targets = jax.vmap(functools.partial(anchor_targets, config=config.rpn), in_axes=(0, None, 0, 0, 0))(
-        keys[:, 0], jnp.asarray(anchors), anchor_valid, batch.image_hw, ground_truth
+        keys[:, 0], jnp.asarray(grid.anchors), anchor_valid, batch.image_hw, ground_truth
     )
     proposals = _propose(
-        config, config.train_proposals, anchors, objectness, deltas, anchor_valid, batch.image_hw, batch.scale
+        config,
+        config.train_proposals,
+        grid,
+        objectness,
+        deltas,
+        anchor_valid,
+        batch.image_hw,
+        batch.scale,
+        implementation,
     )
     rois_per_image = _rois_per_image(config, num_devices * batch.images.shape[0])
     rois = jax.vmap(
@@ -175,20 +218,21 @@ def training_losses(
     )(keys[:, 1], proposals, ground_truth)
     losses = losses_towards(
         model,
-        features,
+        levels,
         objectness,
         deltas,
         a_targets,
         rois,
-        num_locations=anchor_valid.sum(axis=1) // (len(anchors) // math.prod(features.shape[1:3])),
+        num_locations=anchor_valid.sum(axis=1) // grid.per_cell,
         dropout_keys=keys[:, 2],
+        implementation=implementation,
     )
     return jax.tree.map(lambda per_image: per_image.sum(), losses)
 
 
 def losses_towards(
     model: Detector,
-    features: Float[Array, "b h w c"],
+    levels: Levels,
     objectness: Float[Array, "b a"],
     deltas: Float[Array, "b a 4"],
     a_targets: AnchorTargets,
@@ -196,6 +240,7 @@ def losses_towards(
     *,
     num_locations: Int[Array, "b"],
     dropout_keys: Keys | None,
+    implementation: Implementation = None,
 ) -> Losses:
     """Returns the four losses of each image towards given targets: the second half of `training_losses`.
 
@@ -204,7 +249,7 @@ def losses_towards(
       dropout_keys: one per image; None drops nothing.
     """
     config = model.config.loss
-    pooled = _roi_features(model, features, rois.boxes)
+    pooled = _roi_features(model, levels, rois.boxes, implementation)
     class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys)
     rpn = jax.vmap(functools.partial(rpn_losses, config=config))(
         objectness, deltas, a_targets, num_locations
@@ -218,6 +263,8 @@ def detect(
     images: Float[Array, "b h w 3"],
     image_hw: Float[Array, "b 2"],
     scale: Float[Array, "b 2"],
+    *,
+    implementation: Implementation = None,
 ) -> Detections:
     """Returns `max_detections` detections per image with their validity; fixed shapes throughout.
 
@@ -228,29 +275,37 @@ def detect(
       images: preprocessed pictures (`fasterrcnn_jax.preprocess`), zero beyond `image_hw`.
       image_hw: (height, width) of each picture inside the canvas; boxes are returned in its pixels.
       scale: (y, x) network pixels per pixel of the stored picture.
+      implementation: of NMS and region features: "xla" is plain JAX and what `jax.export` needs, "mosaic" the
+        GPU kernels; None, decided while tracing, takes the kernels where they can run.
     """
     logger.info("compiling detection for images %s", images.shape)
     config = model.config
-    features = model.backbone(images, image_hw)
-    objectness, deltas = model.rpn_head(features)
-    anchors, centres = anchors_of(config, features.shape[1:3])
-    anchor_valid = _anchor_valid(centres, image_hw, config.backbone.stride)
+    levels = shared_features(model, images, image_hw)
+    objectness, deltas = model.rpn_head(levels)
+    grid = _grid(config, levels)
+    anchor_valid = anchors_on_picture(grid, image_hw, config)
     proposals = _propose(
-        config, config.test_proposals, anchors, objectness, deltas, anchor_valid, image_hw, scale
+        config, config.test_proposals, grid, objectness, deltas, anchor_valid, image_hw, scale, implementation
     )
-    return detect_in(model, features, proposals, image_hw)
+    return detect_in(model, levels, proposals, image_hw, implementation=implementation)
 
 
 def detect_in(
-    model: Detector, features: Float[Array, "b h w c"], proposals: Proposals, image_hw: Float[Array, "b 2"]
+    model: Detector,
+    levels: Levels,
+    proposals: Proposals,
+    image_hw: Float[Array, "b 2"],
+    *,
+    implementation: Implementation = None,
 ) -> Detections:
-    """Returns the detections among given regions of a feature map: Fast R-CNN, the second half of `detect`."""
+    """Returns the detections among given regions of the shared features: Fast R-CNN, the second half of `detect`."""
     config = model.config
-    class_logits, box_deltas = model.box_head(_roi_features(model, features, proposals.boxes))
+    class_logits, box_deltas = model.box_head(_roi_features(model, levels, proposals.boxes, implementation))
     options = dict(
         means=config.roi_sampling.box_means,
         stds=config.roi_sampling.box_stds,
         coder=config.box_coder,
         config=config.postprocess,
+        implementation=implementation,
     )
     return jax.vmap(functools.partial(postprocess, **options))(class_logits, box_deltas, proposals, image_hw)

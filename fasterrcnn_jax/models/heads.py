@@ -7,19 +7,20 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt32
 
-from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.models.layers import Conv, Linear, dropout
+from fasterrcnn_jax.config import ModelConfig, has_fully_connected
+from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
 from fasterrcnn_jax.models.resnet import Stage, stage_channels
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
 
 
 class RpnHead(nnx.Module):
-    """A 3 x 3 convolution, then one logit and four deltas per anchor.
+    """3 x 3 convolutions, then one logit and four deltas per anchor; the same weights on every level.
 
     One logit: the reference's two-way softmax equals the sigmoid of the logits' difference, which spreads
     sqrt(2) times as widely at the start as each of the two.
@@ -28,17 +29,28 @@ class RpnHead(nnx.Module):
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
         rpn = config.rpn
         anchors = len(rpn.anchor_scales) * len(rpn.anchor_ratios)
-        self.conv = Conv(in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)
-        self.objectness = Conv(rpn.channels, anchors, 1, bias=True, std=0.01 * math.sqrt(2.0), rng=rng)
-        self.deltas = Conv(rpn.channels, 4 * anchors, 1, bias=True, std=0.01, rng=rng)
+        self.convs = nnx.List(
+            [
+                Conv(rpn.channels if i else in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)
+                for i in range(rpn.convs)
+            ]
+        )
+        std = 0.01 * math.sqrt(2.0)
+        self.objectness = Conv(rpn.channels, anchors, 1, bias=True, std=std, predicts=True, rng=rng)
+        self.deltas = Conv(rpn.channels, 4 * anchors, 1, bias=True, std=0.01, predicts=True, rng=rng)
 
     def __call__(
-        self, features: Float[Array, "b h w c"]
+        self, levels: tuple[Float[Array, "b _ _ c"], ...]
     ) -> tuple[Float[Array, "b a"], Float[Array, "b a 4"]]:
-        """Returns objectness logits and deltas, in the order of `grid_anchors`."""
-        x = jax.nn.relu(self.conv(features))
-        batch = x.shape[0]
-        return self.objectness(x).reshape(batch, -1), self.deltas(x).reshape(batch, -1, 4)
+        """Returns objectness logits and deltas in float32, in the order of `anchors_of`."""
+        batch = levels[0].shape[0]
+        objectness, deltas = [], []
+        for x in levels:
+            for conv in self.convs:
+                x = jax.nn.relu(conv(x))
+            objectness.append(self.objectness(x).reshape(batch, -1))
+            deltas.append(self.deltas(x).reshape(batch, -1, 4))
+        return jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1)
 
 
 class ResNetTail(nnx.Module):
@@ -60,22 +72,34 @@ class ResNetTail(nnx.Module):
         return x.reshape(batch, rois, -1)
 
 
-class VggTail(nnx.Module):
-    """VGG16's fc6 and fc7 on each region, with dropout in training."""
+class FcTail(nnx.Module):
+    """Fully connected layers on each region, with dropout in training; on a pyramid after convolutions, if any.
+
+    VGG16's fc6 and fc7; on a pyramid two layers (Lin et al. 2017, arXiv:1612.03144, section 4.2).
+    """
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
-        head = config.box_head
+        head, norm = config.box_head, "none" if config.fpn is None else config.fpn.norm
         self.rate = head.dropout
         self.channels = head.channels
+        self.convs = nnx.List(
+            [Conv(in_channels, in_channels, 3, bias=norm == "none", rng=rng) for _ in range(head.convs)]
+        )
+        self.norms = nnx.List([NORMS[norm](in_channels) for _ in range(head.convs)])
         inputs = in_channels * config.roi_features.output_size**2
-        self.fc6 = Linear(inputs, head.channels, std=math.sqrt(2.0 / inputs), rng=rng)
-        self.fc7 = Linear(head.channels, head.channels, std=math.sqrt(2.0 / head.channels), rng=rng)
+        sizes = (inputs, *(head.channels for _ in range(head.layers)))
+        self.fcs = nnx.List(
+            [Linear(size, head.channels, std=math.sqrt(2.0 / size), rng=rng) for size in sizes[:-1]]
+        )
 
     def __call__(
         self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None
     ) -> Float[Array, "b r d"]:
-        x = pooled.reshape(*pooled.shape[:2], -1)
-        for number, layer in enumerate((self.fc6, self.fc7)):
+        x = pooled.reshape(-1, *pooled.shape[2:])
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.relu(norm(conv(x)))
+        x = x.reshape(*pooled.shape[:2], -1)
+        for number, layer in enumerate(self.fcs):
             x = jax.nn.relu(layer(x))
             if dropout_keys is not None and self.rate > 0.0:
                 keys = jax.vmap(functools.partial(jax.random.fold_in, data=number))(dropout_keys)
@@ -87,18 +111,18 @@ class BoxHead(nnx.Module):
     """The tail of the network on each region, then class logits and deltas per class or for all of them."""
 
     def __init__(self, config: ModelConfig, in_channels: int, num_classes: int, *, rng: np.random.Generator):
-        if config.backbone.name == "vgg16":
-            self.tail = VggTail(config, in_channels, rng=rng)
+        if has_fully_connected(config):
+            self.tail = FcTail(config, in_channels, rng=rng)
         else:
             self.tail = ResNetTail(config, rng=rng)
         boxes = 1 if config.box_head.class_agnostic else num_classes + 1
-        self.class_logits = Linear(self.tail.channels, num_classes + 1, std=0.01, rng=rng)
-        self.deltas = Linear(self.tail.channels, 4 * boxes, std=0.001, rng=rng)
+        self.class_logits = Linear(self.tail.channels, num_classes + 1, std=0.01, predicts=True, rng=rng)
+        self.deltas = Linear(self.tail.channels, 4 * boxes, std=0.001, predicts=True, rng=rng)
 
     def __call__(
         self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None = None
     ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k2 4"]]:
-        """Returns logits and deltas; class 0 is background and deltas of its own are never read.
+        """Returns logits and deltas in float32; class 0 is background and deltas of its own are never read.
 
         Args:
           dropout_keys: one per image, for training; without them nothing is dropped.

@@ -2,6 +2,9 @@
 
 `valid` is a [B, H, W, 1] float mask, 1 on the picture and 0 on padding, or None where padding is not
 masked. With it a normalisation layer leaves padding out of its statistics and returns zeros there.
+
+Layers compute in the type of their input, float32 or bfloat16. Weights stay float32 and are rounded where they
+are used; sums, biases and normalisation are float32 and their results are rounded.
 """
 
 import math
@@ -42,7 +45,7 @@ def first_std(size: int, out_channels: int, image: ImageConfig) -> float:
 
 
 class Conv(nnx.Module):
-    """k x k convolution with padding (k - 1) / 2."""
+    """k x k convolution with padding (k - 1) / 2; with `predicts` the result is float32 for any type of input."""
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         bias: bool = False,
         std: float | None = None,
+        predicts: bool = False,
         rng: np.random.Generator,
     ):
         std = he_std(size, out_channels) if std is None else std
@@ -60,31 +64,37 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
         self.stride = stride
+        self.predicts = predicts
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        kernel = self.kernel[...]
+        kernel, dtype = self.kernel[...].astype(x.dtype), _result_type(self, x)
         if kernel.shape[:2] == (1, 1):
             # As a matrix product: XLA's weight gradient of 1x1 convolutions is slow on a CPU.
-            x = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+            x = x[:, :: self.stride, :: self.stride]
+            y = jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
         else:
             padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
-            x = lax.conv_general_dilated(
-                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            y = lax.conv_general_dilated(
+                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                preferred_element_type=dtype,
             )
-        return x if self.bias is None else x + _per_channel(self.bias[...], x)
+        return y if self.bias is None else _add_bias(self.bias[...], y)
 
 
 class Linear(nnx.Module):
-    """Matrix product over the last axis, plus bias."""
+    """Matrix product over the last axis, plus bias; with `predicts` the result is float32 for any type of input."""
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, rng: np.random.Generator):
+    def __init__(
+        self, in_features: int, out_features: int, *, std: float, rng: np.random.Generator, predicts: bool = False
+    ):
         shape = (in_features, out_features)
         self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_features))
+        self.predicts = predicts
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = x @ self.kernel[...]
-        return y + _per_channel(self.bias[...], y)
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=_result_type(self, x))
+        return _add_bias(self.bias[...], y)
 
 
 class GroupNorm(nnx.Module):
@@ -97,6 +107,7 @@ class GroupNorm(nnx.Module):
         self.groups = math.gcd(channels, min(32, channels // 8))
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
+        dtype, x = x.dtype, x.astype(jnp.float32)
         batch, height, width, channels = x.shape
         # Channel sums first, groups after: the large reduction keeps its contiguous last axis.
         if valid is None:
@@ -113,7 +124,7 @@ class GroupNorm(nnx.Module):
         variance = self._over_group((centred * centred).sum(axis=(1, 2))) / count
         factor = lax.rsqrt(variance + EPSILON) * self.scale[...][None, :]
         y = centred * factor[:, None, None, :] + _per_channel(self.bias[...], x)
-        return y if valid is None else y * valid
+        return (y if valid is None else y * valid).astype(dtype)
 
     def _over_group(self, per_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
         batch, channels = per_channel.shape
@@ -133,12 +144,23 @@ class FrozenBatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
         factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
-        y = (x - _per_channel(self.mean[...], x)) * _per_channel(factor, x) + _per_channel(self.bias[...], x)
-        return y if valid is None else y * valid
+        centred = x.astype(jnp.float32) - _per_channel(self.mean[...], x)
+        y = centred * _per_channel(factor, x) + _per_channel(self.bias[...], x)
+        return (y if valid is None else y * valid).astype(x.dtype)
 
 
 def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "*#b c"]:
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _result_type(layer: Conv | Linear, x: Array) -> jnp.dtype:
+    # Rounded to bfloat16, scores would tie by the hundred and box deltas would move by pixels.
+    return jnp.dtype(jnp.float32) if layer.predicts else x.dtype
+
+
+def _add_bias(bias: Float[Array, "c"], y: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    # In float32, so that the bias' gradient, a sum over all cells, is float32 too.
+    return (y.astype(jnp.float32) + _per_channel(bias, y)).astype(y.dtype)
 
 
 class Masked(nnx.Module):
@@ -148,7 +170,7 @@ class Masked(nnx.Module):
         del channels
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
-        return x if valid is None else x * valid
+        return x if valid is None else x * valid.astype(x.dtype)
 
 
 NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm}

@@ -1,6 +1,7 @@
-"""ResNet for C4 detection. He et al. 2015 (arXiv:1512.03385), table 1 and section 4.1 appendix.
+"""ResNet. He et al. 2015 (arXiv:1512.03385), table 1 and appendix A.
 
-Stages 1-3 (conv2_x - conv4_x) make the shared feature map, stage 4 (conv5_x) runs on every region.
+Without a pyramid stages 1-3 (conv2_x - conv4_x) make the shared feature map and stage 4 (conv5_x) runs on every
+region: C4. Under a pyramid all four run on the picture.
 """
 
 import jax
@@ -98,14 +99,17 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Stem and stages 1-3: normalised images to one feature map."""
+    """Stem and stages: normalised images to the map of stage 3, or to those of stages 1 to 4."""
 
-    def __init__(self, config: BackboneConfig, image: ImageConfig, *, rng: np.random.Generator):
+    def __init__(
+        self, config: BackboneConfig, image: ImageConfig, *, pyramid: bool = False, rng: np.random.Generator
+    ):
         self.config = config
-        self.channels = stage_channels(config, 3)
+        self.pyramid = pyramid
+        self.channels = tuple(stage_channels(config, stage) for stage in ((1, 2, 3, 4) if pyramid else (3,)))
         self.stem = Conv(3, config.width, 7, stride=2, std=first_std(7, config.width, image), rng=rng)
         self.stem_norm = NORMS[config.norm](config.width)
-        self.strides = (1, 2, config.stride // 8)
+        self.strides = (1, 2, config.stride // 8) + ((2,) if pyramid else ())
         self.stages = nnx.List(
             [
                 Stage(stage, stride=stride, config=config, rng=rng)
@@ -115,8 +119,8 @@ class ResNet(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]
-    ) -> Float[Array, "b h2 w2 c"]:
-        """Returns the map with `config.stride` network pixels per cell."""
+    ) -> tuple[Float[Array, "b _ _ _"], ...]:
+        """Returns one map with `config.stride` network pixels per cell, or, for a pyramid, four of 4 to 32."""
         height, width = images.shape[1:3]
 
         def valid(stride: int) -> Valid:
@@ -127,9 +131,10 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.stem_norm(self.stem(images), valid(2)))
         x = max_pool(x, size=3, padding=STEM_POOL_PADDING[self.config.stem_pool])
         if self.config.mask_padding:
-            x = x * valid(4)
-        stride = 4
+            x = x * valid(4).astype(x.dtype)
+        stride, maps = 4, []
         for stage, stage_stride in zip(self.stages, self.strides, strict=True):
             x = stage(x, valid(stride), valid(stride * stage_stride))
             stride *= stage_stride
-        return x
+            maps.append(x)
+        return tuple(maps) if self.pyramid else (x,)

@@ -52,7 +52,7 @@ class Vgg16(nnx.Module):
     def __init__(self, config: BackboneConfig, image: ImageConfig, *, rng: np.random.Generator):
         self.config = config
         channels = (3, *(config.width * multiple for multiple in MULTIPLES))
-        self.channels = channels[-1]
+        self.channels = channels[-1:]
         self.stages = nnx.List(
             [
                 Stage(
@@ -69,12 +69,12 @@ class Vgg16(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]
-    ) -> Float[Array, "b h2 w2 c"]:
-        """Returns the map with `config.stride` network pixels per cell: the last pooling, or two, left out."""
+    ) -> tuple[Float[Array, "b h2 w2 c"]]:
+        """Returns one map with `config.stride` network pixels per cell: the last pooling, or two, left out."""
         x, stride = images, 1
         for i, stage in enumerate(self.stages):
             if i and stride < self.config.stride:
                 x, stride = max_pool(x, size=2), 2 * stride
             valid = valid_mask(image_hw, x.shape[1:3], stride) if self.config.mask_padding else None
             x = stage(x, valid)
-        return x
+        return (x,)

@@ -1,0 +1,37 @@
+"""Faster R-CNN with ResNet-101-FPN on COCO with detectron2's defaults: train2017 to val2017.
+
+    python train.py --config configs/coco_resnet101_fpn.py --data.root data/coco
+
+faster_rcnn_R_101_FPN_3x of detectron2: Caffe-style network, 16 images over 8 devices, 270,000 steps, learning rate
+0.02 with 1000 steps of warm-up and a tenth of it after 210,000 and 250,000. Published there: AP 42.0, 0.286 s per step
+on 8 V100. It trains at short sides from 640 to 800, this at 800.
+Give weights trained on ImageNet with --init; without them no such figure is to be expected.
+We have not measured it: neither the figure nor the time.
+"""
+
+from pathlib import Path
+
+from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.data.coco import CLASS_NAMES
+from fasterrcnn_jax.families import FPN_TRAINING, detectron2_fpn
+
+config = Config(
+    run=Path("runs/coco_resnet101_fpn"),
+    data=DataConfig(
+        root=Path("data/coco"),
+        layout="coco",
+        class_names=CLASS_NAMES,
+        train_split="train2017",
+        test_split="val2017",
+        flip="random",
+        crop_aspect=None,
+    ),
+    model=detectron2_fpn(101),
+    train=TrainConfig(
+        steps=270_000,
+        decay_steps=(210_000, 250_000),
+        warmup_steps=1000,
+        checkpoint_every=5000,
+        **FPN_TRAINING,
+    ),
+)

@@ -1,0 +1,40 @@
+"""Faster R-CNN with ResNet-50-FPN on COCO, torchvision's second version: train2017 to val2017.
+
+    python train.py --config configs/coco_resnet50_fpn_v2.py --data.root data/coco
+
+fasterrcnn_resnet50_fpn_v2 of torchvision: normalisation in the pyramid, two convolutions in the RPN, four and one fully
+connected layer in the box head. Published there: AP 46.7, trained 400 epochs with large-scale jitter on 32 GPUs, which
+is not this schedule: here it is that of the first version. Batch norm is fixed here, in the heads too.
+Give weights trained on ImageNet with --init; without them no such figure is to be expected.
+We have not measured it: neither the figure nor the time.
+"""
+
+from pathlib import Path
+
+from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.data.coco import CLASS_NAMES
+from fasterrcnn_jax.families import FPN_TRAINING, resnet_fpn
+
+# 117,266 images of train2017 have objects; 16 in a batch.
+EPOCH = 117_266 // 16
+
+config = Config(
+    run=Path("runs/coco_resnet50_fpn_v2"),
+    data=DataConfig(
+        root=Path("data/coco"),
+        layout="coco",
+        class_names=CLASS_NAMES,
+        train_split="train2017",
+        test_split="val2017",
+        flip="random",
+        crop_aspect=None,
+    ),
+    model=resnet_fpn(50, version=2),
+    train=TrainConfig(
+        steps=26 * EPOCH,
+        decay_steps=(16 * EPOCH, 22 * EPOCH),
+        warmup_steps=1000,
+        checkpoint_every=2000,
+        **FPN_TRAINING,
+    ),
+)
