@@ -14,6 +14,7 @@ from fasterrcnn_jax.data.training_set import training_set
 from fasterrcnn_jax.evaluation.results import evaluate_detections, format_table, metrics_dict
 from fasterrcnn_jax.inference import detect_dataset
 from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.weights import load_weights
 
 
 @cli.script
@@ -35,14 +36,18 @@ def main(argv: list[str] | None = None) -> None:
         steps=train.steps,
     )
 
+    checkpoints = checkpoint.open_checkpoints(config.run, keep=train.keep_checkpoints)
     model = create(config.model, data.class_names, seed=train.seed)
+    if config.init is not None and checkpoints.latest is None:
+        model = load_weights(model, config.init)
     optimizer = training.create_optimizer(train)
     graphdef, state = training.create_state(model, optimizer, seed=train.seed)
     step = parallel.data_parallel(
-        training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS)
+        training.make_train_step(
+            graphdef, optimizer, axis_name=parallel.AXIS, implementation=train.implementation
+        )
     )
 
-    checkpoints = checkpoint.open_checkpoints(config.run, keep=train.keep_checkpoints)
     restored = checkpoint.restore(checkpoints, state, config=config)
     if restored is not None:
         state, position = restored
@@ -73,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     def evaluate(number, split):
         model = training.merge(graphdef, state)
         # On one device, which never held more than its share of a batch.
-        found = detect_dataset(model, splits[split], batch_size=parallel.per_device(train.batch_size))
+        found = detect_dataset(
+            model,
+            splits[split],
+            batch_size=parallel.per_device(train.batch_size),
+            implementation=train.implementation,
+        )
         result = evaluate_detections(found, splits[split])
         named = metrics_dict(result, data.class_names)
         if number >= first:  # a finished run is only shown again

@@ -1,11 +1,12 @@
 """Faster R-CNN in JAX: train on your own boxes, detect in one XLA program."""
 
-from fasterrcnn_jax.checkpoint import load
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.drawing import draw
 from fasterrcnn_jax.inference import Prediction, predict, preprocess
-from fasterrcnn_jax.models.detector import Detector, create, detect
+from fasterrcnn_jax.models.detector import Detector, detect
 from fasterrcnn_jax.structures import Detections
+from fasterrcnn_jax.weights import load_weights, save_weights
+from fasterrcnn_jax.zoo import create, list_models, load, model_info
 
 __all__ = [
     "Config",
@@ -15,8 +16,12 @@ __all__ = [
     "create",
     "detect",
     "draw",
+    "list_models",
     "load",
+    "load_weights",
+    "model_info",
     "predict",
     "preprocess",
+    "save_weights",
 ]
 __version__ = "0.1.0"

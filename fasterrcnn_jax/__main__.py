@@ -1,6 +1,6 @@
 """`python -m fasterrcnn_jax VERB ...`, installed as `fasterrcnn-jax`: the one place that names the verbs.
 
-A verb runs the script of its name, the very file at the top of the repository.
+A verb runs the script of its name; of train and evaluate that is the very file at the top of the repository.
 """
 
 import importlib
@@ -9,6 +9,8 @@ import sys
 VERBS = {
     "train": "trains a detector and evaluates it",
     "evaluate": "evaluates a checkpoint",
+    "weights": "shows and converts files of weights",
+    "summary": "prints parameters, cost and shapes of a model",
 }
 PROGRAM = "fasterrcnn-jax"
 USAGE = f"usage: {PROGRAM} {{{','.join(VERBS)}}} ..."

@@ -1,7 +1,6 @@
-"""Weights made by rule in place of stored ones, and where each of the reference's stands in our detector.
+"""Weights made by rule in place of stored ones, and where each of a reference's stands in our detector.
 
-tests/golden/README.md states the rule. A table maps our path to the reference's key and to how its layout
-(OIHW convolutions, (out, in) matrices) becomes ours (HWIO, (in, out)).
+tests/golden/README.md states the rule.
 """
 
 import json
@@ -10,11 +9,25 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.families import resnet_c4, vgg16
+from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.models.resnet import BLOCKS
+from fasterrcnn_jax.weights.files import Weights
+from fasterrcnn_jax.weights.layouts import TWO_LOGITS, Layout
+from fasterrcnn_jax.weights.load import assign, formats_of
+from fasterrcnn_jax.weights.tables import FASTER_RCNN_PYTORCH, TORCHVISION_FPN, Format, find
+
 GAINS = (  # the first part of a name that occurs in the key
+    ("fpn.inner_blocks", 1.0),
+    ("fpn.layer_blocks", 1.0),
+    ("rpn.head.cls_logits", 0.6),
+    ("rpn.head.bbox_pred", 0.2),
+    ("box_predictor.cls_score", 2.0),
+    ("box_predictor.bbox_pred", 0.7),
     ("RCNN_rpn.RPN_cls_score", 1.5),
     ("RCNN_rpn.RPN_bbox_pred", 0.2),
     ("RCNN_cls_score", 2.0),
@@ -49,112 +62,52 @@ def rule_weights(golden) -> dict[str, np.ndarray]:
 
 class Source(NamedTuple):
     key: str
-    ours: Callable[[np.ndarray], np.ndarray] = lambda value: value  # reference layout -> ours
-    theirs: Callable[[np.ndarray], np.ndarray] = lambda value: value  # back, for gradients
+    theirs: Callable[[np.ndarray], np.ndarray]  # our gradient -> theirs
 
 
-def conv(key: str) -> Source:
-    return Source(key, lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+def _of_two_logits(gradient: np.ndarray) -> np.ndarray:
+    """The gradient of the one logit is that of the foreground logit, and minus that of the other."""
+    gradient = np.split(TWO_LOGITS.theirs(gradient), 2)[1]
+    return np.concatenate([-gradient, gradient])
 
 
-def linear(key: str) -> Source:
-    return Source(key, np.transpose, np.transpose)
+def _gradient_of(layout: Layout) -> Callable[[np.ndarray], np.ndarray]:
+    # Everywhere else the numbers of a weight only change places, and so do those of its gradient.
+    return _of_two_logits if layout is TWO_LOGITS else layout.theirs
 
 
-def after_pooling(key: str, size: int) -> Source:
-    """A matrix on features laid out as channel, row, column there and row, column, channel here."""
-
-    def ours(w):
-        return w.reshape(len(w), -1, size, size).transpose(2, 3, 1, 0).reshape(-1, len(w))
-
-    def theirs(w):
-        return w.reshape(size, size, -1, w.shape[1]).transpose(3, 2, 0, 1).reshape(w.shape[1], -1)
-
-    return Source(key, ours, theirs)
-
-
-def two_logits(key: str) -> Source:
-    """Objectness: the difference of the reference's foreground and background logits.
-
-    Going back, the gradient of the one logit is that of the foreground logit, and minus that of the other.
-    """
-    conv_like = conv(key)
-
-    def ours(w):
-        background, foreground = np.split(w, 2)
-        difference = foreground - background
-        return conv_like.ours(difference) if w.ndim == 4 else difference
-
-    def theirs(w):
-        w = conv_like.theirs(w) if w.ndim == 4 else w
-        return np.concatenate([-w, w])
-
-    return Source(key, ours, theirs)
-
-
-def _norm(ours: str, theirs: str) -> dict[str, Source]:
-    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    return {f"{ours}/{name}": Source(f"{theirs}.{key}") for name, key in names.items()}
-
-
-def _with_bias(ours: str, theirs: str, kernel: Callable[[str], Source]) -> dict[str, Source]:
-    return {f"{ours}/kernel": kernel(f"{theirs}.weight"), f"{ours}/bias": Source(f"{theirs}.bias")}
-
-
-def _rpn_and_predictors() -> dict[str, Source]:
-    return {
-        **_with_bias("rpn_head/conv", "RCNN_rpn.RPN_Conv", conv),
-        "rpn_head/objectness/kernel": two_logits("RCNN_rpn.RPN_cls_score.weight"),
-        "rpn_head/objectness/bias": two_logits("RCNN_rpn.RPN_cls_score.bias"),
-        **_with_bias("rpn_head/deltas", "RCNN_rpn.RPN_bbox_pred", conv),
-        **_with_bias("box_head/class_logits", "RCNN_cls_score", linear),
-        **_with_bias("box_head/deltas", "RCNN_bbox_pred", linear),
-    }
+def table(format: Format, config: ModelConfig) -> dict[str, Source]:
+    """Returns our names of a detector's weights, and each one's source."""
+    _, state = nnx.split(jax.eval_shape(lambda: create(config, ("class1",), seed=0)))
+    found = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(state):
+        module, _, last = name_of(path).rpartition("/")
+        keys, layout = find(format.rows(config), module)
+        found[name_of(path)] = Source(keys[0] + format.leaves[last], _gradient_of(layout))
+    return found
 
 
 def vgg16_table() -> dict[str, Source]:
-    table = _rpn_and_predictors()
-    index = 0
-    for stage, convs in enumerate((2, 2, 3, 3, 3)):
-        for i in range(convs):
-            table |= _with_bias(f"backbone/stages/{stage}/convs/{i}", f"RCNN_base.{index}", conv)
-            index += 2  # a ReLU between two convolutions
-        index += 1  # a pooling behind each stage
-    table |= _with_bias("box_head/tail/fc6", "RCNN_top.0", lambda key: after_pooling(key, 7))
-    return table | _with_bias("box_head/tail/fc7", "RCNN_top.3", linear)
+    return table(FASTER_RCNN_PYTORCH, vgg16())
 
 
 def resnet_c4_table(blocks: tuple[int, int, int, int]) -> dict[str, Source]:
-    table = _rpn_and_predictors()
-    table["backbone/stem/kernel"] = conv("RCNN_base.0.weight")
-    table |= _norm("backbone/stem_norm", "RCNN_base.1")
-    stages = [(f"backbone/stages/{i}", f"RCNN_base.{i + 4}") for i in range(3)]
-    stages.append(("box_head/tail/stage", "RCNN_top.0"))
-    for (ours, theirs), count in zip(stages, blocks):
-        for i in range(count):
-            for j in range(3):
-                table[f"{ours}/blocks/{i}/convs/{j}/kernel"] = conv(f"{theirs}.{i}.conv{j + 1}.weight")
-                table |= _norm(f"{ours}/blocks/{i}/norms/{j}", f"{theirs}.{i}.bn{j + 1}")
-        table[f"{ours}/blocks/0/shortcut/kernel"] = conv(f"{theirs}.0.downsample.0.weight")
-        table |= _norm(f"{ours}/blocks/0/shortcut_norm", f"{theirs}.0.downsample.1")
-    return table
+    (depth,) = (depth for depth in (50, 101, 152) if BLOCKS[depth] == blocks)
+    return table(FASTER_RCNN_PYTORCH, resnet_c4(depth))
+
+
+def torchvision_fpn_table(config: ModelConfig) -> dict[str, Source]:
+    return table(TORCHVISION_FPN, config)
 
 
 def load(builder: Callable[[], nnx.Module], table: dict[str, Source], weights: dict[str, np.ndarray]) -> nnx.Module:
     """Returns the module with every weight taken from the reference, none left over on either side."""
-    graphdef, state = nnx.split(nnx.eval_shape(builder))
-    used = set()
-
-    def value(path, leaf):
-        source = table[name_of(path)]
-        used.add(source.key)
-        converted = source.ours(weights[source.key])
-        assert converted.shape == leaf.shape, (name_of(path), converted.shape, leaf.shape)
-        return jnp.asarray(converted)
-
-    state = jax.tree_util.tree_map_with_path(value, state)
-    assert used == set(weights), set(weights) ^ used
-    return nnx.merge(graphdef, state)
+    read = Weights(weights, {}, sha256="")
+    (format,) = formats_of(read)
+    model, report = assign(jax.eval_shape(builder), read, format, where="rule weights")
+    assert not report.unused and not report.kept, report
+    assert report.sources == {name: source.key for name, source in table.items()}
+    return model
 
 
 def name_of(path) -> str:

@@ -194,6 +194,8 @@ def test_help_shows_every_verb_with_its_meaning(capsys):
     assert all(verb in shown and meaning in shown for verb, meaning in entry.VERBS.items())
 
 
-def test_every_verb_is_a_script_at_the_top():
-    for verb in entry.VERBS:
-        assert (ROOT / "fasterrcnn_jax" / "scripts" / f"{verb}.py").resolve() == ROOT / f"{verb}.py"
+def test_every_verb_is_a_script_and_those_at_the_top_are_these_files():
+    folder = ROOT / "fasterrcnn_jax" / "scripts"
+    assert {path.stem for path in folder.glob("*.py")} == set(entry.VERBS)
+    for verb in ("train", "evaluate"):
+        assert (folder / f"{verb}.py").resolve() == ROOT / f"{verb}.py"

@@ -1,0 +1,23 @@
+"""Prints parameters, cost and shapes of a configuration's model: fasterrcnn-jax summary configs/voc.py
+
+Takes what train.py takes: any field on the command line overrides the file's.
+"""
+
+import sys
+
+from fasterrcnn_jax import cli
+from fasterrcnn_jax.summary import format_summary, summarize
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    config = cli.parse_config(argv, description=__doc__)
+    # Without class names there is still a network to look at.
+    print(format_summary(summarize(config.model, max(1, len(config.data.class_names)))))
+
+
+if __name__ == "__main__":
+    main()

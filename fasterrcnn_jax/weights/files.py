@@ -1,0 +1,90 @@
+"""Weights in files: names and arrays, whichever program wrote them. What a file is shows in its first bytes."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.weights import numpy_pickle, torch_files
+from fasterrcnn_jax.weights.numpy_pickle import PickledArray
+from fasterrcnn_jax.weights.torch_files import LEGACY_START, Tensor
+
+# Where training programs and Detectron put the weights among other things.
+WRAPPINGS = ("model", "blobs")
+
+
+class Weights(NamedTuple):
+    """Arrays by name, in the layout of the program that wrote them."""
+
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, str]  # of a `.safetensors` file
+    sha256: str
+
+
+def read(path: Path) -> Weights:
+    """Returns the weights of a `.safetensors`, `.pth` or `.pkl` file; no code in it is run.
+
+    Raises:
+      InputError: the file is damaged, of no kind that is read, or asks for code to be run.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if start[8:9] == b"{":
+        return Weights(*_read_safetensors(path), sha256)
+    if start.startswith(b"PK"):
+        saved = torch_files.read_zip(path)
+    elif start.startswith(LEGACY_START):
+        saved = torch_files.read_legacy(path)
+    elif start.startswith(b"\x80"):
+        saved = numpy_pickle.read(path.read_bytes(), str(path))
+    else:
+        raise InputError(f"{path}: neither .safetensors nor a .pth of torch.save nor a .pkl of NumPy arrays")
+    return Weights(_arrays(path, saved), {}, sha256)
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a `.safetensors` file.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be written ({error})") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+
+
+def _arrays(path: Path, saved: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of what was saved, by name; other values (epochs, an optimizer) are left out."""
+    for wrapping in WRAPPINGS:
+        if isinstance(saved, dict) and isinstance(saved.get(wrapping), dict):
+            saved = saved[wrapping]
+    arrays = {}
+    for name, value in saved.items() if isinstance(saved, dict) else ():
+        if not isinstance(value, Tensor | PickledArray):
+            continue
+        if not isinstance(name, str):
+            raise InputError(f"{path}: a tensor is named {name!r}")
+        arrays[name] = value.read()
+    if not arrays:
+        raise InputError(f"{path}: holds no named tensors; a state_dict is read, or one as its entry 'model'")
+    return arrays

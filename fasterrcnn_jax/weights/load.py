@@ -1,0 +1,248 @@
+"""Weights of other programs into a detector of ours, and ours into files that those programs read."""
+
+import logging
+import operator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.weights import files
+from fasterrcnn_jax.weights.files import Weights
+from fasterrcnn_jax.weights.layouts import Layout
+from fasterrcnn_jax.weights.tables import (
+    CAFFE,
+    FASTER_RCNN_PYTORCH,
+    FORMATS,
+    PUBLISHED,
+    TORCHVISION_FPN,
+    Format,
+    find,
+    is_named,
+)
+
+logger = logging.getLogger(__name__)
+
+# Only these depend on the number of classes.
+PREDICTORS = ("box_head/class_logits/", "box_head/deltas/")
+# Names of a report that are logged.
+LOGGED = 10
+# Under this word a file that we wrote says its format.
+FORMAT = "weights_format"
+
+
+class Report(NamedTuple):
+    """What became of the arrays of a file and of those of the model."""
+
+    format: str
+    sources: dict[str, str]  # our name -> the name in the file, or the constant in its place
+    unused: tuple[str, ...]  # names in the file
+    kept: tuple[str, ...]  # our names whose values are as before
+    notes: tuple[str, ...]  # sentences
+
+
+def load_weights(model: Detector, path: str | Path, *, format: str | None = None) -> Detector:
+    """Returns the model with the weights of a file; what was not used or not filled is logged.
+
+    Reads `.safetensors`, `.pth` of torch and `.pkl` of NumPy arrays, and runs no code of theirs. Files of ImageNet
+    weights fill what they have. Of a detector with another number of classes all is read but the last two layers.
+
+    Args:
+      format: `name` of one of `tables.FORMATS`; None: the names in the file decide, and between Caffe's and
+        torchvision's ImageNet weights, which have the same, the model's order of channels.
+    Raises:
+      InputError: the file cannot be read, is of no known format or of another network; names file and entry.
+    """
+    weights = files.read(Path(path))
+    model, report = assign(model, weights, _choose(weights, model.config, format, str(path)), where=str(path))
+    log(report, str(path))
+    return model
+
+
+def log(report: Report, where: str) -> None:
+    """Logs a report: as warnings what may be a mistake."""
+    logger.info("%s: %d weights, format %s", where, len(report.sources), report.format)
+    for note in report.notes:
+        logger.warning("%s: %s", where, note)
+    for what, names in (("in the file and not used", report.unused), ("not from the file", report.kept)):
+        if names:
+            rest = len(names) - LOGGED
+            more = f" and {rest} more" if rest > 0 else ""
+            logger.info("%s: %s: %s%s", where, what, ", ".join(names[:LOGGED]), more)
+
+
+def save_weights(model: Detector, path: str | Path) -> None:
+    """Writes a `.safetensors` file, with a pyramid under torchvision's names, else under faster-rcnn.pytorch's.
+
+    `load_weights` reads it back bit for bit. Of the configuration it says what `Format.expects` names; class names
+    are not in it.
+
+    Raises:
+      InputError: the other program has no name for a part of this model.
+    """
+    config = model.config
+    format = FASTER_RCNN_PYTORCH if config.fpn is None else TORCHVISION_FPN
+    rows, arrays = format.rows(config), {}
+    for name, leaf in zip(*_leaves(model)[:2], strict=True):
+        module, _, last = name.rpartition("/")
+        keys, layout = find(rows, module) or _no_name(name, format, str(path))
+        arrays[keys[0] + format.leaves[last]] = layout.theirs(np.asarray(leaf))
+    expects = {field: str(_field(config, field)) for field in format.expects}
+    files.write(Path(path), arrays, {FORMAT: format.name, **expects})
+
+
+def formats_of(weights: Weights) -> tuple[Format, ...]:
+    """Returns the formats that the file can be of: none, one, or two that use the same names."""
+    by_name = {format.name: format for format in FORMATS}
+    published = PUBLISHED.get(weights.sha256[:8]) or by_name.get(weights.metadata.get(FORMAT))
+    if published is not None:
+        return (published,)
+    return tuple(format for format in FORMATS if weights.arrays.keys() & set(format.markers))
+
+
+def num_classes_of(weights: Weights, config: ModelConfig, format: Format) -> int | None:
+    """Returns how many classes beside background a detector's file is for; None of files of ImageNet weights."""
+    place = find(format.rows(config), "box_head/class_logits")
+    bias = weights.arrays.get(place[0][0] + format.leaves["bias"]) if place else None
+    return None if bias is None else bias.size - 1
+
+
+def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> tuple[Detector, Report]:
+    """Returns the model with the weights, and what became of each.
+
+    Args:
+      where: names the file in errors.
+    Raises:
+      InputError: a weight of the model has no source, or one of the file no place or another shape.
+    """
+    config, rows, arrays = model.config, format.rows(model.config), format.prepare(weights.arrays, where)
+    notes, anew = _differences(config, format, weights.metadata), ()
+    classes = num_classes_of(weights, config, format)
+    if classes is not None and classes != len(model.class_names):
+        anew = PREDICTORS
+        notes.append(
+            f"it is for {classes} classes, the model for {len(model.class_names)}: "
+            "box_head.class_logits and box_head.deltas start anew, all else is as in the file"
+        )
+    names, leaves, structure = _leaves(model)
+    places = [find(rows, name.rpartition("/")[0]) for name in names]
+    for name, place in zip(names, places, strict=True):
+        if place is None and not name.startswith(format.absent):
+            _no_name(name, format, where)
+    sources, seen, values = {}, set(), []
+    for name, leaf, place in zip(names, leaves, places, strict=True):
+        values.append(leaf)
+        if place is None:
+            continue
+        (keys, layout), last = place, name.rpartition("/")[2]
+        if last in format.constants:
+            sources[name] = str(format.constants[last])
+            values[-1] = jnp.full(leaf.shape, format.constants[last], leaf.dtype)
+            continue
+        key = _first_present([stem + format.leaves[last] for stem in keys], arrays, name, where)
+        seen.add(key)
+        if not name.startswith(anew):
+            sources[name] = key
+            values[-1] = _converted(arrays[key], key, layout, leaf, name, where)
+    _check_unseen(arrays.keys() - seen, rows, format, where)
+    used = set(sources.values())
+    report = Report(
+        format.name,
+        sources,
+        unused=tuple(key for key in arrays if key not in used),
+        kept=tuple(name for name in names if name not in sources),
+        notes=tuple(notes),
+    )
+    return jax.tree.unflatten(structure, values), report
+
+
+def _leaves(model: Detector) -> tuple[list[str], list[Any], Any]:
+    """Returns names such as backbone/stem/kernel, the arrays, and the structure that holds them."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return [name.removesuffix("/value") for name in names], [leaf for _, leaf in leaves], structure
+
+
+def _choose(weights: Weights, config: ModelConfig, name: str | None, where: str) -> Format:
+    if name is not None:
+        by_name = {format.name: format for format in FORMATS}
+        if name not in by_name:
+            raise InputError(f"format {name} is none of {', '.join(by_name)}")
+        return by_name[name]
+    found = formats_of(weights)
+    if not found:
+        raise InputError(
+            f"{where}: of no known format; it has {', '.join(list(weights.arrays)[:3])} …, "
+            f"known are {', '.join(format.name for format in FORMATS)}"
+        )
+    chosen = CAFFE if CAFFE in found and config.image.channel_order == "bgr" else found[0]
+    if len(found) > 1:
+        names = " and ".join(format.name for format in found)
+        logger.info(
+            "%s: %s have the same names; taken for %s, as the model sees %s",
+            where, names, chosen.name, config.image.channel_order,
+        )  # fmt: skip
+    return chosen
+
+
+def _no_name(name: str, format: Format, where: str) -> Any:
+    raise InputError(f"{where}: format {format.name} has no name for {name}, which this model has")
+
+
+def _first_present(keys: list[str], arrays: dict[str, np.ndarray], name: str, where: str) -> str:
+    for key in keys:
+        if key in arrays:
+            return key
+    raise InputError(f"{where}: {' or '.join(keys)} is missing, the source of {name}")
+
+
+def _converted(
+    array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str, where: str
+) -> jax.Array:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"{where}: {key} holds {array.dtype}, {name} needs real numbers")
+    try:
+        value = layout.ours(array)
+    except ValueError:  # numbers of rows that cannot be divided as the layout says
+        value = array
+    if value.shape != leaf.shape:
+        raise InputError(
+            f"{where}: {key} has shape {array.shape}, which does not become that of {name}, {leaf.shape}"
+        )
+    return jnp.array(value.astype(leaf.dtype))
+
+
+def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> None:
+    """Raises InputError where the format has a place for a weight that the model does not have: a deeper net."""
+    # Biases are not looked at: Caffe's first convolution has one, of zeros, that no other program reads.
+    ends = tuple(end for last, end in format.leaves.items() if last != "bias")
+    for key in sorted(keys):
+        end = next((end for end in ends if key.endswith(end)), None)
+        if end is not None and is_named(rows, key.removesuffix(end)):
+            raise InputError(f"{where}: of another network: the model has no place for {key}")
+
+
+def _differences(config: ModelConfig, format: Format, metadata: dict[str, str]) -> list[str]:
+    """Returns a sentence for each setting of the model that its weights were trained without."""
+    notes = []
+    for field, published in format.expects.items():
+        expected, ours = metadata.get(field, str(published)), str(_field(config, field))
+        if expected != ours and _matters(field, config):
+            notes.append(f"its weights were trained with model.{field} = {expected}, the model has {ours}")
+    return notes
+
+
+def _matters(field: str, config: ModelConfig) -> bool:
+    if config.backbone.name == "vgg16":
+        return not field.startswith("backbone.")
+    # Blocks of two 3x3 convolutions have no choice.
+    return field != "backbone.stride_in" or config.backbone.name not in ("resnet18", "resnet34")
+
+
+def _field(config: ModelConfig, field: str) -> Any:
+    return operator.attrgetter(field)(config)

@@ -1,0 +1,374 @@
+"""Files of weights: every container gives the arrays that went in, and no file has code run or lengths believed."""
+
+import copyreg
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import foreign_files
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from foreign_files import Call, Global
+
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.weights import files, numpy_pickle, torch_files
+
+WEIGHTS = {
+    "stem.weight": np.random.default_rng(0).standard_normal((4, 3, 2, 2)).astype(np.float32),
+    "stem.bias": np.float32([0.5, -2.0, 3e-41, np.inf]),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+def wrapped(weights):
+    """As a training program saves: an optimizer and other things beside the weights."""
+    momentum = {0: {"momentum_buffer": np.full(5, 7.0, np.float32)}}
+    return {"epoch": 3, "model": OrderedDict(weights), "optimizer": {"state": momentum, "lr": 0.1}}
+
+
+def write_pkl(path, weights, protocol):
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "somebody"}, protocol))
+
+
+CONTAINERS = {
+    "zip": lambda path, weights: foreign_files.write_zip(path, OrderedDict(weights)),
+    "zip of a training": lambda path, weights: foreign_files.write_zip(path, wrapped(weights), folder="last"),
+    "legacy": lambda path, weights: foreign_files.write_legacy(path, OrderedDict(weights)),
+    "legacy of a training": lambda path, weights: foreign_files.write_legacy(path, wrapped(weights)),
+    "legacy from a GPU": lambda path, weights: foreign_files.write_legacy(path, weights, torch="torch.cuda"),
+    "pkl 2": lambda path, weights: write_pkl(path, weights, 2),
+    "pkl 4": lambda path, weights: write_pkl(path, weights, 4),
+    "pkl 5": lambda path, weights: write_pkl(path, weights, 5),
+    "pkl of Python 2": lambda path, weights: foreign_files.write_python2_pkl(path, {"blobs": weights}),
+    "safetensors": lambda path, weights: safetensors.numpy.save_file(weights, path),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_arrays_come_back_bit_for_bit_from_every_container(container, tmp_path):
+    path = tmp_path / "weights"  # the name decides nothing
+    CONTAINERS[container](path, WEIGHTS)
+    found = files.read(path).arrays
+    assert found.keys() == WEIGHTS.keys()
+    for name, array in WEIGHTS.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("write", [foreign_files.write_zip, foreign_files.write_legacy])
+def test_views_and_every_type_of_numbers_are_read(write, tmp_path):
+    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+    views = {"whole": base, "transposed": base.T, "part": base[1:3, ::2], "scalar": base[2, 3:4].reshape(())}
+    for dtype in (bool, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float64, jnp.bfloat16):
+        views[np.dtype(dtype).name] = np.arange(4).astype(dtype)
+    write(tmp_path / "views.pth", views)
+    found = files.read(tmp_path / "views.pth").arrays
+    assert found.keys() == views.keys()
+    for name, view in views.items():
+        assert found[name].dtype == view.dtype
+        np.testing.assert_array_equal(found[name], view, strict=True)
+
+
+def test_the_items_that_python_2_gives_an_ordered_dictionary_are_read(tmp_path):
+    items = [["a", np.ones(2, np.float32)]]
+    foreign_files.write_legacy(tmp_path / "old.pth", Call(Global("collections", "OrderedDict"), (items,)))
+    assert files.read(tmp_path / "old.pth").arrays["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_numpy_arrays_of_other_orders_have_the_same_values(protocol, tmp_path):
+    arrays = {"big": np.array([1.5, -2.0], ">f4"), "columns": np.arange(6.0).reshape(2, 3).T}
+    write_pkl(tmp_path / "a.pkl", arrays, protocol)
+    found = files.read(tmp_path / "a.pkl").arrays
+    assert found["big"].tolist() == [1.5, -2.0]
+    assert found["columns"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_attributes_of_a_dictionary_are_dropped(tmp_path):
+    """torch gives a state dictionary one of versions; others could take the place of its methods."""
+    attributes = {"_metadata": {"": {"version": 2}}, "items": 1, "get": 1}
+    ordered = Call(Global("collections", "OrderedDict"), ([("a", np.ones(2, np.float32))],), attributes)
+    foreign_files.write_zip(tmp_path / "a.pth", ordered)
+    assert files.read(tmp_path / "a.pth").arrays["a"].tolist() == [1, 1]
+
+
+def test_written_arrays_and_what_is_said_of_them_come_back(tmp_path):
+    arrays = WEIGHTS | {"scalar": np.float32(3).reshape(()), "transposed": WEIGHTS["stem.weight"].T}
+    files.write(tmp_path / "out.safetensors", arrays, {"a": "b"})
+    found = files.read(tmp_path / "out.safetensors")
+    assert found.metadata == {"a": "b"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array, strict=True)
+
+
+def harmful(marker):
+    """Objects whose pickle, believed, leaves the file `marker`; with the name that an error must give."""
+    command = f"touch {marker}"
+    code = f"open({str(marker)!r}, 'w').close()"
+    system = Global("os", "system")
+    return {
+        "os.system": (Call(system, (command,)), "os.system"),
+        "posix.system": (Call(Global("posix", "system"), (command,)), "posix.system"),
+        "builtins.exec": (Call(Global("builtins", "exec"), (code,)), "builtins.exec"),
+        "__builtin__.eval": (Call(Global("__builtin__", "eval"), (code,)), "__builtin__.eval"),
+        "subprocess": (Call(Global("subprocess", "getoutput"), (command,)), "subprocess.getoutput"),
+        "as an argument": (Call(Global("torch._utils", "_rebuild_tensor_v2"), (system, 0, (), ())), "os.system"),
+        "as state": (Call(Global("collections", "OrderedDict"), (), {"hook": system}), "os.system"),
+        "numpy's own loader": (Call(Global("numpy", "load"), (str(marker),)), "numpy.load"),
+        "torch's loader": (Call(Global("torch", "load"), (str(marker),)), "torch.load"),
+        "an attribute": (Call(Global("builtins", "getattr"), (system, "x")), "builtins.getattr"),
+        "a dotted name": (Global("collections", "OrderedDict.fromkeys"), "collections.OrderedDict.fromkeys"),
+    }
+
+
+PICKLES = {
+    "zip": foreign_files.write_zip,
+    "legacy": foreign_files.write_legacy,
+    "pkl": lambda path, obj: path.write_bytes(foreign_files.pickled(obj)),
+}
+
+
+@pytest.mark.parametrize("place", ["in place of the weights", "beside them"])
+@pytest.mark.parametrize("container", PICKLES)
+@pytest.mark.parametrize("attack", harmful(Path("marker")))
+def test_nothing_that_a_pickle_asks_for_is_run(attack, container, place, tmp_path):
+    attacker, name = harmful(tmp_path / "marker")[attack]
+    obj = attacker if place == "in place of the weights" else {"model": {"a": 1}, "optimizer": attacker}
+    PICKLES[container](tmp_path / "bad", obj)
+    # In a .pkl even the names that torch's files may hold are strange.
+    with pytest.raises(InputError, match=rf"bad.*asks for ({name}|torch\._utils\._rebuild_tensor_v2)"):
+        files.read(tmp_path / "bad")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x05false\x85R.",  # STACK_GLOBAL
+        b"\x80\x02(S'false'\niposix\nsystem\n.",  # INST
+        b"\x80\x02cposix\nsystem\n)\x81.",  # NEWOBJ
+        b"\x80\x02(cposix\nsystem\nS'false'\no.",  # OBJ
+    ],
+)
+def test_no_instruction_reaches_another_name(code, tmp_path):
+    (tmp_path / "bad.pkl").write_bytes(code)
+    with pytest.raises(InputError, match=r"bad\.pkl: asks for posix\.system"):
+        files.read(tmp_path / "bad.pkl")
+
+
+def test_names_that_the_program_has_registered_as_numbers_are_not_run(tmp_path):
+    called = []
+    code = 0xF1
+    copyreg.add_extension(__name__, "witness", code)
+    globals()["witness"] = called.append
+    try:
+        request = b"\x80\x02\x82" + bytes([code])
+        pickle.loads(request + b".")  # from here on Python itself knows the number
+        (tmp_path / "bad.pkl").write_bytes(request + b"K\x01\x85R.")
+        with pytest.raises(InputError, match="EXT1"):
+            files.read(tmp_path / "bad.pkl")
+    finally:
+        copyreg.remove_extension(__name__, "witness", code)
+        del globals()["witness"]
+    assert called == []
+
+
+@pytest.mark.parametrize("reader", [torch_files, numpy_pickle])
+def test_every_pickle_has_stand_ins_of_its_own(reader):
+    """A pickle can set attributes of the functions that it is given; the next one does not meet them."""
+    one, other = reader._names(), reader._names()
+    functions = [name for name, stand_in in one.items() if callable(stand_in)]
+    assert len(functions) >= 3
+    assert not [name for name in functions if one[name] is other[name]]
+
+
+HUGE = 2**40
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        (b"\x80\x02K\x01r\xff\xff\xff\xff.", "LONG_BINPUT"),
+        (b"\x80\x02K\x01p999999999999\n.", "PUT"),
+        (b"\x80\x04\x95" + HUGE.to_bytes(8, "little") + b"K\x01.", "FRAME"),
+        (b"\x80\x04\x8e" + HUGE.to_bytes(8, "little") + b"abc.", "expected"),
+        (b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b"abc.", "expected"),
+        (b"\x80\x02T\xff\xff\xff\x7fabc.", "expected"),
+        (b"\x80\x02K\x01", "pickle exhausted"),
+        (b"\x80\x02.", ""),
+        (b"\x80\x02\x97.", ""),
+        (b"\x80\x09K\x01.", ""),
+        (b"\x80\x02\xff.", ""),
+    ],
+)
+def test_lengths_in_a_pickle_are_not_believed(code, problem, tmp_path):
+    (tmp_path / "bad.pkl").write_bytes(code)
+    with pytest.raises(InputError, match=rf"bad\.pkl: damaged.*{problem}"):
+        files.read(tmp_path / "bad.pkl")
+
+
+def tensor(offset, shape, strides, *, size=4, kind="FloatStorage"):
+    """A pickle of one tensor in a storage "0" of which `size` numbers are announced."""
+
+    class Announced(foreign_files.Pickler):
+        def persistent_id(self, obj):
+            return ("storage", Global("torch", kind), "0", "cpu", size) if obj is self else None
+
+    file = io.BytesIO()
+    pickler = Announced(file)
+    pickler.dump({"a": Call(Global("torch._utils", "_rebuild_tensor_v2"), (pickler, offset, shape, strides))})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (dict(offset=0, shape=(5,), strides=(1,)), "hold no tensor"),
+        (dict(offset=1, shape=(4,), strides=(1,)), "hold no tensor"),
+        (dict(offset=0, shape=(2, 2), strides=(3, 1)), "hold no tensor"),
+        (dict(offset=-1, shape=(2,), strides=(1,)), "hold no tensor"),
+        (dict(offset=3, shape=(2,), strides=(-1,)), "hold no tensor"),
+        (dict(offset=0, shape=(-1,), strides=(1,)), "hold no tensor"),
+        (dict(offset=0, shape=(HUGE, HUGE), strides=(0, 0)), "hold no tensor"),
+        (dict(offset=0, shape=(5,), strides=(0,)), "hold no tensor"),
+        (dict(offset=0, shape=(5,), strides=(1,), size=5), "16 bytes, 5 numbers of float32 were announced"),
+        (dict(offset=0, shape=(HUGE,), strides=(1,), size=HUGE), "were announced"),
+        (dict(offset=0, shape=(4,), strides=(1,), size=4, kind="DoubleStorage"), "were announced"),
+        (dict(offset=0, shape=(4,), strides=(1,), size=-4), "damaged"),
+        (dict(offset=0, shape=(4,), strides=(1,), size="4"), "damaged"),
+        (dict(offset=0, shape=(4,), strides=(1, 1)), "hold no tensor"),
+        (dict(offset=0, shape=(1,) * 99, strides=(1,) * 99), "hold no tensor"),
+        (dict(offset=0, shape=(0, 2**70), strides=(1, 1)), "hold no tensor"),
+        (dict(offset=0, shape=(1,), strides=(2**70,)), "hold no tensor"),
+        (dict(offset=0, shape=(4,), strides=(1,), kind="UntypedStorage"), "asks for torch.UntypedStorage"),
+    ],
+)
+def test_tensors_beyond_their_numbers_are_errors(arguments, problem, tmp_path):
+    content = {"archive/data.pkl": tensor(**arguments), "archive/data/0": np.zeros(4, np.float32).tobytes()}
+    foreign_files.write_zip(tmp_path / "bad.pth", {}, extra=content.items())
+    with pytest.raises(InputError, match=rf"bad\.pth: entry archive/data.*({problem})"):
+        files.read(tmp_path / "bad.pth")
+
+
+def test_numpy_arrays_beyond_their_bytes_are_errors(tmp_path):
+    dtype = Call(Global("numpy", "dtype"), ("f4", False, True))
+    reconstruct = Global("numpy.core.multiarray", "_reconstruct")
+    for shape, kind, raw, problem in (
+        ((HUGE,), dtype, b"1234", "shape .* and 4 bytes"),
+        ((-1,), dtype, b"", "shape .* and 0 bytes"),
+        ((1,), Call(Global("numpy", "dtype"), ("O8", False, True)), b"12345678", "dtype O8"),
+    ):
+        state = (1, shape, kind, False, Call(Global("_codecs", "encode"), (raw.decode("latin1"), "latin1")))
+        obj = {"a": Call(reconstruct, (Global("numpy", "ndarray"), (0,), "b"), state)}
+        (tmp_path / "bad.pkl").write_bytes(foreign_files.pickled(obj))
+        with pytest.raises(InputError, match=rf"bad\.pkl: damaged.*{problem}"):
+            files.read(tmp_path / "bad.pkl")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_file_cut_anywhere_is_one_clear_error(container, tmp_path):
+    CONTAINERS[container](tmp_path / "whole", WEIGHTS)
+    content = (tmp_path / "whole").read_bytes()
+    path = tmp_path / "cut"
+    for end in sorted({*range(40), *range(0, len(content), 37), len(content) - 1}):
+        path.write_bytes(content[:end])
+        with pytest.raises(InputError, match="cut: "):
+            files.read(path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_damaged_byte_is_read_or_one_clear_error(container, tmp_path):
+    CONTAINERS[container](tmp_path / "whole", WEIGHTS)
+    content = (tmp_path / "whole").read_bytes()
+    path = tmp_path / "damaged"
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[generator.integers(len(content))] ^= int(generator.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            files.read(path)
+        except InputError as error:
+            assert str(path) in str(error)  # noqa: PT017
+
+
+def test_legacy_storages_larger_than_the_file_are_errors(tmp_path):
+    foreign_files.write_legacy(tmp_path / "bad.pth", {"a": np.zeros(4, np.float32)})
+    content = (tmp_path / "bad.pth").read_bytes()
+    (tmp_path / "bad.pth").write_bytes(content[:-24] + HUGE.to_bytes(8, "little") + content[-16:])
+    with pytest.raises(InputError, match=rf"bad\.pth: storage 0: {HUGE} numbers"):
+        files.read(tmp_path / "bad.pth")
+    (tmp_path / "bad.pth").write_bytes(content[:-24] + (3).to_bytes(8, "little") + content[-16:])
+    with pytest.raises(InputError, match=r"bad\.pth: storage 0: 12 bytes, 4 numbers of float32 were announced"):
+        files.read(tmp_path / "bad.pth")
+
+
+def test_zip_entries_that_lie_are_errors(tmp_path):
+    path, weights = tmp_path / "bad.pth", {"a": np.arange(4, dtype=np.float32)}
+    foreign_files.write_zip(path, weights)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))  # in the directory
+    for field in (20, 24):  # both of its sizes
+        content[entry + field : entry + field + 4] = (2**31).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="entry archive/data/0 says it has 2147483648 bytes"):
+        files.read(path)
+
+    foreign_files.write_zip(path, weights)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(weights["a"].tobytes(), bytes(16), 1))
+    with pytest.raises(InputError, match="entry archive/data/0: damaged .*CRC"):
+        files.read(path)
+
+    foreign_files.write_zip(path, {"a": np.zeros(4096, np.float32)}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"bad\.pth: entry archive/data.* is compressed"):
+        files.read(path)
+
+    foreign_files.write_zip(path, weights)
+    content = bytearray(path.read_bytes())
+    content[entry + 10] = zipfile.ZIP_DEFLATED  # but not one byte shorter
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="entry archive/data/0 is compressed"):
+        files.read(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"archive/data/0": None}, "entry archive/data/0 is missing"),
+        ({"archive/byteorder": b"big"}, "entry archive/byteorder: only little-endian"),
+        ({"archive/data.pkl": None}, "a zip without one data.pkl"),
+        ({"other/data.pkl": b""}, "a zip without one data.pkl"),
+    ],
+)
+def test_zips_that_torch_did_not_write_are_errors(extra, problem, tmp_path):
+    foreign_files.write_zip(tmp_path / "bad.pth", {"a": np.zeros(4, np.float32)}, extra=extra.items())
+    with pytest.raises(InputError, match=rf"bad\.pth: {problem}"):
+        files.read(tmp_path / "bad.pth")
+
+
+def test_other_content_is_named(tmp_path):
+    path = tmp_path / "weights.pth"
+    with pytest.raises(InputError, match=r"weights\.pth: cannot be read"):
+        files.read(path)
+    for content in (b"", b"hello, this is no file of weights", b"\x89PNG\r\n\x1a\n" + bytes(20)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"weights\.pth: neither"):
+            files.read(path)
+    foreign_files.write_legacy(path, {"a": np.zeros(4, np.float32)}, little_endian=False)
+    with pytest.raises(InputError, match="only little-endian"):
+        files.read(path)
+    for obj in ({}, [np.ones(2, np.float32)], {"epoch": 3}, 5):
+        foreign_files.write_zip(path, obj)
+        with pytest.raises(InputError, match="holds no named tensors"):
+            files.read(path)
+    foreign_files.write_zip(path, {3: np.ones(2, np.float32)})
+    with pytest.raises(InputError, match="a tensor is named 3"):
+        files.read(path)
+    with pytest.raises(InputError, match="absent/out.safetensors: cannot be written"):
+        files.write(tmp_path / "absent" / "out.safetensors", WEIGHTS, {})

@@ -1,0 +1,162 @@
+"""Detectors by name: what they are, which file fits them, and a user who cannot get the preprocessing wrong."""
+
+import dataclasses
+import hashlib
+
+import jax
+import numpy as np
+import published_names
+import pytest
+import safetensors.numpy
+import tiny
+from published_names import by_rule
+from test_weights import CHANNELS, FC, WIDTH, thin
+
+import fasterrcnn_jax
+from fasterrcnn_jax import checkpoint, training, zoo
+from fasterrcnn_jax.data import coco
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.families import resnet_fpn
+from fasterrcnn_jax.models.detector import Detector, detect
+
+
+def names_and_values(model):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+
+
+def assert_equal(one, other):
+    one, other = names_and_values(one), names_and_values(other)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+@pytest.fixture
+def thin_zoo(monkeypatch):
+    """The zoo with few channels and two classes in each model."""
+    models = {
+        name: info._replace(config=thin(info.config), class_names=("ring", "disc"))
+        for name, info in zoo.MODELS.items()
+    }
+    monkeypatch.setattr(zoo, "MODELS", models)
+    return models
+
+
+def file_of(tmp_path, version, classes=2, name="weights.safetensors"):
+    shapes = published_names.torchvision_fpn(
+        50, WIDTH, version=version, channels=CHANNELS, fc=FC, classes=classes
+    )
+    safetensors.numpy.save_file(by_rule(shapes), tmp_path / name)
+    return tmp_path / name
+
+
+def test_every_model_says_what_it_is_and_detects():
+    assert fasterrcnn_jax.list_models() == list(zoo.MODELS) and "resnet50_fpn" in zoo.MODELS
+    for name in fasterrcnn_jax.list_models():
+        info = fasterrcnn_jax.model_info(name)
+        assert info.name == name and info.source and "AP" in info.published
+        assert (info.file is None) == (info.sha256 is None) and (info.file is None or info.sha256 in info.file)
+        model = jax.eval_shape(lambda name=name: fasterrcnn_jax.create(name))
+        assert model.class_names == info.class_names and model.config == info.config
+        height, width = info.config.image.canvases[0]
+        images = jax.ShapeDtypeStruct((1, height, width, 3), np.float32)
+        pair = jax.ShapeDtypeStruct((1, 2), np.float32)
+        found = jax.eval_shape(detect, model, images, pair, pair)
+        assert found.boxes.shape == (1, info.config.postprocess.max_detections, 4)
+
+
+def test_torchvisions_classes_are_category_ids():
+    names = fasterrcnn_jax.model_info("resnet50_fpn").class_names
+    assert len(names) == 90 and len(set(names)) == 90
+    by_id = dict(enumerate(names, start=1))
+    assert (by_id[1], by_id[13], by_id[18], by_id[44], by_id[90]) == (
+        "person", "stop sign", "dog", "bottle", "toothbrush",
+    )  # fmt: skip
+    assert tuple(name for name in names if not name.startswith("unused")) == coco.CLASS_NAMES
+
+
+def test_a_model_is_made_for_so_many_classes_or_for_named_ones(thin_zoo):
+    make = fasterrcnn_jax.create
+    assert make("resnet50_fpn").class_names == ("ring", "disc")
+    assert make("resnet50_fpn", num_classes=2).class_names == ("ring", "disc")
+    assert make("resnet50_fpn", num_classes=3).class_names == ("class 1", "class 2", "class 3")
+    assert make("resnet50_fpn", ("a", "b", "c")).class_names == ("a", "b", "c")
+    assert make(tiny.MODEL, num_classes=1).class_names == ("class 1",)
+    assert make(tiny.MODEL, ("a",), seed=3).config == tiny.MODEL
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (("resnet50",), {}, InputError, "no model is named 'resnet50'; there are resnet50_fpn, resnet50_fpn_v2"),
+        (("vgg16_voc", ("a",)), dict(num_classes=1), ValueError, "not both"),
+        (("vgg16_voc",), dict(num_classes=0), ValueError, "at least 1, got 0"),
+        ((tiny.MODEL,), {}, ValueError, "needs class_names or num_classes"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        fasterrcnn_jax.create(*arguments, **options)
+
+
+def test_weights_go_where_load_weights_puts_them(thin_zoo, tmp_path):
+    path = file_of(tmp_path, version=1)
+    made = fasterrcnn_jax.create("resnet50_fpn", weights=path)
+    assert_equal(made, fasterrcnn_jax.load_weights(fasterrcnn_jax.create("resnet50_fpn"), path))
+    other = fasterrcnn_jax.create("resnet50_fpn", num_classes=5, weights=path, seed=1)
+    np.testing.assert_array_equal(other.rpn_head.deltas.kernel[...], made.rpn_head.deltas.kernel[...])
+    assert other.box_head.class_logits.kernel.shape[1] == 6
+
+
+@pytest.mark.parametrize("version, name", [(1, "resnet50_fpn"), (2, "resnet50_fpn_v2")])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_file_finds_its_model_by_what_it_holds(thin_zoo, tmp_path, version, name, classes):
+    path = file_of(tmp_path, version, classes)
+    model = fasterrcnn_jax.load(path)
+    assert model.config == thin_zoo[name].config
+    assert model.class_names == (("ring", "disc") if classes == 2 else tuple(f"class {i}" for i in range(1, 5)))
+    assert_equal(model, fasterrcnn_jax.create(name, num_classes=classes, weights=path))
+
+
+def test_a_file_of_no_model_is_refused(tmp_path):
+    """Thin weights, and the zoo as it is published."""
+    with pytest.raises(InputError, match="weights.safetensors: no model of resnet50_fpn, .* is filled by it"):
+        fasterrcnn_jax.load(file_of(tmp_path, version=1))
+
+
+def test_a_run_is_loaded_as_ever(tmp_path):
+    config = tiny.config(tmp_path)
+    model = zoo.create(config.model, tiny.CLASS_NAMES)
+    _, state = training.create_state(model, training.create_optimizer(config.train), seed=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=tiny.CLASS_NAMES))
+    with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={}))
+    assert_equal(fasterrcnn_jax.load(config.run), model)
+
+
+def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatch):
+    published = "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
+    path = file_of(tmp_path, version=1, name=published)
+    for use in (fasterrcnn_jax.load, lambda path: fasterrcnn_jax.create("resnet50_fpn", weights=path)):
+        with pytest.raises(InputError, match=f"{published}: its checksum is not the 258fb6c6 of its name"):
+            use(path)
+    # The digits of a model that we do not know are no checksum to us: a date, for instance.
+    dated = path.rename(tmp_path / "mine-20261124.pth")
+    assert fasterrcnn_jax.load(dated).config == thin_zoo["resnet50_fpn"].config
+    digits = hashlib.sha256(dated.read_bytes()).hexdigest()[:8]
+    models = {name: info._replace(sha256=digits) for name, info in thin_zoo.items()}
+    monkeypatch.setattr(zoo, "MODELS", models)
+    right = dated.rename(tmp_path / f"fasterrcnn-{digits}.pth")
+    assert fasterrcnn_jax.load(right).config == thin_zoo["resnet50_fpn"].config
+
+
+def test_preprocessing_is_the_models_own():
+    """RGB in units of their spread for torchvision's weights, BGR minus means for Caffe's: nobody has to say so."""
+    picture = np.full((600, 800, 3), (250, 20, 20), np.uint8)
+    for name, first, last in (("resnet50_fpn", 2.16, -1.46), ("resnet101_c4_voc", -82.98, 127.23)):
+        config = fasterrcnn_jax.model_info(name).config
+        images, _, _ = fasterrcnn_jax.preprocess(picture, config.image)
+        np.testing.assert_allclose(images[0, 300, 300, [0, 2]], [first, last], atol=0.01)
+    assert resnet_fpn(50).image.channel_order == "rgb" and isinstance(zoo.create(tiny.MODEL, ("a",)), Detector)
