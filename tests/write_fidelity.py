@@ -39,13 +39,14 @@ FOOTER = """
 - Losses of whole models see the RoIs, labels and targets that the reference drew (background with replacement) and
   its normalisation by the last image's count. Its two-logit objectness is compared by the difference of the
   logits; the gradient of the two-logit layer is ours and minus ours.
-- torchvision's whole FPN models: there is no feature pyramid here yet. Its per-level proposals are put together
-  from `decode`, `clip` and `nms` in the test.
+- torchvision's second version, and detectron2: no numbers of theirs are recorded. The canvas of torchvision's model is
+  that of its batch, padding included; its detections and losses come from `detect` and `training_losses` as they are.
 - RoI crop and the floor quantisation of RoI pooling have no recorded numbers; they are compared with a loop written
   from their formula. RoIAlign and RoIPool with 2 x 3 cells are recorded, and not compared: outputs here are square.
 - Which anchors and RoIs are drawn: random generators differ. Counts, labels and that every draw is equally likely
   are tested.
-- The resize of images: the recorded networks were fed at their images' own size. It is compared with a formula.
+- The resize of images by the Caffe line: the recorded networks were fed at their images' own size. It is compared with
+  a formula.
 - Everything here ran on a CPU in float32. Nothing has been compared on a GPU.
 """
 
