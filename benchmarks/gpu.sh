@@ -1,39 +1,51 @@
 #!/usr/bin/env bash
 # Runs what needs a GPU, stage by stage; a stage that fails does not stop the next.
 #
-#   benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [STAGE ...]
+#   benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--data FOLDER] [--tiny] [STAGE ...]
 #
-# Stages (all, without an argument):
-#   tests    the suite with its gpu tests, at most 9 minutes -> DIR/tests.json
+# Stages (all, without an argument), 21 minutes together at most:
+#   tests    the gpu tests, then the others as time allows, 5 minutes         -> DIR/tests.json
+#   ops      benchmarks/kernels.py, 5 minutes                                 -> DIR/ops.json
+#   e2e      benchmarks/end_to_end.py, 7 minutes                              -> DIR/e2e.json
+#   train    benchmarks/train_minutes.py on the pictures of --data, 4 minutes -> DIR/train.json
 #
 # --out      folder of the results; default: benchmarks/results
 # --cache    one tar archive of at most 16 MiB that carries JAX's compilation cache from run to run
+# --data     folder in VOC layout with the splits train and test; without it the train stage fails
+# --tiny     sizes that tell nothing about speed, in a minute on a CPU: to try the script
 # PYTHON     the interpreter; default: python
 # PYTEST_ADDOPTS reaches pytest as always.
 #
 # Exits with 1 when a stage failed, with 2 when an argument is wrong.
 set -uo pipefail
 
-STAGES=(tests)
+STAGES=(tests ops e2e train)
+# Seconds. No stage takes more, whatever hangs in it.
+declare -A LIMIT=([tests]=300 [ops]=300 [e2e]=420 [train]=240)
 CACHE_LIMIT=$((16 * 1024 * 1024))
 
 usage() {
-    echo "usage: benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [STAGE ...]; stages: ${STAGES[*]}" >&2
+    echo "usage: benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--data FOLDER] [--tiny] [STAGE ...]; stages: ${STAGES[*]}" >&2
     exit 2
 }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 out=$root/benchmarks/results
-archive=
+archive= data= tiny=
 chosen=()
 while (($#)); do
     case $1 in
-    --out | --cache)
+    --out | --cache | --data)
         [[ -n ${2:-} ]] || usage
         # Taken from where the caller stands, before we go to the root.
-        [[ $1 == --out ]] && out=$(realpath -m "$2") || archive=$(realpath -m "$2")
+        path=$(realpath -m "$2")
+        case $1 in --out) out=$path ;; --cache) archive=$path ;; --data) data=$path ;; esac
         shift 2
+        ;;
+    --tiny)
+        tiny=--tiny
+        shift
         ;;
     *)
         [[ " ${STAGES[*]} " == *" $1 "* ]] || usage
@@ -67,13 +79,29 @@ save_cache() {
         mv "$archive.part" "$archive"
 }
 
-# The suite once, and what came of it as JSON. SIGINT lets pytest write its report when time is up.
+# The tests once, and what came of them as JSON: those that need a GPU first. SIGINT lets pytest write its report
+# when time is up.
 stage_tests() {
-    local start=$SECONDS status
-    timeout --signal=INT --kill-after=20 540 \
-        "$python" -m pytest -c pyproject.toml -m "not slow" --junitxml="$scratch/tests.xml" 2>&1 | tee "$out/tests.log"
-    status=${PIPESTATUS[0]}
-    "$python" - "$scratch/tests.xml" "$status" $((SECONDS - start)) >"$out/tests.json" <<'REPORT' || status=1
+    local start=$SECONDS status=0 cut=False selection left code
+    rm -f "$out/tests.log"
+    for selection in "gpu and not slow" "not gpu and not slow and not aot"; do
+        left=$((LIMIT[tests] - 20 - (SECONDS - start)))
+        ((left > 0)) || {
+            cut=True
+            break
+        }
+        timeout --signal=INT --kill-after=20 "$left" \
+            "$python" -m pytest -c pyproject.toml -m "$selection" --junitxml="$scratch/${selection%% *}.xml" 2>&1 |
+            tee -a "$out/tests.log"
+        code=${PIPESTATUS[0]}
+        # 5: nothing was selected. 124: time was up, which the others are selected to fill.
+        if ((code == 124)) && [[ $selection == not* ]]; then
+            cut=True
+        elif ((code != 0 && code != 5 && status == 0)); then
+            status=$code
+        fi
+    done
+    "$python" - "$scratch" "$status" $((SECONDS - start)) "$cut" >"$out/tests.json" <<'REPORT' || status=1
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -83,13 +111,14 @@ from pathlib import Path
 
 import jax
 
-xml, status, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-outcomes, not_passed = None, []
-# Absent or cut short where pytest was killed.
-try:
-    suites = list(ElementTree.parse(xml).iter("testsuite"))
-except (OSError, ElementTree.ParseError):
-    suites = []
+scratch, status, seconds, cut = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+outcomes, not_passed, suites = None, [], []
+for name in ("gpu", "not"):
+    # Absent or cut short where pytest was killed.
+    try:
+        suites += ElementTree.parse(scratch / f"{name}.xml").iter("testsuite")
+    except (OSError, ElementTree.ParseError):
+        pass
 if suites:
     count = {name: sum(int(suite.get(name)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
     passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
@@ -110,13 +139,33 @@ report = {
     "versions": {"python": sys.version.split()[0], "driver": device.client.platform_version, **versions},
     "outcomes": outcomes,
     "not_passed": not_passed,
-    "exit_status": status,
-    "timed_out": status in (124, 137),
+    "exit_status": status or int(bool(not_passed)),
+    "timed_out": status in (124, 137),  # the gpu tests, or a test that did not stop
+    "cut_short": cut,  # the others took more time than there was
     "seconds": seconds,
 }
 print(json.dumps(report, indent=2))
+sys.exit(report["exit_status"])
 REPORT
     return "$status"
+}
+
+# A benchmark under the limit of its stage; it ends by itself before, unless it hangs.
+benchmark() { # STAGE SCRIPT ARGUMENTS
+    timeout --kill-after=10 "${LIMIT[$1]}" "$python" "benchmarks/$2" --out "$out/$1.json" "${@:3}"
+}
+
+stage_ops() { benchmark ops kernels.py --minutes 4.6 ${tiny:+--tiny --no_compile}; }
+
+stage_e2e() { benchmark e2e end_to_end.py --minutes 6.6 ${tiny:+--tiny --no_compile}; }
+
+stage_train() {
+    [[ -n $data ]] || {
+        echo "the train stage needs --data FOLDER" >&2
+        return 1
+    }
+    # What is not training is compilation and evaluation.
+    benchmark train train_minutes.py --data "$data" --minutes "$([[ $tiny ]] && echo 0.1 || echo 1.2)"
 }
 
 [[ -z $archive ]] || restore_cache

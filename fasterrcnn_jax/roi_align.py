@@ -67,7 +67,7 @@ def roi_align(
     if len(boxes) == 0:
         unsupported = "it takes at least one region and there is none"
     chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
-    grid = _sample_grid(lax.stop_gradient(boxes), levels, strides, output_size, sampling_ratio, aligned)
+    grid = _sample_grid(boxes, levels, strides, output_size, sampling_ratio, aligned)
     return _pool(features, grid, sampling_ratio, chosen)
 
 
@@ -170,6 +170,7 @@ def _pool_forward(features, grid, sampling_ratio, implementation):
 def _pool_backward(sampling_ratio, implementation, residuals, cotangent):
     grid, empty = residuals
     backward = _backward(tuple(level.shape[:2] for level in empty), sampling_ratio, implementation)
+    # None: no gradient for the grid, and so for the boxes.
     return tuple(gradient[0] for gradient in backward(cotangent[None], _lead(grid))), None
 
 

@@ -115,8 +115,8 @@ def test_nms_equals_the_greedy_loop(threshold, example):
 def test_a_batch_of_every_kind_equals_the_greedy_loop(threshold, any_nms):
     """Clusters with ties and invalid boxes in three groups, a chain, a few valid boxes that fill no tile, none."""
     n, kept = 60, 24
-    chain = 4.0 * np.arange(n, dtype=np.float32)
-    chain = np.stack([chain, np.zeros(n), chain + 10, np.full(n, 10)], axis=1).astype(np.float32)
+    x = np.insert(4.0 * np.arange(n - 1), 1, 5000.0)  # an odd number is kept of the list's first tile
+    chain = np.stack([x, np.zeros(n), x + 10, np.full(n, 10)], axis=1).astype(np.float32)
     clusters, scores = clustered(n, seed=5)
     clusters[25:40] = clusters[5:20]  # duplicates, of other groups and scores
     problems = [

@@ -79,7 +79,7 @@ def implementation(request, monkeypatch):
 
 
 # Two images on two levels; the kernel's channels come in multiples of 128.
-SIZES, STRIDES = ((9, 11), (5, 6)), (8, 16)
+SIZES, STRIDES = ((9, 13), (5, 7)), (8, 16)
 PYRAMID = tuple(
     np.random.default_rng(level).normal(size=(2, *size, 128)).astype(np.float32) for level, size in enumerate(SIZES)
 )
@@ -87,14 +87,14 @@ PYRAMID_BOXES = np.float32(
     [
         [
             [9, 5, 41, 37],  # inside
-            [-2, -3, 88, 74],  # the whole map and more
+            [-2, -3, 113, 81],  # the whole map and more
             [-20, -9, 13, 21],  # partly outside, near corner
-            [61, 50, 107, 90],  # partly outside, far corner, on the finer level
+            [61, 50, 117, 90],  # partly outside, far corner, on the finer level
             [41, 37, 9, 5],  # inverted
             [np.nan, 3, 30, 40],
         ],
         [
-            [61, 50, 107, 90],  # the same on the coarser level
+            [61, 50, 117, 90],  # the same on the coarser level
             [20.375, 20.375, 20.375, 20.375],  # a point
             [3, 11, 50, 11],  # no height
             [140, 0, 190, 30],  # wholly outside

@@ -1,0 +1,296 @@
+"""Times whole detectors, ours and torchvision's: from a preprocessed batch to boxes, and a training step.
+
+    python benchmarks/end_to_end.py [--out FILE.json] [--minutes 8] [--only WORD ...] [--tiny] [--no_compile]
+
+ResNet-50-FPN and ResNet-101-C4, 800 x 1333 and 600 x 1000 pixels, batches of 8 and 1, bfloat16 and float32. Both sides
+of a case run in one process and take turns: ours (with the GPU kernels where they can run, and in plain JAX), and
+torchvision's as it is and with torch.compile and channels_last; in bfloat16 cases torchvision runs under autocast and
+our model has `compute_dtype="bfloat16"`; weights are float32 on both sides. Random weights and pictures, 90 classes.
+
+Each case has a process of its own, so its peak memory is its own. What fails or is not reached in time is an entry of
+the report; the cases that the goals are about come first.
+"""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import measure
+import numpy as np
+import suite
+from isolated import one_line
+
+from fasterrcnn_jax import parallel, training
+from fasterrcnn_jax.config import ModelConfig, TrainConfig
+from fasterrcnn_jax.families import resnet_c4, resnet_fpn
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.models import detector
+from fasterrcnn_jax.structures import Batch, GroundTruth
+
+INPUT_SETS = 2
+BOXES = 10  # ground truth in a picture
+# Times as many images per second as torchvision, on an H200.
+GOALS = {"detection": 2.5, "training": 2.0}
+# Rounds that both sides share; a run of some calls where a call is short.
+EFFORT = measure.Effort(rounds=5, seconds=0.3, calls=20)
+
+
+class Case(NamedTuple):
+    family: str
+    image_hw: tuple[int, int]
+    batch: int
+    dtype: str
+    task: str
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.image_hw))
+        return f"{self.family} {size} batch {self.batch} {self.dtype} {self.task}"
+
+    @property
+    def goal(self) -> float | None:
+        of_goal = ("resnet50_fpn", (800, 1333), 8, "bfloat16")
+        return GOALS[self.task] if self[:4] == of_goal else None
+
+
+def cases(*, tiny: bool) -> dict[str, Case]:
+    """Returns the cases by name, the most important first."""
+    sizes = ((60, 90),) if tiny else ((800, 1333), (600, 1000))
+    batches = (2,) if tiny else (8, 1)
+    combined = itertools.product(("resnet50_fpn", "resnet101_c4"), sizes, batches, ("bfloat16", "float32"), GOALS)
+    listed = [Case(*values) for values in combined]
+    # By how far a case is from the first: a run that is cut short has seen something of everything.
+    first = listed[0]
+    listed.sort(key=lambda case: sum(a != b for a, b in zip(case[:4], first[:4], strict=True)))
+    return {str(case): case for case in listed}
+
+
+def model_config(case: Case, *, tiny: bool) -> ModelConfig:
+    config = resnet_fpn(50) if case.family == "resnet50_fpn" else resnet_c4(101)
+    if tiny:
+        # Too thin to tell anything; torchvision's ResNet cannot be as thin.
+        config = replace(
+            config,
+            backbone=replace(config.backbone, name="resnet18", width=8),
+            rpn=replace(config.rpn, allowed_border=None),
+            train_proposals=replace(config.train_proposals, pre_nms_top_n=64, post_nms_top_n=32),
+            test_proposals=replace(config.test_proposals, pre_nms_top_n=32, post_nms_top_n=16),
+            roi_sampling=replace(config.roi_sampling, rois_per_image=16),
+            box_head=replace(config.box_head, channels=32),
+        )
+    return replace(config, compute_dtype=case.dtype)
+
+
+def draw_batch(rng: np.random.Generator, case: Case) -> Batch:
+    """Returns pictures of noise in the corner of a canvas that is a multiple of 32, and boxes in them."""
+    (height, width), count = case.image_hw, case.batch
+    canvas = (-(-height // 32) * 32, -(-width // 32) * 32)
+    images = np.zeros((count, *canvas, 3), np.float32)
+    images[:, :height, :width] = rng.standard_normal((count, height, width, 3), np.float32)
+    centre = rng.uniform(0.2, 0.8, (count, BOXES, 2)) * (width, height)
+    half = rng.uniform(0.05, 0.2, (count, BOXES, 2)) * height
+    labels = rng.integers(1, 91, (count, BOXES)).astype(np.int32)
+    boxes = np.concatenate([centre - half, centre + half], axis=-1).astype(np.float32)
+    image_hw = np.tile(np.float32([height, width]), (count, 1))
+    ground_truth = GroundTruth(boxes, labels, np.ones(labels.shape, bool))
+    index = np.arange(count, dtype=np.int32)
+    return Batch(images, image_hw, np.ones((count, 2), np.float32), index, np.ones(count, bool), ground_truth)
+
+
+class Prepared(NamedTuple):
+    """One side of a case, compiled."""
+
+    side: measure.Side
+    compile_seconds: float
+    peak_bytes: int | None
+    kernels_compiled: int | None
+    loss: float | None
+
+
+def prepare_ours(case: Case, batches: list[Batch], implementation: choice.Implementation, *, tiny: bool) -> Prepared:
+    config = model_config(case, tiny=tiny)
+    model = detector.create(config, tuple(f"class {i}" for i in range(1, 91)), seed=0)
+    device = jax.local_devices()[0]
+    before = (device.memory_stats() or {}).get("bytes_in_use", 0)
+    on_device = jax.device_put(batches, device)
+    kernels = loss = None
+    start = time.perf_counter()
+    if case.task == "detection":
+        jitted = jax.jit(functools.partial(detector.detect, implementation=implementation))
+        arguments = [(model, batch.images, batch.image_hw, batch.scale) for batch in on_device]
+        compiled = jitted.lower(*arguments[0]).compile()
+        seconds = time.perf_counter() - start
+        kernels = measure.compiled_kernels(compiled.as_text())
+        calls = [functools.partial(compiled, *each) for each in arguments]
+        measure.block(calls[0]())
+    else:
+        # As train.py does, on one device.
+        config = TrainConfig(steps=1000, batch_size=case.batch, learning_rate=1e-5, clip_norm=10.0)
+        optimizer = training.create_optimizer(config)
+        graphdef, state = training.create_state(model, optimizer, seed=0)
+        step = training.make_train_step(
+            graphdef, optimizer, axis_name=parallel.AXIS, implementation=implementation
+        )
+        mapped = parallel.data_parallel(step, devices=[device])
+        holder = [parallel.replicate(state, devices=[device])]
+
+        def train(batch):
+            holder[0], metrics = mapped(holder[0], batch)
+            return metrics
+
+        calls = [functools.partial(train, batch) for batch in on_device]
+        metrics = jax.block_until_ready(calls[0]())
+        again = time.perf_counter()
+        measure.block(calls[-1]())
+        seconds = (again - start) - (time.perf_counter() - again)
+        loss = float(sum(metrics[:4]))
+    statistics = device.memory_stats()
+    peak = statistics and statistics["peak_bytes_in_use"] - before
+    return Prepared(measure.Side(calls, measure.block), seconds, peak, kernels, loss)
+
+
+def prepare_torchvision(case: Case, batches: list[Batch], *, compiled: bool, tiny: bool) -> Prepared:
+    import torchvision_detectors as theirs
+
+    torch, device = theirs.torch, measure.torch_device()
+    cuda = torch.cuda if measure.on_gpu() else None
+    before = cuda.memory_allocated() if cuda else 0
+    if cuda:
+        cuda.reset_peak_memory_stats()
+    torch.backends.cudnn.benchmark = True  # one shape, so the fastest algorithm is found once
+    model = theirs.create(model_config(case, tiny=tiny), 90).train(case.task == "training")
+    layout = torch.channels_last if compiled else torch.contiguous_format
+    if compiled:
+        theirs.compile_parts(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9, weight_decay=5e-4)
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=case.dtype == "bfloat16")
+    sizes = [case.image_hw] * case.batch
+
+    def inputs(batch):
+        images = torch.from_numpy(batch.images).permute(0, 3, 1, 2).contiguous(memory_format=layout).to(device)
+        boxes, labels, _ = (torch.from_numpy(x).to(device) for x in batch.ground_truth)
+        return images, [{"boxes": b, "labels": n.long()} for b, n in zip(boxes, labels, strict=True)]
+
+    def detect(images, _):
+        with torch.inference_mode(), autocast():
+            return theirs.forward(model, images, sizes)
+
+    def train(images, targets):
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            loss = sum(theirs.forward(model, images, sizes, targets).values())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        optimizer.step()
+        return loss.detach()
+
+    run = detect if case.task == "detection" else train
+    calls = [functools.partial(run, *inputs(batch)) for batch in batches]
+    start = time.perf_counter()
+    result = calls[0]()
+    measure.torch_wait()
+    again = time.perf_counter()
+    calls[-1]()
+    measure.torch_wait()
+    seconds = (again - start) - (time.perf_counter() - again)
+    peak = cuda and cuda.max_memory_allocated() - before
+    loss = float(result) if case.task == "training" else None
+    return Prepared(measure.Side(calls, measure.torch_wait), seconds, peak, None, loss)
+
+
+def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, tiny: bool, compiled: bool) -> dict:
+    """Returns the figures of one case."""
+    case = cases(tiny=tiny)[name]
+    rng = np.random.default_rng(0)
+    batches = [draw_batch(rng, case) for _ in range(INPUT_SETS)]
+    preparations: dict[str, Callable[[], Prepared]] = {}
+    prepare = functools.partial(prepare_ours, case, batches, tiny=tiny)
+    if choice.unsupported_here(choice.HOPPER) is None:
+        preparations["ours, kernels"] = functools.partial(prepare, "mosaic")
+    preparations["ours, plain JAX"] = functools.partial(prepare, "xla")
+    if measure.peer()[0]:
+        prepare = functools.partial(prepare_torchvision, case, batches, tiny=tiny)
+        preparations["torchvision eager"] = functools.partial(prepare, compiled=False)
+        if compiled:
+            preparations["torchvision compiled, channels_last"] = functools.partial(prepare, compiled=True)
+
+    prepared, failed = {}, {}
+    for side, prepare in preparations.items():
+        if side in without:
+            continue
+        turn(side)
+        try:
+            prepared[side] = prepare()
+        except Exception as error:
+            failed[side] = one_line(error)
+            measure.require_device()
+    sides = {name: side.side for name, side in prepared.items()}
+    times, failed_later = measure.interleaved(sides, measure.QUICK if tiny else EFFORT, turn)
+    figures = {}
+    for side, found in times.items():
+        turn(side)
+        figures[side] = {
+            **found._asdict(),
+            "images_per_second": 1e3 * case.batch / found.ms,
+            "compile_seconds": prepared[side].compile_seconds,
+            "peak_bytes": prepared[side].peak_bytes,
+            "kernels_compiled": prepared[side].kernels_compiled,
+            "kernels_launched": _profiled(prepared[side].side),
+            "first_loss": prepared[side].loss,
+            "finite": prepared[side].loss is None or math.isfinite(prepared[side].loss),
+        }
+    return {"sides": figures, "goal": case.goal, **_ratio(figures), "failed": failed | failed_later}
+
+
+def _profiled(side: measure.Side) -> int | str | None:
+    try:
+        return measure.profiled_kernels(side.calls[0], side.wait)
+    except Exception as error:
+        return one_line(error)
+
+
+def _ratio(figures: dict) -> dict:
+    def fastest(start):
+        rates = {side: found["images_per_second"] for side, found in figures.items() if side.startswith(start)}
+        return max(rates, key=rates.get, default=None)
+
+    ours, theirs = fastest("ours"), fastest("torchvision")
+    both = ours and theirs
+    ratio = figures[ours]["images_per_second"] / figures[theirs]["images_per_second"] if both else None
+    return {"best": ours, "fastest_of_torchvision": theirs, "times_as_fast": ratio}
+
+
+def _cells(result: dict) -> tuple:
+    def figures(side):
+        if side is None:
+            return None, None, None
+        found = result["sides"][side]
+        peak = found["peak_bytes"]
+        return side, f"{found['images_per_second']:.2f}", None if peak is None else f"{peak / 2**30:.2f}"
+
+    ratio = result["times_as_fast"]
+    sides = *figures(result["best"]), *figures(result["fastest_of_torchvision"])
+    return *sides, None if ratio is None else f"{ratio:.2f}", result["goal"]
+
+
+SUITE = suite.Suite(
+    script=__file__,
+    description=__doc__,
+    report="e2e.json",
+    names=lambda tiny: list(cases(tiny=tiny)),
+    measure_case=measure_case,
+    environment=lambda _: measure.environment(),
+    header=("ours", "img/s", "GiB", "torchvision", "img/s", "GiB", "ratio", "goal"),
+    cells=_cells,
+    silence=240.0,
+    each_alone=True,
+)
+
+if __name__ == "__main__":
+    sys.exit(suite.run(SUITE))

@@ -1,0 +1,128 @@
+"""Times every operation around the network: plain JAX, the GPU kernels, and torchvision's operators.
+
+    python benchmarks/kernels.py [--out FILE.json] [--minutes 8] [--only WORD ...] [--tiny] [--no_compile]
+
+All sides of an operation run in one process on the same inputs and take turns. First their results are compared;
+where ours differs from torchvision's, or one of ours breaks, the report says so and the script exits with 1. Prints
+per operation the best of our times, how many times as fast as the fastest of torchvision's it is beside the goal for an
+H200, and how many times its floor it takes: the time that moving the bytes or doing the arithmetic takes at the rates
+measured here. `part_of_floor` in the report is the inverse.
+"""
+
+import sys
+from collections.abc import Callable
+
+import measure
+import numpy as np
+import suite
+from isolated import one_line
+from operations import Operation, operations
+
+# Input sets, and bytes of one from which two of them are more than any cache holds.
+MANY, FEW, LARGE = 4, 2, 1e8
+
+
+def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, tiny: bool, compiled: bool) -> dict:
+    """Returns the figures of one operation."""
+    case = operations(tiny=tiny)[name]()
+    rng = np.random.default_rng(0)
+    inputs = [case.draw(rng) for _ in range(FEW if case.num_bytes > LARGE else MANY)]
+    builders, waits = {}, {}
+    for implementation in case.implementations:
+        builders[implementation], waits[implementation] = case.ours(implementation), measure.block
+    torch, torchvision = measure.peer()
+    if torch:
+        torch.compiler.reset()  # what it compiled for the cases before
+        theirs = case.theirs(torch, torchvision)
+        theirs = {side: build for side, build in theirs.items() if compiled or " compiled" not in side}
+        builders |= theirs
+        waits |= dict.fromkeys(theirs, measure.torch_wait)
+
+    sides, firsts, failed, unavailable = {}, {}, {}, {}
+    for side, build in builders.items():
+        if side in without:
+            continue
+        turn(side)
+        try:
+            calls = [build(*arrays) for arrays in inputs]
+            firsts[side] = calls[0]()
+            waits[side](firsts[side])
+            sides[side] = measure.Side(calls, waits[side])
+        except NotImplementedError as error:
+            unavailable[side] = str(error)
+        except Exception as error:
+            failed[side] = one_line(error)
+            measure.require_device()
+    differences = _differences(case, firsts)
+    firsts.clear()
+    times, failed_later = measure.interleaved(sides, measure.QUICK if tiny else measure.THOROUGH, turn)
+    figures = _figures(case, times, differences, measure.measure_ceilings(tiny=tiny))
+    return figures | {"failed": failed | failed_later, "unavailable": unavailable}
+
+
+def _differences(case: Operation, firsts: dict) -> dict[str, float]:
+    """Returns how far each of our results is from torchvision's first one."""
+    reference = next((firsts[side] for side in firsts if side.startswith("torchvision")), None)
+    if reference is None:
+        return {}
+    return {side: case.difference(firsts[side], reference) for side in case.implementations if side in firsts}
+
+
+def _figures(case: Operation, times: dict, differences: dict, ceilings: measure.Ceilings) -> dict:
+    floor = ceilings.floor_ms(case.num_bytes, case.flops)
+    ours = {side: times[side].ms for side in case.implementations if side in times}
+    theirs = {side: found.ms for side, found in times.items() if side not in case.implementations}
+    best, fastest = min(ours, key=ours.get, default=None), min(theirs, key=theirs.get, default=None)
+    return {
+        "dtype_of_ours": case.dtype,
+        "times_ms": {side: found._asdict() for side, found in times.items()},
+        "best": best,
+        "fastest_of_torchvision": fastest,
+        "times_as_fast": theirs[fastest] / ours[best] if best and fastest else None,
+        "goal": case.goal,
+        "floor_ms": floor,
+        "part_of_floor": floor / ours[best] if best else None,
+        "times_the_floor": ours[best] / floor if best else None,
+        "floor_goal": case.floor_goal,
+        "num_bytes": case.num_bytes,
+        "flops": case.flops,
+        "differences": differences,
+        "difference_limit": case.limit,
+        "agrees": all(value <= case.limit for value in differences.values()) if differences else None,
+    }
+
+
+def _cells(result: dict) -> tuple:
+    times, best, fastest = result["times_ms"], result["best"], result["fastest_of_torchvision"]
+
+    def cell(value, form):
+        return None if value is None else format(value, form)
+
+    return (
+        best,
+        cell(best and times[best]["ms"], ".3f"),
+        fastest and fastest.removeprefix("torchvision "),
+        cell(fastest and times[fastest]["ms"], ".3f"),
+        cell(result["times_as_fast"], ".2f"),
+        cell(result["goal"], ".0f"),
+        cell(result["times_the_floor"], ".1f"),
+        cell(result["floor_goal"], ".1f"),
+        {True: "yes", False: "NO", None: None}[result["agrees"]],
+    )
+
+
+SUITE = suite.Suite(
+    script=__file__,
+    description=__doc__,
+    report="ops.json",
+    names=lambda tiny: list(operations(tiny=tiny)),
+    measure_case=measure_case,
+    environment=lambda tiny: measure.environment() | {"ceilings": measure.measure_ceilings(tiny=tiny)._asdict()},
+    header=("ours", "ms", "torchvision", "ms", "ratio", "goal", "x floor", "goal", "agrees"),
+    cells=_cells,
+    silence=120.0,
+    each_alone=False,
+)
+
+if __name__ == "__main__":
+    sys.exit(suite.run(SUITE))

@@ -1,0 +1,113 @@
+"""torchvision's Faster R-CNN with the sizes and thresholds of one of our configurations, on preprocessed batches.
+
+On a pyramid it is torchvision's own detector. It has none on conv4_x (C4): there its `FasterRCNN` class is put around
+the layers of its ResNet, stages 1-3 as the backbone and stage 4 with a mean over the cells as the box head. Its
+Matcher, sampler, losses and transforms are its own; the resize and the normalisation are left out on both sides.
+"""
+
+import collections
+import functools
+from typing import Any
+
+import measure
+
+from fasterrcnn_jax.anchor_grid import PYRAMID_STRIDES
+from fasterrcnn_jax.config import ModelConfig
+
+torch, torchvision = measure.peer()
+
+# Of the last normalisation in each residual branch where it is fixed: without it random weights overflow.
+BRANCH_SCALE = 0.2
+
+
+def create(config: ModelConfig, num_classes: int) -> Any:
+    """Returns a `FasterRCNN` with random weights on the device.
+
+    Args:
+      num_classes: without background.
+    """
+    from torchvision.models import resnet
+    from torchvision.models.detection import faster_rcnn, rpn
+
+    torch.manual_seed(0)
+    backbone_config, scales, ratios = config.backbone, config.rpn.anchor_scales, config.rpn.anchor_ratios
+    options, parts = {}, {}
+    if config.fpn is not None:
+        backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
+            backbone_name=backbone_config.name,
+            weights=None,
+            norm_layer=_norm(backbone_config.norm),
+            trainable_layers=4 - backbone_config.fixed_stages if backbone_config.fixed_stages else 5,
+        )
+        bases = [config.rpn.anchor_base * 2**level for level in range(len(PYRAMID_STRIDES))]
+    else:
+        net = torchvision.models.get_model(
+            backbone_config.name, weights=None, norm_layer=_norm(backbone_config.norm)
+        )
+        stem = torch.nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        backbone = torch.nn.Sequential(stem, net.layer1, net.layer2, net.layer3)
+        if backbone_config.fixed_stages:
+            backbone[: 1 + backbone_config.fixed_stages].requires_grad_(False)
+        backbone.out_channels = net.fc.in_features // 2
+        bases = [config.rpn.anchor_base]
+        mean = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+        features = config.roi_features
+        parts = {
+            "box_head": torch.nn.Sequential(net.layer4, *mean),
+            "box_predictor": faster_rcnn.FastRCNNPredictor(net.fc.in_features, num_classes + 1),
+            "box_roi_pool": torchvision.ops.MultiScaleRoIAlign(["0"], features.output_size, features.sampling_ratio),
+        }
+        options = {"num_classes": None}
+    sizes = tuple(tuple(base * scale for scale in scales) for base in bases)
+    for phase, proposals in (("train", config.train_proposals), ("test", config.test_proposals)):
+        options[f"rpn_pre_nms_top_n_{phase}"] = proposals.pre_nms_top_n
+        options[f"rpn_post_nms_top_n_{phase}"] = proposals.post_nms_top_n
+    model = faster_rcnn.FasterRCNN(
+        backbone,
+        **{"num_classes": num_classes + 1} | options | parts,
+        rpn_anchor_generator=rpn.AnchorGenerator(sizes, (ratios,) * len(sizes)),
+        rpn_nms_thresh=config.test_proposals.nms_threshold,
+        rpn_fg_iou_thresh=config.rpn.fg_iou,
+        rpn_bg_iou_thresh=config.rpn.bg_iou,
+        rpn_batch_size_per_image=config.rpn.anchors_per_image,
+        rpn_positive_fraction=config.rpn.fg_fraction,
+        box_batch_size_per_image=config.roi_sampling.rois_per_image,
+        box_positive_fraction=config.roi_sampling.fg_fraction,
+        box_score_thresh=config.postprocess.score_threshold,
+        box_nms_thresh=config.postprocess.nms_threshold,
+        box_detections_per_img=config.postprocess.max_detections,
+    )
+    if backbone_config.norm == "frozen_batch":
+        for block in model.modules():
+            if isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
+                (block.bn3 if hasattr(block, "bn3") else block.bn2).weight.fill_(BRANCH_SCALE)
+    return model.to(measure.torch_device())
+
+
+def _norm(name: str) -> Any:
+    if name == "group":
+        return functools.partial(torch.nn.GroupNorm, 32)
+    return torchvision.ops.misc.FrozenBatchNorm2d
+
+
+def forward(model: Any, images: Any, image_hw: list[tuple[int, int]], targets: list[dict] | None = None) -> Any:
+    """Returns the dict of losses in training and the list of detections otherwise: `FasterRCNN.forward` without its
+    transform.
+
+    Args:
+      images: [B, 3, H, W], normalised, zero beyond `image_hw`.
+    """
+    features = model.backbone(images)
+    if not isinstance(features, dict):
+        features = collections.OrderedDict([("0", features)])
+    listed = torchvision.models.detection.image_list.ImageList(images, image_hw)
+    proposals, rpn_losses = model.rpn(listed, features, targets)
+    detections, box_losses = model.roi_heads(features, proposals, image_hw, targets)
+    return rpn_losses | box_losses if model.training else detections
+
+
+def compile_parts(model: Any) -> Any:
+    """Compiles in place what has fixed shapes, backbone and heads: the rest breaks into graphs that recompile."""
+    for part in (model.backbone, model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor):
+        part.compile()
+    return model.to(memory_format=torch.channels_last)

@@ -1,0 +1,422 @@
+"""The benchmarks on whatever device is here, at tiny sizes, as if there were no torchvision: figures mean nothing."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from fasterrcnn_jax.evaluation.results import ImageDetections
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    # Imported for a test, `measure` sets it for its own process.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def benchmark(script, *arguments, folder):
+    """Runs a benchmark in which torch cannot be imported; returns the process and the report."""
+    planted = folder / "planted"
+    planted.mkdir(exist_ok=True)
+    (planted / "torch.py").write_text("raise ImportError('planted')\n")
+    # One device, and quick to compile; what a process compiles twice comes from its cache.
+    env = os.environ | {
+        "PYTHONPATH": str(planted),
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+    command = [sys.executable, BENCHMARKS / script, "--out", folder / "report.json", *arguments]
+    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True)
+    return done, json.loads((folder / "report.json").read_text())
+
+
+def test_every_operation_is_timed_without_torchvision_which_the_report_says(tmp_path):
+    done, report = benchmark("kernels.py", "--tiny", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["torchvision"] == "absent: ImportError: planted"
+    assert report["ceilings"]["bytes_per_second"] > 0
+    assert report["float32_products"]["jax"]
+    assert len(report["cases"]) == 20
+    goals = {name: case["goal"] for name, case in report["cases"].items()}
+    assert goals["nms 12000 to 2000, batch 1"] == 3 and goals["nms 12000 to 2000, batch 8"] == 8
+    assert goals["nms per class, 8 x 90 x 1000"] == 10 and goals["rpn, 5 levels, batch 8, detection"] == 5
+    for maps in ("8 x 512, C=256, pyramid", "8 x 128, C=1024, 14x14"):
+        assert goals[f"roi_align {maps}, bfloat16, forward"] == 2
+        assert goals[f"roi_align {maps}, bfloat16, backward"] == 4
+    for name, case in report["cases"].items():
+        assert case["failed"] == {}, name
+        assert case["times_ms"]["xla"]["ms"] > 0 and case["floor_ms"] > 0
+        assert case["times_as_fast"] is None and case["agrees"] is None
+        if "mosaic" not in case["times_ms"] and name.startswith(("nms", "rpn", "roi")):
+            assert "Mosaic kernel" in case["unavailable"]["mosaic"], name
+
+
+def test_detection_and_training_of_a_whole_model_are_timed(tmp_path):
+    done, report = benchmark("end_to_end.py", "--tiny", "--only", "c4", "bfloat16", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name.split()[-1] for name in report["cases"]] == ["detection", "training"]
+    for name, case in report["cases"].items():
+        side = case["sides"]["ours, plain JAX"]
+        assert side["images_per_second"] > 0 and side["compile_seconds"] > 0 and side["finite"], name
+        assert (side["first_loss"] is not None) == name.endswith("training")
+        assert (side["kernels_compiled"] or 0) > 10 or name.endswith("training")
+
+
+def test_cases_of_the_goals_come_first_and_a_cut_reaches_every_kind(importable):
+    import end_to_end
+
+    listed = list(end_to_end.cases(tiny=False).values())
+    assert [str(case) for case in listed[:2]] == [
+        f"resnet50_fpn 800x1333 batch 8 bfloat16 {task}" for task in ("detection", "training")
+    ]
+    assert [case.goal for case in listed if case.goal] == [2.5, 2.0]
+    assert len(listed) == 32
+    assert {(case.family, case.dtype, case.batch) for case in listed[:12]} >= {
+        ("resnet101_c4", "bfloat16", 8), ("resnet50_fpn", "float32", 8), ("resnet50_fpn", "bfloat16", 1)
+    }  # fmt: skip
+
+
+def test_the_commands_of_the_goals_choose_cases(importable):
+    import end_to_end
+    import operations
+
+    names = [*operations.operations(tiny=False), *end_to_end.cases(tiny=False)]
+    rows = [row.split(" | ") for row in (BENCHMARKS / "gpu_queue.md").read_text().splitlines()]
+    commands = [shlex.split(row[2].strip("`")) for row in rows if row[-1] == "not timed |"]
+    assert len(commands) == 10
+    for words in commands:
+        assert any(all(word in name for word in words) for name in names), words
+
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import dataclasses
+from pathlib import Path
+import tiny
+config = tiny.config(Path({folder!r}))
+config = dataclasses.replace(config, train=dataclasses.replace(config.train, optimizer="adamw"))
+"""
+
+
+def test_training_for_some_seconds_makes_a_curve(tmp_path):
+    tiny.write_voc(tmp_path / "voc", train=6, test=4, image_hw=((48, 72),))
+    (tmp_path / "config.py").write_text(CONFIG.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    arguments = ("--data", tmp_path / "voc", "--config", tmp_path / "config.py", "--minutes", 0.02)
+    done, report = benchmark("train_minutes.py", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["sides"]["torchvision"]["unavailable"] == "ImportError: planted"
+    ours = report["sides"]["ours"]
+    assert 1 <= len(ours["curve"]) <= 4 and ours["curve"][-1]["loss"] > 0
+    assert 0 <= ours["AP50"] <= 1 and ours["steps"] <= ours["planned_steps"]
+
+
+def test_the_clock_of_training_stops_for_compilation_and_evaluation(tmp_path, importable):
+    import train_minutes
+
+    tiny.write_voc(tmp_path / "voc", train=9, test=3)
+    made, stepped = [], []
+
+    def make(config):
+        shapes = set()
+        made.append(config.train)
+        stepped.append(0)
+
+        def step(batch):
+            # Its compilation; later slower than the trial promised.
+            time.sleep(0.01 * len(made) ** 2 if batch.images.shape in shapes else 0.5)
+            shapes.add(batch.images.shape)
+            stepped[-1] += 1
+            return lambda: 1.5
+
+        def detect(dataset):
+            time.sleep(0.2)
+            nothing = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+            return [nothing] * len(dataset.records)
+
+        return train_minutes.Trainer(step, detect)
+
+    turns = []
+    config = tiny.config(tmp_path, warmup_steps=3, steps=1000, batch_size=2)
+    result = train_minutes.train_for(make, config, seconds=0.4, turn=lambda: turns.append(1))
+    # The trial is thrown away, and the schedule is made for the steps that fit.
+    assert len(made) == 2 and stepped[0] == 11
+    assert made[1].steps == result["planned_steps"] and made[1].warmup_steps == min(3, made[1].steps // 10)
+    assert 4 <= stepped[1] == result["steps"] < result["planned_steps"] <= 40
+    assert result["seconds"] < 0.6 and 1.0 <= result["compile_seconds"] < 1.5
+    # Its time was over before its last quarter.
+    assert 2 <= len(result["curve"]) <= 3 and {point["loss"] for point in result["curve"]} == {1.5}
+    assert result["curve"][-1]["steps"] == result["steps"]
+    assert result["AP50"] == 0.0 and len(turns) == 1 + len(result["curve"])
+
+
+# The child processes, with cases that misbehave.
+
+CHILD = """
+import argparse, os, pathlib, sys, time
+sys.path.insert(0, {benchmarks!r})
+from isolated import DeviceLost, run_child
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--child", type=pathlib.Path)
+parser.add_argument("--cases", nargs="*")
+parser.add_argument("--without", nargs="*")
+arguments = parser.parse_args()
+
+def run_case(case, without, turn):
+    if case == "before any side":
+        os._exit(5)
+    if case == "its own error":
+        raise ValueError("no such thing\\nsecond line")
+    sides = {{}}
+    for side in ("first", "second", "third"):
+        if side in without:
+            continue
+        turn(side)
+        if side == "second" and case == "crash":
+            os._exit(7)
+        if side == "second" and case == "hang":
+            time.sleep(60)
+        if side == "second" and case == "lost":
+            raise DeviceLost("illegal address")
+        sides[side] = os.getpid()
+    if case == "at the end":
+        time.sleep(60)
+    return {{"sides": sides}}
+
+def environment():
+    if "unusable" in arguments.cases:
+        raise RuntimeError("no device")
+    return {{"device": "here"}}
+
+run_child(arguments.child, arguments.cases, arguments.without, environment, run_case)
+"""
+
+
+@pytest.fixture
+def isolated(tmp_path, importable):
+    from isolated import run_isolated
+
+    script = tmp_path / "child.py"
+    script.write_text(textwrap.dedent(CHILD).format(benchmarks=str(BENCHMARKS)))
+
+    def run(*cases, seconds=30.0, silence=10.0, each_alone=False):
+        results = {}
+
+        def done(case, result, environment):
+            results[case] = result | {"environment": environment}
+
+        command, journal = [sys.executable, str(script)], tmp_path / "journal"
+        run_isolated(
+            command, list(cases), journal, seconds=seconds, silence=silence, each_alone=each_alone, done=done
+        )
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("crash", "the process ended with status 7"), ("hang", "silent for 1 s"), ("lost", "illegal address")],
+)
+def test_a_side_that_takes_the_process_with_it_costs_itself_alone(isolated, case, reason):
+    results = isolated("good", case, "later", silence=1.0)
+    assert results[case]["failed"] == {"second": reason}
+    assert list(results[case]["sides"]) == ["first", "third"]
+    for other in ("good", "later"):
+        assert list(results[other]["sides"]) == ["first", "second", "third"]
+        assert results[other]["failed"] == {} and results[other]["environment"] == {"device": "here"}
+
+
+def test_a_case_without_a_side_to_blame_is_given_up(isolated):
+    results = isolated("its own error", "before any side", "good")
+    assert results["its own error"]["error"] == "ValueError: no such thing"
+    assert results["before any side"]["error"] == "the process ended with status 5"
+    assert results["good"]["failed"] == {}
+
+
+def test_a_child_that_cannot_start_ends_the_run(isolated):
+    results = isolated("unusable", "good")
+    assert "status 1" in results["unusable"]["error"]
+    assert list(results["good"]["sides"]) == ["first", "second", "third"]
+
+
+def test_what_is_not_reached_in_time_is_named(isolated):
+    results = isolated("good", "at the end", "later", seconds=1.5)
+    assert "error" not in results["good"]
+    assert results["at the end"]["error"] == results["later"]["error"] == "no time left"
+    assert results["at the end"]["at"] == "third" and results["at the end"]["failed"] == {}
+
+
+def test_cases_share_a_process_unless_each_has_its_own(isolated):
+    for each_alone, processes in ((False, 1), (True, 2)):
+        results = isolated("good", "later", each_alone=each_alone)
+        assert len({pid for result in results.values() for pid in result["sides"].values()}) == processes
+
+
+# Measuring.
+
+
+def test_sides_take_turns_and_one_that_fails_leaves_the_others(importable):
+    import measure
+
+    called = []
+
+    def calls(name, error_at=None):
+        def call():
+            called.append(name)
+            if called.count(name) == error_at:
+                raise MemoryError("too large\nmore")
+            return name
+
+        return call
+
+    sides = {
+        "a": measure.Side([calls("a")] * 2, lambda result: None),
+        "b": measure.Side([calls("b", error_at=6)] * 2, lambda result: None),
+        "c": measure.Side([calls("c")] * 2, lambda result: None),
+    }
+    turns = []
+    times, failed = measure.interleaved(sides, measure.Effort(rounds=2, seconds=0.0, calls=4), turns.append)
+    assert turns == ["a", "b", "c", "a", "b", "c", "a", "c"]
+    assert failed == {"b": "MemoryError: too large"}
+    assert list(times) == ["a", "c"]
+    # Two to warm up, a run of two; in each round a run of two and one alone.
+    assert called.count("a") == 4 + 2 * 3
+
+
+def test_times_are_medians_of_one_call(importable, monkeypatch):
+    import measure
+
+    # Runs of 4 calls that last 8, 40 and 12 ms; alone 3 ms each.
+    lengths = iter([0.0, *[0.008, 0.003, 0.040, 0.003, 0.012, 0.003]])
+    monkeypatch.setattr(measure, "_run", lambda side, count: next(lengths))
+    side = measure.Side([lambda: None], lambda result: None)
+    times, _ = measure.interleaved({"a": side}, measure.Effort(rounds=3, seconds=1.0, calls=4), lambda name: None)
+    assert times["a"] == pytest.approx((3.0, 2.0, 10.0, 3.0))
+
+
+def test_a_floor_is_the_longer_of_moving_and_computing(importable):
+    import measure
+
+    ceilings = measure.Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
+    assert ceilings.floor_ms(5e6, 1e7) == 5.0
+    assert ceilings.floor_ms(5e6, 1e9) == 100.0
+
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%fused_computation (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} add(%p, %p)
+  ROOT %m = f32[8]{0} multiply(%a, %p)
+}
+
+%body (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %carry = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[8]{0} get-tuple-element(%carry), index=1
+  %inner = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_computation
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %inner)
+}
+
+%less (a: f32[], b: f32[]) -> pred[] {
+  %a.1 = f32[] parameter(0)
+  %b.1 = f32[] parameter(1)
+  ROOT %c = pred[] compare(%a.1, %b.1), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %s = f32[8]{0} sort(%x.1), dimensions={0}, to_apply=%less
+  %z = s32[] constant(0)
+  %t.1 = (s32[], f32[8]{0}) tuple(%z, %s)
+  %w = (s32[], f32[8]{0}) while(%t.1), condition=%cond, body=%body
+  %g = f32[8]{0} get-tuple-element(%w), index=1
+  ROOT %cc = f32[8]{0} custom-call(%g), custom_call_target="mosaic_gpu_v2"
+}
+"""
+
+
+def test_kernels_of_a_program_are_those_outside_of_fusions(importable):
+    import measure
+
+    assert measure.compiled_kernels(HLO) == 3  # the fusion in the loop, the sort, the custom call
+
+
+# Comparing with torchvision, whose results are put in by hand.
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Tensor(np.ndarray):
+    """As much of a torch tensor as comparisons use."""
+
+    def cpu(self):
+        return self
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+def test_a_result_unlike_torchvisions_is_reported_and_fails(importable, monkeypatch):
+    import suite
+
+    kernels = load("kernels")
+    measured = []
+    for shift in (0.0, 0.1):
+        operation = kernels.operations(tiny=True)["top-k 201600 to 2000, batch 8"]()
+
+        def theirs(torch, torchvision, shift=shift, ours=operation.ours("xla")):
+            return {"torchvision eager, float32": lambda scores: lambda: [
+                (np.asarray(ours(scores)()[0]) + np.float32(shift)).view(Tensor)
+            ]}  # fmt: skip
+
+        planted = {"case": lambda operation=operation, theirs=theirs: operation._replace(theirs=theirs)}
+        monkeypatch.setattr(kernels, "operations", lambda tiny, planted=planted: planted)
+        torch = types.SimpleNamespace(compiler=types.SimpleNamespace(reset=lambda: None))
+        monkeypatch.setattr(kernels.measure, "peer", lambda torch=torch: (torch, "torchvision"))
+        monkeypatch.setattr(kernels.measure, "torch_wait", lambda result: None)
+        measured.append(kernels.measure_case("case", set(), lambda side: None, tiny=True, compiled=False))
+        monkeypatch.undo()
+    right, wrong = measured
+    assert right["agrees"] and right["times_as_fast"] > 0 and suite._fault(right) is None
+    assert not wrong["agrees"] and "differs from torchvision" in suite._fault(wrong)
+    assert wrong["differences"]["xla"] > 0.01
+
+
+def test_faults_are_ours_alone(importable):
+    import suite
+
+    assert suite._fault({"failed": {"torchvision compiled": "out of memory"}}) is None
+    assert suite._fault({"failed": {}, "error": "no time left"}) is None
+    assert suite._fault({"failed": {"mosaic": "illegal address"}}) == "{'mosaic': 'illegal address'}"
+    assert suite._fault({"failed": {}, "error": "status 7"}) == "status 7"
+
+
+def test_kept_boxes_are_compared_as_sets(importable):
+    import operations
+
+    valid = np.array([[True, True, True, False]])
+    kept = np.array([[4, 2, 9, 0]])
+    assert operations.kept_differently((kept, valid), [np.array([9, 4, 2]).view(Tensor)]) == 0.0
+    assert operations.kept_differently((kept, valid), [np.array([9, 4, 3]).view(Tensor)]) == 0.5
