@@ -35,7 +35,7 @@ jitted_anchor_targets = functools.partial(jax.jit, static_argnames="config")(anc
 jitted_roi_targets = functools.partial(jax.jit, static_argnames=("rois_per_image", "config"))(roi_targets)
 
 JW_ANCHORS = grid_anchors(
-    cell_anchors(16.0, (8.0, 16.0, 32.0), RATIOS, rounding="base"), tuple(GOLDEN["grid_hw"].tolist()), 16
+    cell_anchors(16.0, (8.0, 16.0, 32.0), RATIOS, rounding="base"), tuple(GOLDEN["grid_hw"].tolist()), (16, 16)
 )
 TV_LEVELS = [
     (
