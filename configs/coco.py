@@ -6,8 +6,8 @@ The res101_ls.yml of faster-rcnn.pytorch: four anchor scales from 64 pixels up, 
 1200, 1000 proposals in detection, 16 images over 8 devices, 6 epochs with mirrored copies, learning rate 1e-2 and
 a tenth of it after 4. Published there, for the sets trainval35k and minival of 2014, which are almost these: AP
 36.2 in 6 x 6.0 hours on 8 GPUs, 11 GB each.
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from pathlib import Path

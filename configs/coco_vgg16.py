@@ -5,8 +5,8 @@
 Four anchor scales from 64 pixels up, short side 800, 16 images over 8 devices, 6 epochs with mirrored copies,
 learning rate 1e-2 and a tenth of it after 4. Published by faster-rcnn.pytorch, for the sets trainval35k and
 minival of 2014, which are almost these: AP 29.2 in 6 x 4.9 hours on 8 GPUs, 7.2 GB each.
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from pathlib import Path

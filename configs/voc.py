@@ -5,8 +5,8 @@
 Caffe-style C4 network, short side 600, batch size 1, 7 epochs of the images and their mirrored copies, learning
 rate 1e-3 and a tenth of it after 5. Published by faster-rcnn.pytorch: mAP 75.2 (VOC 2007 metric) in 7 x 0.88 hours
 and 3.2 GB on a TITAN Xp; it trains on difficult objects, this does not (--data.use_difficult).
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from pathlib import Path

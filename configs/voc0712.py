@@ -6,8 +6,8 @@ The schedule of tf-faster-rcnn: batch size 1, 110,000 steps, learning rate 1e-3 
 decay 1e-4, 256 cropped regions per image. Published there: mAP 79.8 (VOC 2007 metric, "best of 2-3 attempts"). It
 differs in one thing: it does not add the ground truth to the regions. faster-rcnn.pytorch publishes no figure for
 both years; the paper of ResNet has 76.4.
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from dataclasses import replace

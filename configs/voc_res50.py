@@ -4,8 +4,8 @@
 
 Regions are cropped and max-pooled, 256 of them per image; the schedule is that of ResNet-101. The reference
 publishes no figure for it, and its later branch has lost the crop operator that this file of its asks for.
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from pathlib import Path

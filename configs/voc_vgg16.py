@@ -5,8 +5,8 @@
 Short side 600, batch size 1, 6 epochs of the images and their mirrored copies, learning rate 1e-3 and a tenth of
 it after 5, biases at twice the rate, gradients clipped at norm 10. Published by faster-rcnn.pytorch: mAP 70.1
 (VOC 2007 metric) in 6 x 0.76 hours and 3.3 GB on a TITAN Xp; the paper has 69.9 with 4-step alternating training.
-The reference starts from weights trained on ImageNet; this starts from random ones until such weights can be
-loaded, and then no such figure is to be expected. We have not measured it: neither the figure nor the time.
+The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
+random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
 """
 
 from pathlib import Path

@@ -561,7 +561,8 @@ class Config:
     run: Path
     """folder of the run: configuration, metrics, checkpoints, pictures"""
     init: Path | None = None
-    """weights that a new run starts from, of ours or another program, classes may differ; None: random ones"""
+    """file of weights that a new run starts from, of ours (weights convert) or another program; classes may differ;
+    None: random ones"""
 
     def __post_init__(self):
         rois = self.model.roi_sampling.rois_per_batch

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typeguard
 
-from fasterrcnn_jax.config import Config, has_fully_connected
+from fasterrcnn_jax.config import Config, ModelConfig, has_fully_connected
 from fasterrcnn_jax.errors import InputError
 
 
@@ -50,13 +50,13 @@ def check_types(config: Any, name: str) -> None:
             check_types(value, where)
 
 
-def to_json(config: Config) -> str:
+def to_json(config: Config | ModelConfig) -> str:
     """Returns the configuration as JSON text; inverse of `from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_json(text: str, name: str) -> Config:
-    """Returns the configuration that `to_json` wrote.
+def from_json(text: str, name: str, *, of: type = Config) -> Any:
+    """Returns the configuration that `to_json` wrote, an instance of `of`.
 
     Args:
       name: where the text stands, for messages.
@@ -64,7 +64,7 @@ def from_json(text: str, name: str) -> Config:
       InputError: not JSON, a field is missing, unknown or invalid.
     """
     try:
-        config = _build(Config, json.loads(text), "config")
+        config = _build(of, json.loads(text), "config")
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: this configuration cannot be read: {error}") from error
     check_types(config, name)

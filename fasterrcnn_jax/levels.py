@@ -22,4 +22,5 @@ def assign_levels(boxes: Float[Array, "*b 4"], *, lowest: int, highest: int) -> 
     if highest < lowest:
         raise ValueError(f"need lowest <= highest, got {lowest} and {highest}")
     levels = jnp.floor(CANONICAL_LEVEL + jnp.log2(jnp.sqrt(jnp.maximum(area(boxes), 0.0)) / CANONICAL_SIZE) + EPSILON)
-    return jnp.clip(levels, lowest, highest).astype(jnp.int32)
+    # Cut as integers: not-a-number becomes one, and so a level that there is.
+    return jnp.clip(levels.astype(jnp.int32), lowest, highest)

@@ -1,6 +1,6 @@
 """Greedy non-maximum suppression with fixed sizes.
 
-The contract, which both implementations keep on every device:
+The contract, which both implementations keep:
 - boxes are visited by descending score, equal scores by ascending index, invalid boxes never;
 - a box is suppressed by an earlier kept one of its group where float32 `intersection / union` exceeds
   the threshold rounded *down* to float32 (what torchvision does on a CPU, where it compares with a double);

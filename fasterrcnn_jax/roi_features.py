@@ -22,7 +22,7 @@ def roi_features(
     config: RoiFeaturesConfig,
     implementation: Implementation = None,
 ) -> Float[Array, "r s s c"]:
-    """Returns `config.output_size` x `config.output_size` features per box.
+    """Returns `config.output_size` x `config.output_size` features per box, in the type of `features`.
 
     Args:
       features: one map, or the levels of a pyramid, fine to coarse: each box is then taken from the level
@@ -57,4 +57,5 @@ def roi_features(
         "pool": functools.partial(roi_pool, quantisation=config.quantisation, implementation=implementation),
         "crop": roi_crop,
     }
-    return operators[config.operator](features[0], boxes, stride=strides[0], output_size=config.output_size)
+    pooled = operators[config.operator](features[0], boxes, stride=strides[0], output_size=config.output_size)
+    return pooled.astype(features[0].dtype)

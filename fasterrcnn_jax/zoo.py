@@ -1,7 +1,7 @@
 """Detectors by name: their configuration and the published weights that fit it."""
 
-import hashlib
-import re
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models import detector
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.weights import files, load_weights
-from fasterrcnn_jax.weights.load import assign, formats_of, log, num_classes_of
+from fasterrcnn_jax.weights.files import Weights
+from fasterrcnn_jax.weights.load import assign, formats_of, log, num_classes_of, stored_model
+from fasterrcnn_jax.weights.tables import Format
 
 # torchvision's detectors of COCO have an output for each category id up to 90; these name no object.
 UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -31,7 +33,8 @@ class Model(NamedTuple):
     name: str
     config: ModelConfig
     class_names: tuple[str, ...]  # of the published weights, without background
-    source: str  # where its weights are published
+    formats: tuple[str, ...]  # of `weights.tables`, in which they are published
+    source: str  # where
     file: str | None  # name of that file
     sha256: str | None  # first digits of its checksum
     published: str  # the result that its authors state for it; we have measured none of them
@@ -44,6 +47,7 @@ MODELS = {
             "resnet50_fpn",
             families.resnet_fpn(50),
             _coco_ids(),
+            ("torchvision_fpn", "torchvision_fpn_epsilon_0"),
             "torchvision, FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
             "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
             "258fb6c6",
@@ -53,6 +57,7 @@ MODELS = {
             "resnet50_fpn_v2",
             families.resnet_fpn(50, version=2),
             _coco_ids(),
+            ("torchvision_fpn",),
             "torchvision, FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1",
             "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
             "dd69338a",
@@ -62,6 +67,7 @@ MODELS = {
             "resnet50_fpn_detectron2",
             families.detectron2_fpn(50),
             coco.CLASS_NAMES,
+            ("detectron2_fpn",),
             "detectron2 model zoo, faster_rcnn_R_50_FPN_3x",
             None,
             None,
@@ -71,6 +77,7 @@ MODELS = {
             "resnet101_fpn_detectron2",
             families.detectron2_fpn(101),
             coco.CLASS_NAMES,
+            ("detectron2_fpn",),
             "detectron2 model zoo, faster_rcnn_R_101_FPN_3x",
             None,
             None,
@@ -80,6 +87,7 @@ MODELS = {
             "vgg16_voc",
             families.vgg16(),
             voc.CLASS_NAMES,
+            ("faster_rcnn_pytorch",),
             "faster-rcnn.pytorch, VGG16 on VOC 2007",
             None,
             None,
@@ -89,6 +97,7 @@ MODELS = {
             "resnet101_c4_voc",
             families.resnet_c4(101),
             voc.CLASS_NAMES,
+            ("faster_rcnn_pytorch",),
             "faster-rcnn.pytorch, ResNet-101 on VOC 2007",
             None,
             None,
@@ -98,6 +107,7 @@ MODELS = {
             "resnet101_c4_coco",
             families.coco_scales(families.resnet_c4(101)),
             coco.CLASS_NAMES,
+            ("faster_rcnn_pytorch",),
             "faster-rcnn.pytorch, ResNet-101 on COCO at 800 pixels",
             None,
             None,
@@ -137,8 +147,7 @@ def create(
     Args:
       class_names: without background. None: those of the model's published weights, or class 1, class 2 …
       num_classes: how many of these, in place of their names.
-      weights: a file that `load_weights` reads. With another number of classes the last layers start anew. One that
-        bears the name of the published file must also have its checksum.
+      weights: a file that `load_weights` reads. With another number of classes the last layers start anew.
       backbone: your own class; docs/backbone.md.
     Raises:
       InputError: no such model, or a file that does not fit it.
@@ -159,15 +168,15 @@ def create(
     made = detector.create(config, tuple(class_names), seed=seed, backbone=backbone)
     if weights is None:
         return made
-    check_published(Path(weights))
     return load_weights(made, weights)
 
 
 def load(path: str | Path, *, backbone: type | None = None) -> Detector:
     """Returns the detector of a run folder, of one of its checkpoints, or of a file of weights.
 
-    A file is taken for the first model of the zoo that it fills completely; its classes have that model's names
-    where there are as many. Of another model, or with names of your own: `create(..., weights=path)`.
+    A file that we wrote says which model it is. Another one is taken for the first model of the zoo that is published
+    in its format and that it fills; its classes have that model's names where there are as many. Of another model,
+    or with names of your own: `create(..., weights=path)`.
 
     Args:
       backbone: of a checkpoint: your own, in place of the one whose import path it holds; docs/backbone.md.
@@ -175,26 +184,34 @@ def load(path: str | Path, *, backbone: type | None = None) -> Detector:
       InputError: nothing that can be loaded is there.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
         return checkpoint.load(path, backbone=backbone)
-    check_published(path)
-    weights = files.read(path)
-    for info in MODELS.values():
-        for format in formats_of(weights):
-            classes = num_classes_of(weights, info.config, format)
-            if classes is None:
-                continue
-            names = _names(info, classes)
-            empty = jax.eval_shape(lambda info=info, names=names: detector.create(info.config, names, seed=0))
+    weights, where = files.read(path), str(path)
+    stored = stored_model(weights, where)
+    for format in formats_of(weights):
+        for config, class_names in [stored] if stored else _candidates(weights, format):
+            empty = jax.eval_shape(functools.partial(detector.create, config, class_names, seed=0))
             try:
-                model, report = assign(empty, weights, format, where=str(path))
+                model, report = assign(empty, weights, format, where=where)
             except InputError:
+                if stored:
+                    raise
                 continue  # of another network: the next one may fit
-            log(report, str(path))
+            log(report, where)
             return model
     raise InputError(
         f"{path}: no model of {', '.join(MODELS)} is filled by it; create(..., weights=...) loads it into another"
     )
+
+
+def _candidates(weights: Weights, format: Format) -> Iterator[tuple[ModelConfig, tuple[str, ...]]]:
+    """Yields configuration and class names of the models whose weights are published in that format."""
+    for info in MODELS.values():
+        classes = num_classes_of(weights, info.config, format)
+        if format.name in info.formats and classes is not None:
+            yield info.config, _names(info, classes)
 
 
 def _names(info: Model, classes: int) -> tuple[str, ...]:
@@ -203,14 +220,3 @@ def _names(info: Model, classes: int) -> tuple[str, ...]:
 
 def _numbered(classes: int) -> tuple[str, ...]:
     return tuple(f"class {i}" for i in range(1, classes + 1))
-
-
-def check_published(path: Path) -> None:
-    """Raises InputError where a file bears a published name, NAME-DIGITS.pth, and has another checksum."""
-    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if not named or named[1] not in {model.sha256 for model in MODELS.values()} or not path.is_file():
-        return
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if not sha256.startswith(named[1]):
-        raise InputError(f"{path}: its checksum is not the {named[1]} of its name; was it downloaded to its end?")

@@ -17,8 +17,10 @@ Implementation = Literal["xla", "mosaic"] | None
 logger = logging.getLogger(__name__)
 
 OLDEST_JAX = (0, 11)
-# Compute capabilities: the kernels are written for the first and compile for the second.
+# Compute capabilities: the kernels are written for the first, and compile from the second on.
 HOPPER, AMPERE = (9, 0), (8, 0)
+# Beyond the data centre's Blackwell a multiprocessor has less shared memory again, and nobody has compiled for it.
+NEWEST = (11, 0)
 
 
 def choose(operation: str, implementation: Implementation, *, unsupported: str | None) -> Literal["xla", "mosaic"]:
@@ -35,9 +37,10 @@ def choose(operation: str, implementation: Implementation, *, unsupported: str |
         raise ValueError(f"implementation must be None, 'xla' or 'mosaic', got {implementation!r}")
     if implementation == "xla":
         return "xla"
-    # From Ampere to Hopper nobody has run them: there a user must ask.
-    oldest = HOPPER if implementation is None else AMPERE
-    reason = unsupported or unsupported_here(oldest)
+    # From Ampere to Hopper, and on what is newer than both, nobody has run them: there a user must ask.
+    reason = unsupported or unsupported_here(HOPPER if implementation is None else AMPERE)
+    if reason is None and implementation is None and device()[1] >= NEWEST:
+        reason = "on compute capability {}.{} nobody has run it".format(*device()[1])
     if implementation == "mosaic":
         if reason:
             raise NotImplementedError(f"the Mosaic kernel of {operation} was asked for, but {reason}")

@@ -88,8 +88,9 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
     return _kernel(
         roi_align_forward,
         out_type=jax.ShapeDtypeStruct((problems, regions, bins, bins, channels), features[0].dtype),
-        grid=(problems, regions, channels // block),
-        grid_names=("problem", "region", "channels"),
+        # The last axis may have 2^31 - 1 blocks, the others 65,535.
+        grid=(channels // block, problems, regions),
+        grid_names=("channels", "problem", "region"),
     )(*features, grid.level, first, end, weights)
 
 
@@ -171,8 +172,8 @@ def backward(
     return _kernel(
         roi_align_backward,
         out_type=tuple(jax.ShapeDtypeStruct((problems, *cells, channels), cotangent.dtype) for cells in maps),
-        grid=(len(tiles), problems, channels // block),
-        grid_names=("tile", "problem", "channels"),
+        grid=(channels // block, problems, len(tiles)),
+        grid_names=("channels", "problem", "tile"),
     )(tiles, columns, rows, weights.reshape(*weights.shape[:4], -1, TILE), cotangent)
 
 

@@ -115,8 +115,9 @@ def _forward(with_argmax: bool) -> Callable:
         return mosaic.kernel(
             roi_pool_forward,
             out_type=tuple(outputs[: 1 + with_argmax]),
-            grid=(problems, regions, bins, channels // block),
-            grid_names=("problem", "region", "row", "channels"),
+            # The last axis may have 2^31 - 1 blocks, the one before 65,535, and so the others multiplied.
+            grid=(channels // block, bins, problems, regions),
+            grid_names=("channels", "row", "problem", "region"),
         )(features, first, end)
 
     return fold_mapped_axes(launch)
@@ -161,8 +162,8 @@ def _backward(height: int, width: int) -> Callable:
         return mosaic.kernel(
             roi_pool_backward,
             out_type=jax.ShapeDtypeStruct((problems, height, width, channels), cotangent.dtype),
-            grid=(problems, pl.cdiv(height, TILE), pl.cdiv(width, TILE), channels // block),
-            grid_names=("problem", "tile_row", "tile_column", "channels"),
+            grid=(channels // block, problems, pl.cdiv(height, TILE), pl.cdiv(width, TILE)),
+            grid_names=("channels", "problem", "tile_row", "tile_column"),
         )(argmax, cotangent, rows, columns)
 
     return fold_mapped_axes(launch)

@@ -17,6 +17,7 @@ from fasterrcnn_jax.models.detector import (
     Detector,
     detect,
     detect_in,
+    rpn_outputs,
     shared_features,
     split,
     training_losses,
@@ -95,16 +96,32 @@ def test_levels_have_their_strides_and_the_pyramids_channels(name, multiple):
     assert [level.shape for level in levels] == [(2, *grid, 16) for grid in GRIDS]
 
 
-def test_masked_levels_do_not_see_the_canvas(random_weights):
-    model = detector(random_weights)
+@pytest.mark.parametrize("convs", [1, 2])
+def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs):
+    model = detector(random_weights, dataclasses.replace(tiny.FPN, rpn=dataclasses.replace(tiny.FPN.rpn, convs=convs)))
     picture = normal(40, 50, 3, seed=5)
 
-    def levels(height, width):
+    @jax.jit
+    def run(model, images):
+        image_hw = jnp.float32([[40, 50]])
+        levels = shared_features(model, images, image_hw)
+        return levels, rpn_outputs(model, levels, image_hw)[0]
+
+    def on_canvas(height, width):
         images = np.zeros((1, height, width, 3), np.float32)
         images[0, :40, :50] = picture
-        return jax.jit(shared_features)(model, jnp.asarray(images), jnp.float32([[40, 50]]))
+        levels, objectness = run(model, jnp.asarray(images))
+        ends = np.cumsum([3 * level.shape[1] * level.shape[2] for level in levels])[:-1]
+        maps = [
+            part.reshape(*level.shape[1:3], 3) for part, level in zip(np.split(np.asarray(objectness)[0], ends), levels)
+        ]
+        return levels, maps
 
-    for tight, wide, stride in zip(levels(64, 64), levels(96, 128), (4, 8, 16, 32, 64)):
+    (tight_levels, tight_maps), (wide_levels, wide_maps) = on_canvas(64, 64), on_canvas(96, 128)
+    for tight, wide, stride in zip(tight_maps, wide_maps, (4, 8, 16, 32, 64), strict=True):
+        rows, columns = -(-40 // stride), -(-50 // stride)
+        np.testing.assert_allclose(wide[:rows, :columns], tight[:rows, :columns], atol=1e-4)
+    for tight, wide, stride in zip(tight_levels, wide_levels, (4, 8, 16, 32, 64), strict=True):
         rows, columns = -(-40 // stride), -(-50 // stride)
         tight, wide = np.asarray(tight)[0, :rows, :columns], np.asarray(wide)[0]
         assert np.abs(tight).max() > 0.1

@@ -28,6 +28,11 @@ def test_a_level_begins_at_its_own_size(side, level):
     assert assign_levels(jnp.float32([3.0, 5.0, 3.0 + side, 5.0 + side]), lowest=2, highest=5) == level
 
 
+@pytest.mark.parametrize("corner, level", [(np.nan, 2), (np.inf, 5), (-np.inf, 2)])
+def test_a_box_without_a_size_is_on_a_level_that_there_is(corner, level):
+    assert assign_levels(jnp.float32([0.0, 0.0, corner, 9.0]), lowest=2, highest=5) == level
+
+
 def test_levels_out_of_order_are_refused():
     with pytest.raises(ValueError, match="got 5 and 2"):
         assign_levels(BOXES, lowest=5, highest=2)

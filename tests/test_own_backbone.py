@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -72,3 +73,15 @@ def test_a_class_that_is_not_there_is_named(module):
 def test_what_is_no_import_path_is_refused():
     with pytest.raises(ValueError, match="own must be MODULE:CLASS, got 'my_nets.Tiny'"):
         BackboneConfig(own="my_nets.Tiny")
+
+
+def test_the_class_alone_is_enough_and_its_stride_is_checked(module):
+    """Without an import path in the configuration; a map of another stride would misplace every box."""
+    example = backbone_class(BackboneConfig(own=module))
+    images, pair = jax.ShapeDtypeStruct((1, 64, 96, 3), np.float32), jax.ShapeDtypeStruct((1, 2), np.float32)
+    model = jax.eval_shape(lambda: fasterrcnn_jax.create(tiny.MODEL, ("a",), backbone=example))
+    assert jax.eval_shape(fasterrcnn_jax.detect, model, images, pair, pair).boxes.shape == (1, 6, 4)
+    config = dataclasses.replace(tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, stride=8))
+    model = jax.eval_shape(lambda: fasterrcnn_jax.create(config, ("a",), backbone=example))
+    with pytest.raises(ValueError, match="a map of 4 x 6 cells .* 64 x 96 has not the configured stride 8"):
+        jax.eval_shape(fasterrcnn_jax.detect, model, images, pair, pair)

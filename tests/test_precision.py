@@ -11,7 +11,7 @@ import tiny
 from flax import nnx
 
 from fasterrcnn_jax.anchor_grid import anchors_of
-from fasterrcnn_jax.config import ImageConfig, PostprocessConfig, ProposalConfig
+from fasterrcnn_jax.config import ImageConfig, PostprocessConfig, ProposalConfig, RoiFeaturesConfig
 from fasterrcnn_jax.families import IMAGENET_RGB
 from fasterrcnn_jax.models import detector
 from fasterrcnn_jax.models.detector import Detector, detect, losses_towards, shared_features, split
@@ -50,7 +50,15 @@ def batch():
     )
 
 
-@pytest.mark.parametrize("config", [tiny.MODEL, tiny.FPN], ids=["one map", "pyramid"])
+CROP, AVERAGE = (
+    dataclasses.replace(tiny.MODEL, roi_features=RoiFeaturesConfig(operator=operator, output_size=4))
+    for operator in ("crop", "align_average")
+)
+
+
+@pytest.mark.parametrize(
+    "config", [tiny.MODEL, tiny.FPN, CROP, AVERAGE], ids=["one map", "pyramid", "crop", "average"]
+)
 def test_layers_compute_in_the_configured_type_and_predict_in_float32(random_weights, config):
     for dtype in ("float32", "bfloat16"):
         model = build(random_weights, dataclasses.replace(config, compute_dtype=dtype))

@@ -13,11 +13,13 @@ from published_names import by_rule
 from test_weights import CHANNELS, FC, WIDTH, thin
 
 import fasterrcnn_jax
+from fasterrcnn_jax import __main__ as entry
 from fasterrcnn_jax import checkpoint, training, zoo
 from fasterrcnn_jax.data import coco
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.families import resnet_fpn
 from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.weights import files
 
 
 def names_and_values(model):
@@ -139,15 +141,15 @@ def test_a_run_is_loaded_as_ever(tmp_path):
 def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatch):
     published = "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
     path = file_of(tmp_path, version=1, name=published)
-    for use in (fasterrcnn_jax.load, lambda path: fasterrcnn_jax.create("resnet50_fpn", weights=path)):
+    model = fasterrcnn_jax.create("resnet50_fpn")
+    for use in (fasterrcnn_jax.load, lambda path: fasterrcnn_jax.load_weights(model, path)):
         with pytest.raises(InputError, match=f"{published}: its checksum is not the 258fb6c6 of its name"):
             use(path)
     # The digits of a model that we do not know are no checksum to us: a date, for instance.
     dated = path.rename(tmp_path / "mine-20261124.pth")
     assert fasterrcnn_jax.load(dated).config == thin_zoo["resnet50_fpn"].config
     digits = hashlib.sha256(dated.read_bytes()).hexdigest()[:8]
-    models = {name: info._replace(sha256=digits) for name, info in thin_zoo.items()}
-    monkeypatch.setattr(zoo, "MODELS", models)
+    monkeypatch.setattr(files, "DIGITS", {digits})
     right = dated.rename(tmp_path / f"fasterrcnn-{digits}.pth")
     assert fasterrcnn_jax.load(right).config == thin_zoo["resnet50_fpn"].config
 
@@ -160,3 +162,32 @@ def test_preprocessing_is_the_models_own():
         images, _, _ = fasterrcnn_jax.preprocess(picture, config.image)
         np.testing.assert_allclose(images[0, 300, 300, [0, 2]], [first, last], atol=0.01)
     assert resnet_fpn(50).image.channel_order == "rgb" and isinstance(zoo.create(tiny.MODEL, ("a",)), Detector)
+
+
+@pytest.mark.parametrize("name", ["resnet50_fpn_detectron2", "resnet50_fpn_v2"])
+def test_what_we_wrote_comes_back_as_the_very_same_detector(thin_zoo, tmp_path, name):
+    """Configuration and class names too, however they were changed; also through `weights convert` of the file."""
+    config = thin_zoo[name].config
+    config = dataclasses.replace(config, image=dataclasses.replace(config.image, short_side=600))
+    model = fasterrcnn_jax.create(config, ("a", "b", "c"), seed=4)
+    fasterrcnn_jax.save_weights(model, tmp_path / "one.safetensors")
+    assert entry.main(["weights", "convert", str(tmp_path / "one.safetensors"), str(tmp_path / "two.safetensors")]) == 0
+    for file in ("one", "two"):
+        again = fasterrcnn_jax.load(tmp_path / f"{file}.safetensors")
+        assert (again.config, again.class_names) == (config, ("a", "b", "c"))
+        assert_equal(again, model)
+
+
+def test_a_file_of_another_program_is_a_model_of_that_program(tmp_path, monkeypatch):
+    """detectron2's weights fill torchvision's detector too, and would be fed the wrong pixels there."""
+    shapes = published_names.detectron2_fpn(50, WIDTH, channels=CHANNELS, fc=FC, classes=2)
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(by_rule(shapes), path)
+    models = {name: info._replace(config=thin(info.config)) for name, info in zoo.MODELS.items()}
+    monkeypatch.setattr(zoo, "MODELS", models)
+    assert fasterrcnn_jax.load(path).config == models["resnet50_fpn_detectron2"].config
+
+
+def test_nothing_there_is_said_so(tmp_path):
+    with pytest.raises(InputError, match="nothing.pth: no such file or folder"):
+        fasterrcnn_jax.load(tmp_path / "nothing.pth")

@@ -56,7 +56,8 @@ class Detector(nnx.Module):
         self.neck = None if config.fpn is None else Fpn(config.fpn, self.backbone.channels, rng=rng)
         channels = self.backbone.channels[-1] if config.fpn is None else config.fpn.channels
         self.rpn_head = RpnHead(config, channels, rng=rng)
-        self.box_head = BoxHead(config, channels, len(class_names), rng=rng)
+        own = True if not isinstance(self.backbone, (ResNet, Vgg16)) else None
+        self.box_head = BoxHead(config, channels, len(class_names), fully_connected=own, rng=rng)
 
 
 def backbone_class(config: BackboneConfig) -> type[nnx.Module]:
@@ -102,14 +103,33 @@ def shared_features(model: Detector, images: Float[Array, "b h w 3"], image_hw: 
     """Returns the maps that RPN and box head read, in the model's compute type: one, or P2 to P6."""
     config = model.config
     maps = model.backbone(images.astype(config.compute_dtype), image_hw)
-    if model.neck is None:
-        return maps
-    strides = strides_of(config)[:-1]
-    valids = tuple(
+    levels = maps if model.neck is None else model.neck(maps, _masks(config, maps, image_hw))
+    # The library's own maps have them; one of another stride would put every box in a wrong place.
+    canvas = np.array(images.shape[1:3])
+    for level, stride in zip(levels, strides_of(config), strict=True):
+        if (np.abs(np.array(level.shape[1:3]) * stride - canvas) >= stride).any():
+            raise ValueError(
+                f"a map of {level.shape[1]} x {level.shape[2]} cells for a canvas of {images.shape[1]} x "
+                f"{images.shape[2]} has not the configured stride {stride}"
+            )
+    return levels
+
+
+def _masks(
+    config: ModelConfig, maps: tuple[Float[Array, "b _ _ _"], ...], image_hw: Float[Array, "b 2"]
+) -> tuple[Float[Array, "b _ _ 1"] | None, ...]:
+    """Returns for each map where it holds picture; None where padding is not masked."""
+    return tuple(
         valid_mask(image_hw, x.shape[1:3], stride) if config.backbone.mask_padding else None
-        for x, stride in zip(maps, strides, strict=True)
+        for x, stride in zip(maps, strides_of(config), strict=False)
     )
-    return model.neck(maps, valids)
+
+
+def rpn_outputs(
+    model: Detector, levels: Levels, image_hw: Float[Array, "b 2"]
+) -> tuple[Float[Array, "b a"], Float[Array, "b a 4"]]:
+    """Returns objectness logits and deltas of all anchors, in float32."""
+    return model.rpn_head(levels, _masks(model.config, levels, image_hw))
 
 
 def _grid(config: ModelConfig, levels: Levels) -> AnchorGrid:
@@ -188,7 +208,7 @@ def training_losses(
     logger.info("compiling the training step for images %s", batch.images.shape)
     config = model.config
     levels = shared_features(model, batch.images, batch.image_hw)
-    objectness, deltas = model.rpn_head(levels)
+    objectness, deltas = rpn_outputs(model, levels, batch.image_hw)
     grid = _grid(config, levels)
     check_border(grid, batch.images.shape[1:3], config.rpn.allowed_border)
     # Rows that only fill the batch take part in nothing.
@@ -281,7 +301,7 @@ def detect(
     logger.info("compiling detection for images %s", images.shape)
     config = model.config
     levels = shared_features(model, images, image_hw)
-    objectness, deltas = model.rpn_head(levels)
+    objectness, deltas = rpn_outputs(model, levels, image_hw)
     grid = _grid(config, levels)
     anchor_valid = anchors_on_picture(grid, image_hw, config)
     proposals = _propose(

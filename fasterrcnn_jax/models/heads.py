@@ -40,14 +40,21 @@ class RpnHead(nnx.Module):
         self.deltas = Conv(rpn.channels, 4 * anchors, 1, bias=True, std=0.01, predicts=True, rng=rng)
 
     def __call__(
-        self, levels: tuple[Float[Array, "b _ _ c"], ...]
+        self,
+        levels: tuple[Float[Array, "b _ _ c"], ...],
+        valids: tuple[Float[Array, "b _ _ 1"] | None, ...] | None = None,
     ) -> tuple[Float[Array, "b a"], Float[Array, "b a 4"]]:
-        """Returns objectness logits and deltas in float32, in the order of `anchors_of`."""
+        """Returns objectness logits and deltas in float32, in the order of `anchors_of`.
+
+        Args:
+          valids: of each level, where padding is masked.
+        """
         batch = levels[0].shape[0]
         objectness, deltas = [], []
-        for x in levels:
+        for x, valid in zip(levels, valids or (None,) * len(levels), strict=True):
             for conv in self.convs:
                 x = jax.nn.relu(conv(x))
+                x = x if valid is None else x * valid.astype(x.dtype)
             objectness.append(self.objectness(x).reshape(batch, -1))
             deltas.append(self.deltas(x).reshape(batch, -1, 4))
         return jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1)
@@ -110,8 +117,17 @@ class FcTail(nnx.Module):
 class BoxHead(nnx.Module):
     """The tail of the network on each region, then class logits and deltas per class or for all of them."""
 
-    def __init__(self, config: ModelConfig, in_channels: int, num_classes: int, *, rng: np.random.Generator):
-        if has_fully_connected(config):
+    def __init__(
+        self,
+        config: ModelConfig,
+        in_channels: int,
+        num_classes: int,
+        *,
+        fully_connected: bool | None = None,
+        rng: np.random.Generator,
+    ):
+        """Args: `fully_connected` is said for a backbone that the configuration does not name."""
+        if has_fully_connected(config) if fully_connected is None else fully_connected:
             self.tail = FcTail(config, in_channels, rng=rng)
         else:
             self.tail = ResNetTail(config, rng=rng)

@@ -68,7 +68,7 @@ def convert(source: Path, out: Path) -> None:
         found = formats_of(weights)
         if not found:
             raise InputError(f"{source}: of no known format; `weights inspect` shows what it holds")
-        files.write(out, weights.arrays, {FORMAT: found[0].name} if len(found) == 1 else {})
+        files.write(out, weights.arrays, weights.metadata | ({FORMAT: found[0].name} if len(found) == 1 else {}))
     print(f"file       {out}")
 
 

@@ -1,6 +1,7 @@
 """Weights in files: names and arrays, whichever program wrote them. What a file is shows in its first bytes."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,11 @@ from fasterrcnn_jax.weights import numpy_pickle, torch_files
 from fasterrcnn_jax.weights.numpy_pickle import PickledArray
 from fasterrcnn_jax.weights.torch_files import LEGACY_START, Tensor
 
+# torchvision names a file after its model and the first digits of its SHA-256: ResNets, VGG16 and the detectors.
+DIGITS = {
+    *("f37072fd", "b627a593", "0676ba61", "11ad3fa6", "63fe2227", "cd907fc2", "394f9c45", "f82ba261"),
+    *("397923af", "6c64b313", "258fb6c6", "dd69338a"),
+}
 # Where training programs and Detectron put the weights among other things.
 WRAPPINGS = ("model", "blobs")
 
@@ -30,7 +36,8 @@ def read(path: Path) -> Weights:
     """Returns the weights of a `.safetensors`, `.pth` or `.pkl` file; no code in it is run.
 
     Raises:
-      InputError: the file is damaged, of no kind that is read, or asks for code to be run.
+      InputError: the file has not the checksum in its name, is damaged, of no kind that is read, or asks for code
+        to be run.
     """
     try:
         with path.open("rb") as file:
@@ -39,6 +46,9 @@ def read(path: Path) -> Weights:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if named and named[1] in DIGITS and not sha256.startswith(named[1]):
+        raise InputError(f"{path}: its checksum is not the {named[1]} of its name; was it downloaded to its end?")
     if start[8:9] == b"{":
         return Weights(*_read_safetensors(path), sha256)
     if start.startswith(b"PK"):

@@ -1,5 +1,6 @@
 """Weights of other programs into a detector of ours, and ours into files that those programs read."""
 
+import json
 import logging
 import operator
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config_io import from_json, to_json
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.weights import files
@@ -30,10 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Only these depend on the number of classes.
 PREDICTORS = ("box_head/class_logits/", "box_head/deltas/")
-# Names of a report that are logged.
-LOGGED = 10
-# Under this word a file that we wrote says its format.
-FORMAT = "weights_format"
+# Under these words a file that we wrote says its format, and the whole model.
+FORMAT, CONFIG, CLASS_NAMES = "weights_format", "model_config", "class_names"
 
 
 class Report(NamedTuple):
@@ -71,16 +71,14 @@ def log(report: Report, where: str) -> None:
         logger.warning("%s: %s", where, note)
     for what, names in (("in the file and not used", report.unused), ("not from the file", report.kept)):
         if names:
-            rest = len(names) - LOGGED
-            more = f" and {rest} more" if rest > 0 else ""
-            logger.info("%s: %s: %s%s", where, what, ", ".join(names[:LOGGED]), more)
+            logger.info("%s: %s: %s", where, what, ", ".join(names))
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
     """Writes a `.safetensors` file, with a pyramid under torchvision's names, else under faster-rcnn.pytorch's.
 
-    `load_weights` reads it back bit for bit. Of the configuration it says what `Format.expects` names; class names
-    are not in it.
+    `load_weights` reads it back bit for bit. Configuration and class names stand in its metadata, so that
+    `fasterrcnn_jax.load` makes the same detector of it.
 
     Raises:
       InputError: the other program has no name for a part of this model.
@@ -93,7 +91,23 @@ def save_weights(model: Detector, path: str | Path) -> None:
         keys, layout = find(rows, module) or _no_name(name, format, str(path))
         arrays[keys[0] + format.leaves[last]] = layout.theirs(np.asarray(leaf))
     expects = {field: str(_field(config, field)) for field in format.expects}
-    files.write(Path(path), arrays, {FORMAT: format.name, **expects})
+    model = {CONFIG: to_json(config), CLASS_NAMES: json.dumps(model.class_names)}
+    files.write(Path(path), arrays, {FORMAT: format.name, **expects, **model})
+
+
+def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, ...]] | None:
+    """Returns configuration and class names of a file that `save_weights` wrote; None of another.
+
+    Raises:
+      InputError: what it says cannot be read.
+    """
+    if CONFIG not in weights.metadata:
+        return None
+    config = from_json(weights.metadata[CONFIG], where, of=ModelConfig)
+    try:
+        return config, tuple(json.loads(weights.metadata[CLASS_NAMES]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: its {CLASS_NAMES} cannot be read") from error
 
 
 def formats_of(weights: Weights) -> tuple[Format, ...]:

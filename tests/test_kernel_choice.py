@@ -1,0 +1,95 @@
+"""Who runs an operation: by name, or by JAX's version, platform and capability; the reason is said, once in the log."""
+
+import inspect
+import logging
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import pytest
+
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.kernels.choice import choose
+
+
+@pytest.fixture(autouse=True)
+def newest(monkeypatch):
+    """A JAX that has the kernels, and nothing logged yet."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    choice._log_once.cache_clear()
+    yield
+    choice._log_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "platform, capability, chosen, reason",
+    [
+        ("cuda", (9, 0), "mosaic", None),
+        ("cuda", (10, 0), "mosaic", None),
+        ("cuda", (8, 9), "xla", "needs compute capability 9.0 or newer and this device has 8.9"),
+        ("cuda", (12, 0), "xla", "on compute capability 12.0 nobody has run it"),
+        ("cpu", (0, 0), "xla", "runs on CUDA devices and this one's platform is cpu"),
+        ("rocm", (0, 0), "xla", "this one's platform is rocm"),
+    ],
+)
+def test_nobody_named_is_chosen_by_the_device(monkeypatch, caplog, platform, capability, chosen, reason):
+    mosaic.pretend(monkeypatch, platform, capability)
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
+        assert choose("pooling", None, unsupported=None) == chosen
+        assert choose("pooling", None, unsupported=None) == chosen
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"pooling runs as {chosen}") and (reason or "") in message
+
+
+def test_an_older_jax_has_no_kernels(monkeypatch):
+    mosaic.pretend(monkeypatch)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert choose("pooling", None, unsupported=None) == "xla"
+    with pytest.raises(NotImplementedError, match="pooling was asked for, but it needs JAX 0.11 or newer"):
+        choose("pooling", "mosaic", unsupported=None)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_who_names_the_kernel_gets_it_from_ampere_on(monkeypatch, capability):
+    mosaic.pretend(monkeypatch, "cuda", capability)
+    assert choose("pooling", "mosaic", unsupported=None) == "mosaic"
+
+
+@pytest.mark.parametrize(
+    "platform, capability, unsupported, reason",
+    [
+        ("cpu", (0, 0), None, "platform is cpu"),
+        ("cuda", (7, 5), None, "needs compute capability 8.0 or newer and this device has 7.5"),
+        ("cuda", (9, 0), "it takes no such thing", "but it takes no such thing"),
+    ],
+)
+def test_a_kernel_that_is_named_and_cannot_run_says_why(monkeypatch, platform, capability, unsupported, reason):
+    mosaic.pretend(monkeypatch, platform, capability)
+    with pytest.raises(NotImplementedError, match=reason):
+        choose("pooling", "mosaic", unsupported=unsupported)
+    assert choose("pooling", None, unsupported=unsupported) == "xla"
+    assert choose("pooling", "xla", unsupported=unsupported) == "xla"
+
+
+def test_another_name_is_an_error():
+    with pytest.raises(ValueError, match="must be None, 'xla' or 'mosaic', got 'triton'"):
+        inspect.unwrap(choose)("pooling", "triton", unsupported=None)  # past the types that tests enforce
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, reason",
+    [
+        (jnp.float32, 256, None),
+        (jnp.bfloat16, 128, None),
+        (jnp.float16, 128, "it takes float32 and bfloat16 features and these are float16"),
+        (jnp.float32, 96, "it takes channels in multiples of 128 and there are 96"),
+    ],
+)
+def test_features_that_a_kernel_can_take(dtype, channels, reason):
+    assert choice.unsupported_features(dtype, channels) == reason
+
+
+def test_the_device_is_the_one_that_programs_go_to():
+    assert choice.device() == (jax.devices()[0].platform.replace("gpu", "cuda"), choice.device()[1])
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert choice.device() == ("cpu", (0, 0))
