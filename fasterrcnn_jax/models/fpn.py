@@ -47,7 +47,8 @@ class Fpn(nnx.Module):
         ]
         for i in range(len(laterals) - 2, -1, -1):
             coarser = jnp.repeat(jnp.repeat(laterals[i + 1], 2, axis=1), 2, axis=2)
-            laterals[i] = laterals[i] + (coarser if valids[i] is None else coarser * valids[i].astype(coarser.dtype))
+            # Its cells at the border hold picture, so what they lay on this level's padding is the same on any canvas.
+            laterals[i] = laterals[i] + coarser
         levels = [
             norm(conv(x), valid)
             for conv, norm, x, valid in zip(self.output, self.output_norms, laterals, valids, strict=True)
