@@ -75,6 +75,8 @@ def test_activations_are_what_the_backward_pass_keeps():
         assert 0.4 < other.activations / one.activations < 0.7
     height, width = config.image.canvases[0]
     assert wide[0].activations > 4 * 8 * height * width // 4
+    # Weights, which the backward pass reads too, are not among them: here they are more than all that is.
+    assert wide[0].activations < 4 * wide[0].trained
 
 
 def test_a_part_that_is_fixed_keeps_nothing():
