@@ -269,3 +269,20 @@ def test_the_implementation_that_is_named_reaches_every_operation(monkeypatch, r
     asked.clear()
     jax.eval_shape(lambda model: training_losses(model, images, KEY, implementation="xla"), model)
     assert asked == [("nms", "xla"), ("roi_align", "xla")]
+
+
+def test_detection_is_exported_for_a_cpu_and_a_gpu_at_once(random_weights):
+    """Who exports names plain JAX: what None finds is true for the machine that traces."""
+    graphdef, state = nnx.split(detector(random_weights))
+    images = batch(1)
+
+    @jax.jit
+    def run(leaves, pixels, image_hw, scale):
+        model = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        return tuple(detect(model, pixels, image_hw, scale, implementation="xla"))
+
+    arguments = jax.tree.leaves(state), images.images, images.image_hw, images.scale
+    exported = jax.export.export(run, platforms=("cpu", "cuda"))(*arguments)
+    assert exported.platforms == ("cpu", "cuda") and b"mosaic" not in exported.mlir_module_serialized
+    for one, other in zip(exported.call(*arguments), run(*arguments), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)  # another compilation rounds otherwise
