@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import pytest
 import tiny
@@ -271,8 +272,9 @@ def test_the_implementation_that_is_named_reaches_every_operation(monkeypatch, r
     assert asked == [("nms", "xla"), ("roi_align", "xla")]
 
 
-def test_detection_is_exported_for_a_cpu_and_a_gpu_at_once(random_weights):
-    """Who exports names plain JAX: what None finds is true for the machine that traces."""
+def test_detection_is_exported_for_a_cpu_and_a_gpu_at_once(monkeypatch, random_weights):
+    """Who exports names plain JAX: what None finds is true for the machine that traces, here one with kernels."""
+    mosaic.pretend(monkeypatch)
     graphdef, state = nnx.split(detector(random_weights))
     images = batch(1)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,12 @@ def test_features_that_a_kernel_can_take(dtype, channels, reason):
     assert choice.unsupported_features(dtype, channels) == reason
 
 
-def test_the_device_is_the_one_that_programs_go_to():
-    assert choice.device() == (jax.devices()[0].platform.replace("gpu", "cuda"), choice.device()[1])
-    with jax.default_device(jax.devices("cpu")[0]):
+@pytest.mark.parametrize("version, expected", [("cuda 13000", ("cuda", (9, 0))), ("rocm 6.2", ("rocm", (0, 0)))])
+def test_the_device_is_the_one_that_programs_go_to(monkeypatch, version, expected):
+    """A machine with a GPU of this driver, on which somebody may still ask for the CPU."""
+    cpu = jax.devices("cpu")[0]
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", client=SimpleNamespace(platform_version=version))
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [gpu])
+    assert choice.device() == expected
+    with jax.default_device(cpu):
         assert choice.device() == ("cpu", (0, 0))

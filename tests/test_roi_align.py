@@ -507,9 +507,8 @@ def test_what_the_kernel_cannot_take_is_refused_by_name_and_run_without_it_other
     assert "mosaic_gpu" not in lowered(128, jnp.float32, "xla")
 
 
-def test_the_kernel_is_refused_by_name_where_it_cannot_run():
-    if jax.default_backend() == "gpu":
-        pytest.skip("here it can")
+def test_the_kernel_is_refused_by_name_where_it_cannot_run(monkeypatch):
+    mosaic.pretend(monkeypatch, "cpu", (0, 0))
     with pytest.raises(NotImplementedError, match="roi_align was asked for, but it (runs on CUDA|needs JAX)"):
         lowered(128, implementation="mosaic")
 
