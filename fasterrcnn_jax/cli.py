@@ -80,8 +80,9 @@ def script(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | No
     def run(argv: list[str] | None = None) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
-        # Orbax reports its own housekeeping as warnings.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports its own housekeeping as warnings, and with tracebacks what we say in one line.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasterrcnn_jax"
             jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -6,6 +6,7 @@ bases' Caffe line (py-faster-rcnn, faster-rcnn.pytorch); docs/reference.md says 
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,9 @@ class ImageConfig:
     """subtracted from values in 0..255"""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """divides after the subtraction"""
+    pixel_dtype: Literal["float32", "uint8"] = "float32"
+    """of the resized pictures; uint8 rounds them to whole grey levels and leaves the normalisation to the device: a
+    quarter of the bytes to make and to send; for models that were trained so"""
 
     def __post_init__(self):
         _require_positive(short_side=self.short_side, std=min(self.std))
@@ -95,6 +99,8 @@ class BackboneConfig:
     mask_padding: bool = False
     """zero the padding after every layer and leave it out of group statistics, so that results do not
     depend on it; on for training from nothing, off for weights trained without"""
+    remat: bool = False
+    """compute what each stage holds again when its gradient is due, in place of keeping it: less memory, more time"""
 
     def __post_init__(self):
         _require(
@@ -423,23 +429,49 @@ class ShapesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images vary, beside flip and crop_aspect: drawn for each image in each epoch."""
+
+    short_sides: tuple[int, ...] = ()
+    """one is drawn in place of model.image.short_side; long_side and canvases stay; empty: always the model's"""
+    scale_jitter: tuple[float, float] | None = None
+    """the picture is resized once more by a factor from this range, cut where it is larger than its canvas and smaller
+    on it otherwise; (0.1, 2.0) is large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177); None: never"""
+    photometric: bool = False
+    """brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD
+    (Liu et al. 2016, arXiv:1512.02325); in no shipped configuration, as none of the recipes they follow has it"""
+
+    def __post_init__(self):
+        if self.short_sides:
+            _require_positive(short_sides=min(self.short_sides))
+        if self.scale_jitter is not None:
+            low, high = self.scale_jitter
+            _require(
+                0.0 < low <= high < math.inf, f"scale_jitter must be 0 < low <= high, got {self.scale_jitter}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: a folder in VOC layout, a VOCdevkit, or COCO json."""
+    """Labelled images: a folder in VOC layout, a VOCdevkit, COCO json, or a set of TensorFlow Datasets."""
 
     root: Path
     """voc: holds JPEGImages, Annotations and ImageSets/Main; vocdevkit: holds VOC2007, VOC2012; coco: holds
-    annotations and images"""
-    layout: Literal["voc", "vocdevkit", "coco"] = "voc"
+    annotations and images; tfds: TFDS's data_dir"""
+    layout: Literal["voc", "vocdevkit", "coco", "tfds"] = "voc"
     """how root is laid out"""
     coco_annotations: str = "annotations/instances_{split}.json"
     """of coco: annotation file of a split, below root"""
     coco_images: str = "{split}"
     """of coco: folder of a split's images, below root"""
+    tfds_name: str | None = None
+    """of tfds: NAME/CONFIG of the set, as voc/2007, or a version of it, as voc/2007:5.0.0"""
     class_names: tuple[str, ...] = ()
-    """the objects' names in the annotations, without background"""
+    """the objects' names in the annotations, without background; of coco and tfds, when empty, all that the set
+    declares, in its order"""
     train_split: str = "train"
     """splits to train on, joined by +; voc: ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, as 2007_trainval;
-    coco: the word in the file's name"""
+    coco: the word in the file's name; tfds: the set's own, as train, or a part, as train[:90%]"""
     test_split: str = "test"
     """splits to evaluate on"""
     max_boxes: int = 100
@@ -455,25 +487,68 @@ class DataConfig:
     None: never"""
     rank_by_aspect: bool = True
     """batches hold images that are neighbours in the order of width / height"""
+    augment: AugmentConfig = AugmentConfig()
+    """how training images vary in size, place and colour"""
+    threads: int = 2
+    """that decode and resize training images ahead of the device; batches have the same bits with any number"""
+    cache_mb: int = 0
+    """decoded training images are kept in memory up to so many megabytes, and those are not decoded again; 0: none"""
+    faults: Literal["error", "skip"] = "error"
+    """at an image or an object that cannot be used: stop, or skip it with a warning; skip decodes every image
+    when it reads the annotations"""
     shapes: ShapesConfig | None = None
     """draw the embedded data set into root when it is not there yet"""
 
     def __post_init__(self):
-        _require_positive(max_boxes=self.max_boxes)
+        _require_positive(max_boxes=self.max_boxes, threads=self.threads)
+        _require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:
             _require(self.crop_aspect >= 1.0, f"crop_aspect must be at least 1, got {self.crop_aspect}")
+        _require(
+            (self.layout == "tfds") == (self.tfds_name is not None),
+            f"tfds_name is for layout tfds, which needs it, got {self.tfds_name!r} with {self.layout}",
+        )
+        if self.tfds_name is not None:
+            _require(
+                re.fullmatch(r"[a-z0-9_]+(/[\w-][\w.-]*)?(:\d+\.\d+\.\d+)?", self.tfds_name) is not None,
+                f"tfds_name must be NAME or NAME/CONFIG, and :VERSION if wanted, got {self.tfds_name!r}",
+            )
         repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
         _require(not repeated, f"class_names holds {sorted(repeated)} more than once")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlternatingConfig:
+    """The four stages of alternating training (Ren et al. 2015, arXiv:1506.01497, section 3.2): RPN, detector, RPN,
+    detector."""
+
+    steps: tuple[int, int, int, int] = (80000, 40000, 80000, 40000)
+    """optimizer steps of each stage"""
+    decay_steps: tuple[int, int, int, int] = (60000, 30000, 60000, 30000)
+    """of schedule steps: those made in each stage before its learning rate falls"""
+    rpn_batch_size: int | None = None
+    """images per step of the RPN's stages; None: train.batch_size"""
+
+    def __post_init__(self):
+        _require_positive(steps=min(self.steps), decay_steps=min(self.decay_steps))
+        if self.rpn_batch_size is not None:
+            _require_positive(rpn_batch_size=self.rpn_batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimisation."""
 
+    scheme: Literal["joint", "alternating", "rpn"] = "joint"
+    """what is trained: RPN and box head together, both in four stages, or the RPN alone"""
+    alternating: AlternatingConfig = AlternatingConfig()
+    """the stages of scheme alternating"""
     steps: int
-    """optimizer steps"""
+    """optimizer steps, over all stages"""
     batch_size: int
-    """images per step, over all devices"""
+    """images per step, over all devices and parts"""
+    accumulate: int = 1
+    """parts that a step's images are cut into, one after the other: less memory; the gradient is the mean of theirs"""
     learning_rate: float
     """peak"""
     schedule: Literal["steps", "cosine"] = "steps"
@@ -497,6 +572,11 @@ class TrainConfig:
     double_objectness: bool = True
     """twice the learning rate and half the decay on the objectness layer: its one logit then moves as the
     difference of the reference's two"""
+    layer_decay: float = 1.0
+    """the learning rate of each stage of the backbone is multiplied by this once for every stage between it and the
+    heads, itself included; 1: one rate everywhere"""
+    ema_decay: float | None = None
+    """of a moving average of the weights, which evaluation and `load` then use, as 0.9998; None: no average"""
     clip_norm: float | None = None
     """largest global norm of the gradient; None: no limit; 10 for VGG16"""
     seed: int = 0
@@ -526,8 +606,18 @@ class TrainConfig:
         _require(
             math.isfinite(self.learning_rate), f"learning_rate must be finite, got {self.learning_rate}"
         )
+        if self.scheme == "alternating":
+            self._check_stages(self.alternating)
         _require(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
         _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay}")
+        _require_positive(accumulate=self.accumulate, layer_decay=self.layer_decay)
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}",
+        )
+        _require(self.layer_decay <= 1.0, f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.ema_decay is not None:
+            _require(0.0 < self.ema_decay < 1.0, f"ema_decay must be in (0, 1), got {self.ema_decay}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
         if self.clip_norm is not None:
             _require_positive(clip_norm=self.clip_norm)
@@ -550,6 +640,64 @@ class TrainConfig:
             f"{self.evaluate_every} and {self.checkpoint_every}",
         )
 
+    def _check_stages(self, stages: AlternatingConfig) -> None:
+        _require(
+            self.steps == sum(stages.steps),
+            f"steps must be those of the four stages together, got {self.steps} and {stages.steps}",
+        )
+        _require(
+            self.warmup_steps < min(stages.steps),
+            f"need warmup_steps < steps of each stage, got {self.warmup_steps} and {stages.steps}",
+        )
+        _require(
+            not self.decay_steps,
+            f"decay_steps of scheme alternating are alternating.decay_steps, got {self.decay_steps} beside them",
+        )
+        falls = zip(stages.decay_steps, stages.steps, strict=True)
+        _require(
+            self.schedule != "steps" or all(fall < steps for fall, steps in falls),
+            f"alternating.decay_steps must lie within alternating.steps, got {stages.decay_steps} and {stages.steps}",
+        )
+        rpn_batch_size = stages.rpn_batch_size or self.batch_size
+        _require(
+            rpn_batch_size % self.accumulate == 0,
+            f"alternating.rpn_batch_size must be a multiple of accumulate, got {rpn_batch_size} and {self.accumulate}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of one run, usually one per host or per GPU; docs/scaling.md."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, reachable from all; detect: SLURM, Open MPI or Kubernetes say where it is, how many
+    processes there are and which this one is; None: this process alone"""
+    num_processes: int | None = None
+    """of HOST:PORT: how many processes run"""
+    process_id: int | None = None
+    """of HOST:PORT: which of them this one is, from 0 on"""
+
+    def __post_init__(self):
+        if self.coordinator in (None, "detect"):
+            for name in ("num_processes", "process_id"):
+                value = getattr(self, name)
+                _require(value is None, f"{name} is for coordinator HOST:PORT, got {value} with {self.coordinator}")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        _require(
+            bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16,
+            f"coordinator must be HOST:PORT or detect, got {self.coordinator!r}",
+        )
+        _require(
+            self.num_processes is not None and self.process_id is not None,
+            f"coordinator {self.coordinator} needs num_processes and process_id, "
+            f"got {self.num_processes} and {self.process_id}",
+        )
+        _require(
+            0 <= self.process_id < self.num_processes,
+            f"process_id must be in 0..num_processes - 1, got {self.process_id} of {self.num_processes}",
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -563,10 +711,21 @@ class Config:
     init: Path | None = None
     """file of weights that a new run starts from, of ours (weights convert) or another program; classes may differ;
     None: random ones"""
+    replay: Path | None = None
+    """a file in RUN/failed, written when a number was not finite: make that step again, image by image, and say where
+    the first such number stands, in place of training"""
+    distributed: DistributedConfig = DistributedConfig()
+    """the processes of the run, one command on each host; docs/scaling.md"""
 
     def __post_init__(self):
         rois = self.model.roi_sampling.rois_per_batch
         _require(
             rois is None or rois % self.train.batch_size == 0,
             f"rois_per_batch must be a multiple of batch_size, got {rois} and {self.train.batch_size}",
+        )
+        largest = max(self.data.augment.short_sides, default=0)
+        _require(
+            largest <= self.model.image.short_side,
+            f"data.augment.short_sides must be at most model.image.short_side, got {largest} and "
+            f"{self.model.image.short_side}",
         )

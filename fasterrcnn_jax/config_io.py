@@ -78,6 +78,8 @@ def unread_fields(config: Config) -> list[str]:
     operator = features.operator
     is_vgg, has_bottlenecks = backbone.name == "vgg16", backbone.name in ("resnet50", "resnet101", "resnet152")
     is_fc, is_fpn = has_fully_connected(model), model.fpn is not None
+    is_alternating = train.scheme == "alternating"
+    falls = train.schedule if is_alternating else train.scheme
     reads = [
         (backbone, "model.backbone", has_bottlenecks, ("stride_in",), backbone.name),
         (backbone, "model.backbone", not is_vgg, ("stem_pool",), backbone.name),
@@ -87,6 +89,8 @@ def unread_fields(config: Config) -> list[str]:
         (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
         (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
         (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
+        (train.alternating, "train.alternating", is_alternating, ("steps", "rpn_batch_size"), train.scheme),
+        (train.alternating, "train.alternating", is_alternating and train.schedule == "steps", ("decay_steps",), falls),
     ]
     return [
         f"{prefix}.{field.name} = {getattr(part, field.name)!r} changes nothing with {chosen}"
@@ -111,8 +115,16 @@ def first_difference(stored: Config, asked: Config) -> str | None:
 _INDIFFERENT = {
     "run",
     "init",
+    "replay",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "model.backbone.remat",
     "data.root",
+    "data.faults",
     "data.test_split",
+    "data.threads",
+    "data.cache_mb",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.evaluate_every",

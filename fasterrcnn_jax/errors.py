@@ -11,3 +11,9 @@ class InputError(ValueError):
 
 class NonFiniteLossError(ArithmeticError):
     """Training diverged; one sentence that names the step, the loss and the images."""
+
+
+def quoted(value: object) -> str:
+    """Returns a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."

@@ -19,9 +19,11 @@ LAYERS = (
     {"sampling", "config_io", "families", "anchor_grid"},
     {"proposals", "targets", "losses", "postprocess", "roi_features"},
     {"models"},
-    {"training", "inference", "weights", "summary"},
-    {"parallel", "checkpoint", "drawing"},
-    {"run_folder", "zoo"},
+    {"training", "weights", "summary"},
+    {"parallel"},
+    {"inference"},
+    {"checkpoint", "drawing", "preemption", "stages", "proposing"},
+    {"run_folder", "zoo", "scoring", "replay", "compilations"},
     {"cli"},
 )
 # What the modules of these folders may see of the package, beside their own folder.
@@ -32,10 +34,10 @@ FOLDERS = {
     "configs": {"config", "families", "data.coco", "data.shapes", "data.voc"},
 }
 # Beside the lower layers: the host's side of detection reads images and hands over results.
-HOST = {"inference", "run_folder", "zoo"}
-HOST_SEES = {"data", "evaluation.results"}
+HOST = {"inference", "run_folder", "zoo", "proposing", "scoring", "stages"}
+HOST_SEES = {"data", "evaluation.results", "evaluation.proposal_recall"}
 ENTRIES = {"__init__", "__main__", "scripts"}
-FLAX = {"models", "training", "checkpoint", "summary"}
+FLAX = {"models", "training", "checkpoint", "summary", "replay"}
 
 
 def modules():

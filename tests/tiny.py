@@ -67,11 +67,14 @@ def quick_compilation():
 @contextlib.contextmanager
 def restored_logging():
     """A script sets up the log and the compilation cache of its program; afterwards they are as before."""
-    root, package, absl = (logging.getLogger(name) for name in (None, "fasterrcnn_jax", "absl"))
-    before = root.handlers[:], root.level, package.level, absl.level, jax.config.jax_compilation_cache_dir
+    names = (None, "fasterrcnn_jax", "absl", "asyncio")
+    levels = {name: logging.getLogger(name).level for name in names}
+    handlers, cache = logging.getLogger().handlers[:], jax.config.jax_compilation_cache_dir
     yield
-    root.handlers[:], root.level, package.level, absl.level = before[:4]
-    jax.config.update("jax_compilation_cache_dir", before[4])
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger().handlers[:] = handlers
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def config(folder: Path, **train) -> Config:
