@@ -9,6 +9,9 @@ import sys
 VERBS = {
     "train": "trains a detector and evaluates it",
     "evaluate": "evaluates a checkpoint",
+    "check": "looks for faults in labelled images and describes them",
+    "predict": "finds objects in a folder of images",
+    "tfds": "stores VOC or COCO for TFDS, without TensorFlow",
     "weights": "shows and converts files of weights",
     "summary": "prints parameters, cost and shapes of a model",
 }

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fasterrcnn_jax.data.images import image_size, read_image
 from fasterrcnn_jax.errors import InputError
@@ -102,12 +102,61 @@ def test_float_image_is_refused(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
-def test_exif_orientation_is_not_applied(tmp_path, rgb):
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_where_asked_for_as_viewers_do(tmp_path, rgb, name, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
+    Image.fromarray(rgb).save(tmp_path / name, exif=exif, **({"lossless": True} if name == "a.webp" else {}))
+    stored = read_image(tmp_path / name)
+    assert image_size(tmp_path / name) == stored.shape[:2] == (HEIGHT, WIDTH)
+    shown = np.array(ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB"))
+    upright = read_image(tmp_path / name, upright=True)
+    np.testing.assert_array_equal(upright, shown)
+    assert upright.flags.c_contiguous and upright.flags.writeable
+    assert image_size(tmp_path / name, upright=True) == shown.shape[:2]
+    assert np.array_equal(upright, stored) == (orientation == 1)
+
+
+def block(order, *, entries=1, tag=0x0112, kind=3, count=1, value=6, start=8):
+    """Returns an EXIF block of one directory of one entry, as it is laid out in TIFF."""
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    body = struct.pack(f"{order}HHHIHH", entries, tag, kind, count, value, 0) + bytes(4)
+    return b"Exif\0\0" + mark + struct.pack(f"{order}I", start) + body
+
+
+@pytest.mark.parametrize(
+    "exif, turned",
+    [
+        (block("<"), True),
+        (block(">"), True),
+        (block("<", value=0), False),
+        (block("<", value=9), False),
+        (block("<", tag=0x0113), False),
+        (block("<", kind=4), False),
+        (block("<", entries=0), False),
+        (block("<", entries=65535), True),
+        (block("<", start=2**32 - 1), False),
+        (block("<", start=30), False),
+        (block("<")[:17], False),
+        (b"Exif\0\0II", False),
+        (b"Exif\0\0" + b"\xff" * 40, False),
+        (b"", False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, when it opens the file
+def test_broken_exif_is_no_orientation_and_no_fault(tmp_path, rgb, exif, turned):
     Image.fromarray(rgb).save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(tmp_path / "a.jpg") == (HEIGHT, WIDTH)
-    assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
+    assert read_image(tmp_path / "a.jpg", upright=True).shape[:2] == ((WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH))
+
+
+def test_tiff_is_turned_by_its_own_orientation_once(tmp_path, rgb):
+    """Pillow turns it: to whoever reads it, the turned frame is the stored one."""
+    Image.fromarray(rgb).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
+    turned = np.rot90(rgb, -1)
+    for upright in (False, True):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif", upright=upright), turned)
+        assert image_size(tmp_path / "a.tif", upright=upright) == (WIDTH, HEIGHT)
 
 
 def test_one_pixel_image_is_read(tmp_path):

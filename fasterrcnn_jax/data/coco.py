@@ -3,8 +3,8 @@
 COCO writes [x, y, width, height] in continuous pixels, so (x, y, x + width, y + height) are our corners.
 Classes are found by name; the file's own numbers for them come back only in result files.
 
-Whatever cannot be meant raises InputError. What real sets are full of and what has one sensible
-reading is read that way, and counted in `Dataset.notes`.
+Whatever cannot be meant raises InputError, or is skipped where that is asked for. What real sets are full
+of and what has one sensible reading is read that way. Both are counted in `Dataset.notes`.
 """
 
 import json
@@ -16,9 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fasterrcnn_jax.data.images import image_size
+from fasterrcnn_jax.data.faults import (
+    FAULTY_IMAGE,
+    FAULTY_OBJECT,
+    Faults,
+    findings_of,
+    notes_of,
+    skipping,
+    watched,
+)
+from fasterrcnn_jax.data.images import annotated_frame
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 
 # The 80 objects of COCO detection, in the order of their category ids, which reach to 90.
 CLASS_NAMES = (
@@ -33,12 +42,13 @@ CLASS_NAMES = (
     "hair drier", "toothbrush",
 )  # fmt: skip
 
-_NOTES = {
-    "empty": "Boxes without a width or height were dropped: {count}, the first in {first}.",
-    "clipped": "Boxes reaching outside their image were clipped: {count}, the first in {first}.",
-    "no area": "For an absent area the box's own was used: {count}, the first in {first}.",
-    "no size": "For an absent width and height the image's own were used: {count}, the first in {first}.",
-}
+MAX_NAME = 255
+MAX_PATH = 1024
+
+EMPTY = "Boxes without a width or height were dropped"
+CLIPPED = "Boxes reaching outside their image were clipped"
+NO_AREA = "For an absent area the box's own was used"
+NO_SIZE = "For an absent width and height the image's own were used"
 
 
 class _Object(NamedTuple):
@@ -48,7 +58,13 @@ class _Object(NamedTuple):
     area: float  # NaN where the file gives none
 
 
-def read_coco(annotation_path: Path | str, image_folder: Path | str, class_names: tuple[str, ...]) -> Dataset:
+def read_coco(
+    annotation_path: Path | str,
+    image_folder: Path | str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+) -> Dataset:
     """Returns the records of one annotation file, in the order of the images' ids, which are the records'.
 
     Every annotation is checked and the header of every image is read; pixels are not decoded. An image
@@ -59,6 +75,8 @@ def read_coco(annotation_path: Path | str, image_folder: Path | str, class_names
       annotation_path: instances_SPLIT.json, with its images, annotations and categories.
       image_folder: what file_name is relative to; no file outside it is opened.
       class_names: label k is class_names[k - 1]; names are compared exactly.
+      faults: "skip" leaves out the image or the annotation with a fault. What is wrong with the file as a
+        whole, an image id that stands there twice, and a file_name outside the folder are errors all the same.
 
     Raises:
       InputError: one sentence naming file, field and value of the first fault found.
@@ -74,43 +92,55 @@ def read_coco(annotation_path: Path | str, image_folder: Path | str, class_names
         raise InputError(f"{path}, categories: none is named {absent[0]!r}; there are {', '.join(id_of)}")
     label_of = {id_of[name]: label for label, name in enumerate(class_names, start=1)}
 
-    found = defaultdict(list)  # key of _NOTES -> where
-    images = {}
-    for number, item in enumerate(_list(path, content, "images")):
-        image_id = _id(item, "id", f"{path}, images[{number}]")
-        if image_id in images:
-            raise InputError(f"{path}, images: id {image_id} stands there twice")
-        images[image_id] = _image(item, folder, f"{path}, image {image_id}", found)
-    if not images:
+    found = defaultdict(list)
+    listed = _list(path, content, "images")
+    if not listed:
         raise InputError(f"{path}: lists 0 images")
-    objects = {image_id: [] for image_id in images}
+    places = {}
+    for number, item in enumerate(listed):
+        with skipping(FAULTY_IMAGE, found, faults):
+            image_id = _id(item, "id", f"{path}, images[{number}]")
+            places.setdefault(image_id, []).append(item)
+    images = {}
+    for image_id, items in watched(places.items(), f"reading {path}", len(places)):
+        if len(items) > 1:
+            raise InputError(f"{path}, images: id {image_id} stands there twice")
+        field = f"{path}, image {image_id}"
+        image_path = _image_path(items[0], folder, field)
+        with skipping(FAULTY_IMAGE, found, faults):
+            images[image_id] = (image_path, *_frame(items[0], image_path, field, found))
+    objects = {image_id: [] for image_id in places}
     seen = set()
     for number, item in enumerate(_list(path, content, "annotations")):
-        annotation_id = _id(item, "id", f"{path}, annotations[{number}]")
-        if annotation_id in seen:
-            raise InputError(f"{path}, annotations: id {annotation_id} stands there twice")
-        seen.add(annotation_id)
-        field = f"{path}, annotation {annotation_id}"
-        image_id = _id(item, "image_id", field)
-        if image_id not in images:
-            raise InputError(f"{field}, image_id: there is no image {image_id}")
-        label = _label(item, field, label_of, name_of)
-        row = _object(item, field, label, images[image_id][1], found)
-        if row is not None:
-            objects[image_id].append(row)
+        with skipping(FAULTY_OBJECT, found, faults):
+            annotation_id = _id(item, "id", f"{path}, annotations[{number}]")
+            if annotation_id in seen:
+                raise InputError(f"{path}, annotations: id {annotation_id} stands there twice")
+            seen.add(annotation_id)
+            field = f"{path}, annotation {annotation_id}"
+            image_id = _id(item, "image_id", field)
+            if image_id not in places:
+                raise InputError(f"{field}, image_id: there is no image {image_id}")
+            # Those of a skipped image go with it.
+            if image_id in images:
+                label = _label(item, field, label_of, name_of)
+                row = _object(item, field, label, images[image_id][1], found)
+                if row is not None:
+                    objects[image_id].append(row)
 
     records = []
     # Sorted, so that equal scores are ranked as in the official metric.
-    for image_id, (image_path, image_hw) in sorted(images.items()):
+    for image_id, (image_path, image_hw, upright) in sorted(images.items()):
         rows = objects[image_id]
         boxes = np.array([row.box for row in rows], np.float32).reshape(-1, 4)
         labels = np.array([row.label for row in rows], np.int32)
         crowd, difficult = np.array([row.crowd for row in rows], bool), np.zeros(len(rows), bool)
         area = np.array([row.area for row in rows], np.float64)
         area = np.where(np.isnan(area), box_areas(boxes), area)
-        records.append(ImageRecord(str(image_id), image_path, image_hw, boxes, labels, difficult, crowd, area))
-    notes = tuple(text.format(count=len(found[k]), first=found[k][0]) for k, text in _NOTES.items() if k in found)
-    return Dataset(str(path), tuple(class_names), tuple(records), notes, tuple(label_of))
+        arrays = boxes, labels, difficult, crowd, area
+        records.append(ImageRecord(str(image_id), image_path, image_hw, *arrays, upright=upright))
+    findings = findings_of(found)
+    return Dataset(str(path), tuple(class_names), tuple(records), notes_of(findings), tuple(label_of), findings)
 
 
 def category_names(annotation_path: Path | str) -> tuple[str, ...]:
@@ -145,34 +175,29 @@ def _categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
     for number, item in enumerate(_list(path, content, "categories")):
         field = f"{path}, categories[{number}]"
         category_id, name = _id(item, "id", field), item.get("name")
-        if not isinstance(name, str) or not name:
-            raise InputError(f"{field}, name: must be text, {_got(item, 'name')}")
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+            raise InputError(f"{field}, name: must be text of at most {MAX_NAME} characters, {_got(item, 'name')}")
         if category_id in names or name in names.values():
             raise InputError(f"{field}: id {category_id} or name {name!r} stands there before")
         names[category_id] = name
     return names
 
 
-def _image(item, folder: Path, field: str, found) -> tuple[Path, tuple[int, int]]:
-    """Returns the image's path and its (height, width) as stored."""
+def _image_path(item, folder: Path, field: str) -> Path:
     name = item.get("file_name")
     # Both separators and a drive letter on every system: the file may come from another.
     outside = not isinstance(name, str) or re.search(r"[\\\0]|^/|^[A-Za-z]:", name) or ".." in name.split("/")
-    if outside or not PurePosixPath(name).name:
+    if outside or not PurePosixPath(name).name or len(name) > MAX_PATH:
         raise InputError(f"{field}, file_name: must be a path inside the image folder, {_got(item, 'file_name')}")
-    path = folder / name
-    image_hw = image_size(path)
+    return folder / name
+
+
+def _frame(item, path: Path, field: str, found) -> tuple[tuple[int, int], bool]:
+    """Returns (height, width) of the frame that the boxes are in, and whether it is the upright one."""
     if "width" not in item and "height" not in item:
-        found["no size"].append(field)
-        return path, image_hw
-    stated = _number(item, "height", field), _number(item, "width", field)
-    if stated != image_hw:
-        turned = " (the axes are swapped)" if stated == image_hw[::-1] else ""
-        raise InputError(
-            f"{field}: {stated[1]:g} x {stated[0]:g} (width x height) disagrees with the {image_hw[1]} x {image_hw[0]} "
-            f"pixels stored in {path}{turned}"
-        )
-    return path, image_hw
+        found[NO_SIZE].append(field)
+        return annotated_frame(path, None, field, found)
+    return annotated_frame(path, (_number(item, "height", field), _number(item, "width", field)), field, found)
 
 
 def _label(item, field: str, label_of: dict[int, int], name_of: dict[int, str]) -> int:
@@ -197,7 +222,7 @@ def _object(item, field: str, label: int, image_hw: tuple[int, int], found) -> _
         raise InputError(f"{field}, bbox: width and height must not be negative, got {sides}")
     crowd = item.get("iscrowd", 0)
     if not (_is_number(crowd) and crowd in (0, 1)):
-        raise InputError(f"{field}, iscrowd: must be 0 or 1, got {crowd!r}")
+        raise InputError(f"{field}, iscrowd: must be 0 or 1, got {quoted(crowd)}")
     area = _number(item, "area", field) if "area" in item else math.nan
     if area < 0:
         raise InputError(f"{field}, area: must not be negative, got {area:g}")
@@ -208,12 +233,12 @@ def _object(item, field: str, label: int, image_hw: tuple[int, int], found) -> _
     box = np.array([x, y, x + width, y + height], np.float32)
     inside = np.clip(box, 0, np.array([*image_hw[::-1]] * 2, np.float32))
     if (inside[2:] <= inside[:2]).any():
-        found["empty"].append(f"{field}, bbox: {sides}")
+        found[EMPTY].append(f"{field}, bbox: {sides}")
         return None
     if (inside != box).any():
-        found["clipped"].append(f"{field}, bbox: {sides}")
+        found[CLIPPED].append(f"{field}, bbox: {sides}")
     if math.isnan(area):
-        found["no area"].append(field)
+        found[NO_AREA].append(field)
     return _Object(tuple(inside.tolist()), label, bool(crowd), area)
 
 
@@ -235,5 +260,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _got(item: dict[str, Any], key: str) -> str:
-    value = repr(item[key]) if key in item else ""
-    return f"got {value if len(value) <= 80 else value[:80] + ' ...'}" if value else "but it is absent"
+    return f"got {quoted(item[key])}" if key in item else "but it is absent"

@@ -1,9 +1,12 @@
 """What every reader of labelled images returns.
 
-Boxes are float32 xyxy in continuous pixels of the stored image: a box covers [x1, x2) x [y1, y2).
+Boxes are float32 xyxy in continuous pixels of the image, turned first where `upright`: a box covers
+[x1, x2) x [y1, y2).
 Labels are 1..K in the order of `class_names`; 0 is background and never appears here.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +17,26 @@ from jaxtyping import Bool, Float
 MIN_SIDE = 2.0
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredImage:
+    """An image file that is part of a larger one; stands where its path would, and is told from others by its place."""
+
+    place: str
+    read_bytes: Callable[[], bytes] = dataclasses.field(compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.place
+
+
 class ImageRecord(NamedTuple):
     """One labelled image; its pixels are decoded only when it is its turn."""
 
     id: str  # what result files call the image; unique in what a reader returns
-    path: Path
+    path: Path | StoredImage
     image_hw: tuple[int, int]
     boxes: np.ndarray  # [N, 4] float32
     labels: np.ndarray  # [N] int32
@@ -26,6 +44,22 @@ class ImageRecord(NamedTuple):
     crowd: np.ndarray  # [N] bool: the box holds many objects; never trained on
     area: np.ndarray  # [N] float64: what COCO calls small and large; of the outline where one is annotated
     flipped: bool = False  # trained on as its mirror image; the fields above are of the stored one
+    upright: bool = False  # read turned as EXIF says: the size and the boxes are of what viewers show
+
+
+class Finding(NamedTuple):
+    """One thing that is not as it should be."""
+
+    sentence: str  # what became of things of this kind, without the full stop
+    where: str  # file, field and value
+    is_fault: bool  # strict reading stops at it
+
+
+class ImageProposals(NamedTuple):
+    """The regions that an RPN proposes in one stored image, best first."""
+
+    boxes: np.ndarray  # [P, 4] float32
+    scores: np.ndarray  # [P] float32, objectness probability
 
 
 class Dataset(NamedTuple):
@@ -36,6 +70,7 @@ class Dataset(NamedTuple):
     records: tuple[ImageRecord, ...]
     notes: tuple[str, ...]  # one sentence per kind of thing that was dropped or clipped, with its count
     category_ids: tuple[int, ...]  # what COCO result files call each class
+    findings: tuple[Finding, ...] = ()  # each of the things that the notes count
 
 
 def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:

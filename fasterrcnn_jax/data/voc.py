@@ -3,10 +3,11 @@
 VOC writes 1-based inclusive pixel indices. They are converted here and nowhere else:
 (xmin, ymin, xmax, ymax) becomes [xmin - 1, xmax) x [ymin - 1, ymax) in continuous pixels.
 
-Whatever cannot be meant raises InputError. What real sets are full of and what has one sensible
-reading is read that way, and counted in `Dataset.notes`.
+Whatever cannot be meant raises InputError, or is skipped where that is asked for. What real sets are full
+of and what has one sensible reading is read that way. Both are counted in `Dataset.notes`.
 """
 
+import contextlib
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,9 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fasterrcnn_jax.data.images import image_size
+from fasterrcnn_jax.data.faults import (
+    FAULTY_IMAGE,
+    FAULTY_OBJECT,
+    Faults,
+    findings_of,
+    notes_of,
+    skipping,
+    watched,
+)
+from fasterrcnn_jax.data.images import annotated_frame
 from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 
 # The objects of VOC2007 and VOC2012, in the order of the challenge.
 CLASS_NAMES = (
@@ -28,20 +38,23 @@ CLASS_NAMES = (
 # Tried in this order when <filename> does not tell.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
+# What file systems allow.
+MAX_NAME = 255
+
 # No JPEG is wider. The value itself is what is left of 0 - 1 in the 16 bits that some writers use.
 MAX_COORDINATE = 65535
 
-_NOTES = {
-    "small": "Boxes under two pixels on a side were dropped: {count}, the first in {first}.",
-    "clipped": "Boxes reaching outside their image were clipped: {count}, the first in {first}.",
-    "duplicate": "Repeated lines of the list were left out: {count}, the first in {first}.",
-    "column": "A second column in lines of the list was left out: {count}, the first in {first}.",
-    "other image": "A <filename> naming another image was left aside: {count}, the first in {first}.",
-    "no size": "For a <size> of 0 x 0 the image's own was used: {count}, the first in {first}.",
-}
+SMALL = "Boxes under two pixels on a side were dropped"
+CLIPPED = "Boxes reaching outside their image were clipped"
+REPEATED_LINE = "Repeated lines of the list were left out"
+SECOND_COLUMN = "A second column in lines of the list was left out"
+OTHER_IMAGE = "A <filename> naming another image was left aside"
+NO_SIZE = "For a <size> of 0 x 0 the image's own was used"
 
 
-def read_voc(root: Path | str, split: str, class_names: tuple[str, ...]) -> Dataset:
+def read_voc(
+    root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error"
+) -> Dataset:
     """Returns the records of one split, in the order of its list.
 
     Every annotation is parsed and the header of every image is read; pixels are not decoded. An image
@@ -51,6 +64,8 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...]) -> Data
       root: the folder that holds JPEGImages, Annotations and ImageSets/Main.
       split: name of a list in ImageSets/Main, without ".txt".
       class_names: label k is class_names[k - 1]; names are compared exactly, surrounding blanks aside.
+      faults: "skip" leaves out the image or the object with a fault. What is wrong with the list or the
+        folders is an error all the same.
 
     Raises:
       InputError: one sentence naming file, field and value of the first fault found.
@@ -65,31 +80,41 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...]) -> Data
     # Two listings are quicker than looking for each file under several names, and compare letter case everywhere.
     images, annotations = _file_names(root / "JPEGImages"), _file_names(root / "Annotations")
 
-    found = defaultdict(list)  # key of _NOTES -> where
-    records = []
-    for image_id, where in _read_list(list_path, images, annotations, found):
+    name, found, records = f"{root} ({split})", defaultdict(list), []
+    listed = _read_list(list_path, images, annotations, found)
+    for image_id, where in watched(listed, f"reading {name}", len(listed)):
         xml_path = root / "Annotations" / f"{image_id}.xml"
-        if xml_path.name not in annotations:
-            raise InputError(f"{xml_path}: no such annotation file, though {where} lists it")
-        annotation = _parse(xml_path)
-        image_path = _image_path(root / "JPEGImages", image_id, images, annotation, xml_path, where, found)
-        height, width = image_size(image_path)
-        _check_size(annotation, xml_path, image_path, height, width, found)
-        boxes, labels, difficult = [], [], []
-        for number, element in enumerate(annotation.findall("object"), start=1):
-            field = f"{xml_path}, object {number}"
-            label, is_difficult = _label(element, field, label_of), _difficult(element, field)
-            box = _box(element, field, height, width, found)
-            if box is not None:
-                boxes.append(box)
-                labels.append(label)
-                difficult.append(is_difficult)
-        boxes = np.array(boxes, np.float32).reshape(-1, 4)
-        flags = np.array(difficult, bool), np.zeros(len(boxes), bool)  # VOC knows no crowds
-        arrays = boxes, np.array(labels, np.int32), *flags, box_areas(boxes)
-        records.append(ImageRecord(image_id, image_path, (height, width), *arrays))
-    notes = tuple(text.format(count=len(found[k]), first=found[k][0]) for k, text in _NOTES.items() if k in found)
-    return Dataset(f"{root} ({split})", tuple(class_names), tuple(records), notes, tuple(label_of.values()))
+        with skipping(FAULTY_IMAGE, found, faults):
+            if xml_path.name not in annotations:
+                raise InputError(f"{xml_path}: no such annotation file, though {where} lists it")
+            annotation = _parse(xml_path)
+            image_path = _image_path(root / "JPEGImages", image_id, images, annotation, xml_path, where, found)
+            image_hw, upright = _frame(annotation, xml_path, image_path, found)
+            boxes, labels, difficult = [], [], []
+            for number, element in enumerate(annotation.findall("object"), start=1):
+                field = f"{xml_path}, object {number}"
+                with skipping(FAULTY_OBJECT, found, faults):
+                    label, is_difficult = _label(element, field, label_of), _difficult(element, field)
+                    box = _box(element, field, *image_hw, found)
+                    if box is not None:
+                        boxes.append(box)
+                        labels.append(label)
+                        difficult.append(is_difficult)
+            boxes = np.array(boxes, np.float32).reshape(-1, 4)
+            flags = np.array(difficult, bool), np.zeros(len(boxes), bool)  # VOC knows no crowds
+            arrays = boxes, np.array(labels, np.int32), *flags, box_areas(boxes)
+            records.append(ImageRecord(image_id, image_path, image_hw, *arrays, upright=upright))
+    findings = findings_of(found)
+    return Dataset(
+        name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings
+    )
+
+
+def splits(root: Path | str) -> tuple[str, ...]:
+    """Returns the names of the lists, without VOC's lists per class beside each (cat_train beside train)."""
+    folder = Path(root) / "ImageSets" / "Main"
+    names = sorted(path.stem for path in folder.glob("*.txt")) if folder.is_dir() else []
+    return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in names)
 
 
 def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
@@ -98,11 +123,10 @@ def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
     names = set()
     images, annotations = _file_names(root / "JPEGImages"), _file_names(root / "Annotations")
     for image_id, _ in _read_list(_list_path(root, split), images, annotations, defaultdict(list)):
-        if f"{image_id}.xml" in annotations:
-            names.update(
-                (element.findtext("name") or "").strip()
-                for element in _parse(root / "Annotations" / f"{image_id}.xml").findall("object")
-            )
+        with contextlib.suppress(InputError):
+            if f"{image_id}.xml" in annotations:
+                annotation = _parse(root / "Annotations" / f"{image_id}.xml")
+                names.update((element.findtext("name") or "").strip() for element in annotation.findall("object"))
     return tuple(sorted(names - {""}))
 
 
@@ -112,10 +136,7 @@ def _list_path(root: Path, split: str) -> Path:
     if not split or re.search(r"[/\\\0]", split):
         raise InputError(f"split must be the name of a list in {folder}, got {split!r}")
     if not path.is_file():
-        names = sorted(p.stem for p in folder.glob("*.txt")) if folder.is_dir() else []
-        # VOC has a list per class beside each split (cat_train beside train); they would bury the answer.
-        names = [n for n in names if "_" not in n or n.rpartition("_")[2] not in names]
-        raise InputError(f"{path}: no such list; the splits that exist are: {', '.join(names) or 'none'}")
+        raise InputError(f"{path}: no such list; the splits that exist are: {', '.join(splits(root)) or 'none'}")
     return path
 
 
@@ -142,12 +163,12 @@ def _read_list(path: Path, images: set[str], annotations: set[str], found) -> li
         readings = [line, _without_extension(line), first_column, _without_extension(first_column)]
         exists = [r for r in readings if f"{r}.xml" in annotations or any(r + e in images for e in EXTENSIONS)]
         image_id = exists[0] if exists else readings[-1]
-        if re.search(r"[/\\\0]", image_id) or image_id in (".", ".."):
-            raise InputError(f"{where}: the id must be the name of a file without its folder, got {image_id!r}")
+        if re.search(r"[/\\\0]", image_id) or image_id in (".", "..") or len(image_id) > MAX_NAME:
+            raise InputError(f"{where}: the id must be the name of a file without its folder, got {quoted(image_id)}")
         if image_id not in (line, _without_extension(line)):
-            found["column"].append(where)
+            found[SECOND_COLUMN].append(where)
         if image_id in ids:
-            found["duplicate"].append(f"{where}: {image_id}")
+            found[REPEATED_LINE].append(f"{where}: {image_id}")
         else:
             ids[image_id] = where
     if not ids:
@@ -179,7 +200,7 @@ def _parse(path: Path) -> ElementTree.Element:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise InputError(f"{path}: not well-formed XML: {error}") from None
     if annotation.tag != "annotation":
-        raise InputError(f"{path}: not a VOC annotation: the root is <{annotation.tag}>, not <annotation>")
+        raise InputError(f"{path}: not a VOC annotation: the root is <{annotation.tag[:80]}>, not <annotation>")
     return annotation
 
 
@@ -188,7 +209,7 @@ def _image_path(folder, image_id, images, annotation, xml_path, where, found) ->
     hint = re.split(r"[/\\]", (annotation.findtext("filename") or "").strip())[-1]
     stem, dot, extension = hint.rpartition(".")
     if hint and image_id not in (hint, stem):
-        found["other image"].append(f"{xml_path}, filename: {annotation.findtext('filename').strip()!r}")
+        found[OTHER_IMAGE].append(f"{xml_path}, filename: {quoted(annotation.findtext('filename').strip())}")
     candidates = [image_id + e for e in EXTENSIONS]
     if stem == image_id:
         candidates.insert(0, image_id + dot + extension)
@@ -198,25 +219,23 @@ def _image_path(folder, image_id, images, annotation, xml_path, where, found) ->
     raise InputError(f"{folder / candidates[0]}: no such image file, nor with {' '.join(EXTENSIONS)}; {where} lists it")
 
 
-def _check_size(annotation, xml_path, image_path, height, width, found) -> None:
-    size = _child(annotation, "size", f"{xml_path}, size", required=False)
-    if size is None:
-        return
-    stated = tuple(_number(size, axis, f"{xml_path}, size, {axis}") for axis in ("width", "height"))
-    if stated == (0, 0):
-        found["no size"].append(str(xml_path))
-    elif stated != (width, height):
-        turned = " (the axes are swapped)" if stated == (height, width) else ""
-        raise InputError(
-            f"{xml_path}, size: {stated[0]:g} x {stated[1]:g} (width x height) disagrees with the {width} x {height} "
-            f"pixels stored in {image_path.name}{turned}"
-        )
+def _frame(annotation, xml_path, image_path, found) -> tuple[tuple[int, int], bool]:
+    """Returns (height, width) of the frame that the boxes are in, and whether it is the upright one."""
+    field = f"{xml_path}, size"
+    size = _child(annotation, "size", field, required=False)
+    stated = None
+    if size is not None:
+        stated = tuple(_number(size, axis, f"{field}, {axis}") for axis in ("height", "width"))
+        if stated == (0, 0):
+            found[NO_SIZE].append(str(xml_path))
+            stated = None
+    return annotated_frame(image_path, stated, field, found)
 
 
 def _label(element, field, label_of) -> int:
     name = (_child(element, "name", f"{field}, name").text or "").strip()
     if name not in label_of:
-        raise InputError(f"{field}, name: {name!r} is not one of the classes {', '.join(label_of)}")
+        raise InputError(f"{field}, name: {quoted(name)} is not one of the classes {', '.join(label_of)}")
     return label_of[name]
 
 
@@ -224,7 +243,7 @@ def _difficult(element, field) -> bool:
     child = _child(element, "difficult", f"{field}, difficult", required=False)
     text = "0" if child is None else (child.text or "").strip()
     if text not in ("0", "1"):
-        raise InputError(f"{field}, difficult: must be 0 or 1, got {text!r}")
+        raise InputError(f"{field}, difficult: must be 0 or 1, got {quoted(text)}")
     return text == "1"
 
 
@@ -244,10 +263,10 @@ def _box(element, field, height, width, found) -> tuple[float, float, float, flo
     box = tuple(edges[tag] for tag in ("xmin", "ymin", "xmax", "ymax"))
     x1, y1, x2, y2 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
     if min(x2 - x1, y2 - y1) < MIN_SIDE:
-        found["small"].append(field)
+        found[SMALL].append(field)
         return None
     if (x1, y1, x2, y2) != box:
-        found["clipped"].append(f"{field}: {_describe(bndbox)}")
+        found[CLIPPED].append(f"{field}: {_describe(bndbox)}")
     return x1, y1, x2, y2
 
 
@@ -260,9 +279,9 @@ def _number(parent, tag, field) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise InputError(f"{field}: must be a number, got {text!r}") from None
+        raise InputError(f"{field}: must be a number, got {quoted(text)}") from None
     if not math.isfinite(value) or abs(value) >= MAX_COORDINATE:
-        raise InputError(f"{field}: must be a finite number below {MAX_COORDINATE}, got {text!r}")
+        raise InputError(f"{field}: must be a finite number below {MAX_COORDINATE}, got {quoted(text)}")
     return value
 
 

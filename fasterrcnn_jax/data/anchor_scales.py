@@ -1,0 +1,81 @@
+"""Anchors that fit the boxes of a data set.
+
+A box's overlap with an anchor is that of two boxes of one centre, so positions do not matter: an upper bound of what
+the anchors on a grid reach.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+Scales = tuple[float, ...]
+Sizes = Float[np.ndarray, "n 2"]
+
+ROUNDS = 30
+# More boxes do not move the result by a digit that is shown.
+MOST_BOXES = 20_000
+
+
+def size_iou(sizes: Sizes, anchors: Float[np.ndarray, "c 2"]) -> Float[np.ndarray, "n c"]:
+    """Returns the IoU of (width, height) pairs as boxes of one centre."""
+    both = np.minimum(sizes[:, None], anchors[None]).prod(axis=2)
+    return both / (sizes.prod(axis=1)[:, None] + anchors.prod(axis=1)[None] - both)
+
+
+def fit_scales(
+    sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list[Float[np.ndarray, "c 2"]]]
+) -> Scales:
+    """Returns as many scales as `scales` that give the boxes a higher mean IoU, or `scales` where none were found.
+
+    Boxes are assigned to the anchor they overlap most, and each scale moves to the middle of its own boxes'
+    areas, in turns: k-means with 1 - IoU as its distance (Redmon and Farhadi 2017, arXiv:1612.08242, section 2),
+    where anchors of one scale move together.
+
+    Args:
+      sizes: (width, height) in network pixels.
+      anchors_of: the anchors' sizes of each scale.
+    """
+    sizes = _some(sizes)
+    spread = np.sqrt(np.quantile(sizes.prod(axis=1), (np.arange(len(scales)) + 0.5) / len(scales)))
+    unit = np.sqrt(np.mean([anchors.prod(axis=1).min() for anchors in anchors_of((1.0,))]))
+    best, reached = scales, _mean_iou(sizes, anchors_of(scales))
+    for start in (scales, tuple((spread / unit).tolist())):
+        current = start
+        for _ in range(ROUNDS):
+            anchors = anchors_of(current)
+            owner = np.repeat(np.arange(len(anchors)), [len(of_scale) for of_scale in anchors])
+            flat = np.concatenate(anchors)
+            nearest = size_iou(sizes, flat).argmax(axis=1)
+            growth = 0.5 * np.log(sizes.prod(axis=1) / flat[nearest].prod(axis=1))
+            current = tuple(
+                float(scale * np.exp(np.median(growth[owner[nearest] == k]))) if (owner[nearest] == k).any() else scale
+                for k, scale in enumerate(current)
+            )
+            rounded = tuple(sorted(float(f"{scale:.3g}") for scale in current))
+            mean = _mean_iou(sizes, anchors_of(rounded))
+            if len(set(rounded)) == len(scales) and mean > reached:
+                best, reached = rounded, mean
+    return best
+
+
+def fit_sizes(sizes: Sizes, count: int) -> Float[np.ndarray, "c 2"]:
+    """Returns `count` sizes of any shape by k-means with 1 - IoU as its distance, the smallest first."""
+    sizes = _some(sizes)
+    order = np.argsort(sizes.prod(axis=1), kind="stable")
+    places = ((np.arange(count) + 0.5) / count * len(sizes)).astype(int)
+    centres = sizes[order[places]].astype(np.float64)
+    for _ in range(ROUNDS):
+        nearest = size_iou(sizes, centres).argmax(axis=1)
+        centres = np.stack([
+            np.median(sizes[nearest == k], axis=0) if (nearest == k).any() else centres[k] for k in range(count)
+        ])  # fmt: skip
+    return centres[np.argsort(centres.prod(axis=1), kind="stable")]
+
+
+def _some(sizes: np.ndarray) -> np.ndarray:
+    return sizes[:: -(-len(sizes) // MOST_BOXES)]
+
+
+def _mean_iou(sizes: np.ndarray, anchors: list[np.ndarray]) -> float:
+    return float(size_iou(sizes, np.concatenate(anchors)).max(axis=1).mean())

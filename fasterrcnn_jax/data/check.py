@@ -1,0 +1,161 @@
+"""What a data set holds, and what in it is not as it should be."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from fasterrcnn_jax.data.faults import FAULTY_IMAGE, decoded
+from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, large_enough
+
+SAME_BOX = "The same box of the same class stands there twice"
+NEARLY_SAME_BOX = "Boxes of one class nearly cover one another (IoU above 0.9)"
+TWO_CLASSES = "Boxes of two classes nearly cover one another (IoU above 0.9)"
+TINY_BOX = "Boxes under two pixels on a side are not trained on"
+SAME_PIXELS = "Images of the same pixels are in both splits"
+SAME_PIXELS_WITHIN = "Images of the same pixels are in a split more than once"
+SAME_FIELD = "Images of the same field, shifted, are in both splits"
+
+NEARLY = 0.9
+# Beyond this many pairs of images the search for shifted views would take longer than minutes.
+MOST_PAIRS = 400_000
+
+
+class Checked(NamedTuple):
+    """One split, read leniently and decoded."""
+
+    dataset: Dataset  # of the images whose pixels can be decoded; findings hold everything that was met
+    traces: list[Trace]  # of each of its images
+
+
+def check_split(dataset: Dataset) -> Checked:
+    """Returns the split with what its pixels and its boxes tell."""
+    records, traces, findings = [], [], list(dataset.findings)
+    for record, result in decoded(dataset, lambda record, pixels: trace(pixels)):
+        if isinstance(result, Trace):
+            records.append(record)
+            traces.append(result)
+        else:
+            findings.append(Finding(FAULTY_IMAGE, str(result), True))
+    for record in records:
+        findings += box_findings(record)
+    first = {}
+    for record, of_record in zip(records, traces, strict=True):
+        twin = first.setdefault(of_record.digest, record)
+        if twin is not record:
+            findings.append(Finding(SAME_PIXELS_WITHIN, f"{record.path} and {twin.path}", False))
+    return Checked(dataset._replace(records=tuple(records), findings=tuple(findings)), traces)
+
+
+def box_findings(record: ImageRecord) -> list[Finding]:
+    """Returns what is odd about the boxes of one image; crowds may lie over anything."""
+    findings = [
+        Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False)
+        for k in np.flatnonzero(~large_enough(record.boxes))
+    ]
+    iou = np.triu(_pairwise_iou(record.boxes), 1)
+    for i, j in np.argwhere(iou > NEARLY):
+        if record.crowd[i] or record.crowd[j]:
+            continue
+        sentence = NEARLY_SAME_BOX if record.labels[i] == record.labels[j] else TWO_CLASSES
+        if sentence == NEARLY_SAME_BOX and (record.boxes[i] == record.boxes[j]).all():
+            sentence = SAME_BOX
+        where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou[i, j]:.3f}"
+        findings.append(Finding(sentence, where, False))
+    return findings
+
+
+def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
+    """Returns what two splits share, and a sentence about what was compared."""
+    a, b = one.dataset.records, other.dataset.records
+    same = identical(one.traces, other.traces)
+    findings = [Finding(SAME_PIXELS, f"{a[p.first].path} and {b[p.second].path}", True) for p in same]
+    pairs = len(a) * len(b)
+    compared = f"{one.dataset.name} and {other.dataset.name}: {pairs:,} pairs of images"
+    if pairs > MOST_PAIRS:
+        return findings, f"{compared}, compared for the same pixels only: too many for shifted views"
+    known = {(pair.first, pair.second) for pair in same}
+    longest = [max(record.image_hw) for record in a]
+    for pair in shifted_views(one.traces, other.traces):
+        if (pair.first, pair.second) not in known:
+            x, y = (round(shift * longest[pair.first]) for shift in pair.shift)
+            where = (
+                f"{a[pair.first].path} and {b[pair.second].path}: shifted by {x}, {y} pixels, "
+                f"correlation {pair.correlation:.3f}"
+            )
+            findings.append(Finding(SAME_FIELD, where, False))
+    return findings, f"{compared}, compared for the same pixels and for shifted views"
+
+
+def table(dataset: Dataset) -> list[str]:
+    """Returns the lines that describe a split: images, and the boxes of each class in pixels of their images."""
+    records = dataset.records
+    sizes = _counted(f"{record.image_hw[1]} x {record.image_hw[0]}" for record in records)
+    empty = sum(not len(record.boxes) for record in records)
+    per_image = [len(record.boxes) for record in records] or [0]
+    lines = [
+        f"images     {len(records):,}, {empty:,} without an object; "
+        f"objects per image {min(per_image)} to {max(per_image)}, median {np.median(per_image):g}",
+        f"sizes      {', '.join(f'{size}: {count:,}' for size, count in sizes[:5])}"
+        + (f", {len(sizes) - 5} more" if len(sizes) > 5 else ""),
+        f"{'class':20} {'objects':>8} {'images':>7} {'difficult':>9} {'crowds':>6} "
+        f"{'side 5 %':>8} {'50 %':>6} {'95 %':>6} {'h/w 5 %':>7} {'95 %':>5}",
+    ]
+    labels, absent = _joined(records, "labels", np.int32), []
+    for label, name in [*enumerate(dataset.class_names, start=1), (None, "all")]:
+        here = np.ones(len(labels), bool) if label is None else labels == label
+        if not here.any():
+            absent.append(name)
+            continue
+        images = sum(len(r.labels) > 0 if label is None else bool((r.labels == label).any()) for r in records)
+        counts = [int(_joined(records, flag, bool)[here].sum()) for flag in ("difficult", "crowd")]
+        row = f"{name:20} {here.sum():8,} {images:7,} {counts[0]:9,} {counts[1]:6,}"
+        width, height = _sides(records)[here].T
+        side, ratio = np.sqrt(width * height), height / width
+        row += " {:8.0f} {:6.0f} {:6.0f}".format(*np.quantile(side, (0.05, 0.5, 0.95)))
+        row += " {:7.2f} {:5.2f}".format(*np.quantile(ratio, (0.05, 0.95)))
+        lines.append(row)
+    return [*lines, f"no object  {', '.join(absent)}"] if absent else lines
+
+
+def network_sizes(records: tuple[ImageRecord, ...], size_of) -> Float[np.ndarray, "n 2"]:
+    """Returns (width, height) of the trained boxes in network pixels.
+
+    Args:
+      size_of: from the (height, width) of an image to that after resizing.
+    """
+    found = [np.zeros((0, 2), np.float32)]
+    for record in records:
+        kept = large_enough(record.boxes) & ~record.crowd
+        scale = np.array(size_of(record.image_hw), np.float32) / np.array(record.image_hw, np.float32)
+        found.append((record.boxes[kept, 2:] - record.boxes[kept, :2]) * scale[::-1])
+    return np.concatenate(found)
+
+
+def _sides(records) -> np.ndarray:
+    boxes = _joined(records, "boxes", np.float32).reshape(-1, 4)
+    return boxes[:, 2:] - boxes[:, :2]
+
+
+def _joined(records, name: str, dtype) -> np.ndarray:
+    return np.concatenate([np.zeros((0, 4) if name == "boxes" else 0, dtype), *(getattr(r, name) for r in records)])
+
+
+def _counted(items) -> list[tuple[str, int]]:
+    counts = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return sorted(counts.items(), key=lambda pair: -pair[1])
+
+
+def _pairwise_iou(boxes: np.ndarray) -> np.ndarray:
+    top_left = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    bottom_right = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    both = np.maximum(bottom_right - top_left, 0).prod(axis=2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return both / (area[:, None] + area[None] - both)
+
+
+def _words(box: np.ndarray) -> str:
+    return "[" + ", ".join(f"{side:g}" for side in box) + "]"

@@ -1,0 +1,95 @@
+"""Faults of labelled images: strict reading stops at the first, lenient reading skips, counts and lists them."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
+from fasterrcnn_jax.errors import InputError
+
+Faults = Literal["error", "skip"]
+
+FAULTY_IMAGE = "Faulty images were skipped"
+FAULTY_OBJECT = "Faulty objects were skipped"
+
+# Sentence about one kind of finding -> file, field and value of each.
+Found = defaultdict[str, list[str]]
+
+# Pillow lets go of the interpreter while it decodes.
+THREADS = 4
+
+
+@contextlib.contextmanager
+def skipping(sentence: str, found: Found, faults: Faults) -> Iterator[None]:
+    """Leaves its block at a fault and keeps that in `found`; where faults are errors it is raised."""
+    try:
+        yield
+    except InputError as error:
+        if faults == "error":
+            raise
+        found[sentence].append(str(error))
+
+
+def findings_of(found: Found) -> tuple[Finding, ...]:
+    """Returns what was found, kind after kind."""
+    return tuple(
+        Finding(sentence, where, sentence in (FAULTY_IMAGE, FAULTY_OBJECT))
+        for sentence, places in found.items()
+        for where in places
+    )
+
+
+def notes_of(findings: tuple[Finding, ...]) -> tuple[str, ...]:
+    """Returns one sentence per kind of finding, with its count and the first of it."""
+    places = defaultdict(list)
+    for finding in findings:
+        places[finding.sentence].append(finding.where)
+    return tuple(
+        f"{sentence}: {len(where)}, the first in {where[0].rstrip('.')}." for sentence, where in places.items()
+    )
+
+
+def skip_undecodable(dataset: Dataset) -> Dataset:
+    """Returns the data set without the images whose pixels cannot be decoded: decodes every one.
+
+    Raises:
+      InputError: faults leave no image, or no object of those that there were.
+    """
+    kept, found = [], defaultdict(list)
+    for record, result in decoded(dataset, lambda record, pixels: None):
+        if isinstance(result, InputError):
+            found[FAULTY_IMAGE].append(str(result))
+        else:
+            kept.append(record)
+    findings = (*dataset.findings, *findings_of(found))
+    skipped = [finding.where for finding in findings if finding.is_fault]
+    if skipped and not any(len(record.boxes) for record in kept):
+        what = "object of its images" if kept else "image"
+        raise InputError(f"{dataset.name}: faults leave no {what}: {len(skipped)}, the first in {skipped[0]}")
+    return dataset._replace(records=tuple(kept), findings=findings, notes=notes_of(findings))
+
+
+def decoded(
+    dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]
+) -> Iterator[tuple[ImageRecord, Any]]:
+    """Yields each record with `measure(record, pixels)`, or with the InputError of pixels that cannot be decoded."""
+
+    def attempt(record: ImageRecord) -> Any:
+        try:
+            return measure(record, record_pixels(record))
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(attempt, dataset.records)
+        yield from zip(dataset.records, watched(results, f"decoding {dataset.name}", len(dataset.records)), strict=True)
+
+
+def watched(items, what: str, total: int):
+    """Returns `items` with a progress bar on a terminal, when they take long."""
+    return tqdm(items, desc=what, total=total, unit="image", leave=False, disable=None, delay=1.0)

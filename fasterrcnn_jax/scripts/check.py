@@ -1,0 +1,179 @@
+"""Looks for faults in labelled images and describes them: fasterrcnn-jax check configs/voc.py, or check FOLDER
+
+Reads every annotation and decodes every image. With a configuration, any field on the command line overrides the
+file's; of a folder the layout and the classes are found out. Exits with 0 where everything is as it should be, with 1
+where something is odd but is read by a rule, and with 2 where something is a fault that training stops at, or skips
+with --data.faults skip, or where an image is in two splits.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fasterrcnn_jax import cli
+from fasterrcnn_jax.anchor_grid import strides_of
+from fasterrcnn_jax.anchors import cell_anchors
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.data import check, layouts, sources
+from fasterrcnn_jax.data.anchor_scales import Scales, fit_scales, fit_sizes, size_iou
+from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
+from fasterrcnn_jax.data.shapes import make_shapes
+from fasterrcnn_jax.data.transforms import network_size
+from fasterrcnn_jax.drawing import draw_boxes
+from fasterrcnn_jax.errors import InputError
+
+# Of a sheet: pictures, pictures in a row, pixels of the longer side of each.
+SHEET, COLUMNS, SIDE = 40, 5, 320
+# No more findings of one kind are printed without --all.
+SHOWN = 20
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fasterrcnn-jax check",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", type=Path, metavar="CONFIG_OR_FOLDER")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write a sheet of images with their boxes")
+    parser.add_argument("--all", action="store_true", help=f"print every finding, not {SHOWN} of a kind")
+    arguments, rest = parser.parse_known_args(argv)
+
+    if arguments.what.suffix == ".py":
+        config = cli.parse_config(["--config", str(arguments.what), *rest], description=__doc__)
+        data, model = sources.with_class_names(config.data), config.model
+        splits = dict.fromkeys((data.train_split, config.train.best_split or data.test_split, data.test_split))
+    elif rest:
+        raise InputError(f"{rest[0]}: a folder takes no fields of a configuration")
+    else:
+        data, splits = layouts.guess(arguments.what)
+        model = None
+    if data.shapes is not None:
+        make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
+    data = dataclasses.replace(data, faults="skip")
+
+    checked = {name: check.check_split(sources.read(data, name)) for name in splits}
+    findings = [finding for split in checked.values() for finding in split.dataset.findings]
+    for name, split in checked.items():
+        print("\n".join([f"\n{name}: {split.dataset.name}", *check.table(split.dataset)]))
+    for one, other in _apart(checked):
+        found, compared = check.shared_images(checked[one], checked[other])
+        findings += found
+        print(f"\n{compared}")
+    largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
+    print("\n".join(["", *anchor_lines(largest, model)]))
+    print("\n".join(["", *finding_lines(findings, SHOWN if not arguments.all else len(findings))]))
+    if arguments.pictures is not None:
+        for name, split in checked.items():
+            print(f"pictures   {write_sheet(arguments.pictures, name, split.dataset)}")
+    sys.exit(severity(findings))
+
+
+def severity(findings: list[Finding]) -> int:
+    """Returns the exit status."""
+    return 2 if any(finding.is_fault for finding in findings) else 1 if findings else 0
+
+
+def finding_lines(findings: list[Finding], shown: int) -> list[str]:
+    """Returns faults first, then oddities, a heading with a count for each kind."""
+    lines = []
+    for sentence, is_fault in sorted({(f.sentence, f.is_fault) for f in findings}, key=lambda kind: not kind[1]):
+        places = list(dict.fromkeys(finding.where for finding in findings if finding.sentence == sentence))
+        lines.append(f"{'FAULT' if is_fault else 'note'}: {sentence}: {len(places)}")
+        lines += [f"  {where}" for where in places[:shown]]
+        if len(places) > shown:
+            lines.append(f"  and {len(places) - shown} more; --all prints them")
+    return lines or ["no fault, and nothing odd"]
+
+
+def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of splits to compare: not one with those that it is put together from, as trainval is."""
+    ids = {name: {record.path for record in split.dataset.records} for name, split in checked.items()}
+    joined = {
+        name
+        for name in ids
+        if len(parts := [part for part in ids if ids[part] < ids[name]]) > 1
+        and set().union(*(ids[part] for part in parts)) == ids[name]
+    }
+    yield from combinations([name for name in ids if name not in joined], 2)
+
+
+def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
+    """Returns how well anchors fit the boxes: the model's, the best of as many scales, and the best of any shape."""
+    name, model = ("default", ModelConfig()) if model is None else ("config", model)
+    sizes = check.network_sizes(dataset.records, lambda image_hw: network_size(image_hw, model.image))
+    if not len(sizes):
+        return ["anchors    there is no box to fit them to"]
+    rpn, strides = model.rpn, strides_of(model)
+
+    def anchors_of(scales: Scales) -> list[np.ndarray]:
+        return [
+            np.concatenate([_cell_sizes(rpn, rpn.anchor_base * stride / strides[0], scale) for stride in strides])
+            for scale in scales
+        ]
+
+    def line(name: str, anchors: np.ndarray, words: str) -> str:
+        iou = size_iou(sizes, anchors).max(axis=1)
+        return f"{name:10} {iou.mean():8.3f} {(iou >= rpn.fg_iou).mean():10.1%}  {words}"
+
+    fitted = fit_scales(sizes, rpn.anchor_scales, anchors_of)
+    configured = np.concatenate(anchors_of(rpn.anchor_scales))
+    free = fit_sizes(sizes, min(len(configured), len(sizes)))
+    ratios = " ".join(f"{ratio:g}" for ratio in rpn.anchor_ratios)
+    small = (sizes.min(axis=1) < strides[0]).mean()
+    return [
+        f"anchors    for {dataset.name} at network scale ({model.image.short_side} to {model.image.long_side} pixels); "
+        f"{small:.1%} of the boxes are narrower than a feature cell",
+        f"{'':10} {'mean IoU':>8} {f'>= {rpn.fg_iou:g}':>10}",
+        line(name, configured, f"anchor_scales {_words(rpn.anchor_scales)}, ratios {ratios}"),
+        line("k-means", np.concatenate(anchors_of(fitted)), f"--model.rpn.anchor_scales {_words(fitted)}"),
+        line("any shape", free, " ".join(f"{width:.0f}x{height:.0f}" for width, height in free)),
+    ]
+
+
+def _cell_sizes(rpn, base: float, scale: float) -> np.ndarray:
+    boxes = cell_anchors(base, (scale,), rpn.anchor_ratios, rounding=rpn.anchor_rounding).astype(np.float64)
+    return boxes[:, 2:] - boxes[:, :2]
+
+
+def _words(scales: Scales) -> str:
+    return " ".join(f"{scale:g}" for scale in scales)
+
+
+def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
+    """Writes one picture of many, with their boxes: those with a finding first, the others evenly from the whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = " ".join(finding.where for finding in dataset.findings)
+    named = [record for record in dataset.records if f"/{record.path.name}" in told or f"/{record.id}.xml" in told]
+    spread = np.linspace(0, len(dataset.records) - 1, min(SHEET, len(dataset.records))).astype(int)
+    others = [dataset.records[index] for index in spread]
+    chosen = list({record.path: record for record in [*named[: SHEET // 2], *others]}.values())[:SHEET]
+    rows = -(-len(chosen) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * SIDE, max(1, rows) * SIDE), "white")
+    for number, record in enumerate(chosen):
+        row, column = divmod(number, COLUMNS)
+        sheet.paste(Image.fromarray(_pictured(record, dataset.class_names)), (column * SIDE, row * SIDE))
+    path = folder / f"{name.replace('+', '_')}.jpg"
+    sheet.save(path, quality=90)
+    return path
+
+
+def _pictured(record: ImageRecord, class_names: tuple[str, ...]) -> np.ndarray:
+    image = Image.fromarray(record_pixels(record))
+    scale = (SIDE - 8) / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    captions = [class_names[label - 1] for label in record.labels]
+    return draw_boxes(np.array(image), record.boxes * np.float32(scale), record.labels, captions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Spoils annotations and lets the readers read them: python tests/fuzz_readers.py --minutes 10
+
+From a healthy VOC annotation, its list, or a COCO file, one to six changes are made: of the tree (an element or
+item removed, doubled, moved, given another value) and of the bytes. Whatever comes of it, a reader returns records
+that training can use, or raises InputError with one sentence that names the folder; strict and lenient, within
+seconds.
+"""
+
+import argparse
+import copy
+import json
+import random
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import bad_cases
+import numpy as np
+
+from fasterrcnn_jax.data.coco import read_coco
+from fasterrcnn_jax.data.voc import class_names_in, read_voc
+from fasterrcnn_jax.errors import InputError
+
+TEXTS = [
+    "", " ", "0", "1", "-1", "+7", "10.6", "1e3", "1e300", "-0", "nan", "inf", "-Infinity", "ten", "65535", "0x10",
+    "1_0", "٣", "9" * 400, "\u2003 12", "square", "disc", "Disc", "../../outside", "/etc/passwd", "C:\\x", "odd",
+    "ok.jpg", "odd.png", "\ufeff", "é", "a" * 5000,
+]  # fmt: skip
+VALUES = [
+    None, True, False, 0, -1, 1, 2, 3, 7, 10, 11, 1.5, -0.0, 2**31, 2**63, 10**400, 1e308, float("nan"),
+    float("inf"), "", "10", "square", [], {}, [[]], [1, 2, 3, 4], {"id": 10}, "../x.png", "10.png\0", "a" * 5000,
+    [9, 9, 30, 30], [9, 9, 1e-30, 30], [1e12, 0, 1, 1], [95.99999, 0, 1e11, 5], "\ud800",
+]  # fmt: skip
+BYTES = [
+    b"<", b">", b"&", b"&#0;", b"&lol;", b"\0", b"\xff", b"\xfe\xff", b"]]>", b"<!--", b"<!DOCTYPE a>", b"<![CDATA[",
+    b"{", b"[", b'"', b"\\u", b"NaN", b",", b"-", b"\r", b"\n", b"/", b"..", b" 1", b"\xef\xbb\xbf", b"[" * 3000,
+]  # fmt: skip
+MAX_SECONDS = 5.0
+
+
+def spoil_bytes(rng: random.Random, content: bytes) -> bytes:
+    place = rng.randrange(len(content) + 1)
+    end = min(len(content), place + rng.choice((0, 1, 2, 8, 64)))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        return content[:place] + content[end:]
+    if kind == 2:
+        return content[:end] + content[place:end] * rng.randrange(1, 4) + content[end:]
+    if kind == 3:
+        return content[:place] + bytes([rng.randrange(256)]) + content[end:]
+    return content[:place] + rng.choice(BYTES) + content[end:]
+
+
+def spoil_tree(rng: random.Random, root: ElementTree.Element) -> None:
+    parent = rng.choice(list(root.iter()))
+    kind, children = rng.randrange(7), list(parent)
+    if kind == 0 and children:
+        parent.remove(rng.choice(children))
+    elif kind == 1 and children:
+        parent.append(copy.deepcopy(rng.choice(children)))
+    elif kind == 2:
+        parent.append(copy.deepcopy(rng.choice([e for e in root.iter() if not len(e)])))
+    elif kind == 3 and children:
+        rng.shuffle(children)
+        parent[:] = children
+    elif kind == 4:
+        parent.tag = rng.choice([e.tag for e in root.iter()])
+    elif kind == 5:
+        parent.set("xmin", rng.choice(TEXTS))
+    else:
+        parent.text = rng.choice(TEXTS)
+
+
+def spoil_json(rng: random.Random, content):
+    """Returns the content with one item, somewhere, removed, doubled, or of another value."""
+    places, stack = [], [content]
+    while stack:
+        item = stack.pop()
+        keys = item.keys() if isinstance(item, dict) else range(len(item))
+        for key in keys:
+            places.append((item, key))
+            if isinstance(item[key], dict | list):
+                stack.append(item[key])
+    if not places:
+        return rng.choice(VALUES)
+    item, key = rng.choice(places)
+    kind = rng.randrange(5)
+    if kind == 0:
+        del item[key]
+    elif kind == 1 and isinstance(item, list):
+        item.append(copy.deepcopy(item[key]))
+    elif kind == 2 and isinstance(item, dict):
+        other = rng.choice(list(item))
+        item[key], item[other] = item[other], item[key]
+    else:
+        item[key] = copy.deepcopy(rng.choice(VALUES))
+    return content
+
+
+def spoiled_xml(rng: random.Random) -> bytes:
+    root = ElementTree.fromstring(bad_cases.annotation("odd.png"))
+    for _ in range(rng.randrange(4)):
+        spoil_tree(rng, root)
+    encoding = rng.choice(("utf-8", "utf-8", "utf-16", "latin-1"))
+    content = ElementTree.tostring(root, encoding) if encoding != "latin-1" else ElementTree.tostring(root)
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        content = spoil_bytes(rng, content)
+    return content
+
+
+def spoiled_json(rng: random.Random) -> bytes:
+    content = bad_cases.instances()
+    for _ in range(rng.randrange(1, 5)):
+        if isinstance(content, dict | list):
+            content = spoil_json(rng, content)
+    content = json.dumps(content).encode("utf-8", "surrogatepass")
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        content = spoil_bytes(rng, content)
+    return content
+
+
+def check(read, folder: Path) -> bool:
+    """Returns whether `read` returned records; raises AssertionError where it did neither as it should."""
+    started = time.process_time()
+    try:
+        dataset = read()
+    except InputError as error:
+        message = str(error)
+        assert str(folder) in message and "\n" not in message and len(message) < 1500, message
+        dataset = None
+    assert time.process_time() - started < MAX_SECONDS
+    for record in () if dataset is None else dataset.records:
+        height, width = record.image_hw
+        boxes, count = record.boxes, len(record.boxes)
+        assert np.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all() and np.isfinite(record.area).all() and (record.area >= 0).all()
+        assert ((1 <= record.labels) & (record.labels <= 2)).all()
+        assert len(record.labels) == len(record.difficult) == len(record.crowd) == len(record.area) == count
+        assert record.path.resolve().is_relative_to(folder.resolve())
+    return dataset is not None
+
+
+def attempt(folder: Path, seed: int) -> bool:
+    """Spoils one thing by `seed` and reads it, strict and lenient; returns whether the lenient reading went through."""
+    rng = random.Random(seed)
+    kind = rng.randrange(5)
+    if kind < 2:
+        root = folder / "voc"
+        (root / "Annotations/odd.xml").write_bytes(spoiled_xml(rng))
+        (root / "ImageSets/Main/train.txt").write_bytes(b"ok\nodd\n")
+    elif kind == 2:
+        root, listing = folder / "voc", b"ok\nodd\n"
+        for _ in range(rng.randrange(1, 4)):
+            listing = spoil_bytes(rng, listing)
+        (root / "Annotations/odd.xml").write_text(bad_cases.annotation("odd.png"))
+        (root / "ImageSets/Main/train.txt").write_bytes(listing)
+    if kind < 3:
+        check(lambda: (class_names_in(root, "train"), None)[1], root)
+        reads = [lambda f=f: read_voc(root, "train", bad_cases.CLASSES, faults=f) for f in ("error", "skip")]
+    else:
+        root = folder / "coco"
+        (root / "instances.json").write_bytes(spoiled_json(rng))
+        reads = [
+            lambda f=f: read_coco(root / "instances.json", root / "images", bad_cases.CLASSES, faults=f)
+            for f in ("error", "skip")
+        ]
+    strict, lenient = (check(read, root) for read in reads)
+    assert lenient or not strict
+    return lenient
+
+
+def prepare(folder: Path) -> None:
+    bad_cases.write_voc(folder / "voc")
+    bad_cases.write_coco(folder / "coco")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    arguments = parser.parse_args()
+    end, seed, read, failed = time.monotonic() + 60 * arguments.minutes, arguments.seed, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        while time.monotonic() < end:
+            try:
+                read += attempt(Path(folder), seed)
+            except Exception as error:
+                failed += 1
+                print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            seed += 1
+    count = seed - arguments.seed
+    print(f"{count} executions, {read} of them read, {failed} failures")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""`check` finds what was planted, and what is known to be wrong with a real set."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import bad_cases
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from fasterrcnn_jax import __main__ as program
+from fasterrcnn_jax.config import DataConfig, ModelConfig
+from fasterrcnn_jax.data import check, layouts, overlap, sources
+from fasterrcnn_jax.data.anchor_scales import fit_scales, fit_sizes, size_iou
+from fasterrcnn_jax.scripts.check import anchor_lines
+
+BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
+
+
+def run(*arguments):
+    """Returns the exit status."""
+    with tiny.restored_logging(), pytest.raises(SystemExit) as ended:
+        program.main(["check", *map(str, arguments)])
+    return ended.value.code
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """Five pictures to train on and three to test on, all different."""
+    tiny.write_voc(tmp_path / "voc", train=5, test=3)
+    return tmp_path / "voc"
+
+
+def xml(root, name, *objects):
+    """Puts (class, xmin, ymin, xmax, ymax) objects into an annotation in place of its own."""
+    path = root / f"Annotations/{name}.xml"
+    lines = "".join(
+        f"<object><name>{kind}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
+        "</bndbox></object>"
+        for kind, a, b, c, d in objects
+    )
+    path.write_text(re.sub("<object>.*</object>|(?=</annotation>)", lines, path.read_text(), count=1))
+
+
+def test_a_clean_folder_exits_with_0_and_is_described(clean, capsys):
+    assert run(clean) == 0
+    said = capsys.readouterr().out
+    assert "images     5, 1 without an object; objects per image 0 to 2, median 1" in said
+    assert "sizes      72 x 48: 3, 48 x 72: 2" in said
+    # Objects, images with one, difficult, crowds; sides of 24 pixels, square.
+    assert re.search(r"^ring +4 +4 +0 +0 +24 +24 +24 +1.00 +1.00$", said, re.MULTILINE)
+    assert re.search(r"^all +6 +4 ", said, re.MULTILINE)
+    assert "15 pairs of images, compared for the same pixels and for shifted views" in said
+    assert said.endswith("no fault, and nothing odd\n")
+
+
+PLANTED = {
+    "a box twice": (
+        lambda root: xml(root, "train0", ("ring", 3, 3, 30, 30), ("disc", 9, 9, 40, 40), ("ring", 3, 3, 30, 30)),
+        1, ["The same box of the same class", "train0.png: [2, 2, 30, 30] and [2, 2, 30, 30]"],
+    ),
+    "a box nearly twice": (
+        lambda root: xml(root, "train0", ("ring", 3, 3, 42, 42), ("ring", 4, 3, 42, 42)),
+        1, ["nearly cover one another", "Boxes of one class", "train0.png", "IoU 0.975"],
+    ),
+    "an object of two classes": (
+        lambda root: xml(root, "train0", ("ring", 3, 3, 42, 42), ("disc", 4, 3, 42, 42)),
+        1, ["Boxes of two classes", "train0.png"],
+    ),
+    "a box of one pixel": (
+        lambda root: xml(root, "train1", ("ring", 3, 3, 3, 3), ("ring", 9, 9, 30, 30)),
+        1, ["under two pixels", "train1.xml, object 1"],
+    ),
+    "a box over the border": (
+        lambda root: xml(root, "test0", ("ring", 3, 3, 300, 30)), 1, ["clipped", "test0.xml, object 1", "xmax 300"],
+    ),
+    "a box outside": (
+        lambda root: xml(root, "test1", ("ring", 300, 3, 310, 30), ("ring", 3, 3, 30, 30)),
+        2, ["FAULT", "test1.xml, object 1", "xmin 300", "outside"],
+    ),
+    "a class nobody meant": (
+        lambda root: xml(root, "train2", ("", 3, 3, 30, 30)), 2, ["FAULT", "train2.xml, object 1, name", "''"],
+    ),
+    "a cut picture": (
+        lambda root: (root / "JPEGImages/train3.png").write_bytes((root / "JPEGImages/train3.png").read_bytes()[:900]),
+        2, ["FAULT", "train3.png: the image cannot be decoded"],
+    ),
+    "an annotation that is none": (
+        lambda root: (root / "Annotations/test2.xml").write_text("<html/>"), 2, ["FAULT", "test2.xml: not a VOC"],
+    ),
+    "a picture in two splits under two names and formats": (
+        lambda root: Image.open(root / "JPEGImages/train0.png").save(root / "JPEGImages/test0.png", "BMP"),
+        2, ["FAULT", "Images of the same pixels are in both splits: 1", "test0.png and ", "train0.png"],
+    ),
+    "a picture twice in a split": (
+        lambda root: shutil.copy(root / "JPEGImages/train0.png", root / "JPEGImages/train2.png"),
+        1, ["same pixels are in a split more than once: 1", "train2.png and ", "train0.png"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_what_is_planted_is_found_with_its_file_and_sets_the_exit_status(clean, fault, capsys):
+    plant, status, parts = PLANTED[fault]
+    plant(clean)
+    assert run(clean) == status
+    said = capsys.readouterr().out
+    assert [part for part in parts if part not in said] == [], said
+    assert said.count("FAULT:") + said.count("note:") == 1
+
+
+def test_every_fault_is_printed_where_all_are_asked_for(clean, capsys):
+    xml(clean, "train0", *[("ring", 300, 3, 310, 30)] * 25, ("ring", 3, 3, 30, 30))
+    assert run(clean) == 2
+    assert "and 5 more; --all prints them" in capsys.readouterr().out
+    assert run(clean, "--all") == 2
+    said = capsys.readouterr().out
+    assert "Faulty objects were skipped: 25" in said and "train0.xml, object 25:" in said and "more;" not in said
+
+
+def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_compared(clean, capsys):
+    fields = ["--data.root", clean, "--data.class_names", *tiny.CLASS_NAMES]
+    assert run("folder.py", *fields, "--model.rpn.anchor_scales", "9", "10", "--data.test_split", "train") == 0
+    said = capsys.readouterr().out
+    assert "\ntrain: " in said and "\ntest: " not in said
+    assert "anchor_scales 9 10" in said and "(240 to 320 pixels)" in said
+    # 24 pixels become 24 x 320 / 72, which is 6.67 times 16.
+    assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
+
+
+def test_a_folder_takes_no_fields_and_what_is_neither_is_named(clean, capsys):
+    assert run(clean, "--data.root", "x") == 2
+    assert "takes no fields" in capsys.readouterr().err
+    assert run(clean / "nowhere") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert run(clean / "JPEGImages") == 2
+    assert "holds neither" in capsys.readouterr().err
+
+
+def test_a_sheet_shows_pictures_with_boxes_where_they_are(clean, tmp_path):
+    assert run(clean, "--pictures", tmp_path / "sheets") == 0
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["test.jpg", "train.jpg"]
+    sheet = np.array(Image.open(tmp_path / "sheets/train.jpg"))
+    assert sheet.shape == (320, 1600, 3)
+    # One picture in every column, the two shapes with white beside or below them.
+    assert all(sheet[:, k * 320 : k * 320 + 200].std() > 20 for k in range(5))
+
+
+def test_layouts_are_guessed(clean, tmp_path):
+    data, splits = layouts.guess(clean)
+    assert (data.layout, splits, data.class_names) == ("voc", ("test", "train"), ("disc", "ring"))
+    shutil.copytree(clean, tmp_path / "kit/VOC2007")
+    data, splits = layouts.guess(tmp_path / "kit")
+    assert (data.layout, splits) == ("vocdevkit", ("2007_test", "2007_train"))
+    bad_cases.write_coco(tmp_path / "coco")
+    data, splits = layouts.guess(tmp_path / "coco")
+    assert (data.layout, splits, data.coco_images) == ("coco", ("instances",), "images")
+    assert len(sources.read(data, "instances").records) == 2
+    (tmp_path / "coco/annotations").mkdir()
+    (tmp_path / "coco/instances.json").rename(tmp_path / "coco/annotations/instances_a.json")
+    data, splits = layouts.guess(tmp_path / "coco")
+    assert splits == ("a",) and data.class_names == bad_cases.CLASSES
+    assert len(sources.read(data, "a").records) == 2
+
+
+def test_a_list_that_others_make_up_is_not_compared_with_them(clean, capsys):
+    """trainval is train and val; train and test that share an image are compared all the same."""
+    names = (clean / "ImageSets/Main/train.txt").read_text().split()
+    for split, part in (("train", names[:3]), ("val", names[3:]), ("trainval", names)):
+        (clean / f"ImageSets/Main/{split}.txt").write_text("\n".join(part))
+    assert run(clean) == 0
+    assert capsys.readouterr().out.count("pairs of images") == 3
+    (clean / "ImageSets/Main/test.txt").write_text("test0\ntrain0\n")
+    assert run(clean) == 2
+    assert "in both splits: 1" in capsys.readouterr().out
+
+
+def field(seed, height=400, width=600):
+    """A picture with structure at every scale, so that parts of it look alike only where they are the same."""
+    rng = np.random.default_rng(seed)
+    blobs = [
+        Image.fromarray(rng.normal(0, 2 * cell, (height // cell, width // cell)).astype(np.float32))
+        for cell in (10, 20, 50)
+    ]
+    grey = sum(np.asarray(blob.resize((width, height), Image.Resampling.BICUBIC)) for blob in blobs)
+    return np.repeat(np.clip(grey + 128, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("x, y", [(0, 0), (60, 0), (-30, 45), (120, -90)])
+def test_a_shifted_view_is_found_with_its_shift(x, y):
+    """By its definition: a part of one field, and another part of it."""
+    whole = field(1)
+    one = whole[100:340, 130:450]
+    other = whole[100 + y : 340 + y, 130 + x : 450 + x] if (x, y) != (0, 0) else one // 2 + 40
+    (found,) = overlap.shifted_views([overlap.trace(field(2)[:240, :320]), overlap.trace(one)], [overlap.trace(other)])
+    assert (found.first, found.second) == (1, 0) and found.correlation > 0.8
+    # A pixel of the small picture is 4 of this one.
+    np.testing.assert_allclose(np.array(found.shift) * 320, [-x, -y], atol=5)
+
+
+def test_the_correlation_is_pearsons_over_what_two_views_have_in_common():
+    one, other = (overlap.trace(field(seed)[:240, :320]).thumbnail for seed in (1, 2))
+    mixed = 0.9 * one + 0.1 * other
+    assert np.abs(overlap._detail(np.full((7, 30), 5.0, np.float32))).max() < 1e-6
+    best, shift = overlap._best_shift(overlap._spectra(one, 1), overlap._spectra(mixed, 1), one.size, 1)
+    assert shift == (0.0, 0.0)
+    np.testing.assert_allclose(best, np.corrcoef(one.ravel(), mixed.ravel())[0, 1], atol=1e-6)
+
+
+def test_pictures_of_one_colour_and_of_other_shapes_are_no_views_of_each_other():
+    flat = [overlap.trace(np.full((60, 80, 3), value, np.uint8)) for value in (0, 100)]
+    odd = [overlap.trace(np.zeros(shape, np.uint8)) for shape in ((1, 1, 3), (40, 6000, 3), (6000, 40, 3))]
+    assert overlap.shifted_views([*flat, *odd], [*flat, *odd, overlap.trace(field(1))]) == []
+    assert overlap.identical(flat, odd) == [] and len(overlap.identical(flat, flat)) == 2
+
+
+def test_many_pairs_are_compared_by_their_pixels_only(monkeypatch, clean):
+    monkeypatch.setattr(check, "MOST_PAIRS", 14)
+    data = DataConfig(root=clean, class_names=tiny.CLASS_NAMES)
+    one, other = (check.check_split(sources.read(data, name)) for name in ("train", "test"))
+    assert check.shared_images(one, other)[1].endswith("for the same pixels only: too many for shifted views")
+
+
+def test_sizes_overlap_as_boxes_of_one_centre():
+    got = size_iou(np.float64([[10, 20], [4, 4]]), np.float64([[10, 10], [20, 40]]))
+    np.testing.assert_allclose(got, [[0.5, 0.25], [0.16, 16 / 800]])
+
+
+def test_scales_are_found_again_that_the_boxes_were_made_with():
+    """Boxes of three scales, some wide and some high, each a little off."""
+    rng = np.random.default_rng(0)
+    scale, ratio = rng.choice([3.0, 8.0, 20.0], 600), rng.choice([0.5, 1.0, 2.0], 600)
+    sizes = np.stack([16 * scale / np.sqrt(ratio), 16 * scale * np.sqrt(ratio)], axis=1)
+    sizes *= rng.uniform(0.95, 1.05, sizes.shape)
+
+    def anchors_of(scales):
+        return [np.float64([[16 * s / r**0.5, 16 * s * r**0.5] for r in (0.5, 1.0, 2.0)]) for s in scales]
+
+    fitted = fit_scales(sizes, (8.0, 16.0, 32.0), anchors_of)
+    np.testing.assert_allclose(fitted, [3, 8, 20], rtol=0.03)
+    # What fits already is left.
+    assert fit_scales(sizes[:1] * 0 + 128, (8.0,), anchors_of) == (8.0,)
+    centres = fit_sizes(sizes, 9)
+    assert size_iou(sizes, centres).max(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize("model", [tiny.MODEL, tiny.FPN, ModelConfig()])
+def test_suggested_scales_fit_no_worse_than_the_configured(model, clean):
+    data = DataConfig(root=clean, class_names=tiny.CLASS_NAMES)
+    lines = anchor_lines(sources.read(data, "train"), model)
+    configured, fitted, free = (float(re.search(r" ([01]\.\d{3}) ", line)[1]) for line in lines[2:])
+    assert configured <= fitted and free == 1.0
+    dataset = sources.read(data, "train")
+    assert "no box" in anchor_lines(dataset._replace(records=dataset.records[4:]), model)[0]
+
+
+def test_crowds_may_lie_over_objects(tmp_path):
+    box = (3, 4, 23, 28)
+    dataset = tiny.dataset(tmp_path, [(tiny.picture((48, 72), box), [box, box], [1, 1])], crowd=[[False, True]])
+    assert check.box_findings(dataset.records[0]) == []
+    assert len(check.box_findings(dataset.records[0]._replace(crowd=np.zeros(2, bool)))) == 1
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """The splits of the set of blood cells, not decoded."""
+    if not BCCD.is_dir():
+        pytest.skip(f"{BCCD.name} is not in the folder {BCCD.parents[1].name} beside the repository")
+    data, splits = layouts.guess(BCCD)
+    assert splits == ("test", "train", "trainval", "val") and data.class_names == ("Platelets", "RBC", "WBC")
+    return {name: sources.read(dataclasses.replace(data, faults="skip"), name) for name in ("train", "val", "test")}
+
+
+def test_cells_have_the_boxes_of_one_pixel_and_the_doubled_boxes_that_are_known(cells):
+    """SOURCE.md of the set."""
+    findings = [finding for dataset in cells.values() for finding in dataset.findings]
+    findings += [f for dataset in cells.values() for record in dataset.records for f in check.box_findings(record)]
+    assert not any(finding.is_fault for finding in findings)
+    small = sorted(re.findall(r"BloodImage_\d+", " ".join(f.where for f in findings if "under two" in f.sentence)))
+    assert small == ["BloodImage_00338", "BloodImage_00343"]
+    doubled = [finding for finding in findings if finding.sentence == check.NEARLY_SAME_BOX]
+    assert len(doubled) == 7 and len(findings) == 9
+
+
+@pytest.mark.slow
+def test_cells_have_the_fields_in_two_splits_that_are_known(cells):
+    """extra/overlapping_fields.tsv of the set."""
+    checked = {name: check.check_split(dataset) for name, dataset in cells.items()}
+    known = {
+        tuple(sorted(line.split("\t")[1:3]))
+        for line in (BCCD / "extra/overlapping_fields.tsv").read_text().splitlines()[1:]
+        if len({*line.split("\t")[3:5]}) == 2
+    }
+    found = set()
+    for one, other in (("test", "train"), ("test", "val"), ("train", "val")):
+        shared, _ = check.shared_images(checked[one], checked[other])
+        found |= {tuple(sorted(re.findall(r"BloodImage_\d+", finding.where))) for finding in shared}
+    assert len(known) == 15 and known <= found
+    # Five more; laid beside each other they show the same cells.
+    more = {("00019", "00020"), ("00040", "00041"), ("00225", "00262"), ("00232", "00255"), ("00276", "00277")}
+    assert found - known == {tuple(f"BloodImage_{number}" for number in pair) for pair in more}
