@@ -1,4 +1,4 @@
-"""From the configuration to records: three layouts, joined splits, and where absent data comes from."""
+"""From the configuration to records: layouts, joined splits, where absent data comes from; folders of images."""
 
 import dataclasses
 import json
@@ -8,9 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
-from fasterrcnn_jax.data.sources import open_split
+from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.sources import open_images, open_split, with_class_names
 from fasterrcnn_jax.errors import InputError
 
 
@@ -199,3 +201,65 @@ def test_without_class_names_those_in_the_data_are_listed(voc, devkit, coco):
     for data, split in ((voc, "train+test"), (devkit, "2007_trainval+2012_trainval"), (coco, "a2017+b2017")):
         message = one_sentence(dataclasses.replace(data, class_names=()), split)
         assert message == f"data.class_names is empty; the objects in {data.root} are named: disc, ring"
+
+
+def test_class_names_left_empty_are_those_that_coco_declares(voc, devkit, coco):
+    empty = dataclasses.replace(coco, class_names=(), train_split="b2017+a2017")
+    assert with_class_names(empty) == dataclasses.replace(empty, class_names=("ring", "disc"))
+    chosen = dataclasses.replace(coco, class_names=("disc", "ring"))
+    assert with_class_names(chosen) is chosen
+    for data in (voc, devkit):  # declares none: what its objects are called is no order, and may be too few
+        data = dataclasses.replace(data, class_names=())
+        assert with_class_names(data) is data
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of b.png, of 30 x 50 pixels, and A.JPG, stored as 20 x 40 and shown as 40 x 20."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(tiny.picture((30, 50), (10, 5, 20, 15))).save(folder / "b.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # viewers turn it a quarter clockwise
+    Image.fromarray(tiny.picture((20, 40), (0, 0, 8, 8))).save(folder / "A.JPG", exif=exif, quality=95)
+    return folder
+
+
+def test_a_folder_of_images_is_in_the_order_of_its_names_and_turned_as_viewers_do(images):
+    dataset = open_images(images, tiny.CLASS_NAMES)
+    assert ids(dataset) == ["A.JPG", "b.png"] and dataset.notes == ()
+    assert [record.image_hw for record in dataset.records] == [(40, 20), (30, 50)]
+    turned = record_pixels(dataset.records[0])
+    assert turned.shape == (40, 20, 3) and turned[3, 16, 0] > 200 and turned[3, 3, 0] < 100
+    assert dataset.class_names == tiny.CLASS_NAMES and dataset.category_ids == (1, 2)
+    assert all(record.boxes.shape == (0, 4) and not len(record.labels) for record in dataset.records)
+
+
+def test_what_is_no_image_is_passed_over_with_a_note(images, caplog):
+    (images / "notes.txt").write_text("no image")
+    (images / "more.jpg").mkdir()
+    assert ids(open_images(images, tiny.CLASS_NAMES)) == ["A.JPG", "b.png"]
+    (said,) = (record.message for record in caplog.records)
+    assert said == f"What has no extension of an image was passed over: 2, the first in {images / 'more.jpg'}."
+
+
+@pytest.mark.parametrize("damage", ["no image", "cut short"])
+def test_an_unreadable_image_is_named_or_skipped_with_a_warning(images, caplog, damage):
+    path = images / "b.png"
+    path.write_bytes(b"no image" if damage == "no image" else path.read_bytes()[:-200])
+    assert ids(open_images(images, tiny.CLASS_NAMES, faults="skip")) == ["A.JPG"]
+    assert "Faulty images were skipped: 1" in caplog.text and str(path) in caplog.text
+    with pytest.raises(InputError, match="b.png"):
+        [record_pixels(record) for record in open_images(images, tiny.CLASS_NAMES).records]
+    (images / "A.JPG").unlink()
+    with pytest.raises(InputError, match="holds no image that can be read"):
+        open_images(images, tiny.CLASS_NAMES, faults="skip")
+
+
+def test_a_folder_without_images_is_refused(images):
+    for path in images.iterdir():
+        path.unlink()
+    for folder, said in ((images, "holds no image that can be read"), (images / "absent", "no such folder")):
+        with pytest.raises(InputError, match=said) as caught:
+            open_images(folder, tiny.CLASS_NAMES)
+        assert str(folder) in str(caught.value)

@@ -1,16 +1,32 @@
-"""Opens the labelled images that a configuration names."""
+"""Opens the labelled images that a configuration names, and folders of images without labels."""
 
+import dataclasses
 import logging
 import re
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from fasterrcnn_jax.config import DataConfig
-from fasterrcnn_jax.data import coco, voc
-from fasterrcnn_jax.data.records import Dataset
+from fasterrcnn_jax.data import coco, tfds, voc
+from fasterrcnn_jax.data.faults import (
+    FAULTY_IMAGE,
+    Faults,
+    findings_of,
+    notes_of,
+    skip_undecodable,
+    skipping,
+    watched,
+)
+from fasterrcnn_jax.data.images import image_size, read_image
+from fasterrcnn_jax.data.records import Dataset, ImageRecord
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 _VOC_ARCHIVES = {
     "2007": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar",
@@ -29,27 +45,86 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     if data.shapes is not None:
         shapes = data.shapes
         make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
-    names = split.split("+")
-    if not data.class_names:
-        found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
-        raise InputError(f"data.class_names is empty; the objects in {data.root} are named: {found}")
-    dataset = _joined([_open(data, name) for name in names])
+    dataset = read(data, split)
+    if data.faults == "skip":
+        dataset = skip_undecodable(dataset)
     logger.info("%s: %d images", dataset.name, len(dataset.records))
     for note in dataset.notes:
         logger.warning("%s", note)
     return dataset
 
 
-def _open(data: DataConfig, name: str) -> Dataset:
+def read(data: DataConfig, split: str) -> Dataset:
+    """Returns what `open_split` does, before any image is decoded and anything is logged."""
+    names = split.split("+")
+    if not data.class_names:
+        found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
+        raise InputError(f"data.class_names is empty; the objects in {data.root} are named: {found}")
+    return _joined([read_split(data, name) for name in names])
+
+
+def read_split(data: DataConfig, name: str) -> Dataset:
+    """Returns the records of one split; pixels are not decoded."""
+    if data.layout == "tfds":
+        return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, faults=data.faults)
     if data.layout == "coco":
-        return coco.read_coco(*_coco_place(data, name), data.class_names)
-    return voc.read_voc(*_voc_place(data, name), data.class_names)
+        return coco.read_coco(*_coco_place(data, name), data.class_names, faults=data.faults)
+    return voc.read_voc(*_voc_place(data, name), data.class_names, faults=data.faults)
+
+
+def with_class_names(data: DataConfig) -> DataConfig:
+    """Returns `data` with the classes that its set declares, where it names none; a VOC folder declares none.
+
+    Raises:
+      InputError: the set of the training split cannot be read.
+    """
+    if data.class_names or data.layout not in ("coco", "tfds"):
+        return data
+    return dataclasses.replace(data, class_names=_class_names(data, data.train_split.split("+")[0]))
 
 
 def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
+    if data.layout == "tfds":
+        return tfds.class_names_of(data.root, data.tfds_name)
     if data.layout == "coco":
         return coco.category_names(_coco_place(data, name)[0])
     return voc.class_names_in(*_voc_place(data, name))
+
+
+def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+    """Returns the images of a folder in the order of their names, which are their ids, without objects.
+
+    They are read as viewers show them, turned as EXIF says. Files without the extension of an image, and folders
+    within the folder, are passed over with a note.
+
+    Args:
+      class_names: of the detector that is to look at them.
+      faults: "skip" leaves out what cannot be decoded; every image is then decoded once to know.
+
+    Raises:
+      InputError: the folder is absent or holds no image, or a file with the extension of one is none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    found, records, none = defaultdict(list), [], np.zeros(0)
+    paths = sorted(folder.iterdir())
+    for path in watched(paths, f"reading {folder}", len(paths)):
+        if path.suffix.lower() not in IMAGE_EXTENSIONS or path.is_dir():
+            found["What has no extension of an image was passed over"].append(str(path))
+            continue
+        with skipping(FAULTY_IMAGE, found, faults):
+            if faults == "skip":
+                read_image(path)
+            arrays = np.zeros((0, 4), np.float32), none.astype(np.int32), none.astype(bool), none.astype(bool), none
+            records.append(ImageRecord(path.name, path, image_size(path, upright=True), *arrays, upright=True))
+    findings = findings_of(found)
+    ids = tuple(range(1, len(class_names) + 1))
+    notes = notes_of(findings)
+    for note in notes:
+        logger.warning("%s", note)
+    if not records:
+        raise InputError(f"{folder}: holds no image that can be read, of {' '.join(IMAGE_EXTENSIONS)}")
+    return Dataset(str(folder), class_names, tuple(records), notes, ids, findings)
 
 
 def _joined(datasets: list[Dataset]) -> Dataset:
@@ -70,6 +145,7 @@ def _joined(datasets: list[Dataset]) -> Dataset:
         name=" + ".join(dataset.name for dataset in datasets),
         records=tuple(record for dataset in datasets for record in dataset.records),
         notes=tuple(note for dataset in datasets for note in dataset.notes),
+        findings=tuple(finding for dataset in datasets for finding in dataset.findings),
     )
 
 

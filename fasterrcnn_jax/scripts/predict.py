@@ -1,0 +1,67 @@
+"""Finds objects in a folder of images: fasterrcnn-jax predict --ckpt runs/shapes --images FOLDER --out OUT
+
+OUT gets detections.json, COCO's format of results with the file names as image_id; classes.txt, whose line k is
+category_id k; and each image with its boxes in pictures/. Images are taken as viewers show them, turned as EXIF says.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from PIL import Image
+
+from fasterrcnn_jax import checkpoint, cli
+from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.sources import open_images
+from fasterrcnn_jax.drawing import draw
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.evaluation import results
+from fasterrcnn_jax.inference import Prediction, detect_dataset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    ckpt: Path
+    """run folder (its newest checkpoint) or one of its checkpoints/STEP"""
+    images: Path
+    """folder of images, without labels"""
+    out: Path
+    """folder for the result"""
+    faults: Literal["error", "skip"] = "error"
+    """at an image that cannot be decoded: stop, or skip it with a warning; skip decodes every image twice"""
+    batch_size: int = 1
+    """images detected at once"""
+    score_threshold: float = 0.5
+    """detections below it are not drawn; detections.json has them all"""
+    implementation: Literal["xla", "mosaic"] | None = None
+    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
+    model = checkpoint.load(arguments.ckpt)
+    dataset = open_images(arguments.images, model.class_names, faults=arguments.faults)
+    detections = detect_dataset(
+        model, dataset, batch_size=arguments.batch_size, implementation=arguments.implementation
+    )
+
+    pictures = arguments.out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    results.write_coco_json(arguments.out / "detections.json", detections, dataset)
+    (arguments.out / "classes.txt").write_text("".join(f"{name}\n" for name in model.class_names), "utf-8")
+    for record, found in zip(dataset.records, detections, strict=True):
+        names = tuple(model.class_names[label - 1] for label in found.labels)
+        prediction = Prediction(found.boxes, found.scores, found.labels, names)
+        drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
+        # The whole name: a.jpg may lie beside a.png.
+        Image.fromarray(drawn).save(pictures / f"{record.id}.png")
+    print(f"images     {len(dataset.records)}")
+    print(f"files      {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

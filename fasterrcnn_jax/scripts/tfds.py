@@ -1,0 +1,38 @@
+"""Stores voc/2007, voc/2012 or coco/2017 for TFDS, without TensorFlow: fasterrcnn-jax tfds voc/2007 ARCHIVES
+
+ARCHIVES is the folder with the archives as they were downloaded, or with what they unpack to. Training then takes
+--data.layout tfds --data.tfds_name voc/2007 --data.root ROOT.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fasterrcnn_jax import cli
+from fasterrcnn_jax.data import tfds_builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    name: Annotated[Literal["voc/2007", "voc/2012", "coco/2017"], tyro.conf.Positional]
+    """the set"""
+    archives: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVES")]
+    """VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar; VOCtrainval_11-May-2012.tar; train2017.zip,
+    val2017.zip and annotations_trainval2017.zip"""
+    root: Path = Path("~/tensorflow_datasets")
+    """TFDS's data_dir; the archives are unpacked into it for the while"""
+
+
+@cli.script
+def main(argv: list[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    folder, counts = tfds_builder.build(arguments.name, arguments.archives, arguments.root.expanduser())
+    for split, count in counts.items():
+        print(f"{split:10} {count} images")
+    print(f"folder     {folder}")
+
+
+if __name__ == "__main__":
+    main()
