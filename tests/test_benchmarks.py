@@ -420,3 +420,29 @@ def test_kept_boxes_are_compared_as_sets(importable):
     kept = np.array([[4, 2, 9, 0]])
     assert operations.kept_differently((kept, valid), [np.array([9, 4, 2]).view(Tensor)]) == 0.0
     assert operations.kept_differently((kept, valid), [np.array([9, 4, 3]).view(Tensor)]) == 0.5
+
+
+def test_the_throughput_of_the_loader_is_measured_without_torchvision(tmp_path):
+    tiny.write_voc(tmp_path / "voc", train=4, test=1)
+    arguments = ("--data", tmp_path / "voc", "--batch_size", 2, "--steps", 2, "--rounds", 1)
+    done, report = benchmark("throughput.py", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["torchvision"] == "absent: ImportError: planted" and report["difference"] is None
+    assert report["images"] == 4 and len(report["load_before"]) == 3
+    assert {name: side["goal"] for name, side in report["sides"].items()} == {"ours, float32": 1, "ours, uint8": 1.5}
+    for side in report["sides"].values():
+        assert side["images_per_second"] > 0 and side["images_per_core_second"] > 0 and "times_as_fast" not in side
+
+
+def test_throughput_is_compared_round_by_round_in_seconds_of_the_core(importable):
+    import throughput
+
+    seconds = {
+        throughput.BYTES: [(1.0, 0.5), (9.0, 1.0), (2.0, 0.8)],
+        throughput.THEIRS: [(1.0, 1.0), (9.0, 3.0), (1.0, 0.8)],
+    }
+    report = throughput.summary(seconds, 60)
+    ours = report[throughput.BYTES]
+    assert ours["times_as_fast"] == 2 and "times_as_fast" not in report[throughput.THEIRS]
+    assert ours["images_per_second"] == 30 and ours["images_per_core_second"] == 75
+    assert ours["cores_for_one_h200"] == pytest.approx(throughput.ASSUMED_H200 / 75)

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import logging
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -10,7 +14,8 @@ import pytest
 import tiny
 
 from fasterrcnn_jax.config import DataConfig
-from fasterrcnn_jax.data import loader
+from fasterrcnn_jax.data import image_cache, loader, sources
+from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.plan import plan_epoch
 from fasterrcnn_jax.data.training_set import training_set
 from fasterrcnn_jax.data.transforms import canvas_for, flip_boxes, scale_boxes
@@ -92,11 +97,136 @@ def test_the_position_after_the_last_batch_is_the_end(dataset, data):
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_batches_do_not_depend_on_the_number_of_threads(dataset, everything, threads, monkeypatch):
+def test_batches_do_not_depend_on_the_number_of_threads(dataset, everything, threads):
     expected = list(batches_of(dataset, everything))
-    monkeypatch.setattr(loader, "THREADS", threads)
-    for batch, other in zip(batches_of(dataset, everything), expected, strict=True):
+    threaded = dataclasses.replace(everything, threads=threads)
+    for batch, other in zip(batches_of(dataset, threaded), expected, strict=True):
         assert_same_bits(batch, other)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 12])
+def test_so_many_threads_load_and_batches_are_made_ahead(dataset, data, threads, monkeypatch):
+    """Each batch waits until as many others are in the making as there are threads."""
+    barrier, seen, assemble = threading.Barrier(threads), set(), loader.assemble
+
+    def waiting(*arguments, **options):
+        seen.add(threading.get_ident())
+        barrier.wait(timeout=30)
+        return assemble(*arguments, **options)
+
+    monkeypatch.setattr(loader, "assemble", waiting)
+    iterator = batches_of(dataset, dataclasses.replace(data, threads=threads), steps=2 * threads)
+    assert len(list(iterator)) == 2 * threads
+    assert len(seen) == threads
+
+
+def test_a_position_resumes_with_another_number_of_threads(dataset, everything):
+    first = batches_of(dataset, dataclasses.replace(everything, threads=4))
+    for _ in range(5):
+        next(first)
+    position = first.get_state()
+    expected = list(first)
+    resumed = batches_of(dataset, dataclasses.replace(everything, threads=1))
+    resumed.set_state(position)
+    for batch, other in zip(resumed, expected, strict=True):
+        assert_same_bits(batch, other)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how often each file is decoded."""
+    counts, read = Counter(), image_cache.record_pixels
+
+    def counting(record):
+        counts[record.path.name] += 1
+        return read(record)
+
+    monkeypatch.setattr(image_cache, "record_pixels", counting)
+    return counts
+
+
+@pytest.mark.parametrize("flip", ["random", "double"])
+def test_cached_images_are_decoded_once_and_batches_keep_their_bits(dataset, everything, flip, reads, caplog):
+    plain = dataclasses.replace(everything, flip=flip)
+    expected = list(batches_of(dataset, plain, steps=40))
+    assert max(reads.values()) > 2
+    reads.clear()
+    # One thread: two may decode the same image at the same time.
+    for batch, other in zip(
+        batches_of(dataset, dataclasses.replace(plain, cache_mb=1, threads=1), steps=40), expected, strict=True
+    ):
+        assert_same_bits(batch, other)
+    assert reads == {f"{index:03d}.png": 1 for index in range(11)}
+    assert "data.cache_mb" not in caplog.text
+
+
+def test_a_full_cache_is_said_once_and_keeps_what_fits(tmp_path, data, reads, caplog):
+    """Two of three pictures of 0.4 MB fit into one megabyte."""
+    box = (3, 3, 200, 200)
+    pictures = [(tiny.picture((374, 374), box, seed=seed), [box], [1]) for seed in range(3)]
+    dataset = tiny.dataset(tmp_path / "large", pictures)
+    cached = dataclasses.replace(data, cache_mb=1, threads=1)
+    list(batches_of(dataset, cached, steps=15, batch_size=1))
+    assert sorted(reads.values()) == [1, 1, 5]
+    said = [message for message in caplog.messages if "data.cache_mb" in message]
+    assert said == ["data.cache_mb = 1 is full with 2 decoded images; the others are decoded in every epoch"]
+
+
+def test_without_a_cache_every_image_is_decoded_in_every_epoch_and_nothing_is_said(dataset, data, reads, caplog):
+    epoch = len(plan_epoch([canvas_for(r.image_hw, tiny.IMAGE) for r in dataset.records], BATCH_SIZE, seed=0, epoch=0))
+    list(batches_of(dataset, dataclasses.replace(data, threads=1), steps=3 * epoch))
+    assert set(reads.values()) == {3} and len(reads) == 11
+    assert "data.cache_mb" not in caplog.text
+
+
+def test_a_cached_picture_cannot_be_written_to(dataset):
+    read = image_cache.caching_reader(1)
+    pixels = read(dataset.records[0])
+    assert read(dataset.records[0]) is pixels
+    with pytest.raises(ValueError, match="read-only"):
+        pixels[0, 0, 0] = 1
+
+
+def test_threads_that_share_a_cache_keep_within_it(dataset):
+    """Its pictures are counted once, however many threads decoded them."""
+    read = image_cache.caching_reader(1)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read, dataset.records * 20))
+    for index, record in enumerate(dataset.records):
+        np.testing.assert_array_equal(found[index], read_image(record.path))
+    assert len({id(pixels) for pixels in map(read, dataset.records * 2)}) == 11
+
+
+def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
+    """With the files of the annotations gone, a run goes on."""
+    tiny.write_voc(tmp_path, train=5, test=1)
+    of_folder = dataclasses.replace(data, root=tmp_path, class_names=tiny.CLASS_NAMES)
+    prepared = training_set(sources.open_split(of_folder, "train"), of_folder)
+    shutil.rmtree(tmp_path / "Annotations")
+    (tmp_path / "ImageSets/Main/train.txt").unlink()
+    batches = loader.training_batches(prepared, of_folder, tiny.IMAGE, batch_size=2, seed=0, steps=9)
+    assert len(list(batches)) == 9
+
+
+def test_rounded_pictures_are_shipped_as_bytes(dataset, data):
+    """In training and in evaluation; what is on them is what float pictures hold, to half a grey level."""
+    image = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
+    prepared = training_set(dataset, data)
+    options = dict(batch_size=BATCH_SIZE, seed=0, steps=4)
+    for rounded, plain in (
+        (loader.training_batches(prepared, data, image, **options),
+         loader.training_batches(prepared, data, tiny.IMAGE, **options)),
+        (loader.evaluation_batches(dataset, image, batch_size=4),
+         loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=4)),
+    ):  # fmt: skip
+        for batch, other in zip(rounded, plain, strict=True):
+            assert batch.images.dtype == np.uint8
+            assert_same_bits(batch._replace(images=0), other._replace(images=0))
+            for row in np.flatnonzero(batch.image_valid):
+                height, width = batch.image_hw[row].astype(int)
+                levels = other.images[row, :height, :width] * np.float32(tiny.IMAGE.std) + np.float32(tiny.IMAGE.mean)
+                np.testing.assert_allclose(batch.images[row, :height, :width], levels, atol=0.501)
+                assert not batch.images[row, height:].any() and not batch.images[row, :, width:].any()
 
 
 @pytest.mark.parametrize("ranked", [False, True])

@@ -1,5 +1,7 @@
 """From a picture to its place on a canvas: sizes, pixels against two oracles, boxes that stay on objects."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,11 @@ from tiny import picture
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.transforms import (
+    Placement,
     canvas_for,
+    draw,
     flip_boxes,
+    flip_pixels,
     network_size,
     resize_bilinear,
     scale_boxes,
@@ -20,6 +25,7 @@ from fasterrcnn_jax.data.transforms import (
 
 PUBLISHED = ImageConfig()
 SMALL = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64), (64, 64)))
+PUBLISHED_SMALL = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)))
 SIDES = st.integers(1, 9000)
 
 
@@ -102,6 +108,74 @@ def test_resize_matches_jax_without_antialias(before, after):
     image = np.random.default_rng(1).integers(0, 256, (*before, 3), dtype=np.uint8)
     expected = jax.image.resize(jnp.float32(image), (*after, 3), "bilinear", antialias=False)
     np.testing.assert_allclose(resize_bilinear(image, after), expected, atol=1e-3)
+
+
+def plain_resize(image, size):
+    """One axis after the other on the whole picture; the results of this very arithmetic are published."""
+    for axis in (0, 1):
+        length = image.shape[axis]
+        points = (np.arange(size[axis], dtype=np.float32) + 0.5) * (length / size[axis]) - 0.5
+        points = np.clip(points, 0.0, length - 1.0)
+        low = points.astype(np.int64)
+        high = np.minimum(low + 1, length - 1)
+        weight = (points - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        image = np.take(image, low, axis) * (1.0 - weight) + np.take(image, high, axis) * weight
+    return image.astype(np.float32)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(0, 99))
+def test_resize_has_the_bits_of_the_plain_formula(height, width, new_height, new_width, seed):
+    """Also where several blocks of rows are needed and the last one is not full."""
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size = new_height, new_width
+    np.testing.assert_array_equal(resize_bilinear(image, size), plain_resize(image, size))
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 99))
+def test_the_canvas_has_the_bits_of_resizing_then_normalising(order, height, width, seed):
+    config = dataclasses.replace(PUBLISHED_SMALL, channel_order=order, std=(58.395, 57.12, 57.375))
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size = network_size((height, width), config)
+    channels = image if order == "rgb" else image[..., ::-1]
+    expected = (plain_resize(channels, size) - np.float32(config.mean)) / np.float32(config.std)
+    pixels, _, _ = to_canvas(image, canvas_for((height, width), config), config)
+    np.testing.assert_array_equal(pixels[: size[0], : size[1]], expected)
+
+
+@given(st.integers(5, 90), st.integers(5, 90), st.integers(5, 150), st.integers(5, 150), st.integers(0, 99))
+def test_a_part_of_a_picture_has_the_bits_of_the_whole(height, width, new_height, new_width, seed):
+    """Cut out by its placement: what is beyond the canvas is never made, what is on it is the same."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    canvas = (64, 96)
+    origin = tuple(int(rng.integers(max(side - limit, 0) + 1)) for side, limit in zip((new_height, new_width), canvas))
+    placement = Placement((new_height, new_width), origin)
+    rows, columns = placement.shown(canvas)
+    pixels = np.zeros((*canvas, 3), np.float32)
+    draw(pixels, image, dataclasses.replace(SMALL, channel_order="rgb", mean=(0.0, 0.0, 0.0)), placement)
+    whole = resize_bilinear(image, placement.size)
+    part = whole[origin[0] : origin[0] + rows, origin[1] : origin[1] + columns]
+    np.testing.assert_array_equal(pixels[:rows, :columns], part)
+    assert part.shape == (rows, columns, 3) and not pixels[rows:].any() and not pixels[:, columns:].any()
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_rounded_to_bytes_the_picture_is_the_nearest_grey_level_of_the_same_resize(order):
+    image = np.random.default_rng(0).integers(0, 256, (70, 83, 3), dtype=np.uint8)
+    config = dataclasses.replace(SMALL, channel_order=order, pixel_dtype="uint8")
+    pixels, image_hw, scale = to_canvas(image, (64, 96), config)
+    rows, columns = (int(side) for side in image_hw)
+    channels = image if order == "rgb" else image[..., ::-1]
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels[:rows, :columns], np.rint(plain_resize(channels, (rows, columns))))
+    assert not pixels[rows:].any() and not pixels[:, columns:].any()
+
+
+def test_a_mirrored_picture_is_the_reversed_one_in_memory_of_its_own():
+    image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(flip_pixels(image), image[:, ::-1])
+    assert flip_pixels(image).flags.c_contiguous
 
 
 def test_resize_of_a_long_picture_stays_exact():

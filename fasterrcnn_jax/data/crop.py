@@ -8,9 +8,12 @@ Only one axis is ever cut: the one that is more than `aspect` times as long as t
 """
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from fasterrcnn_jax.data.records import large_enough
+
+# (y, x) of its first pixel, (height, width).
+Window = tuple[tuple[int, int], tuple[int, int]]
 
 
 def cropped_hw(image_hw: tuple[int, int], aspect: float) -> tuple[int, int]:
@@ -35,17 +38,32 @@ def crop(
     Args:
       rng: drawn from only where the place of the crop is open.
     """
-    size = cropped_hw(pixels.shape[:2], aspect)
+    window = crop_window(pixels.shape[:2], boxes, aspect=aspect, rng=rng)
+    boxes, stay = crop_boxes(boxes, window)
+    (top, left), (height, width) = window
+    return pixels[top : top + height, left : left + width], boxes[stay], labels[stay]
+
+
+def crop_window(
+    image_hw: tuple[int, int], boxes: Float[np.ndarray, "n 4"], *, aspect: float, rng: np.random.Generator
+) -> Window:
+    """Returns the part that `crop` keeps."""
+    size = cropped_hw(image_hw, aspect)
     start = [0, 0]
     for axis in (0, 1):
-        if size[axis] < pixels.shape[axis]:
+        if size[axis] < image_hw[axis]:
             low, high = boxes[:, 1 - axis], boxes[:, 3 - axis]
-            start[axis] = crop_start(low, high, pixels.shape[axis], size[axis], rng)
-    pixels = pixels[start[0] : start[0] + size[0], start[1] : start[1] + size[1]]
-    origin, limit = np.array([*start[::-1]] * 2, np.float32), np.array([*size[::-1]] * 2, np.float32)
+            start[axis] = crop_start(low, high, image_hw[axis], size[axis], rng)
+    return (start[0], start[1]), size
+
+
+def crop_boxes(
+    boxes: Float[np.ndarray, "n 4"], window: Window
+) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
+    """Returns the boxes in pixels of the window, cut to it, and which have two of them a side left."""
+    origin, limit = (np.array([*corner[::-1]] * 2, np.float32) for corner in window)
     boxes = np.clip(boxes - origin, np.float32(0), limit)
-    stay = large_enough(boxes)
-    return pixels, boxes[stay], labels[stay]
+    return boxes, large_enough(boxes)
 
 
 def crop_start(

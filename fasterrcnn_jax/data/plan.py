@@ -38,6 +38,12 @@ def plan_batches(canvases: list[Canvas], order: Int[np.ndarray, "n"], batch_size
     return batches
 
 
+def rows_of(plan: BatchPlan, index: int, count: int) -> BatchPlan:
+    """Returns the rows of a batch that process `index` of `count` reads: as many as every other process."""
+    rows = np.arange(len(plan.image_index)).reshape(count, -1)[index]
+    return plan._replace(image_index=plan.image_index[rows], image_valid=plan.image_valid[rows])
+
+
 def plan_epoch(
     canvases: list[Canvas],
     batch_size: int,

@@ -1,12 +1,15 @@
 """From a decoded picture to a place on a canvas, in NumPy, on the host.
 
 The resize is bilinear in float without antialias, half-pixel centres: what the reference code bases do.
+Rounded to uint8, where a model asks for that, it is the same one.
 """
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
 
@@ -40,37 +43,112 @@ def resize_bilinear(
     image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
 ) -> Float[np.ndarray, "h2 w2 3"]:
     """Returns the float32 picture at `size`; borders repeat."""
-    for axis in (0, 1):
-        length = image.shape[axis]
-        if length == size[axis]:
-            continue
-        points = (np.arange(size[axis], dtype=np.float32) + 0.5) * (length / size[axis]) - 0.5
-        points = np.clip(points, 0.0, length - 1.0)
-        low = points.astype(np.int64)
-        high = np.minimum(low + 1, length - 1)
-        shape = [1, 1, 1]
-        shape[axis] = -1
-        weight = (points - low).astype(np.float32).reshape(shape)
-        image = np.take(image, low, axis) * (1.0 - weight) + np.take(image, high, axis) * weight
-    return image.astype(np.float32)
+    resized = np.empty((*size, 3), np.float32)
+    for rows, block in _resized(image, Placement(size), size, channels=(0, 1, 2)):
+        resized[rows] = block
+    return resized
+
+
+class Placement(NamedTuple):
+    """Where a picture lies on its canvas: resized as a whole, then shown from `origin` on, as far as it fits."""
+
+    size: tuple[int, int]  # (height, width) that the picture is resized to
+    origin: tuple[int, int] = (0, 0)  # (y, x) in the resized picture of the canvas's first pixel
+
+    def shown(self, canvas: tuple[int, int]) -> tuple[int, int]:
+        """Returns (height, width) of what is on the canvas."""
+        height, width = (min(self.size[axis] - self.origin[axis], canvas[axis]) for axis in (0, 1))
+        return height, width
+
+    def scale(self, image_hw: tuple[int, int]) -> Float[np.ndarray, "2"]:
+        """Returns network pixels per pixel of the picture, (y, x); the two axes differ by rounding."""
+        return np.asarray(self.size, np.float32) / np.asarray(image_hw, np.float32)
+
+
+def draw(
+    pixels: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "h w 3"],
+    config: ImageConfig,
+    placement: Placement,
+) -> None:
+    """Writes a picture onto the empty canvas `pixels`, in `config.channel_order`, as mean and std are.
+
+    On float32 it is normalised; on uint8 it is rounded, and normalised where the network begins.
+    """
+    channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    height, width = placement.shown(pixels.shape[:2])
+    # As long as a row of the picture: NumPy takes triples one by one.
+    mean, std = np.tile(mean, width), np.tile(std, width)
+    for rows, block in _resized(image, placement, (height, width), channels):
+        values = block.reshape(len(block), -1)
+        if pixels.dtype == np.uint8:
+            np.rint(values, out=values)
+        else:
+            values -= mean
+            values /= std
+        pixels[rows, :width] = block
+
+
+# Few enough to stay in the processor's cache from one operation to the next.
+_ROWS = 32
+
+
+def _resized(
+    image: UInt8[np.ndarray, "h w 3"],
+    placement: Placement,
+    shown: tuple[int, int],
+    channels: tuple[int, int, int],
+) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
+    """Yields the shown part of the resized picture in blocks of rows, each with its place."""
+    height, width = image.shape[:2]
+    top, bottom, down = _samples(height, placement.size[0], placement.origin[0], shown[0])
+    left, right, across = _samples(width, placement.size[1], placement.origin[1], shown[1])
+    # Pixels and channels as one axis: NumPy is slow where the last one has three elements.
+    left, right = ((3 * points[:, None] + np.asarray(channels)).ravel() for points in (left, right))
+    across, down = np.repeat(across, 3), down[:, None]
+    source = image.reshape(height, -1).astype(np.float32)
+    for start in range(0, shown[0], _ROWS):
+        rows = slice(start, min(start + _ROWS, shown[0]))
+        lines = _blend(source[top[rows]], source[bottom[rows]], down[rows])
+        yield rows, _blend(lines.take(left, 1), lines.take(right, 1), across).reshape(-1, shown[1], 3)
+
+
+def _samples(
+    length: int, size: int, first: int, count: int
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Returns for `count` of `size` pixels, from `first` on: both neighbours out of `length`, weight of the second."""
+    points = (np.arange(first, first + count, dtype=np.float32) + 0.5) * (length / size) - 0.5
+    points = np.clip(points, 0.0, length - 1.0)
+    low = points.astype(np.int64)
+    return low, np.minimum(low + 1, length - 1), (points - low).astype(np.float32)
+
+
+def _blend(
+    first: Float[np.ndarray, "n m"],
+    second: Float[np.ndarray, "n m"],
+    weight: Float[np.ndarray, "m"] | Float[np.ndarray, "n 1"],
+) -> Float[np.ndarray, "n m"]:
+    """Returns the weighted mean, in the memory of `first`; `second` is spent."""
+    first *= 1.0 - weight
+    second *= weight
+    first += second
+    return first
 
 
 def to_canvas(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int], config: ImageConfig
-) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """Returns the normalised canvas (zero beyond the picture), the picture's size on it, and the scale.
+) -> tuple[
+    Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]
+]:
+    """Returns the canvas with the picture as `draw` puts it (zero beyond it), the picture's size there, and the scale.
 
-    Channels are in `config.channel_order`, and so are mean and std. Size is (height, width) in network
-    pixels, scale (y, x) in network pixels per original pixel; the two axes differ by rounding.
+    Size is (height, width) in network pixels, scale (y, x) in network pixels per original pixel.
     """
-    size = network_size(image.shape[:2], config)
-    pixels = np.zeros((*canvas, 3), np.float32)
-    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
-    if config.channel_order == "bgr":
-        image = image[..., ::-1]
-    pixels[: size[0], : size[1]] = (resize_bilinear(image, size) - mean) / std
-    scale = np.asarray(size, np.float32) / np.asarray(image.shape[:2], np.float32)
-    return pixels, np.asarray(size, np.float32), scale
+    placement = Placement(network_size(image.shape[:2], config))
+    pixels = np.zeros((*canvas, 3), config.pixel_dtype)
+    draw(pixels, image, config, placement)
+    return pixels, np.asarray(placement.size, np.float32), placement.scale(image.shape[:2])
 
 
 def scale_boxes(
@@ -83,3 +161,8 @@ def scale_boxes(
 def flip_boxes(boxes: Float[np.ndarray, "n 4"], width: int) -> Float[np.ndarray, "n 4"]:
     """Returns the boxes of the picture mirrored left to right."""
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+def flip_pixels(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the picture mirrored left to right, in memory of its own: what follows is slow on a reversed view."""
+    return image.take(np.arange(image.shape[1])[::-1], 1)

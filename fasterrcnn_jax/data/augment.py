@@ -1,0 +1,78 @@
+"""How a training image varies from epoch to epoch: its size, the part of it that is shown, its colours."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from fasterrcnn_jax.config import AugmentConfig, ImageConfig
+from fasterrcnn_jax.data.records import large_enough
+from fasterrcnn_jax.data.transforms import Placement, network_size, scale_boxes
+
+# Liu et al. 2016 (arXiv:1512.02325), in the ranges of their code: grey levels, factors, degrees.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18.0
+
+# Red, green and blue to luma and two axes of colour (NTSC's YIQ): hue turns them, saturation stretches them.
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+
+
+def draw_placement(
+    image_hw: tuple[int, int],
+    canvas: tuple[int, int],
+    image: ImageConfig,
+    augment: AugmentConfig,
+    rng: np.random.Generator,
+) -> Placement:
+    """Returns where a picture lies on its canvas, its size drawn as `augment` says.
+
+    A picture larger than the canvas is cut to it at a place that is drawn too; a smaller one begins at the
+    canvas's first pixel, and the rest is padding as it is beyond any picture.
+    """
+    if augment.short_sides:
+        image = replace(image, short_side=int(rng.choice(augment.short_sides)))
+    height, width = network_size(image_hw, image)
+    if augment.scale_jitter is not None:
+        factor = rng.uniform(*augment.scale_jitter)
+        height, width = (max(1, round(side * factor)) for side in (height, width))
+    y, x = (
+        int(rng.integers(max(side - limit, 0) + 1)) for side, limit in zip((height, width), canvas, strict=True)
+    )
+    return Placement((height, width), (y, x))
+
+
+def place_boxes(
+    boxes: Float[np.ndarray, "n 4"], image_hw: tuple[int, int], canvas: tuple[int, int], placement: Placement
+) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
+    """Returns the boxes in network pixels, cut to what is shown, and which have two of them a side left."""
+    height, width = placement.shown(canvas)
+    origin = np.array([*placement.origin[::-1]] * 2, np.float32)
+    boxes = scale_boxes(boxes, placement.scale(image_hw)) - origin
+    boxes = np.clip(boxes, np.float32(0), np.array([width, height] * 2, np.float32))
+    return boxes, large_enough(boxes)
+
+
+def distort_colours(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the RGB picture in other light: what is drawn becomes one map of colours, cut to 0..255 at its end.
+
+    SSD turns and stretches in HSV and cuts after each step; here grey stays grey and luma is kept by both.
+    """
+    drawn = rng.random(4) < 0.5
+    brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if drawn[0] else 0.0
+    contrast = rng.uniform(*CONTRAST) if drawn[1] else 1.0
+    saturation = rng.uniform(*SATURATION) if drawn[2] else 1.0
+    angle = math.radians(rng.uniform(-HUE, HUE)) if drawn[3] else 0.0
+    return change_colours(pixels, brightness, contrast, saturation, angle)
+
+
+def change_colours(
+    pixels: UInt8[np.ndarray, "h w 3"], brightness: float, contrast: float, saturation: float, angle: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns (pixels + brightness) times contrast, colour stretched by saturation and its hue turned by `angle`."""
+    turn = saturation * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    in_yiq = np.eye(3)
+    in_yiq[1:, 1:] = turn
+    mixed = contrast * np.linalg.inv(_TO_YIQ) @ in_yiq @ _TO_YIQ
+    colours = pixels.reshape(-1, 3).astype(np.float32) @ mixed.T.astype(np.float32)
+    colours += np.float32(contrast * brightness)
+    return np.rint(np.clip(colours, 0.0, 255.0)).astype(np.uint8).reshape(pixels.shape)

@@ -1,0 +1,73 @@
+"""Proposals of a data set in a file: what one stage of alternating training hands to the next.
+
+A `.safetensors` file: boxes and scores of all images one after the other, how many each has, and in its header the
+images' ids and what made them. It appears whole or not at all, and reading it runs nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fasterrcnn_jax.data.records import ImageProposals
+from fasterrcnn_jax.errors import InputError
+
+
+def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made_by: str) -> None:
+    """Writes proposals by image id.
+
+    Args:
+      made_by: names the weights, so that proposals of others are not taken for theirs.
+    Raises:
+      InputError: the file cannot be written.
+    """
+    found = list(proposals.values())
+    arrays = {
+        "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(of_image.boxes for of_image in found)]),
+        "scores": np.concatenate([np.zeros(0, np.float32), *(of_image.scores for of_image in found)]),
+        "counts": np.array([len(of_image.boxes) for of_image in found], np.int64),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            metadata = {"ids": json.dumps(list(proposals)), "made_by": made_by}
+            safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be written ({error})") from error
+
+
+def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
+    """Returns proposals by image id, and what made them, as `write_proposals` took them.
+
+    Raises:
+      InputError: the file is not there, damaged, or holds something else.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            boxes, scores, counts = (file.get_tensor(name) for name in ("boxes", "scores", "counts"))
+        ids, made_by = json.loads(metadata["ids"]), metadata["made_by"]
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a file of proposals, or damaged ({error})") from error
+    if (
+        not isinstance(ids, list)
+        or counts.shape != (len(ids),)
+        or counts.dtype != np.int64
+        or (counts < 0).any()
+        or boxes.shape != (counts.sum(), 4)
+        or scores.shape != (counts.sum(),)
+        or not (boxes.dtype == scores.dtype == np.float32)
+        or not (np.isfinite(boxes).all() and np.isfinite(scores).all())
+    ):
+        raise InputError(f"{path}: its boxes, scores and counts are not proposals of the images it names")
+    ends = np.cumsum(counts)[:-1]
+    pairs = zip(np.split(boxes, ends), np.split(scores, ends), strict=True) if ids else ()
+    return {name: ImageProposals(*pair) for name, pair in zip(ids, pairs, strict=True)}, made_by
