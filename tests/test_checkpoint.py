@@ -1,11 +1,16 @@
 """Checkpoints: the same bits back, alone enough to detect with, never half there, faults in one sentence."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,14 +25,22 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector
 
 ROOT = Path(__file__).parents[1]
-# What Orbax leaves behind when its reading fails.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+# What Orbax leaves behind when its reading fails: coroutines, and answers to a loop that is gone.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:(?s)Exception ignored.*(never awaited|Event loop is closed):pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     with tiny.quick_compilation():
         yield
+    # All of it is to come to light here, and not in the tests of another file.
+    time.sleep(0.1)
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +77,14 @@ def at(state, step, *, shift=0.0):
     return state._replace(step=jnp.int32(step), params=params)
 
 
+def blank_state():
+    """A state of one weight, for what does not depend on a detector."""
+    key = jnp.zeros(2, jnp.uint32)
+    return training.TrainState(
+        step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=key
+    )
+
+
 def save(run, state, config, *, keep=2, ap50s):
     """Saves `state` at every {step: AP50}; step n's weights are shifted by n - 1 tenths."""
     with checkpoint.open_checkpoints(run, keep=keep) as checkpoints:
@@ -80,7 +101,7 @@ def save(run, state, config, *, keep=2, ap50s):
 @pytest.fixture(scope="module")
 def run(config, state):
     """A run folder with the steps 1 (not shifted) and 2."""
-    save(config.run, state, config, ap50s={1: None, 2: None})
+    save(config.run, state, config, ap50s={1: 0.5, 2: 0.25})
     return config.run
 
 
@@ -133,13 +154,13 @@ def test_a_folder_without_checkpoints_restores_nothing(tmp_path, state, config):
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, config, keep, ap50s, kept):
-    tiny_state = training.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {}, {}, jnp.zeros(2, jnp.uint32))
+    tiny_state = blank_state()
     save(tmp_path, tiny_state, config, keep=keep, ap50s=ap50s)
     assert steps_in(tmp_path) == kept
 
 
 def test_the_best_is_remembered_when_a_run_goes_on(tmp_path, config):
-    tiny_state = training.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {}, {}, jnp.zeros(2, jnp.uint32))
+    tiny_state = blank_state()
     save(tmp_path, tiny_state, config, keep=1, ap50s={1: 0.9, 2: 0.1})
     save(tmp_path, tiny_state, config, keep=1, ap50s={3: 0.2, 4: None})
     assert steps_in(tmp_path) == [1, 4]
@@ -215,12 +236,36 @@ def test_an_interrupted_save_leaves_the_one_before_usable(copied, state, config)
     restored, _ = restore(copied, state, config)
     assert restored.step == 2 and not half.exists()
     save(copied, state, config, ap50s={3: None})
-    assert steps_in(copied) == [2, 3]
+    assert steps_in(copied) == [1, 2, 3]  # 1 is the best
+
+
+@contextlib.contextmanager
+def full_disk(bytes_per_file):
+    """A file cannot grow beyond this; what fails is the write, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [300, 100_000])
+def test_a_full_disk_is_named_and_leaves_the_checkpoints_before_it(copied, state, config, room):
+    message = r"checkpoints/3 cannot be written \(.*the checkpoints before"
+    with pytest.raises(OSError, match=message) as caught, full_disk(room):
+        save(copied, state, config, keep=1, ap50s={3: 0.75})
+    assert "\n" not in str(caught.value)
+    assert steps_in(copied) == [1, 2]
+    assert_same_bits(restore(copied, state, config)[0], at(state, 2, shift=0.1))
+    save(copied, state, config, keep=1, ap50s={3: 0.75})
+    assert steps_in(copied) == [3]
+    assert [path.name for path in (copied / "checkpoints").iterdir()] == ["3"]
 
 
 def test_what_is_no_checkpoint_is_passed_over(copied):
-    (copied / "checkpoints" / "7").mkdir()
     (copied / "checkpoints" / "9").write_text("")
+    (copied / "checkpoints" / "7.damaged").mkdir()
     expected = parameters(checkpoint.load(copied / "checkpoints" / "2"))
     for name, leaf in parameters(checkpoint.load(copied)).items():
         np.testing.assert_array_equal(leaf, expected[name])
@@ -239,32 +284,159 @@ def test_an_absent_or_empty_folder_is_named(tmp_path):
         checkpoint.load(tmp_path / "file")
 
 
-def cut_arrays(step):
-    for path in (step / "model").rglob("*"):
-        if path.is_file() and path.stat().st_size > 5000:
-            path.write_bytes(path.read_bytes()[:1000])
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def spoil_config(step):
-    path = step / "meta" / "_strings.json"
-    path.write_text(path.read_text().replace("short_side", "shirt_side"))
+def cut(part):
+    def damage(step):
+        path = largest_file(step / part)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return damage
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda step: shutil.rmtree(step / "model"), "incomplete or damaged"),
-        (cut_arrays, "incomplete or damaged"),
-        (spoil_config, "no field shirt_side"),
-    ],
-    ids=["removed", "cut", "config"],
-)
-def test_a_damaged_checkpoint_is_named_in_one_line(copied, damage, message):
-    damage(copied / "checkpoints" / "2")
+def flip_bit(part):
+    """Of a value in the middle of the largest file, where no structure is that would not fit any more."""
+
+    def damage(step):
+        path = largest_file(step / part)
+        values = bytearray(path.read_bytes())
+        values[len(values) // 2] ^= 4
+        path.write_bytes(bytes(values))
+
+    return damage
+
+
+def rewrite(name, change):
+    def damage(step):
+        path = step / name
+        path.write_text(change(path.read_text()))
+
+    return damage
+
+
+# What may happen to a checkpoint, and what is said about it.
+DAMAGE = {
+    "model removed": (lambda step: shutil.rmtree(step / "model"), "incomplete or damaged"),
+    "meta removed": (lambda step: shutil.rmtree(step / "meta"), "incomplete or damaged"),
+    "nothing left": (lambda step: [shutil.rmtree(part) for part in step.iterdir() if part.is_dir()], "incomplete"),
+    "model cut": (cut("model"), "incomplete or damaged"),
+    "meta is no json": (rewrite("meta/_strings.json", lambda text: "{]" + text), "incomplete or damaged"),
+    "model flipped": (flip_bit("model"), "damaged: model is not what was saved"),
+    "field renamed": (
+        rewrite("meta/_strings.json", lambda text: text.replace("short_side", "shirt_side")),
+        "damaged: meta is not what was saved",
+    ),
+    "digit changed": (
+        rewrite("meta/_strings.json", lambda text: text.replace("64", "65", 1)),
+        "damaged: meta is not what was saved",
+    ),
+}
+DAMAGE_TO_TRAINING = {
+    "optimizer flipped": (flip_bit("train"), "damaged: train is not what was saved"),
+    "optimizer cut": (cut("train"), "incomplete or damaged"),
+    "metric changed": (
+        rewrite("metrics/metrics", lambda text: text.replace("0.25", "0.75")),
+        "damaged: metrics is not what was saved",
+    ),
+    "metric is no json": (rewrite("metrics/metrics", lambda text: "{]"), "incomplete or damaged"),
+}
+
+
+def kinds(damage):
+    return pytest.mark.parametrize("damage, message", damage.values(), ids=damage)
+
+
+@kinds(DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_line_where_it_was_named(copied, damage, message):
+    named = copied / "checkpoints" / "2"
+    damage(named)
     with pytest.raises(InputError, match=f"checkpoints/2: .*{message}") as caught:
-        checkpoint.load(copied)
+        checkpoint.load(named)
     assert "\n" not in str(caught.value)
-    checkpoint.load(copied / "checkpoints" / "1")
+
+
+@kinds(DAMAGE)
+def test_a_run_with_a_damaged_checkpoint_is_loaded_from_the_one_before_with_a_warning(
+    copied, damage, message, caplog
+):
+    expected = parameters(checkpoint.load(copied / "checkpoints" / "1"))
+    damage(copied / "checkpoints" / "2")
+    before = sorted(copied.rglob("*"))
+    for name, leaf in parameters(checkpoint.load(copied)).items():
+        np.testing.assert_array_equal(leaf, expected[name])
+    (record,) = [record for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
+    assert record.levelname == "WARNING" and re.search(
+        f"checkpoints/2: .*{message}.*; the one before it is used", record.getMessage()
+    )
+    assert sorted(copied.rglob("*")) == before  # reading a run of somebody else changes nothing in it
+
+
+@kinds(DAMAGE | DAMAGE_TO_TRAINING)
+def test_training_sets_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(
+    copied, state, config, damage, message, caplog
+):
+    damage(copied / "checkpoints" / "2")
+    left = {path.name for path in (copied / "checkpoints" / "2").rglob("*")}
+    restored, position = restore(copied, state, config)
+    assert_same_bits(restored, at(state, 1))
+    assert position == {"next_index": 10}
+    (record,) = [record for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
+    assert record.levelname == "WARNING" and re.search(
+        f"checkpoints/2: .*{message}.*; it is now 2.damaged, the run goes on from .*/1$", record.getMessage()
+    )
+    assert {path.name for path in (copied / "checkpoints" / "2.damaged").rglob("*")} == left
+    save(copied, state, config, ap50s={2: None})
+    assert restore(copied, state, config)[0].step == 2
+
+
+def test_a_checkpoint_damaged_twice_is_set_aside_under_another_name(copied, state, config):
+    for _ in range(2):
+        cut("model")(copied / "checkpoints" / "2")
+        assert restore(copied, state, config)[0].step == 1
+        save(copied, state, config, ap50s={2: None})
+    names = {path.name for path in (copied / "checkpoints").iterdir()}
+    assert names == {"1", "2", "2.damaged", "2.damaged.damaged"}
+
+
+def test_a_damaged_metric_of_an_older_checkpoint_is_set_aside_too(copied, state, config):
+    """The storage could not be opened with it."""
+    (copied / "checkpoints" / "1" / "metrics" / "metrics").write_text("{]")
+    assert restore(copied, state, config)[0].step == 2
+    assert (copied / "checkpoints" / "1.damaged").is_dir()
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_and_nothing_is_renamed(copied, state, config):
+    flip_bit("model")(copied / "checkpoints" / "2")
+    cut("model")(copied / "checkpoints" / "1")
+    before = sorted(copied.rglob("*"))
+    message = "no checkpoint is whole.*checkpoints/2: .*model is not.*checkpoints/1: .*incomplete"
+    with pytest.raises(InputError, match=message) as caught:
+        restore(copied, state, config)
+    assert "\n" not in str(caught.value) and sorted(copied.rglob("*")) == before
+    with pytest.raises(InputError, match="checkpoints/1: .*incomplete"):
+        checkpoint.load(copied / "checkpoints")
+
+
+def test_averaged_weights_are_kept_and_detected_with(tmp_path, state, config, model):
+    averaged = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
+    moving = state._replace(averaged=averaged)
+    save(tmp_path, moving, config, ap50s={1: None})
+    assert_same_bits(restore(tmp_path, moving, config)[0], at(moving, 1))
+    plain, loaded = parameters(model), parameters(checkpoint.load(tmp_path))
+    changed = {name for name in plain if np.any(plain[name] != loaded[name])}
+    assert len(changed) == len(jax.tree.leaves(averaged))
+    for name in changed:
+        np.testing.assert_array_equal(loaded[name], plain[name] + np.float32(1.0))
+
+
+def test_values_that_do_not_fit_the_model_are_named(copied, state, config):
+    other = state._replace(key=jnp.zeros(4, jnp.uint32))
+    with pytest.raises(InputError, match=r"2 does not fit its model: key is uint32\[2\], expected uint32\[4\]"):
+        restore(copied, other, config)
+    with pytest.raises(InputError, match="averaged/.* is nothing, expected float32"):
+        restore(copied, state._replace(averaged=state.params), config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""Starts train.py in processes of their own that can be killed: forked from one that has imported everything.
+
+    with Launcher(environment) as launcher:
+        run = launcher.start(["--config", ...], log=path)
+        launcher.status(run)  # None while it runs
+        launcher.wait(run)
+
+Importing takes seconds, and a kill test starts many runs. Nothing of JAX is set up before the fork.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Launcher:
+    def __init__(self, **environment):
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._statuses = {}
+
+    def _ask(self, **question):
+        self._server.stdin.write(json.dumps(question) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, argv, *, log, threads=2, file_limit=None, plain_user=False):
+        """Returns the process id of `train.py argv`, whose output goes to the file `log`.
+
+        Args:
+          threads: of the loader.
+          file_limit: bytes a file may have, as on a disk that is full.
+          plain_user: take from root that no permission binds it.
+        """
+        argv = [str(argument) for argument in argv]
+        return self._ask(
+            argv=argv, log=str(log), threads=threads, file_limit=file_limit, plain_user=plain_user
+        )
+
+    def status(self, pid):
+        """Returns the exit status, negative for the signal that ended it, or None while it runs."""
+        if pid not in self._statuses:
+            status = self._ask(pid=pid)
+            if status is None:
+                return None
+            self._statuses[pid] = status
+        return self._statuses[pid]
+
+    def wait(self, pid, *, seconds=120):
+        deadline = time.monotonic() + seconds
+        while (status := self.status(pid)) is None:
+            assert time.monotonic() < deadline, f"process {pid} does not end"
+            time.sleep(0.002)
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+
+def drop_capabilities():
+    """Root keeps its id and loses its right to pass over permissions, as Linux has it."""
+    import ctypes
+
+    words = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(words, nothing) == 0
+
+
+def serve():
+    from fasterrcnn_jax import checkpoint  # noqa: F401
+    from fasterrcnn_jax.data import loader
+    from fasterrcnn_jax.scripts import train
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "pid" in question:
+            pid, status = os.waitpid(question["pid"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if not answer:
+                break
+        print(json.dumps(answer), flush=True)
+    else:
+        return
+
+    log = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    loader.THREADS = question["threads"]
+    if question["file_limit"] is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (question["file_limit"],) * 2)
+    if question["plain_user"] and os.geteuid() == 0:
+        drop_capabilities()
+    train.main(question["argv"])
+
+
+if __name__ == "__main__":
+    serve()

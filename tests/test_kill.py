@@ -1,0 +1,227 @@
+"""A run that is killed at any moment and started again ends with the bits of one that never was."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from launcher import Launcher
+from orbax.checkpoint import v1 as ocp
+
+STEPS = 12
+CONFIG = """
+import dataclasses, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import tiny
+config = tiny.config(Path({folder!r}), steps={steps}, checkpoint_every=2, evaluate_every=2, keep_checkpoints=2)
+image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
+data = dataclasses.replace(config.data, flip="random")
+config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, image=image))
+"""
+# What another run of the same steps may write otherwise: how long something took.
+TIMES = {"time", "images_per_second", "data_wait", "compilations", "compilation_seconds"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    tiny.write_voc(folder / "voc", train=9, test=3)
+    text = CONFIG.format(tests=str(Path(__file__).parent), folder=str(folder), steps=STEPS)
+    (folder / "mine.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    with Launcher(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    ) as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def whole(launcher, folder):
+    """Returns (run folder, digests) of the run that nothing happens to."""
+    run = folder / "whole"
+    pid = start(launcher, folder, run)
+    assert launcher.wait(pid) == 0, log_of(run).read_text()
+    return run, digests(run)
+
+
+def log_of(run):
+    return run.with_name(f"{run.name}.log")
+
+
+def start(launcher, folder, run, *argv, **options):
+    return launcher.start(
+        ["--config", folder / "mine.py", "--run", run, *argv], log=log_of(run), **options
+    )
+
+
+def finish(launcher, folder, run, **options):
+    pid = start(launcher, folder, run, **options)
+    assert launcher.wait(pid) == 0, log_of(run).read_text()
+
+
+def refused(launcher, folder, run, message, **options):
+    """A fault is one line in the log, with exit status 2 and no traceback."""
+    log_of(run).unlink(missing_ok=True)
+    status = launcher.wait(start(launcher, folder, run, **options))
+    text = log_of(run).read_text()
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert status == 2 and "Traceback" not in text and len(lines) == 1, text
+    assert re.search(message, lines[0]), lines[0]
+
+
+def steps_in(run):
+    folder = run / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def lines_in(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def numbers_in(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same_end(run, whole):
+    assert numbers_in(run) == numbers_in(whole[0])
+    assert digests(run) == whole[1]
+
+
+def is_writing(run):
+    folder = run / "checkpoints"
+    return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
+
+
+def digests(run):
+    """Returns SHA-256 of the last checkpoint, of the metrics, and of the last picture."""
+    last = run / "checkpoints" / str(STEPS)
+    arrays = hashlib.sha256()
+    found = ocp.load_checkpointables(last, {"model": None, "train": None, "meta": None})
+    for part in ("model", "train"):
+        for path, value in sorted(found[part].items()):
+            arrays.update(f"{path} {value.dtype} {value.shape}".encode() + np.asarray(value).tobytes())
+    arrays.update(found["meta"]["iterator"].encode())
+    metrics = hashlib.sha256(json.dumps(numbers_in(run)).encode())
+    picture = hashlib.sha256((run / "pictures" / f"{STEPS:06d}.png").read_bytes())
+    return tuple(digest.hexdigest()[:16] for digest in (arrays, metrics, picture))
+
+
+def stop(launcher, pid, moment, seconds, number):
+    """Waits until moment() and `seconds` more, sends a signal, returns the status that the process ends with."""
+    deadline = time.monotonic() + 120
+    while not moment() and launcher.status(pid) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    if launcher.status(pid) is None:
+        os.kill(pid, number)
+    return launcher.wait(pid)
+
+
+def moment_of(kind, run, generator):
+    """Returns (condition, seconds to wait after it) of a kill of this kind."""
+    if kind == "at the start":
+        return (lambda: True), generator.uniform(0.0, 2.0)
+    if kind == "while a checkpoint is written":
+        return (lambda: is_writing(run)), generator.uniform(0.0, 0.03)
+    before, further = lines_in(run), generator.randint(1, 4)
+    return (lambda: lines_in(run) >= before + further), generator.uniform(0.0, 0.03)
+
+
+KINDS = ("at the start", "between any steps", "while a checkpoint is written", "asked to stop")
+
+
+def killed_and_started_again(launcher, folder, run, kinds, *, seed, threads=2):
+    """Stops a run once per kind, one after the other, then lets it end; returns rows of what happened."""
+    generator, rows = random.Random(seed), []
+    for kind in kinds:
+        pid = start(launcher, folder, run, threads=threads)
+        moment, seconds = moment_of(kind, run, generator)
+        number, status = (signal.SIGTERM, 75) if kind == "asked to stop" else (signal.SIGKILL, -9)
+        ended = stop(launcher, pid, moment, seconds, number)
+        half = [path.name for path in (run / "checkpoints").glob("*tmp*")]
+        rows.append((kind, ended, lines_in(run), steps_in(run), half))
+        if ended == 0:
+            break
+        assert ended == status, log_of(run).read_text()
+    finish(launcher, folder, run, threads=threads)
+    return rows
+
+
+def test_a_run_that_is_killed_and_asked_to_stop_ends_with_the_same_bits(launcher, folder, whole):
+    """With more threads, too. Killed at its start, stopped after some step, killed while it writes."""
+    run = folder / "killed"
+    kinds = ("at the start", "asked to stop", "while a checkpoint is written")
+    rows = killed_and_started_again(launcher, folder, run, kinds, seed=1, threads=3)
+    assert [row[1] for row in rows] == [-9, 75, -9], rows
+    said = re.search(r"asked to stop: saved step (\d+)", log_of(run).read_text())
+    assert rows[1][3][-1] == int(said[1])
+    assert rows[2][4], rows  # a half written checkpoint was there
+    assert_same_end(run, whole)
+    assert not is_writing(run)
+
+
+@pytest.fixture
+def stopped(launcher, folder, whole, tmp_path):
+    """A run whose newest checkpoint, of the last step, is gone, as if it still had to be made."""
+    run = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    return run
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_nothing_is_lost(launcher, folder, whole, stopped):
+    """Files of 200 kB at most: no checkpoint fits, and everything else does."""
+    before = steps_in(stopped)
+    refused(launcher, folder, stopped, r"checkpoints/12 cannot be written \(.*", file_limit=200_000)
+    assert steps_in(stopped) == before
+    finish(launcher, folder, stopped)
+    assert_same_end(stopped, whole)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_read_only_is_named_and_nothing_is_lost(launcher, folder, whole, stopped):
+    before = steps_in(stopped)
+    folders = [stopped, *(path for path in stopped.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    try:
+        refused(launcher, folder, stopped, f"ermission denied.*{stopped}", plain_user=True)
+    finally:
+        for path in folders:
+            path.chmod(0o755)
+    assert steps_in(stopped) == before
+    finish(launcher, folder, stopped)
+    assert_same_end(stopped, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_runs_killed_at_many_moments_end_with_the_same_bits(launcher, folder, whole, threads, capsys):
+    run = folder / f"killed {threads}"
+    kinds = random.Random(threads).choices(KINDS, weights=(2, 3, 3, 1), k=7)
+    rows = killed_and_started_again(launcher, folder, run, kinds, seed=threads, threads=threads)
+    found = digests(run)
+    with capsys.disabled():
+        print(f"\n{threads} threads, {len(rows)} stops: {found}, never stopped: {whole[1]}")
+        print("\n".join(f"  {row}" for row in rows))
+    assert_same_end(run, whole)
