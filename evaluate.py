@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python evaluate.py --ckpt runs/shapes
 
 Model and configuration come from the checkpoint alone. Prints average precision per class and writes
-detections as COCO json and as VOC comp4 files.
+detections as COCO json and as VOC comp4 files. With --proposals: how many objects the RPN's proposals cover.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from fasterrcnn_jax import checkpoint, cli, parallel
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation import results
-from fasterrcnn_jax.inference import detect_dataset
+from fasterrcnn_jax.scoring import score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Arguments:
     """images detected at once, on one device; default: a device's share of the training batch"""
     implementation: Literal["xla", "mosaic"] | None = None
     """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
+    proposals: bool = False
+    """print the recall of the proposals in place of detecting; what an RPN trained alone is judged by"""
     out: Path | None = None
     """folder for the result files; default: evaluation/SPLIT in the run folder"""
 
@@ -46,16 +48,17 @@ def main(argv: list[str] | None = None) -> None:
 
     # An evaluation never makes a data set: a relative root may be meant from another folder.
     dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
-    out.mkdir(parents=True, exist_ok=True)
-    batch_size = arguments.batch_size or parallel.per_device(config.train.batch_size)
-    detections = detect_dataset(
-        model, dataset, batch_size=batch_size, implementation=arguments.implementation
-    )
-    metrics = results.evaluate_detections(detections, dataset)
+    batch_size = arguments.batch_size or parallel.per_device(config.train.batch_size // config.train.accumulate)
+    options = dict(batch_size=batch_size, implementation=arguments.implementation)
+    if arguments.proposals:
+        print(score(model, dataset, of="proposals", **options).table)
+        return
+    found = score(model, dataset, **options)
 
-    results.write_coco_json(out / "detections.json", detections, dataset)
-    results.write_voc_files(out, detections, dataset, split=split)
-    print(results.format_table(dataset, metrics.voc07, metrics.voc_area, metrics.coco))
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_coco_json(out / "detections.json", found.detections, dataset)
+    results.write_voc_files(out, found.detections, dataset, split=split)
+    print(found.table)
     print(f"files      {out}")
 
 

@@ -260,50 +260,94 @@ def forward_and_gradient(name: str, operator: Callable, arguments: tuple, pooled
 
 def whole_programs(mesh) -> Iterator[Program]:
     """Yields detection and the training step of published detectors, at their canvas."""
-    import jax
-    import jax.numpy as jnp
+    from dataclasses import replace
+
     from flax import nnx
-    from jax.sharding import PartitionSpec
 
-    from fasterrcnn_jax import families, training
-    from fasterrcnn_jax.config import TrainConfig
+    from fasterrcnn_jax import families
     from fasterrcnn_jax.models.detector import create, detect
-    from fasterrcnn_jax.parallel import AXIS
-    from fasterrcnn_jax.structures import Batch, GroundTruth
 
-    array = jax.ShapeDtypeStruct
-    optimizer = training.create_optimizer(TrainConfig(steps=1, batch_size=1, learning_rate=0.001))
     for name, config, classes, canvas, batch_sizes in (
         ("resnet101-c4", families.resnet_c4(101), 20, (608, 1008), (1, 8)),
         ("resnet50-fpn", families.resnet_fpn(50), 90, (800, 1344), (8,)),
     ):
         class_names = tuple(f"class{k}" for k in range(1, classes + 1))
         model = nnx.eval_shape(lambda config=config, names=class_names: create(config, names, seed=0))
-        # What is static about the state comes out beside its arrays.
-        structure = []
-
-        def create_state(model=model, structure=structure):
-            graphdef, state = training.create_state(model, optimizer, seed=0)
-            structure.append(graphdef)
-            return state
-
-        state = jax.eval_shape(create_state)
-        step = jax.shard_map(
-            training.make_train_step(structure[0], optimizer, axis_name=AXIS),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
         for size in batch_sizes:
-            images, pair = array((size, *canvas, 3), jnp.float32), array((size, 2), jnp.float32)
-            yield Program(f"detect {name} batch {size}", detect, (model, images, pair, pair))
-            ground_truth = GroundTruth(
-                array((size, 50, 4), jnp.float32), array((size, 50), jnp.int32), array((size, 50), jnp.bool_)
-            )
-            index, valid = array((size,), jnp.int32), array((size,), jnp.bool_)
-            batch = Batch(images, pair, pair, index, valid, ground_truth)
-            yield Program(f"train step {name} batch {size}", step, (state, batch), donated=(0,))
+            batch = batch_of(size, canvas)
+            yield Program(f"detect {name} batch {size}", detect, (model, batch.images, batch.image_hw, batch.scale))
+            yield train_step(f"train step {name} batch {size}", config, class_names, batch, mesh)
+        # What each means of saving memory saves, and all of them together.
+        remat = replace(config, backbone=replace(config.backbone, remat=True))
+        bfloat16 = replace(config, compute_dtype="bfloat16")
+        every = replace(remat, compute_dtype="bfloat16")
+        for variant, changed, accumulate, donates in (
+            ("not donated", config, 1, False),
+            ("bfloat16", bfloat16, 1, True),
+            ("remat", remat, 1, True),
+            ("4 parts", config, 4, True),
+            ("bfloat16, remat, 4 parts", every, 4, True),
+        ):
+            yield train_step(
+                f"train step {name} batch {size}, {variant}",
+                changed, class_names, batch, mesh, accumulate=accumulate, donates=donates,
+            )  # fmt: skip
+
+
+def batch_of(size: int, canvas: tuple[int, int]) -> Any:
+    """Returns the shapes of a batch with 50 objects per image."""
+    import jax
+    import jax.numpy as jnp
+
+    from fasterrcnn_jax.structures import Batch, GroundTruth
+
+    array = jax.ShapeDtypeStruct
+    images, pair = array((size, *canvas, 3), jnp.float32), array((size, 2), jnp.float32)
+    ground_truth = GroundTruth(
+        array((size, 50, 4), jnp.float32), array((size, 50), jnp.int32), array((size, 50), jnp.bool_)
+    )
+    return Batch(images, pair, pair, array((size,), jnp.int32), array((size,), jnp.bool_), ground_truth)
+
+
+def train_step(
+    name: str,
+    config: Any,
+    class_names: tuple[str, ...],
+    batch: Any,
+    mesh: Any,
+    *,
+    accumulate: int = 1,
+    donates: bool = True,
+) -> Program:
+    """Returns the training step of one device with momentum SGD, state included."""
+    import jax
+    from flax import nnx
+    from jax.sharding import PartitionSpec
+
+    from fasterrcnn_jax import training
+    from fasterrcnn_jax.config import TrainConfig
+    from fasterrcnn_jax.models.detector import create
+    from fasterrcnn_jax.parallel import AXIS
+
+    optimizer = training.create_optimizer(TrainConfig(steps=1, batch_size=1, learning_rate=0.001))
+    model = nnx.eval_shape(lambda: create(config, class_names, seed=0))
+    # What is static about the state comes out beside its arrays.
+    structure = []
+
+    def create_state():
+        graphdef, state = training.create_state(model, optimizer, seed=0)
+        structure.append(graphdef)
+        return state
+
+    state = jax.eval_shape(create_state)
+    step = jax.shard_map(
+        training.make_train_step(structure[0], optimizer, axis_name=AXIS, accumulate=accumulate),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return Program(name, step, (state, batch), donated=(0,) if donates else ())
 
 
 def main() -> None:

@@ -48,6 +48,8 @@ def draw_boxes(
         colour = label_colour(int(label))
         # A box covers [x1, x2): the last pixel that belongs to it is x2 - 1.
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=unit)
+        if not caption:
+            continue
         left, top, right, bottom = pen.textbbox((0, 0), caption, font=font)
         # Above the box where there is room, so that a small object stays visible.
         x = max(0.0, min(x1, canvas.width - (right - left) - 2 * unit))
@@ -65,15 +67,17 @@ def label_colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def side_by_side(pairs: list[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]) -> Picture:
-    """Returns one picture: a row per pair, left and right, white between them."""
+def side_by_side(rows: list[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]) -> Picture:
+    """Returns one picture of rows of pictures, as many in each, white between them."""
     gap = 8
-    column = max(max(left.shape[1], right.shape[1]) for left, right in pairs)
-    heights = [max(left.shape[0], right.shape[0]) for left, right in pairs]
-    sheet = np.full((sum(heights) + gap * (len(pairs) + 1), 2 * column + 3 * gap, 3), 255, np.uint8)
+    column = max(picture.shape[1] for row in rows for picture in row)
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = len(rows[0]) * (column + gap) + gap
+    sheet = np.full((sum(heights) + gap * (len(rows) + 1), width, 3), 255, np.uint8)
     top = gap
-    for (left, right), height in zip(pairs, heights, strict=True):
-        sheet[top : top + left.shape[0], gap : gap + left.shape[1]] = left
-        sheet[top : top + right.shape[0], 2 * gap + column : 2 * gap + column + right.shape[1]] = right
+    for row, height in zip(rows, heights, strict=True):
+        for number, picture in enumerate(row):
+            left = gap + number * (column + gap)
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
         top += height + gap
     return sheet

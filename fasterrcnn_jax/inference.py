@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
+from fasterrcnn_jax import parallel
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.records import Dataset
@@ -77,7 +78,7 @@ def predict(
 def preprocess(
     images: Any, config: ImageConfig
 ) -> tuple[
-    Float[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
+    Float[np.ndarray, "b H W 3"] | UInt8[np.ndarray, "b H W 3"], Float[np.ndarray, "b 2"], Float[np.ndarray, "b 2"]
 ]:
     """Returns the arguments (images, image_hw, scale) of `detect`: all pictures on one canvas that holds them.
 
@@ -114,7 +115,7 @@ def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
 
 def _on_canvas(images, canvas, rows, config):
     """Stacks the pictures; rows beyond them are empty pictures of zero size."""
-    pixels = np.zeros((rows, *canvas, 3), np.float32)
+    pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
     image_hw = np.zeros((rows, 2), np.float32)
     scale = np.ones((rows, 2), np.float32)
     for row, image in enumerate(images):
@@ -138,17 +139,48 @@ def to_original(
 def detect_dataset(
     model: Detector, dataset: Dataset, *, batch_size: int, implementation: Implementation = None
 ) -> list[ImageDetections]:
-    """Returns the detections of every image of a data set, in its order and its pixels."""
-    results: list[ImageDetections] = [None] * len(dataset.records)  # type: ignore[list-item]
+    """Returns the detections of every image of a data set, in its order and its pixels.
+
+    Each process detects in its share of the batches, on one device, and all return the same: all must call this.
+    """
+    found = {}
+    index, count = parallel.process()
+    total = len(dataset.records) // count
     interval = 0.1 if sys.stderr.isatty() else 15.0
-    with tqdm(total=len(results), desc=dataset.name, unit="image", leave=False, mininterval=interval) as bar:
-        for batch in evaluation_batches(dataset, model.config.image, batch_size=batch_size):
-            found = jax.device_get(
+    batches = evaluation_batches(
+        dataset, model.config.image, batch_size=batch_size, process=(index, count)
+    )
+    with tqdm(
+        total=total, desc=dataset.name, unit="image", leave=False, mininterval=interval, disable=index > 0
+    ) as bar:
+        for batch in batches:
+            rows = jax.device_get(
                 jitted_detect(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
             )
             for row in np.flatnonzero(batch.image_valid).tolist():
-                index = batch.image_index[row]
-                original_hw = dataset.records[index].image_hw
-                results[index] = to_original(found, row, batch.scale[row], original_hw)
+                position = int(batch.image_index[row])
+                original_hw = dataset.records[position].image_hw
+                found[position] = to_original(rows, row, batch.scale[row], original_hw)
             bar.update(int(batch.image_valid.sum()))
-    return results
+    return gathered(found)
+
+
+def gathered(found: dict[int, ImageDetections]) -> list[ImageDetections]:
+    """Returns what all processes found, in the order of the data set.
+
+    Args:
+      found: of this process, by position in the data set; each position is found by one process.
+    """
+    lengths = [(position, len(of.scores)) for position, of in found.items()]
+    numbers = [np.column_stack((of.boxes, of.scores)) for of in found.values()]
+    labels = [of.labels for of in found.values()]
+    lengths = parallel.gather_rows(np.array(lengths, np.int32).reshape(-1, 2))
+    numbers = parallel.gather_rows(np.concatenate([np.zeros((0, 5), np.float32), *numbers]))
+    labels = parallel.gather_rows(np.concatenate([np.zeros(0, np.int32), *labels]))
+    ends = np.cumsum(lengths[:, 1])
+    images = zip(np.split(numbers, ends)[:-1], np.split(labels, ends)[:-1], strict=True)
+    by_position = {
+        int(position): ImageDetections(of[:, :4], of[:, 4], labels_of)
+        for position, (of, labels_of) in zip(lengths[:, 0], images, strict=True)
+    }
+    return [by_position[position] for position in sorted(by_position)]

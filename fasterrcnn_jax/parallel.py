@@ -1,16 +1,86 @@
-"""Maps the step of one device over all local devices. The only module that knows how."""
+"""One run on several devices of several processes. The only module that knows how a step is mapped over them.
 
+Every process runs the same program on its local devices. Arrays are local: a state has a copy on each local
+device, a batch the rows of this process. What must not differ between processes is gathered here.
+"""
+
+import socket
+import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
+from fasterrcnn_jax.config import DistributedConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.structures import Batch
 from fasterrcnn_jax.training import StepMetrics, TrainState
 
 AXIS = "batch"
+TIMEOUT = 300  # seconds that processes wait for one another at the start
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins the other processes of the run; call it before anything asks JAX for its devices.
+
+    Raises:
+      InputError: no cluster is found, the coordinator cannot be reached, or this process is no part of it.
+    """
+    if config.coordinator is None:
+        return
+    # Its handler of SIGTERM would take the place of ours; `preemption` and `any_process` do its work.
+    jax.config.update("jax_enable_preemption_service", False)
+    explicit = config.coordinator != "detect"
+    if explicit and config.process_id > 0:
+        _wait_for(config.coordinator)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=config.coordinator if explicit else None,
+            num_processes=config.num_processes,
+            process_id=config.process_id,
+            # Otherwise the environment of a cluster would be asked for what is missing: the local devices.
+            cluster_detection_method="deactivate" if explicit else None,
+            initialization_timeout=TIMEOUT,
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"distributed.coordinator = {config.coordinator!r}: {_reason(error)}") from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Returns when process 0 answers; of one that never does, JAX would end the program with a stack trace."""
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"distributed.coordinator = {coordinator!r} is not reached within {TIMEOUT} seconds "
+                    f"({error.strerror or error})"
+                ) from error
+            time.sleep(0.2)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "coordinator_address should be defined" in text:
+        return "none of SLURM, Open MPI, Kubernetes or Cloud TPU is found around this process; give HOST:PORT"
+    return text
+
+
+def process() -> tuple[int, int]:
+    """Returns (index, count) of this process; (0, 1) where there is one alone."""
+    return jax.process_index(), jax.process_count()
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and prints."""
+    return jax.process_index() == 0
 
 
 def data_parallel(
@@ -18,38 +88,76 @@ def data_parallel(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns `step` under `pmap`: whole batches in, one unstacked state in and out, state donated.
+    """Returns `step` under `pmap`: rows of this process in, one unstacked state in and out, state donated.
 
     Args:
-      devices: default: all local ones.
+      devices: default: all of all processes.
     """
-    devices = jax.local_devices() if devices is None else devices
+    devices = jax.devices() if devices is None else devices
+    local = len(_local(devices))
     mapped = jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
+        return mapped(state, jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch))
 
     return run
 
 
 def replicate(state: TrainState, *, devices: Sequence[jax.Device] | None = None) -> TrainState:
-    """Returns the state on every device (default: all local ones), placed as the mapped step returns it.
+    """Returns the state on every local device among `devices`, placed as the mapped step returns it.
 
     Placed otherwise, the second step would compile the program again.
     """
-    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
+    mesh = Mesh(np.array(_local(jax.devices() if devices is None else devices)), (AXIS,))
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 
+def _local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
 def per_device(batch_size: int) -> int:
-    """Returns how many images of a batch one local device gets, at least one."""
-    return max(1, batch_size // jax.local_device_count())
+    """Returns how many images of a batch one device gets, at least one."""
+    return max(1, batch_size // jax.device_count())
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises InputError unless every local device gets the same number of images."""
-    devices = jax.local_device_count()
-    if batch_size % devices:
-        raise InputError(f"train.batch_size is {batch_size}, not a multiple of the {devices} local devices")
+def check_batch_size(batch_size: int, *, accumulate: int = 1) -> None:
+    """Raises InputError unless every device gets the same number of images in each of `accumulate` parts."""
+    devices, processes = jax.device_count(), jax.process_count()
+    if batch_size % (devices * accumulate):
+        among = "" if processes == 1 else f" of {processes} processes"
+        parts = "" if accumulate == 1 else f" times {accumulate} parts"
+        raise InputError(f"train.batch_size is {batch_size}, not a multiple of the {devices} devices{among}{parts}")
+
+
+def any_process(flag: bool) -> bool | jax.Array:
+    """Returns, as a bool scalar, whether `flag` is true in any process; the same in all of them.
+
+    All processes must call it, in the same place among their steps. It is queued behind the step before it
+    like any work of the device: only who reads the result waits.
+    """
+    if jax.process_count() == 1:
+        return flag
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    flags = np.full(jax.local_device_count(), flag)
+    return _any(multihost_utils.host_local_array_to_global_array(flags, mesh, PartitionSpec(AXIS)))
+
+
+@jax.jit
+def _any(flags: Shaped[jax.Array, "n"]) -> Shaped[jax.Array, ""]:
+    return flags.any()
+
+
+def gather_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
+    """Returns the rows of all processes, those of process 0 first; each may have another number of them."""
+    if jax.process_count() == 1:
+        return rows
+    counts = multihost_utils.process_allgather(np.int32(len(rows)))
+    # Rounded up: evaluations that find about as much share one program.
+    slots = 1 << int(counts.max() - 1).bit_length()
+    padded = np.zeros((slots, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    gathered = multihost_utils.process_allgather(padded)
+    return np.concatenate([of[:count] for of, count in zip(gathered, counts, strict=True)])

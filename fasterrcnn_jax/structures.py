@@ -10,7 +10,10 @@ the only definition of padding; padded payload is zero and finite.
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+# Canvases from the host: normalised, or whole grey levels (`ImageConfig.pixel_dtype`); zero beyond the picture.
+Images = Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]
 
 
 class GroundTruth(NamedTuple):
@@ -19,25 +22,26 @@ class GroundTruth(NamedTuple):
     valid: Bool[Array, "*b g"]
 
 
+class Proposals(NamedTuple):
+    boxes: Float[Array, "*b p 4"]
+    scores: Float[Array, "*b p"]  # objectness probability
+    valid: Bool[Array, "*b p"]
+
+
 class Batch(NamedTuple):
-    images: Float[Array, "*b h w 3"]  # normalised; zero beyond image_hw
+    images: Images
     image_hw: Float[Array, "*b 2"]  # (height, width) of the picture inside the canvas
     scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the stored picture; they differ after rounding
     image_index: Int[Array, "*b"]  # position in the data set; seeds what is random for the image
     image_valid: Bool[Array, "*b"]  # False for rows that only fill the batch
     ground_truth: GroundTruth
+    proposals: Proposals | None = None  # stored ones, for the box head alone; None: the RPN makes them
 
 
 class AnchorTargets(NamedTuple):
     labels: Int[Array, "*b a"]  # -1 ignored, 0 background, 1 foreground; what was not sampled is -1
     deltas: Float[Array, "*b a 4"]  # zero unless foreground, sampled or not
     foreground: Bool[Array, "*b a"]  # before the sample was drawn
-
-
-class Proposals(NamedTuple):
-    boxes: Float[Array, "*b p 4"]
-    scores: Float[Array, "*b p"]  # objectness probability
-    valid: Bool[Array, "*b p"]
 
 
 class RoiTargets(NamedTuple):
@@ -66,3 +70,11 @@ class Losses(NamedTuple):
     rpn_box: Mean
     box_class: Mean
     box_delta: Mean
+    # How many of each sample are foreground: without any, a loss says nothing about objects.
+    rpn_foreground: Float[Array, "*b"]
+    box_foreground: Float[Array, "*b"]
+
+    @property
+    def means(self) -> tuple[Mean, Mean, Mean, Mean]:
+        """What is divided and added: all but the counts."""
+        return self[:4]

@@ -42,7 +42,7 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
     canvas = max(config.image.canvases, key=lambda sides: sides[0] * sides[1])
     names = tuple(f"class{i}" for i in range(num_classes))
     model = nnx.eval_shape(lambda: create(config, names, seed=0))
-    images = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *canvas, 3), config.image.pixel_dtype)
     image_hw = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     levels = jax.eval_shape(shared_features, model, images, image_hw)
     grid = anchors_of(config, tuple(level.shape[1:3] for level in levels))

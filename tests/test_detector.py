@@ -91,7 +91,7 @@ def rows_of(batch, rows):
 
 
 def numbers(losses):
-    return np.array([[mean.sum, mean.count] for mean in losses], np.float64)
+    return np.array([[mean.sum, mean.count] for mean in losses.means], np.float64)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def gradients_of(model):
     def run(params, batch, key):
         def total(params):
             losses = training_losses(nnx.merge(graphdef, params, frozen), batch, key)
-            return sum(mean.sum / jnp.maximum(mean.count, 1.0) for mean in losses), losses
+            return sum(mean.sum / jnp.maximum(mean.count, 1.0) for mean in losses.means), losses
 
         gradients, losses = jax.grad(total, has_aux=True)(params)
         return losses, gradients
@@ -290,7 +290,7 @@ def test_vgg_trains_every_parameter_but_those_of_its_fixed_stages(random_weights
     graphdef, params, frozen = split(build(random_weights, config))
 
     def total(params, batch):
-        return sum(mean.sum for mean in training_losses(nnx.merge(graphdef, params, frozen), batch, KEY))
+        return sum(mean.sum for mean in training_losses(nnx.merge(graphdef, params, frozen), batch, KEY).means)
 
     gradients = jax.jit(jax.grad(total))(params, make_batch())
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))

@@ -211,7 +211,7 @@ def test_every_weight_of_a_pyramid_learns(random_weights):
     def gradients(params):
         def total(params):
             losses = training_losses(nnx.merge(graphdef, params, frozen), batch(), KEY)
-            return sum(mean.sum / mean.count for mean in losses)
+            return sum(mean.sum / mean.count for mean in losses.means)
 
         return jax.grad(total)(params)
 

@@ -300,6 +300,30 @@ def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, n
         assert not wide[rows:].any() and not wide[:, columns:].any()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+def test_stages_computed_again_give_the_same_gradients_and_keep_less(random_weights, name):
+    images, image_hw = normal(1, 48, 64, 3), jnp.asarray([(40.0, 60.0)])
+
+    def measured(remat):
+        config = BackboneConfig(name=name, width=8, norm="group", mask_padding=True, remat=remat)
+        graphdef, params, rest = nnx.split(random_weights(lambda: backbone(config)), nnx.Param, ...)
+
+        def features(params):
+            return nnx.merge(graphdef, params, rest)(images, image_hw)[0]
+
+        gradient = jax.jit(jax.grad(lambda params: jnp.square(features(params)).sum()))(params)
+        residuals = jax.eval_shape(lambda params: jax.vjp(features, params)[1], params)
+        # Weights are kept in any case.
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return gradient, sum(leaf.size for leaf in jax.tree.leaves(residuals)) - weights
+
+    gradients, kept = zip(measured(False), measured(True), strict=True)
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+    # So are maps between stages and ResNet's stem, which is no stage.
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_vgg16_with_batch_norm_normalises_between_each_convolution_and_its_relu(random_weights):
     """As torchvision's vgg16_bn, the statistics fixed: four constants per convolution and nothing more to train."""
     net = random_weights(lambda: backbone(BackboneConfig(name="vgg16", width=8, norm="frozen_batch")))

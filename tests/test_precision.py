@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_float32_and_near_those_of_float32(random_weigh
                     num_locations=jnp.ones(2, jnp.int32),
                     dropout_keys=None,
                 )
-                return sum(mean.sum.sum() / mean.count.sum() for mean in losses)
+                return sum(mean.sum.sum() / mean.count.sum() for mean in losses.means)
 
             return jax.value_and_grad(total)(params)
 

@@ -5,8 +5,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from fasterrcnn_jax.data.records import ImageProposals
 from fasterrcnn_jax.evaluation.results import ImageDetections
-from fasterrcnn_jax.run_folder import PICTURED_SIDE, write_picture
+from fasterrcnn_jax.run_folder import PICTURED_SIDE, MetricsWriter, pictured, sheet
 
 
 @pytest.mark.parametrize("image_hw", [(60, 90), (1500, 1000)])
@@ -15,13 +16,32 @@ def test_small_images_grow_and_large_ones_shrink_with_their_boxes(tmp_path, imag
     box = (width // 4, height // 4, width // 2, height // 2)
     dataset = tiny.dataset(tmp_path / "images", [(tiny.picture(image_hw, box), [box], [1])])
     found = ImageDetections(np.float32([box]), np.float32([0.9]), np.int32([1]))
-    with Image.open(write_picture(tmp_path, 7, [found], dataset)) as picture:
-        sheet = np.asarray(picture.convert("RGB"))
-    shown = (sheet.shape[1] - 24) // 2
+    proposals = [ImageProposals(np.float32([[0, 0, width, height]]), np.float32([0.5]))]
+    with MetricsWriter(tmp_path, after=0) as metrics:
+        path = metrics.write_picture(7, sheet(dataset, pictured(dataset), [found], proposals))
+    with Image.open(path) as picture:
+        drawn = np.asarray(picture.convert("RGB"))
+    shown = (drawn.shape[1] - 32) // 3
     longest = max(shown, shown * height // width)
     assert PICTURED_SIDE * 0.6 <= longest <= PICTURED_SIDE * 1.5
-    # The middle of the object is red on both sides.
+    # The middle of the object is red in all three.
     y = 8 + round(shown * height / width * 3 / 8)
-    for left in (8, 16 + shown):
-        red, green, _ = sheet[y, left + shown * 3 // 8].astype(int)
+    for left in (8, 16 + shown, 24 + 2 * shown):
+        red, green, _ = drawn[y, left + shown * 3 // 8].astype(int)
         assert red > green + 100
+
+
+def test_without_detections_the_third_column_is_left_out(tmp_path):
+    box = (10, 10, 40, 40)
+    dataset = tiny.dataset(tmp_path / "images", [(tiny.picture((60, 90), box), [box], [1])])
+    found = ImageDetections(np.float32([box]), np.float32([0.9]), np.int32([1]))
+    proposals = [ImageProposals(np.float32([box]), np.float32([0.5]))]
+    widths = [sheet(dataset, [0], detections, proposals).shape[1] for detections in (None, [found])]
+    assert (widths[0] - 24) / 2 == (widths[1] - 32) / 3
+
+
+def test_a_silent_writer_leaves_nothing_behind(tmp_path):
+    with MetricsWriter(tmp_path, after=0, silent=True) as metrics:
+        metrics.write(1, {"loss": 1.0})
+        metrics.write_picture(1, np.zeros((4, 4, 3), np.uint8))
+    assert not list(tmp_path.iterdir())

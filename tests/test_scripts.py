@@ -29,6 +29,8 @@ from fasterrcnn_jax.data.training_set import training_set
 
 STEPS = 6
 LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
+# Of the machine, not of the run.
+TIMINGS = ("time", "images_per_second", "data_wait", "compilations", "compilation_seconds")
 
 CONFIG = """
 import dataclasses, sys
@@ -150,6 +152,17 @@ def test_every_step_is_logged_with_its_four_losses(trained):
         assert line["time"] > 1.7e9
 
 
+def test_every_step_is_logged_with_what_a_run_is_watched_by(trained):
+    steps = lines_of(trained[0], "gradient_norm")
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0.01] * STEPS)
+    assert any(line["rpn_foreground"] for line in steps) and any(line["box_foreground"] for line in steps)
+    for line in steps:
+        assert line["images_per_second"] > 0 and line["data_wait"] >= 0
+    compiled = [line["compilations"] for line in steps]
+    assert compiled == sorted(compiled) and 0 < compiled[-1]
+    assert steps[-1]["compilation_seconds"] > 0
+
+
 def test_every_evaluation_is_made_and_logged_once(trained):
     run, out, _ = trained
     evaluations = lines_of(run, "test/AP50")
@@ -206,6 +219,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(s
     assert f"on images {', '.join(named)};" in line
 
 
+def test_the_failed_batch_is_written_and_looked_into(stopped, folder):
+    """Another image than the poisoned one is finite to its gradient; nothing is saved."""
+    run, (_, _, err) = stopped
+    (path,) = (run / "failed").iterdir()
+    assert path.name == "step_00000005.npz" and f"--replay {path}" in err
+    before = steps_in(run), (run / "metrics.jsonl").read_text()
+    status, out, err = train(folder, "--run", run, "--replay", path)
+    assert status == 0, err
+    assert before == (steps_in(run), (run / "metrics.jsonl").read_text())
+    rows = out.splitlines()[-4:]
+    ids = re.search(r"on images ([^;]*);", stopped[1][2])[1].split(", ")
+    assert [row.split()[0] for row in rows] == ids
+    assert rows[0].endswith("not finite first in: pixels") and "nan" in rows[0]
+    assert all("nan" not in row and "finite" not in row for row in rows[1:] if row.split()[0] != ids[0])
+
+
 def test_the_checkpoints_before_it_are_untouched(stopped):
     run = stopped[0]
     # The state after step 4 is not kept: the loss that would have shown it usable was no number.
@@ -238,7 +267,7 @@ def test_fifty_steps_twice_give_the_same_bits(folder):
     first, second = (values_of(run) for run in runs)
     for name, value in first.items():
         assert value.tobytes() == second[name].tobytes(), name
-    logs = [[{k: v for k, v in line.items() if k != "time"} for line in lines_of(run, "step")] for run in runs]
+    logs = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in lines_of(run, "step")] for run in runs]
     assert logs[0] == logs[1] and len(logs[0]) == 51
     states = []
     for run in runs:
@@ -294,7 +323,7 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
         (("--data.class_names", "ring"), "disc"),
         (("--data.layout", "coco"), r"instances_train.json: not found; get images and annotations"),
         (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
-        (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ local devices"),
+        (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ devices"),
         (("--run", "mine.py"), "mine.py"),
     ],
 )

@@ -79,6 +79,17 @@ def test_activations_are_what_the_backward_pass_keeps():
     assert wide[0].activations < 4 * wide[0].trained
 
 
+def test_stages_that_are_computed_again_keep_little_of_backbone_and_head():
+    kept, again = (
+        summarize(
+            dataclasses.replace(tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, remat=remat)), 2
+        ).parts
+        for remat in (False, True)
+    )
+    for part in (0, 2):
+        assert again[part].activations < 0.5 * kept[part].activations
+
+
 def test_a_part_that_is_fixed_keeps_nothing():
     def activations(fixed):
         backbone = BackboneConfig(name="resnet18", width=8, fixed_stages=fixed)

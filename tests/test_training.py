@@ -309,9 +309,106 @@ def test_the_loss_falls_on_one_repeated_batch(start, steps):
         np.testing.assert_array_equal(old, np.asarray(new))
 
 
+DECAY = 0.5
+
+
+@pytest.fixture(scope="module")
+def in_parts(start):
+    """Returns a function (batch) -> (state, metrics) of one device that takes its images in two parts, and averages."""
+    graphdef, state = start
+    step = training.make_train_step(
+        graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS, accumulate=2, ema_decay=DECAY
+    )
+    devices = jax.local_devices()[:1]
+    mapped = parallel.data_parallel(step, devices=devices)
+
+    def run(batch, state=state._replace(averaged=state.params)):
+        return jax.device_get(mapped(parallel.replicate(jax.tree.map(jnp.array, state), devices=devices), batch))
+
+    return run
+
+
+def test_a_gradient_in_parts_is_the_mean_of_their_gradients(in_parts, start, steps):
+    parts = []
+    for rows in ((0, 1), (2, 3)):
+        chosen = uneven_batch().image_valid & np.isin(np.arange(B), rows)
+        parts.append(jax.device_get(steps[1](start[1], uneven_batch()._replace(image_valid=chosen))))
+    state, metrics = in_parts(uneven_batch())
+    np.testing.assert_allclose(losses(metrics), sum(losses(part[1]) for part in parts) / 2, rtol=1e-5)
+    for name, gradient in traces(state).items():
+        mean = sum(traces(part[0])[name] for part in parts) / 2
+        assert np.linalg.norm(gradient - mean) <= 1e-4 * np.linalg.norm(mean), name
+    assert metrics.box_foreground == sum(part[1].box_foreground for part in parts)
+
+
+def test_parts_with_equal_counts_are_as_good_as_the_whole(in_parts, start, steps):
+    twice = jax.tree.map(lambda x: np.concatenate([x[::3], x[::3]]), uneven_batch())
+    whole, parts = steps[1](start[1], twice), in_parts(twice)
+    np.testing.assert_allclose(losses(parts[1]), losses(jax.device_get(whole[1])), rtol=1e-5)
+
+
+def test_averaged_weights_forget_fast_at_first_and_then_by_their_decay(in_parts, start):
+    before = start[1].params
+    for step, decay in ((0, 0.1), (40, DECAY)):
+        state, _ = in_parts(uneven_batch(), start[1]._replace(averaged=before, step=np.int32(step)))
+        for old, new, average in zip(*map(jax.tree.leaves, (before, state.params, state.averaged)), strict=True):
+            np.testing.assert_allclose(average, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+def test_a_detector_is_made_of_averaged_weights_where_there_are_some(start):
+    graphdef, state = start
+    other = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    for averaged, expected in ((None, state.params), (other, other)):
+        model = training.merge(graphdef, state._replace(averaged=averaged))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(split(model)[1]), expected)
+
+
+def test_an_average_is_kept_only_where_it_is_asked_for(start):
+    model = nnx.merge(start[0], start[1].params, start[1].frozen)
+    assert training.create_state(model, training.create_optimizer(TRAIN), seed=0)[1].averaged is None
+    state = training.create_state(model, training.create_optimizer(TRAIN), seed=0, averages=True)[1]
+    jax.tree.map(np.testing.assert_array_equal, state.averaged, state.params)
+    # A step donates both: they must not share memory.
+    assert all(a is not b for a, b in zip(*map(jax.tree.leaves, (state.averaged, state.params)), strict=True))
+
+
+def test_stages_further_from_the_heads_learn_slower():
+    model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), split(model)[1])
+    gradients = jax.tree.map(jnp.ones_like, params)
+    fields = PLAIN | dict(weight_decay=0.0, double_bias=False, double_objectness=False)
+    after = updated(TrainConfig(**fields, layer_decay=0.5), params, gradients)
+    rates = {"rpn_head": 0.5, "box_head": 0.5, 2: 0.25, 1: 0.125, 0: 0.0625, "stem": 0.0625, "stem_norm": 0.0625}
+    met = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        part = path[0].key
+        if part == "backbone":
+            part = path[2].key if path[1].key == "stages" else path[1].key
+        met.add(part)
+        np.testing.assert_allclose(1 - leaf, rates[part], atol=1e-6)
+    assert met == set(rates)
+
+
+def test_learning_rates_are_those_that_the_optimizer_uses():
+    config = TrainConfig(steps=20, batch_size=1, learning_rate=0.4, warmup_steps=4, decay_steps=(8, 15))
+    schedule = training.learning_rate_schedule(config)
+    assert training.learning_rates(config) == pytest.approx([float(schedule(step)) for step in range(20)], rel=1e-6)
+
+
+def test_foreground_is_counted_over_all_devices_and_filling_rows_have_none(first, start, steps):
+    one, four = (first[count][1] for count in (1, DEVICES))
+    # Every object is itself a proposal: two and four, the quota, of the first and the last image at least.
+    assert 6 <= one.box_foreground <= 8 and 6 <= one.rpn_foreground <= 24
+    assert (four.box_foreground, four.rpn_foreground) == (one.box_foreground, one.rpn_foreground)
+    truth = uneven_batch().ground_truth
+    empty = uneven_batch()._replace(ground_truth=truth._replace(valid=np.zeros_like(truth.valid)))
+    metrics = jax.device_get(steps[1](start[1], empty)[1])
+    assert metrics.box_foreground == metrics.rpn_foreground == 0
+
+
 def test_a_batch_that_devices_cannot_share_is_refused():
     parallel.check_batch_size(2 * jax.local_device_count())
-    with pytest.raises(InputError, match=r"train\.batch_size is 6, not a multiple of the \d+ local devices"):
+    with pytest.raises(InputError, match=r"train\.batch_size is 6, not a multiple of the \d+ devices"):
         parallel.check_batch_size(6)
 
 

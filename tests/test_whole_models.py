@@ -289,7 +289,7 @@ def training(case):
                 rois,
                 num_locations=jnp.ones(2, jnp.int32),
                 dropout_keys=None,
-            )
+            ).means
             parts = jnp.stack(
                 [
                     rpn_class.sum.sum() / rpn_class.count.sum(),

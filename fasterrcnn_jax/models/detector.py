@@ -7,30 +7,43 @@ are mapped over the batch here, so an image's result never depends on its batch 
 import functools
 import importlib
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 
 from fasterrcnn_jax.anchor_grid import AnchorGrid, anchors_of, anchors_on_picture, check_border, strides_of
 from fasterrcnn_jax.config import BackboneConfig, ModelConfig, ProposalConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.losses import box_losses, rpn_losses
+from fasterrcnn_jax.matching import FOREGROUND
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, Keys, RpnHead
 from fasterrcnn_jax.models.layers import valid_mask
+from fasterrcnn_jax.models.pixels import normalised
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
 from fasterrcnn_jax.postprocess import postprocess
 from fasterrcnn_jax.proposals import propose
 from fasterrcnn_jax.roi_features import roi_features
-from fasterrcnn_jax.structures import AnchorTargets, Batch, Detections, Losses, Proposals, RoiTargets
+from fasterrcnn_jax.structures import (
+    AnchorTargets,
+    Batch,
+    Detections,
+    GroundTruth,
+    Images,
+    Losses,
+    Mean,
+    Proposals,
+    RoiTargets,
+)
 from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
-# Both functions below log when they are traced: once per program, so that recompilation shows.
+# Losses and detection log when they are traced: once per program, so that recompilation shows.
 logger = logging.getLogger(__name__)
 
 # Of every level, fine to coarse: the shared features that the heads read.
@@ -99,10 +112,11 @@ def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     return nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
 
 
-def shared_features(model: Detector, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]) -> Levels:
+def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2"]) -> Levels:
     """Returns the maps that RPN and box head read, in the model's compute type: one, or P2 to P6."""
     config = model.config
-    maps = model.backbone(images.astype(config.compute_dtype), image_hw)
+    pixels = normalised(images, image_hw, config.image)
+    maps = model.backbone(pixels.astype(config.compute_dtype), image_hw)
     levels = maps if model.neck is None else model.neck(maps, _masks(config, maps, image_hw))
     # The library's own maps have them; one of another stride would put every box in a wrong place.
     canvas = np.array(images.shape[1:3])
@@ -185,6 +199,27 @@ def _rois_per_image(config: ModelConfig, batch_size: int) -> int:
     return sampling.rois_per_batch // batch_size
 
 
+class _RpnSide(NamedTuple):
+    """What the RPN says of a batch's anchors, and towards what it is trained."""
+
+    grid: AnchorGrid
+    objectness: Float[Array, "b a"]
+    deltas: Float[Array, "b a 4"]
+    anchor_valid: Bool[Array, "b a"]
+    targets: AnchorTargets
+
+    @property
+    def num_locations(self) -> Int[Array, "b"]:
+        """Feature cells that hold picture."""
+        return self.anchor_valid.sum(axis=1) // self.grid.per_cell
+
+
+# Of every image: for its anchors, its RoIs and its dropout.
+_ImageKeys = Key[Array, "b 3"] | UInt32[Array, "b 3 2"]
+# Of every image: the two means of RPN or box head, and how much of the sample is foreground.
+_Side = tuple[Mean, Mean, Float[Array, "b"]]
+
+
 def training_losses(
     model: Detector,
     batch: Batch,
@@ -205,49 +240,77 @@ def training_losses(
       InputError: no anchor lies within `allowed_border` of the canvas.
       ValueError: `rois_per_batch` cannot be divided over the images.
     """
-    logger.info("compiling the training step for images %s", batch.images.shape)
-    config = model.config
-    levels = shared_features(model, batch.images, batch.image_hw)
-    objectness, deltas = rpn_outputs(model, levels, batch.image_hw)
-    grid = _grid(config, levels)
-    check_border(grid, batch.images.shape[1:3], config.rpn.allowed_border)
-    # Rows that only fill the batch take part in nothing.
-    anchor_valid = anchors_on_picture(grid, batch.image_hw, config) & batch.image_valid[:, None]
-    ground_truth = batch.ground_truth._replace(
-        valid=batch.ground_truth.valid & batch.image_valid[:, None]
-    )
-
-    keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index), 3))(batch.image_index)
-    a_targets = jax.vmap(functools.partial(anchor_targets, config=config.rpn), in_axes=(0, None, 0, 0, 0))(
-        keys[:, 0], jnp.asarray(grid.anchors), anchor_valid, batch.image_hw, ground_truth
-    )
+    levels, keys, ground_truth = _trained_on(model, batch, key)
+    rpn = _rpn_side(model, batch, levels, keys, ground_truth)
     proposals = _propose(
-        config,
-        config.train_proposals,
-        grid,
-        objectness,
-        deltas,
-        anchor_valid,
+        model.config,
+        model.config.train_proposals,
+        rpn.grid,
+        rpn.objectness,
+        rpn.deltas,
+        rpn.anchor_valid,
         batch.image_hw,
         batch.scale,
         implementation,
     )
-    rois_per_image = _rois_per_image(config, num_devices * batch.images.shape[0])
-    rois = jax.vmap(
-        functools.partial(roi_targets, rois_per_image=rois_per_image, config=config.roi_sampling)
-    )(keys[:, 1], proposals, ground_truth)
     losses = losses_towards(
         model,
         levels,
-        objectness,
-        deltas,
-        a_targets,
-        rois,
-        num_locations=anchor_valid.sum(axis=1) // grid.per_cell,
+        rpn.objectness,
+        rpn.deltas,
+        rpn.targets,
+        _rois(model.config, proposals, ground_truth, keys, num_devices),
+        num_locations=rpn.num_locations,
         dropout_keys=keys[:, 2],
         implementation=implementation,
     )
-    return jax.tree.map(lambda per_image: per_image.sum(), losses)
+    return _summed(losses)
+
+
+def rpn_training_losses(
+    model: Detector,
+    batch: Batch,
+    key: PRNGKeyArray | UInt32[Array, "2"],
+    *,
+    num_devices: int = 1,
+    implementation: Implementation = None,
+) -> Losses:
+    """Returns the losses of the RPN alone, those of the box head as zeros over zero; steps 1 and 3 of section 3.2.
+
+    Arguments, and which anchors are drawn, as in `training_losses`.
+
+    Raises:
+      InputError: no anchor lies within `allowed_border` of the canvas.
+    """
+    levels, keys, ground_truth = _trained_on(model, batch, key)
+    rpn = _rpn_side(model, batch, levels, keys, ground_truth)
+    side = _rpn_losses_towards(model.config, rpn.objectness, rpn.deltas, rpn.targets, rpn.num_locations)
+    return _summed(_losses(side, _no_side(batch)))
+
+
+def box_training_losses(
+    model: Detector,
+    batch: Batch,
+    key: PRNGKeyArray | UInt32[Array, "2"],
+    *,
+    num_devices: int = 1,
+    implementation: Implementation = None,
+) -> Losses:
+    """Returns the losses of the box head on the proposals in the batch, those of the RPN as zeros over zero.
+
+    Fast R-CNN, and steps 2 and 4 of section 3.2. Arguments, and which RoIs are drawn of the same proposals, as in
+    `training_losses`.
+
+    Raises:
+      ValueError: the batch holds no proposals, or `rois_per_batch` cannot be divided over the images.
+    """
+    if batch.proposals is None:
+        raise ValueError("the box head alone is trained on the proposals in the batch, which holds none")
+    levels, keys, ground_truth = _trained_on(model, batch, key)
+    proposals = batch.proposals._replace(valid=batch.proposals.valid & batch.image_valid[:, None])
+    rois = _rois(model.config, proposals, ground_truth, keys, num_devices)
+    side = _box_losses_towards(model, levels, rois, keys[:, 2], implementation)
+    return _summed(_losses(_no_side(batch), side))
 
 
 def losses_towards(
@@ -268,19 +331,135 @@ def losses_towards(
       num_locations: feature cells that hold picture.
       dropout_keys: one per image; None drops nothing.
     """
-    config = model.config.loss
+    rpn = _rpn_losses_towards(model.config, objectness, deltas, a_targets, num_locations)
+    return _losses(rpn, _box_losses_towards(model, levels, rois, dropout_keys, implementation))
+
+
+def _trained_on(
+    model: Detector, batch: Batch, key: PRNGKeyArray | UInt32[Array, "2"]
+) -> tuple[Levels, _ImageKeys, GroundTruth]:
+    """Returns the shared features, three keys per image, and the ground truth."""
+    logger.info("compiling the training step for images %s", batch.images.shape)
+    levels = shared_features(model, batch.images, batch.image_hw)
+    keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index), 3))(batch.image_index)
+    # Rows that only fill the batch take part in nothing.
+    valid = batch.ground_truth.valid & batch.image_valid[:, None]
+    return levels, keys, batch.ground_truth._replace(valid=valid)
+
+
+def _rpn_side(
+    model: Detector, batch: Batch, levels: Levels, keys: _ImageKeys, ground_truth: GroundTruth
+) -> _RpnSide:
+    config = model.config
+    objectness, deltas = rpn_outputs(model, levels, batch.image_hw)
+    grid = _grid(config, levels)
+    check_border(grid, batch.images.shape[1:3], config.rpn.allowed_border)
+    anchor_valid = anchors_on_picture(grid, batch.image_hw, config) & batch.image_valid[:, None]
+    targets = jax.vmap(functools.partial(anchor_targets, config=config.rpn), in_axes=(0, None, 0, 0, 0))(
+        keys[:, 0], jnp.asarray(grid.anchors), anchor_valid, batch.image_hw, ground_truth
+    )
+    return _RpnSide(grid, objectness, deltas, anchor_valid, targets)
+
+
+def _rois(
+    config: ModelConfig, proposals: Proposals, ground_truth: GroundTruth, keys: _ImageKeys, num_devices: int
+) -> RoiTargets:
+    rois_per_image = _rois_per_image(config, num_devices * len(proposals.boxes))
+    options = dict(rois_per_image=rois_per_image, config=config.roi_sampling)
+    return jax.vmap(functools.partial(roi_targets, **options))(keys[:, 1], proposals, ground_truth)
+
+
+def _rpn_losses_towards(
+    config: ModelConfig,
+    objectness: Float[Array, "b a"],
+    deltas: Float[Array, "b a 4"],
+    targets: AnchorTargets,
+    num_locations: Int[Array, "b"],
+) -> _Side:
+    means = jax.vmap(functools.partial(rpn_losses, config=config.loss))(objectness, deltas, targets, num_locations)
+    return *means, (targets.labels == FOREGROUND).sum(axis=1).astype(jnp.float32)
+
+
+def _box_losses_towards(
+    model: Detector,
+    levels: Levels,
+    rois: RoiTargets,
+    dropout_keys: Keys | None,
+    implementation: Implementation,
+) -> _Side:
     pooled = _roi_features(model, levels, rois.boxes, implementation)
     class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys)
-    rpn = jax.vmap(functools.partial(rpn_losses, config=config))(
-        objectness, deltas, a_targets, num_locations
+    means = jax.vmap(functools.partial(box_losses, config=model.config.loss))(class_logits, box_deltas, rois)
+    return *means, (rois.valid & (rois.labels > 0)).sum(axis=1).astype(jnp.float32)
+
+
+def _no_side(batch: Batch) -> _Side:
+    zeros = jnp.zeros(len(batch.images))
+    return Mean(zeros, zeros), Mean(zeros, zeros), zeros
+
+
+def _losses(rpn: _Side, box: _Side) -> Losses:
+    return Losses(*rpn[:2], *box[:2], rpn[2], box[2])
+
+
+def _summed(losses: Losses) -> Losses:
+    return jax.tree.map(lambda per_image: per_image.sum(), losses)
+
+
+def find_proposals(
+    model: Detector,
+    images: Images,
+    image_hw: Float[Array, "b 2"],
+    scale: Float[Array, "b 2"],
+    *,
+    implementation: Implementation = None,
+) -> Proposals:
+    """Returns the proposals of the RPN alone, as many and as far apart as the box head is trained on.
+
+    Arguments as those of `detect`; boxes are in network pixels.
+    """
+    logger.info("compiling proposals for images %s", images.shape)
+    levels = shared_features(model, images, image_hw)
+    return _proposals_in(model, levels, image_hw, scale, model.config.train_proposals, implementation)
+
+
+def detect_in_given(
+    model: Detector,
+    images: Images,
+    image_hw: Float[Array, "b 2"],
+    proposals: Proposals,
+    *,
+    implementation: Implementation = None,
+) -> Detections:
+    """Returns the detections among given proposals, in network pixels, without the RPN.
+
+    The other arguments are those of `detect`.
+    """
+    logger.info("compiling detection in given proposals for images %s", images.shape)
+    levels = shared_features(model, images, image_hw)
+    return detect_in(model, levels, proposals, image_hw, implementation=implementation)
+
+
+def _proposals_in(
+    model: Detector,
+    levels: Levels,
+    image_hw: Float[Array, "b 2"],
+    scale: Float[Array, "b 2"],
+    proposal_config: ProposalConfig,
+    implementation: Implementation,
+) -> Proposals:
+    config = model.config
+    objectness, deltas = rpn_outputs(model, levels, image_hw)
+    grid = _grid(config, levels)
+    anchor_valid = anchors_on_picture(grid, image_hw, config)
+    return _propose(
+        config, proposal_config, grid, objectness, deltas, anchor_valid, image_hw, scale, implementation
     )
-    box = jax.vmap(functools.partial(box_losses, config=config))(class_logits, box_deltas, rois)
-    return Losses(*rpn, *box)
 
 
 def detect(
     model: Detector,
-    images: Float[Array, "b h w 3"],
+    images: Images,
     image_hw: Float[Array, "b 2"],
     scale: Float[Array, "b 2"],
     *,
@@ -299,14 +478,8 @@ def detect(
         GPU kernels; None, decided while tracing, takes the kernels where they can run.
     """
     logger.info("compiling detection for images %s", images.shape)
-    config = model.config
     levels = shared_features(model, images, image_hw)
-    objectness, deltas = rpn_outputs(model, levels, image_hw)
-    grid = _grid(config, levels)
-    anchor_valid = anchors_on_picture(grid, image_hw, config)
-    proposals = _propose(
-        config, config.test_proposals, grid, objectness, deltas, anchor_valid, image_hw, scale, implementation
-    )
+    proposals = _proposals_in(model, levels, image_hw, scale, model.config.test_proposals, implementation)
     return detect_in(model, levels, proposals, image_hw, implementation=implementation)
 
 

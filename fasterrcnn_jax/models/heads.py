@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt32
 
 from fasterrcnn_jax.config import ModelConfig, has_fully_connected
-from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
+from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout, run_stage
 from fasterrcnn_jax.models.resnet import Stage, stage_channels
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
@@ -64,7 +64,7 @@ class ResNetTail(nnx.Module):
     """ResNet stage 4 on each region; its cells averaged or laid out as one vector."""
 
     def __init__(self, config: ModelConfig, *, rng: np.random.Generator):
-        self.summary = config.box_head.summary
+        self.summary, self.remat = config.box_head.summary, config.backbone.remat
         self.channels = stage_channels(config.backbone, 4)
         if self.summary == "flatten":
             self.channels *= math.ceil(config.roi_features.output_size / 2) ** 2
@@ -74,7 +74,7 @@ class ResNetTail(nnx.Module):
         self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None
     ) -> Float[Array, "b r d"]:
         batch, rois = pooled.shape[:2]
-        x = self.stage(pooled.reshape(-1, *pooled.shape[2:]))
+        x = run_stage(self.stage, pooled.reshape(-1, *pooled.shape[2:]), remat=self.remat)
         x = x.mean(axis=(1, 2)) if self.summary == "mean" else x
         return x.reshape(batch, rois, -1)
 

@@ -205,3 +205,13 @@ def valid_mask(
         columns[None, None, :] < image_hw[:, 1, None, None]
     )
     return inside[..., None].astype(jnp.float32)
+
+
+def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat: bool) -> Float[Array, "b _ _ _"]:
+    """Returns `stage(*inputs)`; with `remat` what it holds is computed again when its gradient is due.
+
+    Chen et al. 2016, arXiv:1604.06174.
+    """
+    if not remat:
+        return stage(*inputs)
+    return jax.checkpoint(lambda stage, *inputs: stage(*inputs))(stage, *inputs)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, first_std, max_pool, valid_mask
+from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, first_std, max_pool, run_stage, valid_mask
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -134,7 +134,7 @@ class ResNet(nnx.Module):
             x = x * valid(4).astype(x.dtype)
         stride, maps = 4, []
         for stage, stage_stride in zip(self.stages, self.strides, strict=True):
-            x = stage(x, valid(stride), valid(stride * stage_stride))
+            x = run_stage(stage, x, valid(stride), valid(stride * stage_stride), remat=self.config.remat)
             stride *= stage_stride
             maps.append(x)
         return tuple(maps) if self.pyramid else (x,)

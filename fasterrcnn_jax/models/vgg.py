@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, first_std, max_pool, valid_mask
+from fasterrcnn_jax.models.layers import NORMS, Conv, first_std, max_pool, run_stage, valid_mask
 
 CONVS = (2, 2, 3, 3, 3)  # per stage
 MULTIPLES = (1, 2, 4, 8, 8)  # of the first stage's channels
@@ -76,5 +76,5 @@ class Vgg16(nnx.Module):
             if i and stride < self.config.stride:
                 x, stride = max_pool(x, size=2), 2 * stride
             valid = valid_mask(image_hw, x.shape[1:3], stride) if self.config.mask_padding else None
-            x = stage(x, valid)
+            x = run_stage(stage, x, valid, remat=self.config.remat)
         return (x,)

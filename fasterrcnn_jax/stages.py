@@ -1,0 +1,83 @@
+"""The stages of a training: one for joint training and for the RPN alone, four for alternating training.
+
+4-step alternating training, Ren et al. 2015 (arXiv:1506.01497), section 3.2, as py-faster-rcnn does it: an RPN; a
+detector from a fresh trunk on that RPN's proposals; an RPN on the detector's trunk, which no longer moves; the
+detector's head on the new proposals. The last stage's model holds trunk, RPN and head, in the run folder itself.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from fasterrcnn_jax.config import Config, TrainConfig
+from fasterrcnn_jax.evaluation.proposal_recall import RECALL
+from fasterrcnn_jax.models.detector import box_training_losses, rpn_training_losses, training_losses
+from fasterrcnn_jax.structures import Losses
+from fasterrcnn_jax.training import PARTS
+
+TRUNK, RPN, BOX = PARTS[:2], PARTS[2:3], PARTS[3:]
+
+
+class Stage(NamedTuple):
+    """One pass through the training loop."""
+
+    name: str  # for messages
+    run: Path  # folder of its checkpoints and numbers
+    train: TrainConfig  # with the stage's own steps, falls and batch size
+    losses: Callable[..., Losses]  # what is differentiated
+    parts: tuple[str, ...]  # of the detector: what moves
+    first: Path | None  # run whose newest checkpoint it starts from; None: `config.init`, or random weights
+    proposals: Path | None  # run whose stored proposals stand in for the RPN's
+    # "given" proposals are the stored ones: the stage's model has no trained RPN.
+    evaluated: Literal["proposals", "detections", "detections in given proposals"]
+    proposes_on: tuple[str, ...]  # splits whose proposals are stored in its folder when it is done
+
+    @property
+    def metric(self) -> str:
+        """Name of the number that decides which checkpoint is best."""
+        return RECALL if self.evaluated == "proposals" else self.train.best_metric
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """Returns the stages in their order; each needs those before it to be done."""
+    data, train = config.data, config.train
+    if train.scheme == "joint":
+        return (Stage("", config.run, train, training_losses, TRUNK + RPN + BOX, None, None, "detections", ()),)
+    if train.scheme == "rpn":
+        return (Stage("", config.run, train, rpn_training_losses, TRUNK + RPN, None, None, "proposals", ()),)
+    # Step 3 begins with the RPN's first weights, which step 2 leaves as they are, step 4 with the head of step 2.
+    names = ("1_rpn", "2_detector", "3_rpn", "4_detector")
+    runs = (*(config.run / "stages" / name for name in names[:3]), config.run)
+    # The detector of step 2 has no RPN of its own to be evaluated with.
+    splits = tuple(dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split)))
+    rpn = dict(losses=rpn_training_losses, proposals=None, evaluated="proposals")
+    box = dict(losses=box_training_losses, proposes_on=())
+    of_stage = (
+        dict(rpn, parts=TRUNK + RPN, first=None, proposes_on=splits),
+        dict(box, parts=TRUNK + BOX, first=None, proposals=runs[0], evaluated="detections in given proposals"),
+        dict(rpn, parts=RPN, first=runs[1], proposes_on=splits[:1]),
+        dict(box, parts=BOX, first=runs[2], proposals=runs[2], evaluated="detections"),
+    )
+    return tuple(
+        Stage(name, run, _training(train, number), **fields)
+        for number, (name, run, fields) in enumerate(zip(names, runs, of_stage, strict=True))
+    )
+
+
+def _training(train: TrainConfig, number: int) -> TrainConfig:
+    """Returns the optimisation of one stage, which by itself is a training like any other."""
+    alternating = train.alternating
+    is_rpn = number % 2 == 0
+    return dataclasses.replace(
+        train,
+        scheme="joint",
+        steps=alternating.steps[number],
+        decay_steps=(alternating.decay_steps[number],) if train.schedule == "steps" else (),
+        batch_size=alternating.rpn_batch_size or train.batch_size if is_rpn else train.batch_size,
+    )
+
+
+def proposals_path(run: Path, split: str) -> Path:
+    """Returns the file of a run's proposals for one split."""
+    return run / "proposals" / f"{split}.safetensors"

@@ -1,0 +1,43 @@
+"""One process of a run: python process_of_a_run.py OUT ARGUMENTS-OF-train.py
+
+Trains, detects once more with the newest checkpoint, and writes what this process then holds to OUT.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fasterrcnn_jax.scripts.train as train_script  # noqa: E402
+from fasterrcnn_jax import checkpoint, cli, inference, parallel  # noqa: E402
+from fasterrcnn_jax.data.sources import open_split  # noqa: E402
+
+
+def main(out, argv):
+    train_script.main(argv)
+    config = cli.parse_config(argv, description="")
+    dataset = open_split(config.data, config.data.test_split)
+
+    looked_at, gathered = [], inference.gathered
+    inference.gathered = lambda found: looked_at.extend(found) or gathered(found)
+    model = checkpoint.load(config.run)
+    found = inference.detect_dataset(model, dataset, batch_size=parallel.per_device(config.train.batch_size))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.split(model)[1])
+    np.savez(
+        out,
+        **{f"parameter {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves},
+        looked_at=np.array(looked_at, np.int32),
+        lengths=np.array([len(of.scores) for of in found]),
+        boxes=np.concatenate([of.boxes for of in found]),
+        scores=np.concatenate([of.scores for of in found]),
+        labels=np.concatenate([of.labels for of in found]),
+        devices=np.array([jax.local_device_count(), jax.device_count()]),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

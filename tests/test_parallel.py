@@ -1,0 +1,103 @@
+"""The step over 1, 2 and 4 devices, under pmap and under shard_map: the same numbers."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh, PartitionSpec
+
+from fasterrcnn_jax import parallel, training
+from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.structures import Batch, GroundTruth
+
+B, G, STEPS = 4, 3, 4
+TRAIN = TrainConfig(steps=20, batch_size=B, learning_rate=1e-3)
+TOLERANCE = 1e-6  # of losses, and of each parameter's norm; the devices' sums are added in another order
+
+pytestmark = pytest.mark.skipif(jax.local_device_count() < 4, reason="needs four devices")
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Returns (step of one device, state in NumPy) of the small network of docs/backbone.md."""
+    text = (Path(__file__).parents[1] / "docs" / "backbone.md").read_text()
+    example = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], example)
+    config = dataclasses.replace(
+        tiny.MODEL,
+        backbone=dataclasses.replace(tiny.MODEL.backbone, own="my_nets:Tiny"),
+        box_head=dataclasses.replace(tiny.MODEL.box_head, channels=16),
+    )
+    with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"):
+        model = create(config, tiny.CLASS_NAMES, seed=0, backbone=example["Tiny"])
+        optimizer = training.create_optimizer(TRAIN)
+        graphdef, state = training.create_state(model, optimizer, seed=0)
+        yield training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS), jax.device_get(state)
+
+
+def batch_of(step):
+    """Two objects; none; a row that only fills; one object."""
+    generator = np.random.default_rng(step)
+    height, width = tiny.IMAGE.canvases[0]
+    valid = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]], bool)
+    near = generator.uniform(0, 30, (B, G, 2))
+    boxes = np.concatenate((near, near + generator.uniform(16, 30, (B, G, 2))), axis=2) * valid[..., None]
+    shown = np.array([True, True, False, True])
+    return Batch(
+        images=generator.normal(size=(B, height, width, 3)).astype(np.float32) * shown[:, None, None, None],
+        image_hw=np.float32([(height, width)] * B) * shown[:, None],
+        scale=np.ones((B, 2), np.float32),
+        image_index=np.int32([7, 3, 0, 9]),
+        image_valid=shown,
+        ground_truth=GroundTruth(boxes.astype(np.float32), valid.astype(np.int32), valid),
+    )
+
+
+def by_pmap(step, devices):
+    return parallel.data_parallel(step, devices=devices)
+
+
+def by_shard_map(step, devices):
+    """What would stand in `data_parallel`. With check_vma the gradients would arrive summed already, and wrong."""
+    whole, rows = PartitionSpec(), PartitionSpec(parallel.AXIS)
+    mesh = Mesh(np.array(devices), (parallel.AXIS,))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole), check_vma=False)
+    return jax.jit(mapped, donate_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def trained(start):
+    """Returns {name: (losses of each step, last state)} of each way to map the step."""
+    step, state = start
+    ways = {"pmap 1": (by_pmap, 1), "pmap 2": (by_pmap, 2), "pmap 4": (by_pmap, 4), "shard_map 4": (by_shard_map, 4)}
+    found = {}
+    for name, (mapping, count) in ways.items():
+        devices = jax.local_devices()[:count]
+        run = mapping(step, devices)
+        now, losses = parallel.replicate(jax.tree.map(np.array, state), devices=devices), []
+        for number in range(STEPS):
+            now, metrics = run(now, batch_of(number))
+            losses.append(np.array(metrics[:5], np.float64))
+        found[name] = np.array(losses), jax.device_get(now)
+    return found
+
+
+@pytest.mark.parametrize("name", ["pmap 2", "pmap 4", "shard_map 4"])
+def test_steps_are_the_same_however_they_are_mapped(trained, start, name):
+    losses, state = trained[name]
+    expected_losses, expected = trained["pmap 1" if name.startswith("pmap") else "pmap 4"]
+    assert (expected_losses > 0).all()
+    np.testing.assert_allclose(losses, expected_losses, rtol=TOLERANCE)
+    for first, leaf, other in zip(*(jax.tree.leaves(of.params) for of in (start[1], expected, state)), strict=True):
+        assert np.any(leaf != first)
+        assert np.linalg.norm(other - leaf) <= TOLERANCE * np.linalg.norm(leaf)
+
+
+def test_a_share_of_a_batch_is_counted_over_all_devices():
+    assert parallel.per_device(3 * jax.device_count()) == 3
+    assert parallel.per_device(1) == 1
