@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     model = checkpoint.load(arguments.ckpt)
     config = checkpoint.load_run_config(arguments.ckpt)
+    if config.train.scheme == "rpn" and not arguments.proposals:
+        raise InputError(f"--ckpt {arguments.ckpt}: is an RPN trained alone, whose proposals --proposals evaluates")
     split = arguments.split or config.data.test_split
     root = arguments.root or config.data.root
     out = arguments.out or checkpoint.run_of(arguments.ckpt) / "evaluation" / split

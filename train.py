@@ -7,6 +7,7 @@ it came from.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.data import loader, sources
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.training_set import training_set
-from fasterrcnn_jax.errors import NonFiniteLossError
+from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, create
 from fasterrcnn_jax.proposing import given_proposals, stored_proposals
 from fasterrcnn_jax.scoring import Score, score, shown_proposals
-from fasterrcnn_jax.stages import Stage, proposals_path, stages_of
+from fasterrcnn_jax.stages import Stage, failed_stage, proposals_path, stages_of
 from fasterrcnn_jax.weights import load_weights
 
 
@@ -36,16 +37,20 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(config, data=sources.with_class_names(config.data))
     data, train = config.data, config.train
     stages = stages_of(config)
+    if config.replay is not None:
+        stages = (failed_stage(stages, config.replay),)
     for stage in stages:
-        parallel.check_batch_size(stage.train.batch_size, accumulate=train.accumulate)
+        size = stage.train.batch_size
+        field = "train.batch_size" if size == train.batch_size else "train.alternating.rpn_batch_size"
+        parallel.check_batch_size(size, accumulate=train.accumulate, field=field)
     names = dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split))
     splits = {name: sources.open_split(data, name) for name in names}
     train_set = training_set(splits[data.train_split], data)
     with preemption.noted_signals() as asked_to_stop:
         for stage in stages:
             result = fit(config, stage, train_set, splits, asked_to_stop)
-    if result is not None and parallel.is_main():
-        print(result)
+            if result is not None and parallel.is_main():
+                print("\n".join(filter(None, (stage.name, result))))
 
 
 def fit(
@@ -96,7 +101,8 @@ def fit(
         )
     )
 
-    say = print if parallel.is_main() else lambda *_: None
+    # A bar that is disabled would write all the same.
+    say = tqdm.write if parallel.is_main() else lambda *_: None
     restored = checkpoint.restore(checkpoints, state, config=config)
     if restored is not None:
         state, position = restored
@@ -153,8 +159,10 @@ def fit(
         proposals = shown_proposals(model, dataset, result, chosen, given=given.get(split), **options)
         if number >= first:  # a finished run is only shown again
             metrics.write(number, {f"{split}/{name}": value for name, value in result.values.items()})
-        picture = metrics.write_picture(number, run_folder.sheet(dataset, chosen, result.detections, proposals))
-        bar.write(f"step {number}: {result.headline} on {split}, picture {picture}")
+        sheet = run_folder.sheet(dataset, chosen, result.detections, proposals)
+        # The last step may be evaluated on both splits.
+        picture = metrics.write_picture(number, sheet, of="" if split == best_split else split)
+        say(f"step {number}: {result.headline} on {split}, picture {picture}")
         return result
 
     waiting = unsaved = None
@@ -188,10 +196,11 @@ def fit(
                     checkpoint.save(checkpoints, **unsaved)
                     raise
                 unsaved["measured"] = result.values[stage.metric]
+                reported = time.perf_counter()  # the next step is not slow
             # After the evaluation of this step, if it has one: another start would not make it.
             if stopping and number < train.steps:
                 checkpoint.save(checkpoints, **unsaved)
-                bar.write(f"asked to stop: saved step {number}, the same command continues {run}")
+                say(f"asked to stop: saved step {number}, the same command continues {run}")
                 sys.exit(preemption.EXIT_STATUS)
         if unsaved is not None:
             checkpoint.save(checkpoints, **unsaved)
@@ -221,10 +230,19 @@ def first_model(config: Config, stage: Stage, *, fresh: bool) -> Detector:
 def replayed(config, stage, graphdef, state, step, batches) -> None:
     """Makes the steps up to a failed one again, saving nothing, and prints what each of its images does to it."""
     number, ids, batch = replay.read_batch(config.replay)
+    if number <= state.step:
+        raise InputError(
+            f"--replay {config.replay}: is of step {number}, and the newest checkpoint of {stage.run} of "
+            f"step {int(state.step)}"
+        )
     for _ in tqdm(range(int(state.step) + 1, number), desc="steps again", unit="step"):
         state, _ = step(state, next(batches))
     state = jax.tree.map(np.asarray, state)
-    print(replay.format_examined(number, replay.examine(graphdef, state, batch, ids, stage.losses)))
+    # An image by itself gets as many RoIs as in its batch.
+    losses = functools.partial(
+        stage.losses, num_devices=stage.train.batch_size, implementation=stage.train.implementation
+    )
+    print(replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
     Raises:
       InputError: there are checkpoints and none of them is whole.
     """
-    if jax.process_index() == 0:
-        _set_damaged_aside(run / FOLDER)
-    multihost_utils.sync_global_devices("damaged checkpoints are aside")
+    _set_damaged_aside(run / FOLDER)
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
         (run / FOLDER).absolute(),
@@ -182,7 +180,8 @@ def run_of(path: str | Path) -> Path:
 def _set_damaged_aside(folder: Path) -> None:
     """Renames damaged checkpoints to STEP.damaged; the arrays of the newest whole one and after are read.
 
-    Nothing is renamed where none is whole: the fault may lie in what they all have in common.
+    Nothing is renamed where none is whole: the fault may lie in what they all have in common. All processes read,
+    because Orbax lets one wait for the others; the first one renames.
     """
     whole, faults = None, {}
     for checkpoint in _numbered(folder):
@@ -193,12 +192,14 @@ def _set_damaged_aside(folder: Path) -> None:
             faults[checkpoint] = error
     if faults and whole is None:
         raise InputError(f"no checkpoint is whole, choose another --run: {'; '.join(map(str, faults.values()))}")
-    for checkpoint, fault in faults.items():
+    multihost_utils.sync_global_devices("all checkpoints are read")
+    for checkpoint, fault in faults.items() if jax.process_index() == 0 else ():
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.damaged")
         checkpoint.rename(aside)
         logger.warning("%s; it is now %s, the run goes on from %s", fault, aside.name, whole)
+    multihost_utils.sync_global_devices("damaged checkpoints are aside")
 
 
 def _newest_whole(path: Path, parts: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:

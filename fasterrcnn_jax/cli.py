@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import logging
 import os
 import sys
@@ -78,6 +79,9 @@ def script(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | No
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
+        # Names of files and classes may hold what the terminal's encoding has not.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
         # Orbax reports its own housekeeping as warnings, and with tracebacks what we say in one line.

@@ -121,7 +121,6 @@ _INDIFFERENT = {
     "distributed.process_id",
     "model.backbone.remat",
     "data.root",
-    "data.faults",
     "data.test_split",
     "data.threads",
     "data.cache_mb",

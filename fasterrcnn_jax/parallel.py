@@ -123,13 +123,17 @@ def per_device(batch_size: int) -> int:
     return max(1, batch_size // jax.device_count())
 
 
-def check_batch_size(batch_size: int, *, accumulate: int = 1) -> None:
-    """Raises InputError unless every device gets the same number of images in each of `accumulate` parts."""
+def check_batch_size(batch_size: int, *, accumulate: int = 1, field: str = "train.batch_size") -> None:
+    """Raises InputError unless every device gets the same number of images in each of `accumulate` parts.
+
+    Args:
+      field: of the configuration that says `batch_size`.
+    """
     devices, processes = jax.device_count(), jax.process_count()
     if batch_size % (devices * accumulate):
         among = "" if processes == 1 else f" of {processes} processes"
         parts = "" if accumulate == 1 else f" times {accumulate} parts"
-        raise InputError(f"train.batch_size is {batch_size}, not a multiple of the {devices} devices{among}{parts}")
+        raise InputError(f"{field} is {batch_size}, not a multiple of the {devices} devices{among}{parts}")
 
 
 def any_process(flag: bool) -> bool | jax.Array:

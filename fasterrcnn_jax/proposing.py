@@ -96,14 +96,19 @@ def stored_proposals(
 ) -> list[ImageProposals]:
     """Returns the model's proposals of a data set from the file at `path`, which is made where it is not there.
 
-    Those of other weights or images are made again. What was done is logged. All processes must call this.
+    Those of other weights or images, or damaged ones, are made again. What was done is logged. All processes must
+    call this.
     """
     made_by, ids = digest(model), [record.id for record in dataset.records]
 
     def is_theirs() -> bool:
         if not path.exists():
             return False
-        found, maker = read_proposals(path)
+        try:
+            found, maker = read_proposals(path)
+        except InputError as error:
+            logger.warning("%s; they are made again", error)
+            return False
         theirs = maker == made_by and list(found) == ids
         if not theirs:
             logger.warning("%s: proposals of other weights or images are replaced", path)

@@ -61,13 +61,13 @@ class MetricsWriter:
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
-    def write_picture(self, step: int, picture: Picture) -> Path:
-        """Writes pictures/STEP.png, and TensorBoard's copy of it; returns its path."""
-        path = self._run / "pictures" / f"{step:06d}.png"
+    def write_picture(self, step: int, picture: Picture, *, of: str = "") -> Path:
+        """Writes pictures/STEP.png, or STEP_OF.png, and TensorBoard's copy of it; returns its path."""
+        path = self._run / "pictures" / f"{step:06d}{of and '_'}{of}.png"
         if self._lines is not None:
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            self._board.add_image("pictures", picture, step, dataformats="HWC")
+            self._board.add_image(f"pictures{of and '/'}{of}", picture, step, dataformats="HWC")
         return path
 
     def __enter__(self) -> "MetricsWriter":

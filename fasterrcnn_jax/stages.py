@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fasterrcnn_jax.config import Config, TrainConfig
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.proposal_recall import RECALL
 from fasterrcnn_jax.models.detector import box_training_losses, rpn_training_losses, training_losses
 from fasterrcnn_jax.structures import Losses
@@ -76,6 +77,21 @@ def _training(train: TrainConfig, number: int) -> TrainConfig:
         decay_steps=(alternating.decay_steps[number],) if train.schedule == "steps" else (),
         batch_size=alternating.rpn_batch_size or train.batch_size if is_rpn else train.batch_size,
     )
+
+
+def failed_stage(stages: tuple[Stage, ...], batch: Path) -> Stage:
+    """Returns the stage whose step failed on the batch in the file `batch`: where there are several, by its folder.
+
+    Raises:
+      InputError: the file lies in the run folder of none of them.
+    """
+    if len(stages) == 1:
+        return stages[0]
+    for stage in stages:
+        if stage.run.resolve() == batch.resolve().parent.parent:
+            return stage
+    folders = ", ".join(str(stage.run) for stage in stages)
+    raise InputError(f"--replay {batch}: lies in the run folder of no stage: {folders}")
 
 
 def proposals_path(run: Path, split: str) -> Path:

@@ -18,9 +18,18 @@ from fasterrcnn_jax.data.sources import open_split  # noqa: E402
 
 
 def main(out, argv):
+    rows, data_parallel = [], parallel.data_parallel
+
+    def counting(step):
+        run = data_parallel(step)
+        return lambda state, batch: rows.append(len(batch.images)) or run(state, batch)
+
+    parallel.data_parallel = counting
     train_script.main(argv)
     config = cli.parse_config(argv, description="")
     dataset = open_split(config.data, config.data.test_split)
+
+    checkpoint.open_checkpoints(config.run, keep=1).close()  # as a run that is started again: together
 
     looked_at, gathered = [], inference.gathered
     inference.gathered = lambda found: looked_at.extend(found) or gathered(found)
@@ -30,6 +39,7 @@ def main(out, argv):
     np.savez(
         out,
         **{f"parameter {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves},
+        rows=np.array(rows),
         looked_at=np.array(looked_at, np.int32),
         lengths=np.array([len(of.scores) for of in found]),
         boxes=np.concatenate([of.boxes for of in found]),

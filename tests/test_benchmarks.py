@@ -65,6 +65,7 @@ def test_every_operation_is_timed_without_torchvision_which_the_report_says(tmp_
             assert "Mosaic kernel" in case["unavailable"]["mosaic"], name
 
 
+@pytest.mark.slow
 def test_detection_and_training_of_a_whole_model_are_timed(tmp_path):
     done, report = benchmark("end_to_end.py", "--tiny", "--only", "c4", "bfloat16", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -113,6 +114,7 @@ config = dataclasses.replace(config, train=dataclasses.replace(config.train, opt
 """
 
 
+@pytest.mark.slow
 def test_training_for_some_seconds_makes_a_curve(tmp_path):
     tiny.write_voc(tmp_path / "voc", train=6, test=4, image_hw=((48, 72),))
     (tmp_path / "config.py").write_text(CONFIG.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))

@@ -51,6 +51,7 @@ FAULTS = {
     "category twice": (twice("categories"), ["categories[2]", "id 3"]),
     "category name twice": (changed(("categories", 1, "name"), "square"), ["categories[1]", "'square'"]),
     "category without a name": (changed(("categories", 1, "name"), None), ["categories[1], name", "absent"]),
+    "category name half a character": (changed(("categories", 1, "name"), "\ud800"), ["categories[1], name", "text"]),
     "category without an id": (changed(("categories", 1, "id"), None), ["categories[1], id", "absent"]),
     "image id is text": (of_image("id", "10"), ["images[0], id", "'10'"]),
     "image id is true": (of_image("id", True), ["images[0], id", "True"]),

@@ -159,6 +159,12 @@ def test_two_processes_end_with_the_parameters_of_one(runs):
             assert np.linalg.norm(held[name] - one[name]) <= TOLERANCE * np.linalg.norm(one[name]), name
 
 
+def test_each_process_trains_on_its_share_of_every_batch(runs):
+    """All rows in both would give the same numbers, for twice the work."""
+    for count, (_, _, held) in zip((1, 2), runs):
+        assert [of["rows"].tolist() for of in held] == [[BATCH_SIZE // count] * STEPS] * count
+
+
 def test_every_image_is_looked_at_once_and_both_processes_hold_all(runs):
     (_, _, (one,)), (_, _, two) = runs
     (local, everywhere), *others = (held["devices"].tolist() for held in (one, *two))
@@ -307,6 +313,7 @@ def test_a_run_continues_with_another_number_of_processes(tmp_path):
 
 def test_a_coordinator_that_does_not_answer_is_an_error_of_one_sentence(monkeypatch):
     monkeypatch.setattr(parallel, "TIMEOUT", 0)
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # of which it would be the end
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(InputError, match=rf"distributed\.coordinator = '{address}' is not reached within 0 seconds"):
         parallel.initialize(DistributedConfig(coordinator=address, num_processes=2, process_id=1))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import create
 from fasterrcnn_jax.structures import Batch, GroundTruth
 
@@ -98,6 +99,10 @@ def test_steps_are_the_same_however_they_are_mapped(trained, start, name):
         assert np.linalg.norm(other - leaf) <= TOLERANCE * np.linalg.norm(leaf)
 
 
-def test_a_share_of_a_batch_is_counted_over_all_devices():
-    assert parallel.per_device(3 * jax.device_count()) == 3
-    assert parallel.per_device(1) == 1
+def test_a_batch_is_shared_by_the_devices_of_all_processes(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [parallel.per_device(size) for size in (16, 8, 3)] == [2, 1, 1]
+    parallel.check_batch_size(16, accumulate=2)
+    with pytest.raises(InputError, match=r"batch_size is 12, not a multiple of the 8 devices of 2 processes"):
+        parallel.check_batch_size(12)

@@ -40,6 +40,14 @@ def test_without_detections_the_third_column_is_left_out(tmp_path):
     assert (widths[0] - 24) / 2 == (widths[1] - 32) / 3
 
 
+def test_pictures_of_two_splits_are_two_files(tmp_path):
+    white, black = (np.full((4, 4, 3), value, np.uint8) for value in (255, 0))
+    with MetricsWriter(tmp_path, after=0) as metrics:
+        paths = [metrics.write_picture(6, white), metrics.write_picture(6, black, of="test")]
+    assert [path.name for path in paths] == ["000006.png", "000006_test.png"]
+    assert [np.asarray(Image.open(path)).max() for path in paths] == [255, 0]
+
+
 def test_a_silent_writer_leaves_nothing_behind(tmp_path):
     with MetricsWriter(tmp_path, after=0, silent=True) as metrics:
         metrics.write(1, {"loss": 1.0})

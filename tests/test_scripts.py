@@ -254,6 +254,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder
     for line in lines_of(run, "gradient_norm"):
         assert [line[name] for name in LOSSES] == [whole[line["step"]][name] for name in LOSSES]
     assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
+    # Its weights are no longer those that the step failed with.
+    replay = train(folder, "--run", run, "--replay", run / "failed" / "step_00000005.npz")
+    refused(replay, r"is of step 5, and the newest checkpoint of .* of step 6")
 
 
 def test_fifty_steps_twice_give_the_same_bits(folder):
@@ -344,6 +347,7 @@ def test_a_typo_names_the_nearest_field(folder):
     [
         (("--train.learning_rate", "0.5"), "train.learning_rate = 0.01 where 0.5 is asked for"),
         (("--data.class_names", "disc", "ring"), r"data.class_names = \['ring', 'disc'\] where"),
+        (("--data.faults", "skip"), "data.faults = error where skip is asked for"),  # plans other batches
     ],
 )
 def test_a_run_is_not_continued_as_another(folder, trained, tmp_path, argv, message):
@@ -390,6 +394,13 @@ def test_steps_made_again_are_logged_once(folder, trained, tmp_path):
 def test_bad_input_to_evaluate_is_named_in_one_line(folder, trained, argv, message):
     names = {"folder": folder, "run": trained[0]}
     refused(called(evaluate_script.main, *(argument.format(**names) for argument in argv)), message)
+
+
+def test_evaluate_does_not_detect_with_an_rpn_trained_alone(trained, monkeypatch):
+    config = checkpoint.load_run_config(trained[0])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, scheme="rpn"))
+    monkeypatch.setattr(checkpoint, "load_run_config", lambda path: config)
+    refused(called(evaluate_script.main, "--ckpt", trained[0]), "is an RPN trained alone, .* --proposals")
 
 
 def test_evaluate_refuses_what_it_does_not_know(capsys):

@@ -34,7 +34,7 @@ from fasterrcnn_jax.models.detector import (
     training_losses,
 )
 from fasterrcnn_jax.proposing import given_proposals, propose_dataset, stored_proposals
-from fasterrcnn_jax.stages import proposals_path, stages_of
+from fasterrcnn_jax.stages import failed_stage, proposals_path, stages_of
 from fasterrcnn_jax.structures import Batch, GroundTruth
 
 STEPS = 3
@@ -150,6 +150,16 @@ def test_the_shipped_stages_are_those_of_py_faster_rcnn():
     assert proposals.pre_nms_top_n >= largest // 16**2 * 9
     assert config.model.roi_sampling.rois_per_batch == 128 and config.model.roi_features.operator == "pool"
     assert unread_fields(config) == []
+
+
+def test_a_failed_batch_is_of_the_stage_in_whose_folder_it_lies(tmp_path):
+    stages = stages_of(alternating(tmp_path))
+    for stage in stages:
+        assert failed_stage(stages, stage.run / "failed" / "step_00000005.npz") is stage
+    with pytest.raises(InputError, match=r"--replay .*/copied\.npz: lies in the run folder of no stage: .*1_rpn, "):
+        failed_stage(stages, tmp_path / "copied.npz")
+    (joint,) = stages_of(tiny.config(tmp_path))
+    assert failed_stage((joint,), tmp_path / "copied.npz") is joint
 
 
 STAGES = AlternatingConfig(steps=(5, 5, 5, 5), decay_steps=(4, 4, 4, 4))
@@ -452,6 +462,14 @@ def test_a_finished_run_is_only_shown_again(trained, folder):
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
 
 
+def test_a_step_is_made_again_in_its_stage_alone(folder, monkeypatch):
+    met = []
+    monkeypatch.setattr(train_script, "fit", lambda config, stage, *_: met.append(stage.name))
+    batch = folder / "run" / "stages" / "2_detector" / "failed" / "step_00000001.npz"
+    status, _, err = called(train_script.main, "--config", folder / "mine.py", "--replay", batch)
+    assert (status, met) == (0, ["2_detector"]), err
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(trained, folder, tmp_path):
     """As if killed in the second stage after its checkpoint of step 2: what comes later is not there."""
     run = trained[0]
@@ -477,6 +495,8 @@ def test_stored_proposals_are_used_again_only_if_of_the_same_weights_and_images(
     for found, expected in zip(stored_proposals(path, model, dataset, batch_size=1), first, strict=True):
         np.testing.assert_array_equal(found.boxes, expected.boxes)
     assert path.stat().st_mtime_ns == written
+    path.write_bytes(path.read_bytes()[:100])  # what a fault of the disk leaves
+    np.testing.assert_array_equal(stored_proposals(path, model, dataset, batch_size=1)[0].boxes, first[0].boxes)
     others = {name: found._replace(boxes=found.boxes + 1) for name, found in read_proposals(path)[0].items()}
     write_proposals(path, others, made_by="other")
     np.testing.assert_array_equal(stored_proposals(path, model, dataset, batch_size=1)[0].boxes, first[0].boxes)

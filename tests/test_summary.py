@@ -107,7 +107,14 @@ def test_shapes_are_those_of_the_model():
     assert summary.detections == {"boxes": (1, 6, 4), "scores": (1, 6), "labels": (1, 6), "valid": (1, 6)}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# One of each family by default; tracing a whole detector takes seconds.
+QUICK = {"voc", "voc_vgg16", "coco_resnet50_fpn_v2", "shapes"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in CONFIGS],
+)
 def test_every_shipped_configuration_is_summarised(path, capsys):
     entry.main(["summary", str(path), "--data.class_names", "a", "b"])
     printed = capsys.readouterr().out

@@ -410,6 +410,8 @@ def test_a_batch_that_devices_cannot_share_is_refused():
     parallel.check_batch_size(2 * jax.local_device_count())
     with pytest.raises(InputError, match=r"train\.batch_size is 6, not a multiple of the \d+ devices"):
         parallel.check_batch_size(6)
+    with pytest.raises(InputError, match=r"^train\.alternating\.rpn_batch_size is 1, not"):
+        parallel.check_batch_size(1, field="train.alternating.rpn_batch_size")
 
 
 def test_states_of_one_seed_are_the_same_and_of_another_differ(random_weights):

@@ -10,14 +10,16 @@ from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, large_enough
 
 SAME_BOX = "The same box of the same class stands there twice"
-NEARLY_SAME_BOX = "Boxes of one class nearly cover one another (IoU above 0.9)"
+NEARLY_SAME_BOX = "Boxes of one class nearly cover one another (IoU above 0.8)"
 TWO_CLASSES = "Boxes of two classes nearly cover one another (IoU above 0.9)"
 TINY_BOX = "Boxes under two pixels on a side are not trained on"
 SAME_PIXELS = "Images of the same pixels are in both splits"
 SAME_PIXELS_WITHIN = "Images of the same pixels are in a split more than once"
 SAME_FIELD = "Images of the same field, shifted, are in both splits"
 
-NEARLY = 0.9
+# Of the eight pairs of doubled boxes that are known in a set of blood cells one has 0.83; a person and a horse may
+# well have that much in common.
+NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO = 0.8, 0.9
 # Beyond this many pairs of images the search for shifted views would take longer than minutes.
 MOST_PAIRS = 400_000
 
@@ -55,10 +57,11 @@ def box_findings(record: ImageRecord) -> list[Finding]:
         for k in np.flatnonzero(~large_enough(record.boxes))
     ]
     iou = np.triu(_pairwise_iou(record.boxes), 1)
-    for i, j in np.argwhere(iou > NEARLY):
+    same_class = record.labels[:, None] == record.labels
+    for i, j in np.argwhere(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)):
         if record.crowd[i] or record.crowd[j]:
             continue
-        sentence = NEARLY_SAME_BOX if record.labels[i] == record.labels[j] else TWO_CLASSES
+        sentence = NEARLY_SAME_BOX if same_class[i, j] else TWO_CLASSES
         if sentence == NEARLY_SAME_BOX and (record.boxes[i] == record.boxes[j]).all():
             sentence = SAME_BOX
         where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou[i, j]:.3f}"

@@ -175,7 +175,8 @@ def _categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
     for number, item in enumerate(_list(path, content, "categories")):
         field = f"{path}, categories[{number}]"
         category_id, name = _id(item, "id", field), item.get("name")
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        # JSON can spell halves of characters, which no file or terminal takes.
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or re.search(r"[\ud800-\udfff]", name):
             raise InputError(f"{field}, name: must be text of at most {MAX_NAME} characters, {_got(item, 'name')}")
         if category_id in names or name in names.values():
             raise InputError(f"{field}: id {category_id} or name {name!r} stands there before")
