@@ -39,10 +39,12 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
     Raises:
       InputError: there are checkpoints and none of them is whole.
     """
-    _set_damaged_aside(run / FOLDER)
+    # Orbax reads absolute paths alone.
+    folder = (run / FOLDER).absolute()
+    _set_damaged_aside(folder)
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
-        (run / FOLDER).absolute(),
+        folder,
         preservation_policy=policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),

@@ -133,6 +133,15 @@ def parameters(model):
     }
 
 
+def test_a_run_folder_may_be_relative(copied, state, config, monkeypatch):
+    monkeypatch.chdir(copied.parent)
+    with checkpoint.open_checkpoints(Path(copied.name), keep=2) as checkpoints:
+        restored, _ = checkpoint.restore(checkpoints, state, config=config)
+    assert restored.step == 2
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["1", "2"]
+    assert checkpoint.load(Path(copied.name)).class_names == tiny.CLASS_NAMES
+
+
 def test_the_newest_checkpoint_comes_back_bit_for_bit(run, state, config):
     blank = jax.tree.map(jnp.zeros_like, state)
     restored, position = restore(run, blank, config)
