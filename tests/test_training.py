@@ -289,6 +289,15 @@ def test_every_device_holds_the_same_state(start, steps):
         assert len(bits) == 1
 
 
+def test_a_step_takes_over_the_memory_of_the_state_it_is_given(start):
+    graphdef, state = start
+    step = training.make_train_step(graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS)
+    devices = jax.local_devices()[:1]
+    given = parallel.replicate(jax.tree.map(jnp.array, state), devices=devices)
+    parallel.data_parallel(step, devices=devices)(given, uneven_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state)))
+
+
 def test_the_same_seed_gives_the_same_bits_and_the_step_other_samples(start, steps, first):
     again = jax.device_get(steps[DEVICES](start[1], uneven_batch()))
     jax.tree.map(np.testing.assert_array_equal, again, first[DEVICES])
