@@ -10,11 +10,13 @@ from typing import Literal
 
 import tyro
 
-from fasterrcnn_jax import checkpoint, cli, parallel
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation import results
-from fasterrcnn_jax.scoring import score
+from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
+from fasterrcnn_jax.inference.scoring import score
+from fasterrcnn_jax.processes import per_device
+from fasterrcnn_jax.scripts import cli
+from fasterrcnn_jax.training import checkpoint, run_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--ckpt {arguments.ckpt}: is an RPN trained alone, whose proposals --proposals evaluates")
     split = arguments.split or config.data.test_split
     root = arguments.root or config.data.root
-    out = arguments.out or checkpoint.run_of(arguments.ckpt) / "evaluation" / split
+    out = arguments.out or run_folder.evaluation_folder(checkpoint.run_of(arguments.ckpt), split)
 
     # An evaluation never makes a data set: a relative root may be meant from another folder.
     dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
-    batch_size = arguments.batch_size or parallel.per_device(config.train.batch_size // config.train.accumulate)
+    batch_size = arguments.batch_size or per_device(config.train.batch_size // config.train.accumulate)
     options = dict(batch_size=batch_size, implementation=arguments.implementation)
     if arguments.proposals:
         print(score(model, dataset, of="proposals", **options).table)
@@ -58,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     found = score(model, dataset, **options)
 
     out.mkdir(parents=True, exist_ok=True)
-    results.write_coco_json(out / "detections.json", found.detections, dataset)
-    results.write_voc_files(out, found.detections, dataset, split=split)
+    write_coco_json(out / "detections.json", found.detections, dataset)
+    write_voc_files(out, found.detections, dataset, split=split)
     print(found.table)
     print(f"files      {out}")
 

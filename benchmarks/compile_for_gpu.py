@@ -29,6 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import make_train_step
+
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -197,9 +200,9 @@ def kernel_programs() -> Iterator[Program]:
     import jax
     import jax.numpy as jnp
 
-    from fasterrcnn_jax.nms import nms
-    from fasterrcnn_jax.roi_align import roi_align
-    from fasterrcnn_jax.roi_pool import roi_pool
+    from fasterrcnn_jax.ops.roi_alignment import roi_align
+    from fasterrcnn_jax.ops.roi_pooling import roi_pool
+    from fasterrcnn_jax.ops.suppression import nms
 
     array = jax.ShapeDtypeStruct
 
@@ -264,15 +267,16 @@ def whole_programs(mesh) -> Iterator[Program]:
 
     from flax import nnx
 
-    from fasterrcnn_jax import families
-    from fasterrcnn_jax.models.detector import create, detect
+    from fasterrcnn_jax.config import families
+    from fasterrcnn_jax.models.detector import create_detector
+    from fasterrcnn_jax.models.faster_rcnn import detect
 
     for name, config, classes, canvas, batch_sizes in (
         ("resnet101-c4", families.resnet_c4(101), 20, (608, 1008), (1, 8)),
         ("resnet50-fpn", families.resnet_fpn(50), 90, (800, 1344), (8,)),
     ):
         class_names = tuple(f"class{k}" for k in range(1, classes + 1))
-        model = nnx.eval_shape(lambda config=config, names=class_names: create(config, names, seed=0))
+        model = nnx.eval_shape(lambda config=config, names=class_names: create_detector(config, names, seed=0))
         for size in batch_sizes:
             batch = batch_of(size, canvas)
             yield Program(f"detect {name} batch {size}", detect, (model, batch.images, batch.image_hw, batch.scale))
@@ -324,24 +328,23 @@ def train_step(
     from flax import nnx
     from jax.sharding import PartitionSpec
 
-    from fasterrcnn_jax import training
     from fasterrcnn_jax.config import TrainConfig
-    from fasterrcnn_jax.models.detector import create
-    from fasterrcnn_jax.parallel import AXIS
+    from fasterrcnn_jax.models.detector import create_detector
+    from fasterrcnn_jax.training.step import AXIS
 
-    optimizer = training.create_optimizer(TrainConfig(steps=1, batch_size=1, learning_rate=0.001))
-    model = nnx.eval_shape(lambda: create(config, class_names, seed=0))
+    optimizer = create_optimizer(TrainConfig(steps=1, batch_size=1, learning_rate=0.001))
+    model = nnx.eval_shape(lambda: create_detector(config, class_names, seed=0))
     # What is static about the state comes out beside its arrays.
     structure = []
 
     def create_state():
-        graphdef, state = training.create_state(model, optimizer, seed=0)
+        graphdef, state = create_state(model, optimizer, seed=0)
         structure.append(graphdef)
         return state
 
     state = jax.eval_shape(create_state)
     step = jax.shard_map(
-        training.make_train_step(structure[0], optimizer, axis_name=AXIS, accumulate=accumulate),
+        make_train_step(structure[0], optimizer, axis_name=AXIS, accumulate=accumulate),
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
         out_specs=PartitionSpec(),
@@ -369,11 +372,11 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
     """Prints one line per kernel and program; returns all of it with date and versions."""
     import jax
     import numpy as np
+    from fasterrcnn_jax.kernels import choice
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from fasterrcnn_jax.kernels import choice
-    from fasterrcnn_jax.parallel import AXIS
+    from fasterrcnn_jax.training.step import AXIS
 
     # A program from a cache would not meet the assembler.
     jax.config.update("jax_enable_compilation_cache", False)

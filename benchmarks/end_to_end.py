@@ -24,14 +24,22 @@ import jax
 import measure
 import numpy as np
 import suite
+from fasterrcnn_jax.kernels import choice
 from isolated import one_line
 
-from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import ModelConfig, TrainConfig
-from fasterrcnn_jax.families import resnet_c4, resnet_fpn
-from fasterrcnn_jax.kernels import choice
-from fasterrcnn_jax.models import detector
+from fasterrcnn_jax.config.families import resnet_c4, resnet_fpn
+from fasterrcnn_jax.models.detector import create_detector
+from fasterrcnn_jax.models.faster_rcnn import detect
 from fasterrcnn_jax.structures import Batch, GroundTruth
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import (
+    AXIS,
+    create_state,
+    data_parallel,
+    make_train_step,
+    replicate,
+)
 
 INPUT_SETS = 2
 BOXES = 10  # ground truth in a picture
@@ -114,14 +122,14 @@ class Prepared(NamedTuple):
 
 def prepare_ours(case: Case, batches: list[Batch], implementation: choice.Implementation, *, tiny: bool) -> Prepared:
     config = model_config(case, tiny=tiny)
-    model = detector.create(config, tuple(f"class {i}" for i in range(1, 91)), seed=0)
+    model = create_detector(config, tuple(f"class {i}" for i in range(1, 91)), seed=0)
     device = jax.local_devices()[0]
     before = (device.memory_stats() or {}).get("bytes_in_use", 0)
     on_device = jax.device_put(batches, device)
     kernels = loss = None
     start = time.perf_counter()
     if case.task == "detection":
-        jitted = jax.jit(functools.partial(detector.detect, implementation=implementation))
+        jitted = jax.jit(functools.partial(detect, implementation=implementation))
         arguments = [(model, batch.images, batch.image_hw, batch.scale) for batch in on_device]
         compiled = jitted.lower(*arguments[0]).compile()
         seconds = time.perf_counter() - start
@@ -131,13 +139,11 @@ def prepare_ours(case: Case, batches: list[Batch], implementation: choice.Implem
     else:
         # As train.py does, on one device.
         config = TrainConfig(steps=1000, batch_size=case.batch, learning_rate=1e-5, clip_norm=10.0)
-        optimizer = training.create_optimizer(config)
-        graphdef, state = training.create_state(model, optimizer, seed=0)
-        step = training.make_train_step(
-            graphdef, optimizer, axis_name=parallel.AXIS, implementation=implementation
-        )
-        mapped = parallel.data_parallel(step, devices=[device])
-        holder = [parallel.replicate(state, devices=[device])]
+        optimizer = create_optimizer(config)
+        graphdef, state = create_state(model, optimizer, seed=0)
+        step = make_train_step(graphdef, optimizer, axis_name=AXIS, implementation=implementation)
+        mapped = data_parallel(step, devices=[device])
+        holder = [replicate(state, devices=[device])]
 
         def train(batch):
             holder[0], metrics = mapped(holder[0], batch)

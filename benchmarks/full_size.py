@@ -12,21 +12,31 @@ from pathlib import Path
 
 import jax
 
+from fasterrcnn_jax.processes import check_batch_size
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import (
+    AXIS,
+    create_state,
+    data_parallel,
+    make_train_step,
+    replicate,
+)
+
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fasterrcnn_jax import cli, parallel, training  # noqa: E402
-from fasterrcnn_jax.data import loader, sources  # noqa: E402
-from fasterrcnn_jax.data.training_set import training_set  # noqa: E402
-from fasterrcnn_jax.models.detector import create  # noqa: E402
+from fasterrcnn_jax.data import loader, sources
+from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.models.detector import create_detector
+from fasterrcnn_jax.scripts import cli
 
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse_config(argv, description=__doc__)
     data, train = config.data, config.train
-    parallel.check_batch_size(train.batch_size)
-    dataset = training_set(sources.open_split(data, data.train_split), data)
+    check_batch_size(train.batch_size)
+    dataset = prepare_training_set(sources.open_split(data, data.train_split), data)
     batch = next(
         loader.training_batches(
             dataset, data, config.model.image, batch_size=train.batch_size, seed=train.seed, steps=train.steps
@@ -34,13 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"images {batch.images.shape}, {int(batch.ground_truth.valid.sum())} objects, {jax.devices()}")
 
-    model = create(config.model, data.class_names, seed=train.seed)
-    optimizer = training.create_optimizer(train)
-    graphdef, state = training.create_state(model, optimizer, seed=train.seed)
+    model = create_detector(config.model, data.class_names, seed=train.seed)
+    optimizer = create_optimizer(train)
+    graphdef, state = create_state(model, optimizer, seed=train.seed)
     trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     print(f"{trained / 1e6:.1f} M values trained, {fixed / 1e6:.1f} M not")
-    step = parallel.data_parallel(training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS))
-    state = parallel.replicate(state)
+    step = data_parallel(make_train_step(graphdef, optimizer, axis_name=AXIS))
+    state = replicate(state)
     seconds = []
     for number in range(1, train.steps + 1):
         start = time.perf_counter()

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-
-from fasterrcnn_jax import boxes as box_geometry
-from fasterrcnn_jax.anchor_grid import PYRAMID_STRIDES, anchors_of
-from fasterrcnn_jax.box_coder import decode
-from fasterrcnn_jax.config import RoiFeaturesConfig
-from fasterrcnn_jax.families import resnet_fpn
 from fasterrcnn_jax.kernels.choice import Implementation
-from fasterrcnn_jax.matching import match
-from fasterrcnn_jax.nms import nms
-from fasterrcnn_jax.proposals import propose
-from fasterrcnn_jax.roi_features import roi_features
+
+from fasterrcnn_jax.config import RoiFeaturesConfig
+from fasterrcnn_jax.config.families import resnet_fpn
+from fasterrcnn_jax.ops import boxes as box_geometry
+from fasterrcnn_jax.ops.anchors import PYRAMID_STRIDES, anchors_of
+from fasterrcnn_jax.ops.box_coder import decode
+from fasterrcnn_jax.ops.matching import match
+from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.roi_operators import roi_features
+from fasterrcnn_jax.ops.suppression import nms
 
 # Takes one set of inputs as NumPy arrays, puts them on the device, returns the call to be timed.
 Build = Callable[..., Callable[[], Any]]
@@ -150,7 +150,14 @@ def nms_case(*, tiny: bool, batch: int, goal: float) -> Operation:
     # Every kept box was compared with every one kept before it; 16 operations a pair.
     pairs = keep * (keep - 1) / 2
     return Operation(
-        draw, ours, theirs, kept_differently, FEW_BOXES, "float32", batch * (21 * count + 5 * keep), 16 * batch * pairs,
+        draw,
+        ours,
+        theirs,
+        kept_differently,
+        FEW_BOXES,
+        "float32",
+        batch * (21 * count + 5 * keep),
+        16 * batch * pairs,
         goal=goal,
     )
 
@@ -180,7 +187,14 @@ def class_nms_case(*, tiny: bool) -> Operation:
 
     pairs = keep * (keep - 1) / 2 / classes
     return Operation(
-        draw, ours, theirs, kept_differently, FEW_BOXES, "float32", batch * (25 * count + 5 * keep), 16 * batch * pairs,
+        draw,
+        ours,
+        theirs,
+        kept_differently,
+        FEW_BOXES,
+        "float32",
+        batch * (25 * count + 5 * keep),
+        16 * batch * pairs,
         goal=10.0,
     )
 
@@ -246,8 +260,15 @@ def rpn_case(*, tiny: bool, train: bool) -> Operation:
 
     anchors = len(grid.anchors)
     return Operation(
-        lambda rng: draw_rpn(rng, batch, anchors), ours, theirs, difference, FEW_BOXES, "float32",
-        batch * anchors * 20 + 16 * anchors + batch * config.post_nms_top_n * 21, batch * anchors * 20, goal=5.0,
+        lambda rng: draw_rpn(rng, batch, anchors),
+        ours,
+        theirs,
+        difference,
+        FEW_BOXES,
+        "float32",
+        batch * anchors * 20 + 16 * anchors + batch * config.post_nms_top_n * 21,
+        batch * anchors * 20,
+        goal=5.0,
     )
 
 
@@ -387,12 +408,17 @@ def regions_case(
 
     width = jnp.dtype(dtype).itemsize
     return Operation(
-        lambda rng: draw_maps(rng, maps), ours, theirs, difference,
-        F32_NORM if dtype == "float32" else BF16_NORM, dtype,
+        lambda rng: draw_maps(rng, maps),
+        ours,
+        theirs,
+        difference,
+        F32_NORM if dtype == "float32" else BF16_NORM,
+        dtype,
         width * (maps.map_values + maps.region_values) + 16 * maps.batch * maps.regions,
         # Eight operations a bilinear sample, of which every bin has one at least; a comparison a value in pooling.
         maps.region_values * (1 if operator == "pool" else 8 * max(sampling_ratio, 1) ** 2),
-        goal=goal, floor_goal=floor_goal,
+        goal=goal,
+        floor_goal=floor_goal,
     )
 
 
@@ -414,7 +440,11 @@ def top_k_case(*, tiny: bool) -> Operation:
         lambda _: on_device(lambda scores: jax.lax.top_k(scores, k)),
         theirs,
         lambda ours, theirs: relative([ours[0]], [theirs[0].cpu().numpy()]),
-        0.0, "float32", batch * (4 * count + 8 * k), batch * count, implementations=PLAIN,
+        0.0,
+        "float32",
+        batch * (4 * count + 8 * k),
+        batch * count,
+        implementations=PLAIN,
     )
 
 
@@ -434,7 +464,11 @@ def sort_case(*, tiny: bool, count: int) -> Operation:
         lambda _: on_device(ours),
         theirs,
         lambda ours, theirs: float((np.asarray(ours) != theirs[1].cpu().numpy()).mean()),
-        0.0, "float32", 8 * batch * count, batch * count * np.log2(count), implementations=PLAIN,
+        0.0,
+        "float32",
+        8 * batch * count,
+        batch * count * np.log2(count),
+        implementations=PLAIN,
     )
 
 
@@ -466,7 +500,11 @@ def decode_case(*, tiny: bool) -> Operation:
         lambda _: on_device(ours),
         theirs,
         lambda ours, theirs: relative([ours[0].reshape(-1, 4)], [theirs[0].cpu().numpy()]),
-        F32_NORM, "float32", 33 * values + 16 * len(grid.anchors), 30 * values, implementations=PLAIN,
+        F32_NORM,
+        "float32",
+        33 * values + 16 * len(grid.anchors),
+        30 * values,
+        implementations=PLAIN,
     )
 
 
@@ -503,8 +541,12 @@ def assignment_case(*, tiny: bool) -> Operation:
     return Operation(
         lambda rng: (clustered_boxes(rng, batch, boxes, canvas, per_object=1),),
         lambda _: on_device(ours),
-        theirs, difference, 1e-4, "float32",
-        batch * (8 * len(anchors) + 16 * boxes) + 16 * len(anchors), 16 * batch * len(anchors) * boxes,
+        theirs,
+        difference,
+        1e-4,
+        "float32",
+        batch * (8 * len(anchors) + 16 * boxes) + 16 * len(anchors),
+        16 * batch * len(anchors) * boxes,
         implementations=PLAIN,
     )
 
@@ -522,7 +564,10 @@ def operations(*, tiny: bool) -> dict[str, Callable[[], Operation]]:
         "rpn, 5 levels, batch 8, training": case(rpn_case, tiny=tiny, train=True),
         **{
             f"roi_align {name}, {dtype}, {way}": case(
-                align, maps=maps, dtype=dtype, backward=way == "backward",
+                align,
+                maps=maps,
+                dtype=dtype,
+                backward=way == "backward",
                 goal=(4.0 if way == "backward" else 2.0) if dtype == "bfloat16" or maps is c4 else None,
                 floor_goal=2.5 if dtype == "bfloat16" and maps is fpn else None,
             )

@@ -35,14 +35,15 @@ def gradients(run: Path, compute_dtype: str) -> np.ndarray:
     import jax
     from flax import nnx
 
-    from fasterrcnn_jax import checkpoint
     from fasterrcnn_jax.data import loader, sources
-    from fasterrcnn_jax.data.training_set import training_set
-    from fasterrcnn_jax.models.detector import split, training_losses
+    from fasterrcnn_jax.data.training_set import prepare_training_set
+    from fasterrcnn_jax.models.detector import split
+    from fasterrcnn_jax.models.faster_rcnn import training_losses
+    from fasterrcnn_jax.training import checkpoint
 
     config = checkpoint.load_run_config(run)
     data, train = config.data, config.train
-    dataset = training_set(sources.open_split(data, data.train_split), data)
+    dataset = prepare_training_set(sources.open_split(data, data.train_split), data)
     batch = next(
         loader.training_batches(
             dataset, data, config.model.image, batch_size=train.batch_size, seed=train.seed, steps=train.steps

@@ -24,12 +24,12 @@ import measure
 import numpy as np
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
+from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.data import loader, sources, voc
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.data.transforms import network_size
-from fasterrcnn_jax.families import IMAGENET_RGB
 from fasterrcnn_jax.structures import Batch
 
 IMAGE = ImageConfig(**IMAGENET_RGB)
@@ -145,7 +145,7 @@ def main() -> int:
     names = voc.class_names_in(arguments.data, arguments.split)
     plain = DataConfig(root=arguments.data, class_names=names, flip="none", crop_aspect=None, threads=1)
     data = replace(plain, flip="random")
-    dataset = training_set(sources.open_split(data, arguments.split), data)
+    dataset = prepare_training_set(sources.open_split(data, arguments.split), data)
     torch, _ = measure.peer()
 
     def sides_for(data: DataConfig) -> dict[str, Start]:

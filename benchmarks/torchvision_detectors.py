@@ -11,8 +11,8 @@ from typing import Any
 
 import measure
 
-from fasterrcnn_jax.anchor_grid import PYRAMID_STRIDES
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.ops.anchors import PYRAMID_STRIDES
 
 torch, torchvision = measure.peer()
 
@@ -41,9 +41,7 @@ def create(config: ModelConfig, num_classes: int) -> Any:
         )
         bases = [config.rpn.anchor_base * 2**level for level in range(len(PYRAMID_STRIDES))]
     else:
-        net = torchvision.models.get_model(
-            backbone_config.name, weights=None, norm_layer=_norm(backbone_config.norm)
-        )
+        net = torchvision.models.get_model(backbone_config.name, weights=None, norm_layer=_norm(backbone_config.norm))
         stem = torch.nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         backbone = torch.nn.Sequential(stem, net.layer1, net.layer2, net.layer3)
         if backbone_config.fixed_stages:

@@ -29,17 +29,26 @@ import measure
 import numpy as np
 from isolated import run_child, run_isolated
 
-from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import Config
-from fasterrcnn_jax.config_io import load_config
+from fasterrcnn_jax.config.families import resnet_fpn
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data import loader, sources, voc
-from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.data.training_set import training_set
-from fasterrcnn_jax.evaluation.results import ImageDetections, evaluate_detections
-from fasterrcnn_jax.families import resnet_fpn
-from fasterrcnn_jax.inference import detect_dataset, to_original
-from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.data.records import Dataset, ImageDetections
+from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.evaluation.report import evaluate_detections
+from fasterrcnn_jax.inference.dataset import detect_dataset
+from fasterrcnn_jax.inference.prediction import to_original
+from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.structures import Batch, Detections
+from fasterrcnn_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from fasterrcnn_jax.training.state import merge
+from fasterrcnn_jax.training.step import (
+    AXIS,
+    create_state,
+    data_parallel,
+    make_train_step,
+    replicate,
+)
 
 FOLDER_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "folder.py"
 CALIBRATION = 10  # steps
@@ -55,25 +64,21 @@ class Trainer(NamedTuple):
 
 def our_trainer(config: Config) -> Trainer:
     train = config.train
-    model = create(config.model, config.data.class_names, seed=train.seed)
-    optimizer = training.create_optimizer(train)
-    graphdef, state = training.create_state(model, optimizer, seed=train.seed)
+    model = create_detector(config.model, config.data.class_names, seed=train.seed)
+    optimizer = create_optimizer(train)
+    graphdef, state = create_state(model, optimizer, seed=train.seed)
     devices = jax.local_devices()[:1]
-    step = training.make_train_step(
-        graphdef, optimizer, axis_name=parallel.AXIS, implementation=train.implementation
-    )
-    mapped = parallel.data_parallel(step, devices=devices)
-    holder = [parallel.replicate(state, devices=devices)]
+    step = make_train_step(graphdef, optimizer, axis_name=AXIS, implementation=train.implementation)
+    mapped = data_parallel(step, devices=devices)
+    holder = [replicate(state, devices=devices)]
 
     def run(batch):
         holder[0], metrics = mapped(holder[0], batch)
         return lambda: float(sum(metrics[:4]))
 
     def detect(dataset):
-        model = training.merge(graphdef, holder[0])
-        return detect_dataset(
-            model, dataset, batch_size=train.batch_size, implementation=train.implementation
-        )
+        model = merge(graphdef, holder[0])
+        return detect_dataset(model, dataset, batch_size=train.batch_size, implementation=train.implementation)
 
     return Trainer(run, detect)
 
@@ -92,7 +97,7 @@ def their_trainer(config: Config) -> Trainer:
 
     torch, device, train = theirs.torch, measure.torch_device(), config.train
     model = theirs.create(config.model, len(config.data.class_names))
-    rates = np.asarray(jax.vmap(training.learning_rate_schedule(train))(jnp.arange(train.steps))).tolist()
+    rates = np.asarray(jax.vmap(learning_rate_schedule(train))(jnp.arange(train.steps))).tolist()
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -140,14 +145,12 @@ def their_trainer(config: Config) -> Trainer:
     return Trainer(run, detect)
 
 
-def train_for(
-    make: Callable[[Config], Trainer], config: Config, *, seconds: float, turn: Callable[[], None]
-) -> dict:
+def train_for(make: Callable[[Config], Trainer], config: Config, *, seconds: float, turn: Callable[[], None]) -> dict:
     """Returns what came of training for `seconds`; `turn` is called now and then."""
     train_split, test_split = (
         sources.open_split(config.data, name) for name in (config.data.train_split, config.data.test_split)
     )
-    dataset = training_set(train_split, config.data)
+    dataset = prepare_training_set(train_split, config.data)
 
     def batches(steps: int) -> Iterator[Batch]:
         options = dict(batch_size=config.train.batch_size, seed=config.train.seed, steps=steps)

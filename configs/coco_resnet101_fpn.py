@@ -12,8 +12,8 @@ We have not measured it: neither the figure nor the time.
 from pathlib import Path
 
 from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+from fasterrcnn_jax.config.families import FPN_TRAINING, detectron2_fpn
 from fasterrcnn_jax.data.coco import CLASS_NAMES
-from fasterrcnn_jax.families import FPN_TRAINING, detectron2_fpn
 
 config = Config(
     run=Path("runs/coco_resnet101_fpn"),

@@ -13,8 +13,8 @@ We have not measured it: neither the figure nor the time.
 from pathlib import Path
 
 from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+from fasterrcnn_jax.config.families import FPN_TRAINING, resnet_fpn
 from fasterrcnn_jax.data.coco import CLASS_NAMES
-from fasterrcnn_jax.families import FPN_TRAINING, resnet_fpn
 
 # 117,266 images of train2017 have objects; 16 in a batch.
 EPOCH = 117_266 // 16

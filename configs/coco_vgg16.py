@@ -12,8 +12,8 @@ random ones, and no such figure is to be expected. We have not measured it: neit
 from pathlib import Path
 
 from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.config.families import VGG16_TRAINING, coco_scales, vgg16
 from fasterrcnn_jax.data.coco import CLASS_NAMES
-from fasterrcnn_jax.families import VGG16_TRAINING, coco_scales, vgg16
 
 # train2017 holds 118,287 images, 117,266 of them with objects; each once more mirrored, 16 in a batch.
 EPOCH = 2 * 117_266 // 16

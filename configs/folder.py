@@ -21,7 +21,7 @@ from fasterrcnn_jax.config import (
     RpnConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.families import IMAGENET_RGB
+from fasterrcnn_jax.config.families import IMAGENET_RGB
 
 config = Config(
     run=Path("runs/folder"),
@@ -35,7 +35,13 @@ config = Config(
     model=ModelConfig(
         image=ImageConfig(short_side=240, long_side=320, canvases=((240, 320), (320, 240)), **IMAGENET_RGB),
         backbone=BackboneConfig(
-            name="resnet18", width=32, stride=8, norm="group", stem_pool="padded", fixed_stages=0, mask_padding=True
+            name="resnet18",
+            width=32,
+            stride=8,
+            norm="group",
+            stem_pool="padded",
+            fixed_stages=0,
+            mask_padding=True,
         ),
         rpn=RpnConfig(
             anchor_scales=(1.25, 2.5, 5.0, 10.0),

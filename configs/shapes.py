@@ -1,6 +1,6 @@
 """Four kinds of shapes on textured ground, drawn on first use: trains from nothing on two CPU cores.
 
-    python train.py --config configs/shapes.py
+python train.py --config configs/shapes.py
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ from fasterrcnn_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
+from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.data.shapes import CLASS_NAMES
-from fasterrcnn_jax.families import IMAGENET_RGB
 
 config = Config(
     run=Path("runs/shapes"),
@@ -37,7 +37,13 @@ config = Config(
     model=ModelConfig(
         image=ImageConfig(short_side=160, long_side=224, canvases=((160, 224), (224, 160)), **IMAGENET_RGB),
         backbone=BackboneConfig(
-            name="resnet18", width=16, stride=8, norm="group", stem_pool="padded", fixed_stages=0, mask_padding=True
+            name="resnet18",
+            width=16,
+            stride=8,
+            norm="group",
+            stem_pool="padded",
+            fixed_stages=0,
+            mask_padding=True,
         ),
         rpn=RpnConfig(
             anchor_scales=(1.0, 2.0, 4.0),

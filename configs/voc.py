@@ -12,8 +12,8 @@ random ones, and no such figure is to be expected. We have not measured it: neit
 from pathlib import Path
 
 from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.config.families import resnet_c4, voc_schedule
 from fasterrcnn_jax.data.voc import CLASS_NAMES
-from fasterrcnn_jax.families import resnet_c4, voc_schedule
 
 # Every image with an object that is not difficult, and its mirrored copy: 2 x 5,011 at most.
 IMAGES = 10022

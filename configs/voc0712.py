@@ -13,9 +13,15 @@ random ones, and no such figure is to be expected. We have not measured it: neit
 from dataclasses import replace
 from pathlib import Path
 
-from fasterrcnn_jax.config import Config, DataConfig, RoiFeaturesConfig, RoiSamplingConfig, TrainConfig
+from fasterrcnn_jax.config import (
+    Config,
+    DataConfig,
+    RoiFeaturesConfig,
+    RoiSamplingConfig,
+    TrainConfig,
+)
+from fasterrcnn_jax.config.families import RESNET_TRAINING, resnet_c4
 from fasterrcnn_jax.data.voc import CLASS_NAMES
-from fasterrcnn_jax.families import RESNET_TRAINING, resnet_c4
 
 config = Config(
     run=Path("runs/voc0712"),

@@ -22,8 +22,8 @@ from fasterrcnn_jax.config import (
     RoiSamplingConfig,
     TrainConfig,
 )
+from fasterrcnn_jax.config.families import vgg16
 from fasterrcnn_jax.data.voc import CLASS_NAMES
-from fasterrcnn_jax.families import vgg16
 
 # Of the largest canvas: before the best 2,000 are taken py-faster-rcnn drops none.
 ANCHORS = 38 * 63 * 9

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fasterrcnn_jax.config import Config, DataConfig, RoiSamplingConfig, TrainConfig
+from fasterrcnn_jax.config.families import IMAGENET_RGB, RESNET_TRAINING, resnet_c4
 from fasterrcnn_jax.data.voc import CLASS_NAMES
-from fasterrcnn_jax.families import IMAGENET_RGB, RESNET_TRAINING, resnet_c4
 
 MODEL = resnet_c4(101)
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
+from fasterrcnn_jax.config.families import FPN_TRAINING, resnet_fpn
 from fasterrcnn_jax.data.voc import CLASS_NAMES
-from fasterrcnn_jax.families import FPN_TRAINING, resnet_fpn
 
 MODEL = resnet_fpn(50)
 # 16,551 images in both sets; 16 in a batch.

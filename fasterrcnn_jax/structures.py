@@ -8,9 +8,19 @@ Boxes are float32 xyxy, continuous, in pixels of the padded network input: a box
 the only definition of padding; padded payload is zero and finite.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+PerDelta = tuple[float, float, float, float]  # one value for each of dx, dy, dw, dh
+
+# The default limit of log scales: exp() of a larger value would turn a 16 px anchor into a box wider than a
+# 1000 px image.
+MAX_LOG_SCALE = math.log(1000.0 / 16.0)
 
 # Canvases from the host: normalised, or whole grey levels (`ImageConfig.pixel_dtype`); zero beyond the picture.
 Images = Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]
@@ -65,16 +75,52 @@ class Mean(NamedTuple):
     count: Float[Array, "*b"]
 
 
+Term = TypeVar("Term")
+
+
+class LossTerms(NamedTuple, Generic[Term]):
+    """One value for each of the four terms of the training loss."""
+
+    rpn_objectness: Term
+    rpn_box: Term
+    box_class: Term
+    box_delta: Term
+
+    @property
+    def total(self) -> Term:
+        """The training loss. Ren et al. 2015 (arXiv:1506.01497), eq. 1, and Girshick 2015 (arXiv:1504.08083), eq. 1."""
+        return self.rpn_objectness + self.rpn_box + self.box_class + self.box_delta
+
+
 class Losses(NamedTuple):
+    """The four losses of a batch, or of each of its images, not divided yet."""
+
     rpn_objectness: Mean
     rpn_box: Mean
     box_class: Mean
     box_delta: Mean
-    # How many of each sample are foreground: without any, a loss says nothing about objects.
+    # How many of each sample are foreground: a loss over background alone says nothing about objects.
     rpn_foreground: Float[Array, "*b"]
     box_foreground: Float[Array, "*b"]
 
     @property
-    def means(self) -> tuple[Mean, Mean, Mean, Mean]:
-        """What is divided and added: all but the counts."""
-        return self[:4]
+    def means(self) -> LossTerms[Mean]:
+        """The four losses without the foreground counts."""
+        return LossTerms(
+            rpn_objectness=self.rpn_objectness,
+            rpn_box=self.rpn_box,
+            box_class=self.box_class,
+            box_delta=self.box_delta,
+        )
+
+    def terms(self, global_count: Callable[[Array], Array] = lambda count: count) -> LossTerms[Array]:
+        """Returns each sum over its count, or over 1 where nothing was counted.
+
+        Args:
+          global_count: from the count of this device to the count over all devices.
+        """
+
+        def divided(mean: Mean) -> Array:
+            return mean.sum / jnp.maximum(global_count(jax.lax.stop_gradient(mean.count)), 1.0)
+
+        return LossTerms(**{name: divided(mean) for name, mean in self.means._asdict().items()})

@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 import jax
 
-from fasterrcnn_jax import checkpoint, families
-from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config import ModelConfig, families
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models import detector
-from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.detector import Detector, create_detector
 from fasterrcnn_jax.weights import files, load_weights
 from fasterrcnn_jax.weights.files import Weights
-from fasterrcnn_jax.weights.load import assign, formats_of, log, num_classes_of, stored_model
+from fasterrcnn_jax.weights.load import (
+    assign,
+    formats_of,
+    log,
+    num_classes_of,
+    stored_model,
+)
 from fasterrcnn_jax.weights.tables import Format
 
 # torchvision's detectors of COCO have an output for each category id up to 90; these name no object.
@@ -165,7 +169,7 @@ def create(
             raise ValueError("a configuration needs class_names or num_classes")
         class_names = info.class_names
     config = model if info is None else info.config
-    made = detector.create(config, tuple(class_names), seed=seed, backbone=backbone)
+    made = create_detector(config, tuple(class_names), seed=seed, backbone=backbone)
     if weights is None:
         return made
     return load_weights(made, weights)
@@ -187,12 +191,15 @@ def load(path: str | Path, *, backbone: type | None = None) -> Detector:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
+        # Imported here: a model of a weights file needs no Orbax.
+        from fasterrcnn_jax.training import checkpoint
+
         return checkpoint.load(path, backbone=backbone)
     weights, where = files.read(path), str(path)
     stored = stored_model(weights, where)
     for format in formats_of(weights):
         for config, class_names in [stored] if stored else _candidates(weights, format):
-            empty = jax.eval_shape(functools.partial(detector.create, config, class_names, seed=0))
+            empty = jax.eval_shape(functools.partial(create_detector, config, class_names, seed=0))
             try:
                 model, report = assign(empty, weights, format, where=where)
             except InputError:

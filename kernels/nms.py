@@ -15,10 +15,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
 from fasterrcnn_jax.kernels import mosaic
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
+from jax import lax
 
 THREADS = 128
 WORD = 32

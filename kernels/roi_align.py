@@ -13,9 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
 from fasterrcnn_jax.kernels import mosaic
+from jax import lax
 
 THREADS = 128
 # Cells per side of the backward's tile: 16 sums of up to 4 channels per thread. A larger one meets a region less
@@ -140,9 +139,7 @@ def backward(
                 weights_y = [weights[n, r, 1, p, y, j] for j in range(TILE)]
                 chunks = pl.cdiv(end_column - first_column, AT_ONCE)
                 row_sums = lax.fori_loop(0, chunks, of_bins, tuple(_zeros(block) for _ in range(TILE)))
-                return tuple(
-                    sums[j * TILE + k] + weights_y[j] * row_sums[k] for j, k in np.ndindex(TILE, TILE)
-                )
+                return tuple(sums[j * TILE + k] + weights_y[j] * row_sums[k] for j, k in np.ndindex(TILE, TILE))
 
             return lax.fori_loop(rows[n, 0, row_tile, r], rows[n, 1, row_tile, r], row, sums)
 
@@ -186,7 +183,11 @@ def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: 
     sizes = jnp.array([(width, height) for height, width in maps], jnp.float32)[grid.level][..., None, None]
     cells = max(map(max, maps)) + AT_ONCE - 1
     cells = jnp.arange(cells + -cells % TILE, dtype=jnp.float32)[None, None, None, None]
-    start, step, samples = grid.bin_start[..., None], grid.step[..., None, None], grid.samples[..., None, None]
+    start, step, samples = (
+        grid.bin_start[..., None],
+        grid.step[..., None, None],
+        grid.samples[..., None, None],
+    )
     if sampling_ratio:
         candidates = [jnp.float32(i) for i in range(sampling_ratio)]
     else:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
 from fasterrcnn_jax.kernels import mosaic
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
+from jax import lax
 
 # Cells per side of the backward's tile. A larger one reads fewer cotangents twice and leaves fewer registers for
 # other blocks: with 4 channels per thread 3 x 3 sums take 90 to 114 of them, 4 x 4 take 182.

@@ -49,9 +49,7 @@ def instances():
         )
     ]
     return {
-        "images": [
-            {"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in (10, 11)
-        ],
+        "images": [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in (10, 11)],
         "categories": [{"id": 3, "name": "square"}, {"id": 7, "name": "disc"}],
         "annotations": annotations,
     }

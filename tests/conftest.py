@@ -19,9 +19,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # beartype checks every annotation of the package, shapes included, while the tests run. By the
 # numeric tower of PEP 484 an int is a float: `sizes=(16, 32)` is right.
-install_import_hook(
-    "fasterrcnn_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook("fasterrcnn_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Implicit promotion hides mistakes: an int32 times a float32 raises, and so does [n 4] times [4].
 jax.config.update("jax_numpy_dtype_promotion", "strict")

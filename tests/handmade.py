@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
-from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_areas
 
 
 def record(*objects, image_id="0", crowd=None, area=None):

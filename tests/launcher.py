@@ -43,9 +43,7 @@ class Launcher:
           plain_user: take from root that no permission binds it.
         """
         argv = [str(argument) for argument in argv]
-        return self._ask(
-            argv=argv, log=str(log), threads=threads, file_limit=file_limit, plain_user=plain_user
-        )
+        return self._ask(argv=argv, log=str(log), threads=threads, file_limit=file_limit, plain_user=plain_user)
 
     def status(self, pid):
         """Returns the exit status, negative for the signal that ended it, or None while it runs."""
@@ -82,7 +80,6 @@ def drop_capabilities():
 
 
 def serve():
-    from fasterrcnn_jax import checkpoint  # noqa: F401
     from fasterrcnn_jax.data import loader
     from fasterrcnn_jax.scripts import train
 

@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-
 from fasterrcnn_jax.kernels import choice, mosaic
 
 needs_mosaic = pytest.mark.skipif(

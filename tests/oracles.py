@@ -41,9 +41,7 @@ def greedy_nms(boxes, scores, valid, *, iou_threshold, max_output=None, groups=N
         best, *waiting = waiting
         kept.append(int(best))
         waiting = [
-            i
-            for i in waiting
-            if groups[i] != groups[best] or float(iou(boxes[best], boxes[i])) <= iou_threshold
+            i for i in waiting if groups[i] != groups[best] or float(iou(boxes[best], boxes[i])) <= iou_threshold
         ]
     return kept[:max_output]
 
@@ -103,9 +101,7 @@ def within_border(box, height, width, allowed) -> bool:
     return x1 >= -allowed and y1 >= -allowed and x2 <= width + allowed and y2 <= height + allowed
 
 
-def match(
-    iou_matrix, gt_valid, *, fg_iou, bg_iou, low_quality, clobber_positives=False
-) -> tuple[list[int], list[int]]:
+def match(iou_matrix, gt_valid, *, fg_iou, bg_iou, low_quality, clobber_positives=False) -> tuple[list[int], list[int]]:
     """Indices (0 where nothing is valid) and labels (-1, 0, 1)."""
     columns = np.flatnonzero(gt_valid)
     low, high, fg = f32(bg_iou[0]), f32(bg_iou[1]), f32(fg_iou)

@@ -12,29 +12,32 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fasterrcnn_jax.scripts.train as train_script  # noqa: E402
-from fasterrcnn_jax import checkpoint, cli, inference, parallel  # noqa: E402
 from fasterrcnn_jax.data.sources import open_split  # noqa: E402
+from fasterrcnn_jax.inference import dataset as dataset_loop  # noqa: E402
+from fasterrcnn_jax.processes import per_device  # noqa: E402
+from fasterrcnn_jax.scripts import cli  # noqa: E402
+from fasterrcnn_jax.scripts import train as train_script  # noqa: E402
+from fasterrcnn_jax.training import checkpoint  # noqa: E402
 
 
 def main(out, argv):
-    rows, data_parallel = [], parallel.data_parallel
+    rows, data_parallel = [], train_script.data_parallel
 
     def counting(step):
         run = data_parallel(step)
         return lambda state, batch: rows.append(len(batch.images)) or run(state, batch)
 
-    parallel.data_parallel = counting
+    train_script.data_parallel = counting
     train_script.main(argv)
     config = cli.parse_config(argv, description="")
     dataset = open_split(config.data, config.data.test_split)
 
     checkpoint.open_checkpoints(config.run, keep=1).close()  # as a run that is started again: together
 
-    looked_at, gathered = [], inference.gathered
-    inference.gathered = lambda found: looked_at.extend(found) or gathered(found)
+    looked_at, gathered = [], dataset_loop.gathered
+    dataset_loop.gathered = lambda found: looked_at.extend(found) or gathered(found)
     model = checkpoint.load(config.run)
-    found = inference.detect_dataset(model, dataset, batch_size=parallel.per_device(config.train.batch_size))
+    found = dataset_loop.detect_dataset(model, dataset, batch_size=per_device(config.train.batch_size))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.split(model)[1])
     np.savez(
         out,

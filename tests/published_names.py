@@ -112,9 +112,7 @@ def torchvision_fpn(depth, width, *, version, channels, fc, classes, before_0_13
             else:
                 arrays |= with_bias(place if before_0_13 else f"{place}.0", shape)
     for i in range(version):
-        arrays |= with_bias(
-            "rpn.head.conv" if before_0_13 else f"rpn.head.conv.{i}.0", (channels, channels, 3, 3)
-        )
+        arrays |= with_bias("rpn.head.conv" if before_0_13 else f"rpn.head.conv.{i}.0", (channels, channels, 3, 3))
     arrays |= with_bias("rpn.head.cls_logits", (3, channels, 1, 1))
     arrays |= with_bias("rpn.head.bbox_pred", (12, channels, 1, 1))
     if version == 2:
@@ -144,8 +142,9 @@ def detectron2_fpn(depth, width, *, channels, fc, classes):
     prefix = "backbone.bottom_up."
     block = prefix + "res{res}.{block}."
     names = "stem.conv1", "stem.conv1.norm"
-    names = *(prefix + name for name in names), *(
-        block + end for end in ("conv{k}", "conv{k}.norm", "shortcut", "shortcut.norm")
+    names = (
+        *(prefix + name for name in names),
+        *(block + end for end in ("conv{k}", "conv{k}.norm", "shortcut", "shortcut.norm")),
     )
     arrays = resnet(depth, width, conv=torch_conv, norm=torch_norm, names=names)
     outputs = [width * 2**stage * (4 if depth >= 50 else 1) for stage in range(4)]

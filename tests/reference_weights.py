@@ -13,13 +13,18 @@ import numpy as np
 from flax import nnx
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.families import resnet_c4, vgg16
-from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.config.families import resnet_c4, vgg16
+from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.models.resnet import BLOCKS
 from fasterrcnn_jax.weights.files import Weights
 from fasterrcnn_jax.weights.layouts import TWO_LOGITS, Layout
 from fasterrcnn_jax.weights.load import assign, formats_of
-from fasterrcnn_jax.weights.tables import FASTER_RCNN_PYTORCH, TORCHVISION_FPN, Format, find
+from fasterrcnn_jax.weights.tables import (
+    FASTER_RCNN_PYTORCH,
+    TORCHVISION_FPN,
+    Format,
+    find,
+)
 
 GAINS = (  # the first part of a name that occurs in the key
     ("fpn.inner_blocks", 1.0),
@@ -78,7 +83,7 @@ def _gradient_of(layout: Layout) -> Callable[[np.ndarray], np.ndarray]:
 
 def table(format: Format, config: ModelConfig) -> dict[str, Source]:
     """Returns our names of a detector's weights, and each one's source."""
-    _, state = nnx.split(jax.eval_shape(lambda: create(config, ("class1",), seed=0)))
+    _, state = nnx.split(jax.eval_shape(lambda: create_detector(config, ("class1",), seed=0)))
     found = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(state):
         module, _, last = name_of(path).rpartition("/")

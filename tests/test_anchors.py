@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterrcnn_jax.anchor_grid import anchors_of
-from fasterrcnn_jax.anchors import cell_anchors, cell_corners, grid_anchors
 from fasterrcnn_jax.config import (
     BackboneConfig,
     BoxCoderConfig,
@@ -20,7 +18,13 @@ from fasterrcnn_jax.config import (
     RpnConfig,
 )
 from fasterrcnn_jax.models.heads import RpnHead
-from fasterrcnn_jax.proposals import propose
+from fasterrcnn_jax.ops.anchors import (
+    anchors_of,
+    cell_anchors,
+    cell_corners,
+    grid_anchors,
+)
+from fasterrcnn_jax.ops.proposals import propose
 
 bases_scales_and_ratios = st.tuples(
     st.sampled_from([1.0, 10.0, 16.0]),
@@ -63,9 +67,7 @@ def test_anchors_are_centred_on_cells_or_their_corners(centre, offset):
     assert (grid.level_sizes, grid.per_cell) == ((90,), 6)
 
 
-FPN = dict(
-    fpn=FpnConfig(), image=ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)))
-)
+FPN = dict(fpn=FpnConfig(), image=ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64))))
 PYRAMID = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
 
 
@@ -154,9 +156,7 @@ def test_rpn_channels_go_in_the_order_of_the_anchors():
     for channel, (ratio, size) in enumerate(shapes):
         head.objectness.kernel[...] = jnp.zeros((1, 1, 1, 4)).at[0, 0, 0, channel].set(9.0)
         for coordinate, shift in enumerate(((0.1, 0), (0, 0.1))):
-            head.deltas.kernel[...] = (
-                jnp.zeros((1, 1, 1, 16)).at[0, 0, 0, 4 * channel + coordinate].set(0.1)
-            )
+            head.deltas.kernel[...] = jnp.zeros((1, 1, 1, 16)).at[0, 0, 0, 4 * channel + coordinate].set(0.1)
             height, width = size * ratio**0.5, size / ratio**0.5
             x = (column + 0.5) * stride + shift[0] * width
             y = (row + 0.5) * stride + shift[1] * height

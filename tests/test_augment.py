@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, ImageConfig
 from fasterrcnn_jax.data import augment as augment_module
 from fasterrcnn_jax.data import loader
-from fasterrcnn_jax.data.augment import change_colours, distort_colours, draw_placement, place_boxes
+from fasterrcnn_jax.data.augment import (
+    change_colours,
+    distort_colours,
+    draw_placement,
+    place_boxes,
+)
 from fasterrcnn_jax.data.plan import BatchPlan, plan_epoch
 from fasterrcnn_jax.data.records import ImageRecord
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.data.transforms import Placement, canvas_for, network_size
 
 # Grey levels as they are: what is on the canvas can be looked at.
@@ -208,9 +213,7 @@ def test_each_colour_change_is_drawn_with_probability_one_half_from_its_range(mo
 def test_colours_change_and_the_boxes_and_the_padding_do_not():
     pixels = tiny.picture((40, 90), (4, 6, 24, 30))
     plain = shown(pixels, [(4, 6, 24, 30)], OFF)
-    batches = [
-        shown(pixels, [(4, 6, 24, 30)], varied(photometric=True), stream=(0, epoch, 0)) for epoch in range(12)
-    ]
+    batches = [shown(pixels, [(4, 6, 24, 30)], varied(photometric=True), stream=(0, epoch, 0)) for epoch in range(12)]
     for batch in batches:
         np.testing.assert_array_equal(batch.ground_truth.boxes, plain.ground_truth.boxes)
         height = int(batch.image_hw[0, 0])
@@ -234,7 +237,7 @@ def by_image(dataset, *, batch_size, threads=2, processes=1, epochs=3, seed=0, a
         root=Path("unused"), class_names=tiny.CLASS_NAMES, max_boxes=2, flip="random", crop_aspect=1.8,
         threads=threads, augment=augment,
     )  # fmt: skip
-    prepared = training_set(dataset, data)
+    prepared = prepare_training_set(dataset, data)
     canvases = [canvas_for(loader._training_hw(record, data), tiny.IMAGE) for record in prepared.records]
     per_epoch = len(plan_epoch(canvases, batch_size, seed=seed, epoch=0))
     found = {}

@@ -22,9 +22,10 @@ from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.loader import training_batches
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.sources import open_split
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import create, training_losses
+from fasterrcnn_jax.models.detector import create_detector
+from fasterrcnn_jax.models.faster_rcnn import training_losses
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "bad"
 
@@ -114,7 +115,7 @@ def batches(folders, tmp_path_factory):
         root=tmp_path_factory.mktemp("none"), class_names=bad_cases.CLASSES, keep_empty=True, crop_aspect=None,
         flip="none",
     )  # fmt: skip
-    dataset = training_set(Dataset("cases", bad_cases.CLASSES, tuple(different.values()), (), (1, 2)), data)
+    dataset = prepare_training_set(Dataset("cases", bad_cases.CLASSES, tuple(different.values()), (), (1, 2)), data)
     assert 15 < len(dataset.records) < 33
     steps = -(-len(dataset.records) // 16)
     return list(training_batches(dataset, data, IMAGE, batch_size=16, seed=0, steps=steps))
@@ -133,7 +134,7 @@ def test_batches_of_all_the_cases_are_finite_and_their_boxes_have_an_area(batche
 @pytest.mark.slow
 def test_all_the_cases_together_train_with_a_finite_loss(batches):
     with tiny.quick_compilation():
-        model = create(dataclasses.replace(tiny.MODEL, image=IMAGE), bad_cases.CLASSES, seed=0)
+        model = create_detector(dataclasses.replace(tiny.MODEL, image=IMAGE), bad_cases.CLASSES, seed=0)
         losses = jax.jit(training_losses)
         for number, batch in enumerate(batches):
             numbers = jax.tree.leaves(losses(model, batch, jax.random.key(number)))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.data.records import ImageDetections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -223,9 +223,7 @@ def isolated(tmp_path, importable):
             results[case] = result | {"environment": environment}
 
         command, journal = [sys.executable, str(script)], tmp_path / "journal"
-        run_isolated(
-            command, list(cases), journal, seconds=seconds, silence=silence, each_alone=each_alone, done=done
-        )
+        run_isolated(command, list(cases), journal, seconds=seconds, silence=silence, each_alone=each_alone, done=done)
         return results
 
     return run

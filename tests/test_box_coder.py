@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.box_coder import MAX_LOG_SCALE, decode, encode
+from fasterrcnn_jax.ops.box_coder import decode, encode
+from fasterrcnn_jax.structures import MAX_LOG_SCALE
 
 UNIT = dict(means=(0.0, 0.0, 0.0, 0.0), stds=(1.0, 1.0, 1.0, 1.0))
 HEAD = dict(means=(0.0, 0.0, 0.0, 0.0), stds=(0.1, 0.1, 0.2, 0.2))
 UNEVEN = dict(means=(0.1, -0.2, 0.3, -0.4), stds=(1.0, 0.5, 0.3, 0.25))  # shows an exchanged coordinate
 
 jitted_encode = functools.partial(jax.jit, static_argnames=("means", "stds"))(encode)
-jitted_decode = functools.partial(
-    jax.jit, static_argnames=("means", "stds", "max_log_scale", "far_corner_offset")
-)(decode)
+jitted_decode = functools.partial(jax.jit, static_argnames=("means", "stds", "max_log_scale", "far_corner_offset"))(
+    decode
+)
 
 
 def boxes(n):

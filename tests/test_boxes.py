@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.boxes import area, clip, larger_than, min_side, pairwise_iou
+from fasterrcnn_jax.ops.boxes import area, clip, larger_than, min_side, pairwise_iou
 
 iou = jax.jit(pairwise_iou)
 jitted_clip = functools.partial(jax.jit, static_argnames="far_corner_offset")(clip)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from fasterrcnn_jax import __main__ as program
 from fasterrcnn_jax.config import DataConfig, ModelConfig
-from fasterrcnn_jax.data import check, layouts, overlap, sources
+from fasterrcnn_jax.data import check, overlap, sources
 from fasterrcnn_jax.data.anchor_scales import fit_scales, fit_sizes, size_iou
+from fasterrcnn_jax.data.sources import guess
 from fasterrcnn_jax.scripts.check import anchor_lines
 
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -161,18 +162,18 @@ def test_a_sheet_shows_pictures_with_boxes_where_they_are(clean, tmp_path):
 
 
 def test_layouts_are_guessed(clean, tmp_path):
-    data, splits = layouts.guess(clean)
+    data, splits = guess(clean)
     assert (data.layout, splits, data.class_names) == ("voc", ("test", "train"), ("disc", "ring"))
     shutil.copytree(clean, tmp_path / "kit/VOC2007")
-    data, splits = layouts.guess(tmp_path / "kit")
+    data, splits = guess(tmp_path / "kit")
     assert (data.layout, splits) == ("vocdevkit", ("2007_test", "2007_train"))
     bad_cases.write_coco(tmp_path / "coco")
-    data, splits = layouts.guess(tmp_path / "coco")
+    data, splits = guess(tmp_path / "coco")
     assert (data.layout, splits, data.coco_images) == ("coco", ("instances",), "images")
     assert len(sources.read(data, "instances").records) == 2
     (tmp_path / "coco/annotations").mkdir()
     (tmp_path / "coco/instances.json").rename(tmp_path / "coco/annotations/instances_a.json")
-    data, splits = layouts.guess(tmp_path / "coco")
+    data, splits = guess(tmp_path / "coco")
     assert splits == ("a",) and data.class_names == bad_cases.CLASSES
     assert len(sources.read(data, "a").records) == 2
 
@@ -280,7 +281,7 @@ def cells():
     """The splits of the set of blood cells, not decoded."""
     if not BCCD.is_dir():
         pytest.skip(f"{BCCD.name} is not in the folder {BCCD.parents[1].name} beside the repository")
-    data, splits = layouts.guess(BCCD)
+    data, splits = guess(BCCD)
     assert splits == ("test", "train", "trainval", "val") and data.class_names == ("Platelets", "RBC", "WBC")
     return {name: sources.read(dataclasses.replace(data, faults="skip"), name) for name in ("train", "val", "test")}
 

@@ -20,9 +20,13 @@ import pytest
 import tiny
 from flax import nnx
 
-from fasterrcnn_jax import checkpoint, inference, training
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.state import TrainState
+from fasterrcnn_jax.training.step import create_state
 
 ROOT = Path(__file__).parents[1]
 # What Orbax leaves behind when its reading fails: coroutines, and answers to a loop that is gone.
@@ -45,22 +49,20 @@ def environment():
 
 @pytest.fixture(scope="module")
 def model(random_weights):
-    frozen = dataclasses.replace(
-        tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch")
-    )
+    frozen = dataclasses.replace(tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch"))
     return random_weights(lambda: Detector(frozen, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=4)
 
 
 @pytest.fixture(scope="module")
 def state(model):
     """A state in the middle of a run: nothing in it is zero that training would have moved."""
-    optimizer = training.create_optimizer(tiny.config(Path("x")).train)
-    _, state = training.create_state(model, optimizer, seed=5)
+    optimizer = create_optimizer(tiny.config(Path("x")).train)
+    _, state = create_state(model, optimizer, seed=5)
     generator = np.random.default_rng(0)
     moved = jax.tree.map(
-        lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype)
-        if leaf.dtype == jnp.float32
-        else leaf + 3,
+        lambda leaf: (
+            jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype) if leaf.dtype == jnp.float32 else leaf + 3
+        ),
         state.opt_state,
     )
     return state._replace(opt_state=moved)
@@ -80,9 +82,7 @@ def at(state, step, *, shift=0.0):
 def blank_state():
     """A state of one weight, for what does not depend on a detector."""
     key = jnp.zeros(2, jnp.uint32)
-    return training.TrainState(
-        step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=key
-    )
+    return TrainState(step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=key)
 
 
 def save(run, state, config, *, keep=2, ap50s):
@@ -225,7 +225,7 @@ def test_a_fresh_process_detects_the_same_bits(run, model, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found, expected = np.load(tmp_path / "found.npz"), inference.predict(model, pixels)
+    found, expected = np.load(tmp_path / "found.npz"), predict(model, pixels)
     assert len(expected.scores)
     np.testing.assert_array_equal(found["boxes"], expected.boxes)
     np.testing.assert_array_equal(found["scores"], expected.scores)
@@ -367,9 +367,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_where_it_was_named(copied, 
 
 
 @kinds(DAMAGE)
-def test_a_run_with_a_damaged_checkpoint_is_loaded_from_the_one_before_with_a_warning(
-    copied, damage, message, caplog
-):
+def test_a_run_with_a_damaged_checkpoint_is_loaded_from_the_one_before_with_a_warning(copied, damage, message, caplog):
     expected = parameters(checkpoint.load(copied / "checkpoints" / "1"))
     damage(copied / "checkpoints" / "2")
     before = sorted(copied.rglob("*"))

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from fasterrcnn_jax import __main__ as verbs
-from fasterrcnn_jax import cli
 from fasterrcnn_jax.config import Config
-from fasterrcnn_jax.config_io import load_config
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
+from fasterrcnn_jax.scripts import cli
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "configs" / "shapes.py"
@@ -56,9 +56,7 @@ def test_overrides_change_their_field_and_nothing_else():
         model=dataclasses.replace(
             default.model,
             rpn=dataclasses.replace(default.model.rpn, anchor_scales=(0.5, 1.0)),
-            image=dataclasses.replace(
-                default.model.image, canvases=((160, 224), (224, 160), (224, 224))
-            ),
+            image=dataclasses.replace(default.model.image, canvases=((160, 224), (224, 160), (224, 224))),
             backbone=dataclasses.replace(default.model.backbone, norm="frozen_batch"),
         ),
     )

@@ -8,17 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_cases import CLASSES, HEIGHT, WIDTH, changed, instances, of_annotation, of_image, twice, write_coco
+from bad_cases import (
+    CLASSES,
+    HEIGHT,
+    WIDTH,
+    changed,
+    instances,
+    of_annotation,
+    of_image,
+    twice,
+    write_coco,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fasterrcnn_jax.data.coco import CLASS_NAMES, category_names, read_coco
 from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.voc import read_voc
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation.coco_ap import coco_ap
-from fasterrcnn_jax.evaluation.results import ImageDetections, write_coco_json
+from fasterrcnn_jax.evaluation.coco import coco_ap
+from fasterrcnn_jax.evaluation.files import write_coco_json
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -212,7 +223,10 @@ READ_ANYWAY = {
     "outside by rounding": (of_annotation("bbox", [9.1, 9, 86.9000001, 30]), [[9.1, 9, 96, 39], BOXES[1]], AREAS, None),
     "no width": (of_annotation("bbox", [9, 9, 0, 30]), BOXES[1:], AREAS[1:], ["dropped: 1", "annotation 1, bbox"]),
     "at the border without a width": (
-        of_annotation("bbox", [96, 9, 0, 30]), BOXES[1:], AREAS[1:], ["dropped: 1", "annotation 1, bbox"]
+        of_annotation("bbox", [96, 9, 0, 30]),
+        BOXES[1:],
+        AREAS[1:],
+        ["dropped: 1", "annotation 1, bbox"],
     ),  # fmt: skip
     "smaller than is trained on": (of_annotation("bbox", [9, 9, 0.5, 1]), [[9, 9, 9.5, 10], BOXES[1]], AREAS, None),
 }

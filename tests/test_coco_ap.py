@@ -7,7 +7,7 @@ import pytest
 from fidelity import compare
 from handmade import dataset, found, record
 
-from fasterrcnn_jax.evaluation.coco_ap import coco_ap
+from fasterrcnn_jax.evaluation.coco import coco_ap
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
 BOX, FAR_BOX = (10, 10, 60, 60), (100, 100, 150, 150)

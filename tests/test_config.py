@@ -31,10 +31,11 @@ from fasterrcnn_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.config_io import from_json, load_config, to_json, unread_fields
+from fasterrcnn_jax.config.rules import unread_fields
+from fasterrcnn_jax.config.text import from_json, load_config, to_json
 from fasterrcnn_jax.errors import InputError
 
-SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 TRAIN = dict(steps=10, batch_size=2, learning_rate=0.1, warmup_steps=2)
 TINY = tiny.config(Path("somewhere"))
 
@@ -258,7 +259,7 @@ FILES = [
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from fasterrcnn_jax.config_io import from_json, load_config
+from fasterrcnn_jax.config.text import from_json, load_config
 from fasterrcnn_jax.errors import InputError
 for path in map(Path, sys.argv[1:]):
     try:

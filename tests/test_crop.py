@@ -123,7 +123,6 @@ def test_no_box_may_be_left_when_the_crop_falls_between_them():
     """As in the reference; what trains then is background alone."""
     pixels, boxes = np.zeros((600, 50, 3), np.uint8), np.float32([[5, 10, 40, 15], [5, 500, 40, 505]])
     left = {
-        len(crop(pixels, boxes, np.int32([1, 2]), aspect=2.0, rng=np.random.default_rng(seed))[1])
-        for seed in range(50)
+        len(crop(pixels, boxes, np.int32([1, 2]), aspect=2.0, rng=np.random.default_rng(seed))[1]) for seed in range(50)
     }
     assert left == {0, 1}

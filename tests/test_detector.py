@@ -10,7 +10,6 @@ import pytest
 import tiny
 from flax import nnx
 
-from fasterrcnn_jax.anchor_grid import anchors_of
 from fasterrcnn_jax.config import (
     BoxCoderConfig,
     BoxHeadConfig,
@@ -18,11 +17,14 @@ from fasterrcnn_jax.config import (
     RpnConfig,
 )
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, detect, detect_in, split, training_losses
+from fasterrcnn_jax.models.detector import Detector, split
+from fasterrcnn_jax.models.faster_rcnn import detect, training_losses
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
-from fasterrcnn_jax.roi_align import roi_align, roi_align_average
-from fasterrcnn_jax.roi_crop import roi_crop
-from fasterrcnn_jax.roi_pool import roi_pool
+from fasterrcnn_jax.models.roi_heads import detections_in_regions
+from fasterrcnn_jax.ops.anchors import anchors_of
+from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
+from fasterrcnn_jax.ops.roi_cropping import roi_crop
+from fasterrcnn_jax.ops.roi_pooling import roi_pool
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 
 B, H, W, G, D = 4, 64, 96, 3, 6
@@ -223,9 +225,7 @@ def test_filling_rows_change_nothing(losses_of):
     zeros = jax.tree.map(np.zeros_like, batch)
     filled = []
     for other in (zeros, garbage):
-        rows = jax.tree.map(
-            lambda a, b: np.where(image_valid.reshape(-1, *[1] * (a.ndim - 1)), a, b), batch, other
-        )
+        rows = jax.tree.map(lambda a, b: np.where(image_valid.reshape(-1, *[1] * (a.ndim - 1)), a, b), batch, other)
         filled.append(losses_of(rows._replace(image_valid=image_valid)))
     np.testing.assert_array_equal(*filled)
     # The two real rows alone, each counted twice.
@@ -368,7 +368,9 @@ def test_the_configured_operator_sees_boxes_without_the_far_corners_offset(monke
         return head(self, features)
 
     monkeypatch.setattr(BoxHead, "__call__", spied)
-    detect_in(model, (features,), Proposals(boxes, jnp.ones((1, 2)), jnp.ones((1, 2), bool)), jnp.float32([[H, W]]))
+    detections_in_regions(
+        model, (features,), Proposals(boxes, jnp.ones((1, 2)), jnp.ones((1, 2), bool)), jnp.float32([[H, W]])
+    )
     shifted = boxes[0] - jnp.float32([[0, 0, offset, offset]] * 2)
     if operator is roi_align:
         levels = jnp.zeros(2, jnp.int32)

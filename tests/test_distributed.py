@@ -22,15 +22,25 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterrcnn_jax import inference, parallel, preemption
+from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import DistributedConfig
-from fasterrcnn_jax.config_io import first_difference
+from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.plan import BatchPlan, rows_of
+from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.sources import open_split
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation.results import ImageDetections
+from fasterrcnn_jax.inference import dataset as dataset_loop
+from fasterrcnn_jax.inference.dataset import gathered
+from fasterrcnn_jax.processes import (
+    any_process,
+    gather_rows,
+    initialize,
+    is_main,
+    process,
+)
+from fasterrcnn_jax.training import preemption
 
 TESTS = Path(__file__).parent
 STEPS, BATCH_SIZE = 10, 4
@@ -183,9 +193,7 @@ def test_every_image_is_looked_at_once_and_both_processes_hold_all(runs):
 def test_one_process_prints_and_writes(runs):
     (one, _, _), (two, (first, second), _) = runs
     assert "AP50" in first and "AP50" not in second
-    names = [
-        sorted(re.sub(r"events\.out\..*", "events", path.name) for path in run.glob("*")) for run in (one, two)
-    ]
+    names = [sorted(re.sub(r"events\.out\..*", "events", path.name) for path in run.glob("*")) for run in (one, two)]
     assert names[0] == names[1] and names[1].count("events") == 1
     lines = [lines_of(run, "test/AP50") for run in (one, two)]
     assert [len(of) for of in lines] == [1, 1]
@@ -225,7 +233,7 @@ def test_the_rows_of_the_processes_are_the_batch_in_its_order(count, each):
 
 def test_processes_read_their_rows_of_the_same_batches(folder):
     data = tiny.config(folder).data
-    train_set = training_set(open_split(data, "train"), data)
+    train_set = prepare_training_set(open_split(data, "train"), data)
 
     def batches(process):
         options = dict(batch_size=BATCH_SIZE, seed=0, steps=7, process=process)
@@ -263,12 +271,12 @@ def test_what_processes_found_is_put_into_the_order_of_the_data_set(monkeypatch)
     for shares in ([[4, 0, 3], [1, 2]], [[0, 1, 2], []]):
         sent = []
         with monkeypatch.context() as patch:
-            patch.setattr(parallel, "gather_rows", lambda rows, sent=sent: sent.append(rows) or rows)
+            patch.setattr(dataset_loop, "gather_rows", lambda rows, sent=sent: sent.append(rows) or rows)
             for share in shares:
-                inference.gathered({position: found_in(position) for position in share})
+                gathered({position: found_in(position) for position in share})
             together = iter([np.concatenate(parts) for parts in zip(sent[:3], sent[3:], strict=True)])
-            patch.setattr(parallel, "gather_rows", lambda rows, together=together: next(together))
-            found = inference.gathered({})
+            patch.setattr(dataset_loop, "gather_rows", lambda rows, together=together: next(together))
+            found = gathered({})
         assert len(found) == sum(map(len, shares))
         for position, detections in enumerate(found):
             for leaf, expected in zip(detections, found_in(position), strict=True):
@@ -278,9 +286,9 @@ def test_what_processes_found_is_put_into_the_order_of_the_data_set(monkeypatch)
 
 def test_one_process_gathers_what_it_has():
     rows = np.arange(6, dtype=np.int32).reshape(3, 2)
-    np.testing.assert_array_equal(parallel.gather_rows(rows), rows)
-    assert [bool(parallel.any_process(flag)) for flag in (False, True)] == [False, True]
-    assert parallel.is_main() and parallel.process() == (0, 1)
+    np.testing.assert_array_equal(gather_rows(rows), rows)
+    assert [bool(any_process(flag)) for flag in (False, True)] == [False, True]
+    assert is_main() and process() == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -312,11 +320,11 @@ def test_a_run_continues_with_another_number_of_processes(tmp_path):
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error_of_one_sentence(monkeypatch):
-    monkeypatch.setattr(parallel, "TIMEOUT", 0)
+    monkeypatch.setattr(processes, "TIMEOUT", 0)
     monkeypatch.setattr(jax.distributed, "initialize", None)  # of which it would be the end
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(InputError, match=rf"distributed\.coordinator = '{address}' is not reached within 0 seconds"):
-        parallel.initialize(DistributedConfig(coordinator=address, num_processes=2, process_id=1))
+        initialize(DistributedConfig(coordinator=address, num_processes=2, process_id=1))
 
 
 def test_a_cluster_that_is_not_there_is_an_error_of_one_sentence(monkeypatch):
@@ -325,4 +333,4 @@ def test_a_cluster_that_is_not_there_is_an_error_of_one_sentence(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(InputError, match="none of SLURM, Open MPI, Kubernetes or Cloud TPU is found"):
-        parallel.initialize(DistributedConfig(coordinator="detect"))
+        processes.initialize(DistributedConfig(coordinator="detect"))

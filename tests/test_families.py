@@ -14,8 +14,7 @@ from fasterrcnn_jax.config import (
     RoiSamplingConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.config_io import load_config
-from fasterrcnn_jax.families import (
+from fasterrcnn_jax.config.families import (
     IMAGENET_RGB,
     RESNET_TRAINING,
     VGG16_TRAINING,
@@ -26,7 +25,8 @@ from fasterrcnn_jax.families import (
     vgg16,
     voc_schedule,
 )
-from fasterrcnn_jax.losses import smooth_l1
+from fasterrcnn_jax.config.text import load_config
+from fasterrcnn_jax.ops.losses import smooth_l1
 
 # VOC 2007 trainval and its mirrored copies: 10022 images, in steps of 1, 4, 16 and 24 of them.
 STEPS_PER_EPOCH = {1: 10022, 4: 2506, 16: 627, 24: 418}

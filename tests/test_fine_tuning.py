@@ -13,9 +13,9 @@ from test_weights import CHANNELS, FC, WIDTH, thin
 
 import fasterrcnn_jax
 from fasterrcnn_jax import __main__ as entry
-from fasterrcnn_jax.config_io import load_config, to_json
-from fasterrcnn_jax.families import IMAGENET_RGB, resnet_fpn
-from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.config.families import IMAGENET_RGB, resnet_fpn
+from fasterrcnn_jax.config.text import load_config, to_json
+from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.scripts import train
 
 
@@ -28,9 +28,7 @@ def run(tmp_path):
     safetensors.numpy.save_file(by_rule(shapes), init)
     config = tiny.config(tmp_path, steps=2, batch_size=4, learning_rate=1e-3)
     model = thin(resnet_fpn(50))
-    image = dataclasses.replace(
-        model.image, short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB
-    )
+    image = dataclasses.replace(model.image, short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB)
     model = dataclasses.replace(
         model,
         image=image,
@@ -42,7 +40,7 @@ def run(tmp_path):
     config = dataclasses.replace(config, model=model)
     path = tmp_path / "fine.py"
     path.write_text(
-        f"from fasterrcnn_jax.config_io import from_json\nconfig = from_json({to_json(config)!r}, 'test')\n"
+        f"from fasterrcnn_jax.config.text import from_json\nconfig = from_json({to_json(config)!r}, 'test')\n"
     )
 
     def start(*arguments):
@@ -57,10 +55,8 @@ def test_a_run_starts_from_another_programs_weights_and_its_own_go_out_and_in_ag
     start("--init", str(init))
     assert "it is for 4 classes, the model for 2" in capsys.readouterr().err
     trained = fasterrcnn_jax.load(config.run)
-    began = fasterrcnn_jax.load_weights(create(config.model, tiny.CLASS_NAMES, seed=config.train.seed), init)
-    stages = [
-        [stage.blocks[0].convs[0].kernel[...] for stage in model.backbone.stages] for model in (trained, began)
-    ]
+    began = fasterrcnn_jax.load_weights(create_detector(config.model, tiny.CLASS_NAMES, seed=config.train.seed), init)
+    stages = [[stage.blocks[0].convs[0].kernel[...] for stage in model.backbone.stages] for model in (trained, began)]
     np.testing.assert_array_equal(stages[0][0], stages[1][0])  # the first stage is fixed
     assert 0 < np.abs(stages[0][2] - stages[1][2]).max() < 0.1
 

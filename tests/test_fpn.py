@@ -10,21 +10,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from fasterrcnn_jax import postprocess, proposals, roi_features
-from fasterrcnn_jax.anchor_grid import anchors_of, anchors_on_picture
 from fasterrcnn_jax.config import BackboneConfig, FpnConfig, ModelConfig
-from fasterrcnn_jax.families import resnet_fpn
-from fasterrcnn_jax.models.detector import (
-    Detector,
-    detect,
-    detect_in,
-    rpn_outputs,
-    shared_features,
-    split,
-    training_losses,
-)
+from fasterrcnn_jax.config.families import resnet_fpn
+from fasterrcnn_jax.models.detector import Detector, shared_features, split
+from fasterrcnn_jax.models.faster_rcnn import detect, training_losses
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.layers import Constant
+from fasterrcnn_jax.models.roi_heads import detections_in_regions
+from fasterrcnn_jax.models.rpn import rpn_output
+from fasterrcnn_jax.ops import postprocessing, proposals, roi_operators
+from fasterrcnn_jax.ops.anchors import anchors_of, anchors_on_image
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 
 H, W = 64, 96
@@ -64,9 +59,7 @@ def conv3x3(x, kernel):
     """By its definition: nine shifted products."""
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows, columns = x.shape[1:3]
-    return sum(
-        padded[:, dy : dy + rows, dx : dx + columns] @ kernel[dy, dx] for dy in range(3) for dx in range(3)
-    )
+    return sum(padded[:, dy : dy + rows, dx : dx + columns] @ kernel[dy, dx] for dy in range(3) for dx in range(3))
 
 
 def test_levels_equal_their_definition(random_weights):
@@ -106,7 +99,7 @@ def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs
     def run(model, images):
         image_hw = jnp.float32([[40, 50]])
         levels = shared_features(model, images, image_hw)
-        return levels, rpn_outputs(model, levels, image_hw)[0]
+        return levels, rpn_output(model, levels, image_hw).objectness
 
     def on_canvas(height, width):
         images = np.zeros((1, height, width, 3), np.float32)
@@ -183,7 +176,7 @@ def test_regions_are_taken_from_the_level_of_their_size(random_weights):
 
     model.box_head = Spy()
     valid = jnp.ones((1, 8), bool)
-    detect_in(model, levels, Proposals(boxes, jnp.ones((1, 8)), valid), jnp.float32([[2048, 2048]]))
+    detections_in_regions(model, levels, Proposals(boxes, jnp.ones((1, 8)), valid), jnp.float32([[2048, 2048]]))
     # No region is taken from P6.
     values = np.broadcast_to(np.float32([1, 1, 2, 2, 3, 3, 4, 4])[:, None, None, None], pooled[0].shape[1:])
     np.testing.assert_allclose(pooled[0][0], values, rtol=1e-5)
@@ -193,14 +186,14 @@ def test_anchors_in_the_padding_take_part_where_the_configuration_says_so():
     grid = anchors_of(tiny.FPN, GRIDS)
     image_hw = jnp.float32([[40, 50]])
     rows, columns = np.float32([[40], [50]])
-    found = np.asarray(anchors_on_picture(grid, image_hw, tiny.FPN))[0]
+    found = np.asarray(anchors_on_image(grid, image_hw, tiny.FPN))[0]
     expected = [
         np.repeat((np.arange(h)[:, None] * s < rows) & (np.arange(w)[None] * s < columns), 3)
         for (h, w), s in zip(GRIDS, (4, 8, 16, 32, 64))
     ]
     np.testing.assert_array_equal(found, np.concatenate(expected))
     rpn = dataclasses.replace(tiny.FPN.rpn, anchors_in_padding=True)
-    assert anchors_on_picture(grid, image_hw, dataclasses.replace(tiny.FPN, rpn=rpn)).all()
+    assert anchors_on_image(grid, image_hw, dataclasses.replace(tiny.FPN, rpn=rpn)).all()
 
 
 def test_every_weight_of_a_pyramid_learns(random_weights):
@@ -260,8 +253,8 @@ def test_the_implementation_that_is_named_reaches_every_operation(monkeypatch, r
         monkeypatch.setattr(module, name, spied)
 
     spy(proposals, "nms")
-    spy(postprocess, "nms")
-    spy(roi_features, "roi_align")
+    spy(postprocessing, "nms")
+    spy(roi_operators, "roi_align")
     model, images = detector(random_weights), batch()
     jax.eval_shape(
         lambda model: detect(model, images.images, images.image_hw, images.scale, implementation="xla"), model

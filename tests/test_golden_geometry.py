@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from fidelity import compare, continuous, inclusive, swapped
 
-from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
-from fasterrcnn_jax.box_coder import MAX_LOG_SCALE, decode, encode
-from fasterrcnn_jax.boxes import clip, larger_than, pairwise_iou
+from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
+from fasterrcnn_jax.ops.box_coder import decode, encode
+from fasterrcnn_jax.ops.boxes import clip, larger_than, pairwise_iou
+from fasterrcnn_jax.structures import MAX_LOG_SCALE
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "geometry.npz")
 RATIOS = (0.5, 1.0, 2.0)
@@ -25,9 +26,9 @@ DELTAS = dict(rtol=1e-4, atol=1e-5)
 CORNERS = dict(rtol=1e-5, atol=2e-3)
 
 jitted_encode = functools.partial(jax.jit, static_argnames=("means", "stds"))(encode)
-jitted_decode = functools.partial(
-    jax.jit, static_argnames=("means", "stds", "max_log_scale", "far_corner_offset")
-)(decode)
+jitted_decode = functools.partial(jax.jit, static_argnames=("means", "stds", "max_log_scale", "far_corner_offset"))(
+    decode
+)
 jitted_clip = functools.partial(jax.jit, static_argnames="far_corner_offset")(clip)
 iou = jax.jit(pairwise_iou)
 
@@ -63,9 +64,7 @@ def test_chenyuntcs_cells_and_grid():
 
 
 def test_torchvisions_cells_and_grids_of_five_levels():
-    cells = [
-        cell_anchors(16.0, (size / 16,), RATIOS, rounding="half") for size in GOLDEN["tv_sizes"].tolist()
-    ]
+    cells = [cell_anchors(16.0, (size / 16,), RATIOS, rounding="half") for size in GOLDEN["tv_sizes"].tolist()]
     compare("anchors", "torchvision", "cells, five levels", np.stack(cells), GOLDEN["tv_cells"])
     three_sizes = cell_anchors(16.0, (2.0, 4.0, 8.0), RATIOS, rounding="half")
     compare("anchors", "torchvision", "cells, three sizes", three_sizes, GOLDEN["tv_cells_of_3_sizes"])
@@ -97,9 +96,7 @@ def test_faster_rcnn_pytorchs_and_py_faster_rcnns_decoding_and_clipping():
     anchors = continuous(GOLDEN["anchors"])[:, :, None, :]
     ours = jitted_decode(GOLDEN["deltas"], anchors, max_log_scale=None, far_corner_offset=1)
     compare("decode", "faster-rcnn.pytorch", "no clamp", inclusive(ours), GOLDEN["jw_decode"], **CORNERS)
-    clipped = np.stack(
-        [jitted_clip(boxes, hw, far_corner_offset=1) for boxes, hw in zip(ours, GOLDEN["image_hw"])]
-    )
+    clipped = np.stack([jitted_clip(boxes, hw, far_corner_offset=1) for boxes, hw in zip(ours, GOLDEN["image_hw"])])
     for reference, name in (
         ("faster-rcnn.pytorch", "jw_decode_clipped"),
         ("py-faster-rcnn", "pf_decode_clipped"),

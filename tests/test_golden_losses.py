@@ -16,7 +16,7 @@ import pytest
 from fidelity import compare
 
 from fasterrcnn_jax.config import LossConfig
-from fasterrcnn_jax.losses import box_losses, rpn_losses
+from fasterrcnn_jax.ops.losses import box_losses, rpn_losses
 from fasterrcnn_jax.structures import AnchorTargets, RoiTargets
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")

@@ -14,7 +14,7 @@ import pytest
 from fidelity import compare, continuous
 from oracles import iou_matrix
 
-from fasterrcnn_jax.nms import nms
+from fasterrcnn_jax.ops.suppression import nms
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "nms.npz")
 DIGITS = (3, 5, 7)
@@ -98,9 +98,7 @@ def test_py_faster_rcnns_kept_indices(name, digit):
     compare("NMS", "py-faster-rcnn", f"{name} at 0.{digit}", ours, GOLDEN[f"{name}_pf_keep_{digit}"])
 
 
-@pytest.mark.parametrize(
-    "name, digit", list(itertools.product(["n1", "n40", "n40tie", "n300", "n2000"], DIGITS))
-)
+@pytest.mark.parametrize("name, digit", list(itertools.product(["n1", "n40", "n40tie", "n300", "n2000"], DIGITS)))
 def test_faster_rcnn_pytorchs_kept_boxes(name, digit):
     """Its C++ suppresses at the threshold too, where no pair here lies; it lists ascending indices."""
     boxes, scores = case(name)

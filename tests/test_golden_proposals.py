@@ -17,12 +17,12 @@ import pytest
 from fidelity import compare, continuous, inclusive
 from jax import lax
 
-from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
-from fasterrcnn_jax.box_coder import decode
-from fasterrcnn_jax.boxes import clip, larger_than
 from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
-from fasterrcnn_jax.nms import nms
-from fasterrcnn_jax.proposals import propose
+from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
+from fasterrcnn_jax.ops.box_coder import decode
+from fasterrcnn_jax.ops.boxes import clip, larger_than
+from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.suppression import nms
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "proposals.npz")
 RATIOS = (0.5, 1.0, 2.0)
@@ -131,16 +131,12 @@ def tv_propose(objectness, deltas, anchors, groups, image_hw, *, pre, post):
     return boxes[kept], scores[kept], kept_valid
 
 
-@pytest.mark.parametrize(
-    "name, pre, post", [("train", 2000, 2000), ("test", 1000, 1000), ("small", 200, 100)]
-)
+@pytest.mark.parametrize("name, pre, post", [("train", 2000, 2000), ("test", 1000, 1000), ("small", 200, 100)])
 @pytest.mark.parametrize("image", [0, 1])
 def test_torchvisions_proposals_of_five_levels(name, pre, post, image):
     objectness, deltas, anchors, groups = tv_inputs()
     image_hw = np.float32(GOLDEN["tv_image_shapes"][image])
-    boxes, scores, valid = tv_propose(
-        objectness[image], deltas[image], anchors, groups, image_hw, pre=pre, post=post
-    )
+    boxes, scores, valid = tv_propose(objectness[image], deltas[image], anchors, groups, image_hw, pre=pre, post=post)
     assert valid.all()
     label = f"{pre} per level to {post}, image {image}"
     compare("proposals", "torchvision", label, boxes, GOLDEN[f"tv_boxes_{name}{image}"], **CORNERS)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from fidelity import compare, continuous, inclusive
 
-from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
-from fasterrcnn_jax.box_coder import encode
-from fasterrcnn_jax.boxes import pairwise_iou
 from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
-from fasterrcnn_jax.matching import match
+from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
+from fasterrcnn_jax.ops.box_coder import encode
+from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.matching import match
+from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets
 from fasterrcnn_jax.structures import GroundTruth, Proposals
-from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "targets.npz")
 RATIOS = (0.5, 1.0, 2.0)
@@ -153,9 +153,7 @@ def test_torchvisions_anchor_labels_and_targets(image):
     compare("anchor labels", "torchvision", f"{name}, positives", positives, GOLDEN[f"tv_rpn_pos_idx{image}"])
     deltas = np.asarray(found.deltas)[positives]
     compare("anchor targets", "torchvision", name, deltas, GOLDEN[f"tv_rpn_pos_targets{image}"], **DELTAS)
-    matches = jitted_match(
-        iou(TV_ANCHORS, gt.boxes), gt.valid, fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True
-    )
+    matches = jitted_match(iou(TV_ANCHORS, gt.boxes), gt.valid, fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True)
     indices = np.asarray(matches.matched_gt_indices)
     matched = gt.boxes[indices[positives]]
     compare("matching", "torchvision", f"{name}, boxes", matched, GOLDEN[f"tv_rpn_pos_gt{image}"])

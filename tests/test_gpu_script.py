@@ -33,9 +33,7 @@ def gpu_script(*arguments, cwd, cache, selection, python=sys.executable):
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    return subprocess.run(
-        ["bash", str(SCRIPT), *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    return subprocess.run(["bash", str(SCRIPT), *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -93,18 +93,14 @@ def test_modules_import_lower_layers_only(name):
 
 def test_flax_is_seen_by_the_network_and_its_state_only():
     users = {
-        name.split(".")[0]
-        for name, path in modules()
-        if any(is_within(other, {"flax"}) for other in imported(path))
+        name.split(".")[0] for name, path in modules() if any(is_within(other, {"flax"}) for other in imported(path))
     }
     assert users <= FLAX
 
 
 def test_nothing_imports_the_folders_at_the_top_by_their_bare_names():
     bare = {"kernels", "configs", "train", "evaluate"}
-    found = {
-        (name, other) for name, path in modules() for other in imported(path) if is_within(other, bare)
-    }
+    found = {(name, other) for name, path in modules() for other in imported(path) if is_within(other, bare)}
     assert not found
 
 

@@ -11,10 +11,22 @@ import pytest
 import tiny
 
 import fasterrcnn_jax
-from fasterrcnn_jax import inference
-from fasterrcnn_jax.drawing import draw, draw_boxes, label_colour, side_by_side
-from fasterrcnn_jax.inference import Prediction, detect_dataset, predict, preprocess, to_original
-from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.data.records import Prediction
+from fasterrcnn_jax.inference.dataset import detect_dataset
+from fasterrcnn_jax.inference.drawing import (
+    draw,
+    draw_boxes,
+    label_colour,
+    side_by_side,
+)
+from fasterrcnn_jax.inference.prediction import (
+    jitted_detect,
+    predict,
+    preprocess,
+    to_original,
+)
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.faster_rcnn import detect
 from fasterrcnn_jax.structures import Detections
 
 SIZES = [(64, 96), (50, 90), (96, 64), (60, 60), (40, 44), (128, 190)]
@@ -139,20 +151,18 @@ def test_boxes_of_an_enlarged_picture_are_enlarged(model):
 
 def test_boxes_return_by_both_scales_and_are_cut_at_the_picture():
     boxes = jnp.float32([[[10, 20, 30, 40], [0, 0, 64.2, 96], [1, 1, 2, 2]]])
-    found = Detections(
-        boxes, jnp.float32([[0.9, 0.8, 0.7]]), jnp.int32([[2, 1, 0]]), jnp.array([[True, True, False]])
-    )
+    found = Detections(boxes, jnp.float32([[0.9, 0.8, 0.7]]), jnp.int32([[2, 1, 0]]), jnp.array([[True, True, False]]))
     original = to_original(found, 0, np.float32([4.0, 2.0]), (24, 32))
     np.testing.assert_array_equal(original.boxes, [[5, 5, 15, 10], [0, 0, 32, 24]])
     assert original.labels.tolist() == [2, 1]
 
 
 def test_one_program_serves_all_pictures_of_a_canvas(model, alone, caplog):
-    inference.jitted_detect.clear_cache()
+    jitted_detect.clear_cache()
     with caplog.at_level(logging.INFO, logger="fasterrcnn_jax"):
         for number in (1, 5):
             for image in pictures()[:number]:
-                jax.eval_shape(inference.jitted_detect, model, *preprocess([image], tiny.IMAGE))
+                jax.eval_shape(jitted_detect, model, *preprocess([image], tiny.IMAGE))
     assert len([line for line in caplog.messages if "compiling detection" in line]) == 2
 
 

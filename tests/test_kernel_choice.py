@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import mosaic
 import pytest
-
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels.choice import choose
 

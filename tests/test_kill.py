@@ -66,9 +66,7 @@ def log_of(run):
 
 
 def start(launcher, folder, run, *argv, **options):
-    return launcher.start(
-        ["--config", folder / "mine.py", "--run", run, *argv], log=log_of(run), **options
-    )
+    return launcher.start(["--config", folder / "mine.py", "--run", run, *argv], log=log_of(run), **options)
 
 
 def finish(launcher, folder, run, **options):

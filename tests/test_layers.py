@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig
-from fasterrcnn_jax.families import IMAGENET_RGB
+from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.models.layers import (
     EPSILON,
     Conv,
@@ -19,7 +19,13 @@ from fasterrcnn_jax.models.layers import (
     max_pool,
     valid_mask,
 )
-from fasterrcnn_jax.models.resnet import BLOCKS, STEM_POOL_PADDING, ResNet, Stage, stage_channels
+from fasterrcnn_jax.models.resnet import (
+    BLOCKS,
+    STEM_POOL_PADDING,
+    ResNet,
+    Stage,
+    stage_channels,
+)
 from fasterrcnn_jax.models.vgg import Vgg16
 
 
@@ -278,9 +284,7 @@ def test_pixels_that_nothing_divides_start_with_features_of_the_same_size(name):
 )
 def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, norm, stem_pool):
     """A picture that fills its canvas, and one that does not, have the same features on a larger one."""
-    config = BackboneConfig(
-        name=name, width=8, stride=stride, norm=norm, stem_pool=stem_pool, mask_padding=True
-    )
+    config = BackboneConfig(name=name, width=8, stride=stride, norm=norm, stem_pool=stem_pool, mask_padding=True)
     net = random_weights(lambda: backbone(config))
     sizes = [(48, 64), (40, 50)]
     pictures = [normal(*size, 3, seed=5) for size in sizes]

@@ -9,8 +9,7 @@ import pytest
 from fidelity import compare
 
 from fasterrcnn_jax.config import RoiFeaturesConfig
-from fasterrcnn_jax.levels import assign_levels
-from fasterrcnn_jax.roi_features import roi_features
+from fasterrcnn_jax.ops.roi_operators import assign_levels, roi_features
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "roi_levels.npz")
 BOXES = jnp.asarray(np.concatenate([GOLDEN["boxes0"], GOLDEN["boxes1"]]))

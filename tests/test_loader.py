@@ -17,10 +17,11 @@ from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import image_cache, loader, sources
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.plan import plan_epoch
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.data.transforms import canvas_for, flip_boxes, scale_boxes
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, training_losses
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.faster_rcnn import training_losses
 
 SIZES = [(48, 72), (72, 48), (50, 90), (64, 64), (30, 70), (90, 40), (55, 56)]
 STEPS, BATCH_SIZE = 20, 3
@@ -58,7 +59,7 @@ def everything(data):
 def batches_of(dataset, data, *, seed=0, steps=STEPS, batch_size=BATCH_SIZE):
     """As train.py makes them."""
     return loader.training_batches(
-        training_set(dataset, data), data, tiny.IMAGE, batch_size=batch_size, seed=seed, steps=steps
+        prepare_training_set(dataset, data), data, tiny.IMAGE, batch_size=batch_size, seed=seed, steps=steps
     )
 
 
@@ -201,7 +202,7 @@ def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
     """With the files of the annotations gone, a run goes on."""
     tiny.write_voc(tmp_path, train=5, test=1)
     of_folder = dataclasses.replace(data, root=tmp_path, class_names=tiny.CLASS_NAMES)
-    prepared = training_set(sources.open_split(of_folder, "train"), of_folder)
+    prepared = prepare_training_set(sources.open_split(of_folder, "train"), of_folder)
     shutil.rmtree(tmp_path / "Annotations")
     (tmp_path / "ImageSets/Main/train.txt").unlink()
     batches = loader.training_batches(prepared, of_folder, tiny.IMAGE, batch_size=2, seed=0, steps=9)
@@ -211,7 +212,7 @@ def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
 def test_rounded_pictures_are_shipped_as_bytes(dataset, data):
     """In training and in evaluation; what is on them is what float pictures hold, to half a grey level."""
     image = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
-    prepared = training_set(dataset, data)
+    prepared = prepare_training_set(dataset, data)
     options = dict(batch_size=BATCH_SIZE, seed=0, steps=4)
     for rounded, plain in (
         (loader.training_batches(prepared, data, image, **options),
@@ -322,7 +323,7 @@ def test_the_canvas_is_that_of_the_cropped_image(tmp_path, data):
     dataset = tiny.dataset(tmp_path / "wide", [(tiny.picture((30, 70), box), [box], [1])])
     square = dataclasses.replace(data, crop_aspect=1.0, flip="none")
     image = dataclasses.replace(tiny.IMAGE, canvases=(*tiny.IMAGE.canvases, (64, 64)))
-    prepared = training_set(dataset, square)
+    prepared = prepare_training_set(dataset, square)
     for options, canvas, shown in ((square, (64, 64), (64, 64)), (data, (64, 96), (41, 96))):
         (batch,) = loader.training_batches(prepared, options, image, batch_size=1, seed=0, steps=1)
         assert batch.images.shape[1:3] == canvas

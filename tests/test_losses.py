@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import arrays
 
 from fasterrcnn_jax.config import LossConfig
-from fasterrcnn_jax.losses import box_losses, rpn_losses, smooth_l1
+from fasterrcnn_jax.ops.losses import box_losses, rpn_losses, smooth_l1
 from fasterrcnn_jax.structures import AnchorTargets, RoiTargets
 
 A, R, K = 12, 8, 3
@@ -88,11 +88,14 @@ def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas
     sampled, foreground = labels >= 0, (labels == 1) | ((labels < 0) & left_out)
     losses, gradients = run_rpn(objectness, deltas, AnchorTargets(labels, targets, foreground), config=config)
     regressed = foreground if config.rpn_box_anchors == "all_positives" else labels == 1
-    weight, count = config.rpn_box_weight, {
-        "sampled": sampled.sum(),
-        "positives": regressed.sum(),
-        "locations": LOCATIONS,
-    }[config.rpn_box_normalizer]
+    weight, count = (
+        config.rpn_box_weight,
+        {
+            "sampled": sampled.sum(),
+            "positives": regressed.sum(),
+            "locations": LOCATIONS,
+        }[config.rpn_box_normalizer],
+    )
     if config.rpn_positive_weight is not None:
         weight, count = weight * config.rpn_positive_weight, regressed.sum()
     entropy, distance, d_objectness, d_deltas = 0.0, 0.0, np.zeros(A), np.zeros((A, 4))
@@ -134,9 +137,7 @@ def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas
     rows(R, 4),
     arrays(bool, R),
 )
-def test_box_losses_and_gradients_equal_the_formulas(
-    options, classes, logits, deltas, labels, targets, valid
-):
+def test_box_losses_and_gradients_equal_the_formulas(options, classes, logits, deltas, labels, targets, valid):
     """With deltas per class, and with one set for all of them."""
     config = LossConfig(**options)
     deltas = deltas[:, :classes]

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.matching import match
+from fasterrcnn_jax.ops.matching import match
 
 N, G = 12, 4
 RPN = dict(fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True)
 HEAD = dict(fg_iou=0.5, bg_iou=(0.1, 0.5), low_quality=False)
 
-jitted_match = functools.partial(
-    jax.jit, static_argnames=("fg_iou", "bg_iou", "low_quality", "clobber_positives")
-)(match)
+jitted_match = functools.partial(jax.jit, static_argnames=("fg_iou", "bg_iou", "low_quality", "clobber_positives"))(
+    match
+)
 
 # Few values, the thresholds among them and their float32 neighbours: ties and equality abound.
 LEVELS = [np.float32(v) for v in (0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1)]
@@ -27,9 +27,7 @@ LEVELS += [np.nextafter(np.float32(v), np.float32(0)) for v in (0.1, 0.3, 0.5, 0
 ious = arrays(np.float32, (N, G), elements=st.sampled_from(LEVELS))
 
 
-@pytest.mark.parametrize(
-    "options", [RPN, HEAD, RPN | dict(low_quality=False), RPN | dict(clobber_positives=True)]
-)
+@pytest.mark.parametrize("options", [RPN, HEAD, RPN | dict(low_quality=False), RPN | dict(clobber_positives=True)])
 @given(ious, arrays(bool, G))
 def test_match_equals_the_loop(options, iou, gt_valid):
     found = jitted_match(iou, gt_valid, **options)

@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 
 from fasterrcnn_jax.config import BackboneConfig, BoxHeadConfig, RoiFeaturesConfig
-from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.faster_rcnn import detect
 
 H, W, S = 64, 96, 4
 # VGG16, because its poolings meet the mirrored picture in the same places; strided convolutions do not.

@@ -11,13 +11,12 @@ import mosaic
 import numpy as np
 import oracles
 import pytest
+from fasterrcnn_jax.kernels import nms as kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax import nms as nms_module
-from fasterrcnn_jax.kernels import nms as kernel
-from fasterrcnn_jax.nms import nms
+from fasterrcnn_jax.ops.suppression import BLOCK, nms
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
@@ -26,14 +25,10 @@ STATIC = ("iou_threshold", "max_output", "implementation")
 jitted_nms = jax.jit(nms, static_argnames=STATIC)
 
 # So small that a few dozen boxes fill several tiles of either design, and several chunks of the mask.
-SHRUNK = dict(
-    THREADS=4, WORD=8, CHUNK=32, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16
-)
+SHRUNK = dict(THREADS=4, WORD=8, CHUNK=32, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16)
 
 
-@pytest.fixture(
-    params=["xla", *(pytest.param(design, marks=mosaic.needs_mosaic) for design in ("mask", "list"))]
-)
+@pytest.fixture(params=["xla", *(pytest.param(design, marks=mosaic.needs_mosaic) for design in ("mask", "list"))])
 def any_nms(request, monkeypatch):
     """`nms` in plain JAX, and by each design of the kernel."""
     if request.param == "xla":
@@ -103,12 +98,8 @@ def clustered(n, seed):
 def test_nms_equals_the_greedy_loop(threshold, example):
     boxes, scores, valid, groups = example
     for of_box in (np.zeros_like(groups), groups):
-        found = jitted_nms(
-            boxes, scores, valid, iou_threshold=threshold, max_output=SMALL, groups=of_box
-        )
-        assert kept_of(found) == oracles.greedy_nms(
-            boxes, scores, valid, iou_threshold=threshold, groups=of_box
-        )
+        found = jitted_nms(boxes, scores, valid, iou_threshold=threshold, max_output=SMALL, groups=of_box)
+        assert kept_of(found) == oracles.greedy_nms(boxes, scores, valid, iou_threshold=threshold, groups=of_box)
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
@@ -131,9 +122,7 @@ def test_a_batch_of_every_kind_equals_the_greedy_loop(threshold, any_nms):
     found = jax.vmap(lambda *xs: run(*xs[:3], groups=xs[3]))(*map(np.stack, zip(*problems)), groups)
     counts = []
     for row, (problem, groups_of_row) in enumerate(zip(problems, groups)):
-        expected = oracles.greedy_nms(
-            *problem, iou_threshold=threshold, max_output=kept, groups=groups_of_row
-        )
+        expected = oracles.greedy_nms(*problem, iou_threshold=threshold, max_output=kept, groups=groups_of_row)
         assert kept_of((found[0][row], found[1][row])) == expected
         counts.append(len(expected))
     assert counts[1] == kept and 1 < counts[2] < kept and counts[3] == 0
@@ -143,9 +132,7 @@ def test_a_batch_of_every_kind_equals_the_greedy_loop(threshold, any_nms):
 def test_smaller_max_output_is_a_prefix(example):
     boxes, scores, valid, groups = example
     found = jitted_nms(boxes, scores, valid, iou_threshold=0.5, max_output=4, groups=groups)
-    assert kept_of(found) == oracles.greedy_nms(
-        boxes, scores, valid, iou_threshold=0.5, max_output=4, groups=groups
-    )
+    assert kept_of(found) == oracles.greedy_nms(boxes, scores, valid, iou_threshold=0.5, max_output=4, groups=groups)
 
 
 def test_max_output_beyond_the_boxes_keeps_all_that_survive(any_nms):
@@ -164,7 +151,7 @@ def test_identical_boxes_survive_a_threshold_of_1(any_nms):
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_more_than_one_block_equals_the_greedy_loop(threshold):
-    assert LARGE > 2 * nms_module.BLOCK
+    assert LARGE > 2 * BLOCK
     boxes, scores = clustered(600, seed=1)
     expected = oracles.greedy_nms(boxes, scores, np.ones(600, bool), iou_threshold=threshold)
     assert run_large(boxes, scores, threshold) == expected
@@ -173,9 +160,7 @@ def test_more_than_one_block_equals_the_greedy_loop(threshold):
 def test_groups_equal_one_nms_per_group():
     boxes, scores = clustered(600, seed=2)
     groups = np.random.default_rng(3).integers(0, 3, 600)
-    per_group = [
-        oracles.greedy_nms(boxes, scores, groups == group, iou_threshold=0.5) for group in range(3)
-    ]
+    per_group = [oracles.greedy_nms(boxes, scores, groups == group, iou_threshold=0.5) for group in range(3)]
     expected = sorted(sum(per_group, []), key=lambda i: (-scores[i], i))
     assert run_large(boxes, scores, 0.5, groups) == expected
 
@@ -244,9 +229,7 @@ def test_all_invalid_keeps_nothing():
 
 @pytest.mark.parametrize("valid", [True, False])
 def test_single_box_survives_if_valid(valid, any_nms):
-    found = any_nms(
-        jnp.array([[1.0, 1, 5, 5]]), jnp.zeros(1), jnp.array([valid]), iou_threshold=0.5, max_output=3
-    )
+    found = any_nms(jnp.array([[1.0, 1, 5, 5]]), jnp.zeros(1), jnp.array([valid]), iou_threshold=0.5, max_output=3)
     assert found[0].shape == (3,)
     assert kept_of(found) == [0] * valid
 
@@ -296,8 +279,6 @@ def test_max_output_of_0_is_an_error():
 
 
 def test_no_boxes_keep_nothing():
-    indices, valid = nms(
-        jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, bool), iou_threshold=0.5, max_output=3
-    )
+    indices, valid = nms(jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, bool), iou_threshold=0.5, max_output=3)
     np.testing.assert_array_equal(indices, np.zeros(3))
     assert not valid.any()

@@ -8,10 +8,10 @@ import mosaic
 import numpy as np
 import oracles
 import pytest
+from fasterrcnn_jax.kernels import nms as kernel
 from jax.sharding import PartitionSpec
 
-from fasterrcnn_jax.kernels import nms as kernel
-from fasterrcnn_jax.nms import nms
+from fasterrcnn_jax.ops.suppression import nms
 
 f32 = np.float32
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)

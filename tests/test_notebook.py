@@ -13,15 +13,15 @@ import pytest
 from fidelity import compare
 from flax import nnx
 
-from fasterrcnn_jax.anchor_grid import anchors_of
-from fasterrcnn_jax.boxes import pairwise_iou
 from fasterrcnn_jax.config import ProposalConfig, RoiFeaturesConfig, RpnConfig
-from fasterrcnn_jax.families import vgg16
+from fasterrcnn_jax.config.families import vgg16
 from fasterrcnn_jax.models.detector import Detector
-from fasterrcnn_jax.proposals import propose
-from fasterrcnn_jax.roi_features import roi_features
+from fasterrcnn_jax.ops.anchors import anchors_of
+from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.roi_operators import roi_features
+from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets, within_border
 from fasterrcnn_jax.structures import GroundTruth
-from fasterrcnn_jax.targets import anchor_targets, roi_targets, within_border
 
 IMAGE_HW = jnp.float32([800, 800])
 BOXES = jnp.float32([[30, 20, 500, 400], [400, 300, 600, 500]])

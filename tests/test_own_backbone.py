@@ -12,7 +12,7 @@ import tiny
 
 import fasterrcnn_jax
 from fasterrcnn_jax.config import BackboneConfig
-from fasterrcnn_jax.config_io import to_json
+from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import backbone_class
 from fasterrcnn_jax.scripts import train
@@ -41,8 +41,7 @@ def test_a_run_with_the_backbone_of_the_documentation(tmp_path, module):
     config = dataclasses.replace(config, model=model)
     path = tmp_path / "own.py"
     path.write_text(
-        "from fasterrcnn_jax.config_io import from_json\n"
-        f"config = from_json({to_json(config)!r}, 'test')\n"
+        f"from fasterrcnn_jax.config.text import from_json\nconfig = from_json({to_json(config)!r}, 'test')\n"
     )
     with tiny.restored_logging(), tiny.quick_compilation():
         train.main(["--config", str(path)])

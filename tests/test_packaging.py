@@ -134,9 +134,7 @@ def test_wheel_of_the_sdist_equals_the_wheel_of_the_clone(sdist, wheel, tmp_path
 
 
 def test_installed_wheel_uses_its_own_kernels(installed, tmp_path):
-    assert_package_and_kernels_lie_under(
-        installed, run(sys.executable, "-c", WHERE, cwd=tmp_path, path=installed)
-    )
+    assert_package_and_kernels_lie_under(installed, run(sys.executable, "-c", WHERE, cwd=tmp_path, path=installed))
 
 
 def test_installed_wheel_trains_with_a_shipped_config_from_anywhere(installed, tmp_path):
@@ -174,7 +172,8 @@ def test_kernels_import_jax_and_nothing_of_ours():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             beyond = [
-                name for name in names
+                name
+                for name in names
                 if name.split(".")[0] not in allowed and not name.startswith("fasterrcnn_jax.kernels")
             ]
             assert not beyond, f"{path}:{node.lineno} imports {beyond}"

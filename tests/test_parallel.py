@@ -10,11 +10,19 @@ import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 
-from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.models.detector import create_detector
+from fasterrcnn_jax.processes import check_batch_size, per_device
 from fasterrcnn_jax.structures import Batch, GroundTruth
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import (
+    AXIS,
+    create_state,
+    data_parallel,
+    make_train_step,
+    replicate,
+)
 
 B, G, STEPS = 4, 3, 4
 TRAIN = TrainConfig(steps=20, batch_size=B, learning_rate=1e-3)
@@ -35,10 +43,10 @@ def start():
         box_head=dataclasses.replace(tiny.MODEL.box_head, channels=16),
     )
     with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"):
-        model = create(config, tiny.CLASS_NAMES, seed=0, backbone=example["Tiny"])
-        optimizer = training.create_optimizer(TRAIN)
-        graphdef, state = training.create_state(model, optimizer, seed=0)
-        yield training.make_train_step(graphdef, optimizer, axis_name=parallel.AXIS), jax.device_get(state)
+        model = create_detector(config, tiny.CLASS_NAMES, seed=0, backbone=example["Tiny"])
+        optimizer = create_optimizer(TRAIN)
+        graphdef, state = create_state(model, optimizer, seed=0)
+        yield make_train_step(graphdef, optimizer, axis_name=AXIS), jax.device_get(state)
 
 
 def batch_of(step):
@@ -60,13 +68,13 @@ def batch_of(step):
 
 
 def by_pmap(step, devices):
-    return parallel.data_parallel(step, devices=devices)
+    return data_parallel(step, devices=devices)
 
 
 def by_shard_map(step, devices):
     """What would stand in `data_parallel`. With check_vma the gradients would arrive summed already, and wrong."""
-    whole, rows = PartitionSpec(), PartitionSpec(parallel.AXIS)
-    mesh = Mesh(np.array(devices), (parallel.AXIS,))
+    whole, rows = PartitionSpec(), PartitionSpec(AXIS)
+    mesh = Mesh(np.array(devices), (AXIS,))
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole), check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
 
@@ -80,7 +88,7 @@ def trained(start):
     for name, (mapping, count) in ways.items():
         devices = jax.local_devices()[:count]
         run = mapping(step, devices)
-        now, losses = parallel.replicate(jax.tree.map(np.array, state), devices=devices), []
+        now, losses = replicate(jax.tree.map(np.array, state), devices=devices), []
         for number in range(STEPS):
             now, metrics = run(now, batch_of(number))
             losses.append(np.array(metrics[:5], np.float64))
@@ -102,7 +110,7 @@ def test_steps_are_the_same_however_they_are_mapped(trained, start, name):
 def test_a_batch_is_shared_by_the_devices_of_all_processes(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert [parallel.per_device(size) for size in (16, 8, 3)] == [2, 1, 1]
-    parallel.check_batch_size(16, accumulate=2)
+    assert [per_device(size) for size in (16, 8, 3)] == [2, 1, 1]
+    check_batch_size(16, accumulate=2)
     with pytest.raises(InputError, match=r"batch_size is 12, not a multiple of the 8 devices of 2 processes"):
-        parallel.check_batch_size(12)
+        check_batch_size(12)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from fasterrcnn_jax import inference
 from fasterrcnn_jax.config import ImageConfig
-from fasterrcnn_jax.models.detector import Detector, shared_features, training_losses
-from fasterrcnn_jax.models.pixels import normalised
+from fasterrcnn_jax.inference import prediction
+from fasterrcnn_jax.inference.prediction import predict, preprocess
+from fasterrcnn_jax.models.detector import Detector, shared_features
+from fasterrcnn_jax.models.faster_rcnn import training_losses
+from fasterrcnn_jax.models.layers import normalised
 from fasterrcnn_jax.structures import Batch, Detections, GroundTruth
 
 BYTES = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
@@ -85,11 +87,11 @@ def test_predict_and_preprocess_make_the_pictures_the_model_asks_for(models, mon
         boxes, numbers = np.zeros((1, 1, 4), np.float32), np.zeros((1, 1), np.float32)
         return Detections(boxes, numbers, numbers.astype(np.int32), numbers.astype(bool))
 
-    monkeypatch.setattr(inference, "jitted_detect", nothing)
+    monkeypatch.setattr(prediction, "jitted_detect", nothing)
     picture = tiny.picture((50, 70), (10, 12, 40, 44))
     for model, dtype in zip(models, (np.float32, np.uint8)):
-        assert len(inference.predict(model, picture).boxes) == 0
-        images, image_hw, scale = inference.preprocess(picture, model.config.image)
+        assert len(predict(model, picture).boxes) == 0
+        images, image_hw, scale = preprocess(picture, model.config.image)
         assert images.dtype == sent[-1].dtype == dtype
         np.testing.assert_array_equal(images, sent[-1])
 

@@ -8,7 +8,7 @@ import oracles
 import pytest
 
 from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
-from fasterrcnn_jax.postprocess import postprocess
+from fasterrcnn_jax.ops.postprocessing import postprocess
 from fasterrcnn_jax.structures import Proposals
 
 P, K, D = 60, 4, 100
@@ -17,15 +17,11 @@ CONFIG = PostprocessConfig(score_threshold=0.1, nms_threshold=0.5, max_detection
 MEANS, STDS = (0.01, -0.02, 0.03, -0.04), (0.1, 0.1, 0.2, 0.2)
 CAFFE = BoxCoderConfig(far_corner_offset=1, max_log_scale=None)
 
-jitted_postprocess = functools.partial(
-    jax.jit, static_argnames=("means", "stds", "coder", "config")
-)(postprocess)
+jitted_postprocess = functools.partial(jax.jit, static_argnames=("means", "stds", "coder", "config"))(postprocess)
 
 
 def run(logits, deltas, proposals, *, means=MEANS, stds=STDS, coder=BoxCoderConfig(), config=CONFIG):
-    return jitted_postprocess(
-        logits, deltas, proposals, IMAGE_HW, means=means, stds=stds, coder=coder, config=config
-    )
+    return jitted_postprocess(logits, deltas, proposals, IMAGE_HW, means=means, stds=stds, coder=coder, config=config)
 
 
 def head_outputs(seed):
@@ -48,9 +44,7 @@ def candidates(logits, deltas, proposals, coder=BoxCoderConfig()):
         probabilities = np.exp(logits[i]) / np.exp(logits[i]).sum()
         for label in range(1, K + 1):
             delta = deltas[i, label if deltas.shape[1] > 1 else 0]
-            box = oracles.decode(
-                delta, proposals.boxes[i], MEANS, STDS, max_log_scale=coder.max_log_scale, **offset
-            )
+            box = oracles.decode(delta, proposals.boxes[i], MEANS, STDS, max_log_scale=coder.max_log_scale, **offset)
             box = oracles.clip(box, *IMAGE_HW, **offset)
             if probabilities[label] > CONFIG.score_threshold and box[2] > box[0] and box[3] > box[1]:
                 rows.append((box, probabilities[label], label))

@@ -10,14 +10,25 @@ import pytest
 import tiny
 from flax import nnx
 
-from fasterrcnn_jax.anchor_grid import anchors_of
-from fasterrcnn_jax.config import ImageConfig, PostprocessConfig, ProposalConfig, RoiFeaturesConfig
-from fasterrcnn_jax.families import IMAGENET_RGB
-from fasterrcnn_jax.models import detector
-from fasterrcnn_jax.models.detector import Detector, detect, losses_towards, shared_features, split
+from fasterrcnn_jax.config import (
+    ImageConfig,
+    PostprocessConfig,
+    ProposalConfig,
+    RoiFeaturesConfig,
+)
+from fasterrcnn_jax.config.families import IMAGENET_RGB
+from fasterrcnn_jax.models.detector import (
+    Detector,
+    _roi_features,
+    shared_features,
+    split,
+)
+from fasterrcnn_jax.models.faster_rcnn import detect, losses_for_targets
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear
+from fasterrcnn_jax.models.rpn import rpn_output
+from fasterrcnn_jax.ops.anchors import anchors_of
+from fasterrcnn_jax.ops.targets import anchor_targets
 from fasterrcnn_jax.structures import Batch, GroundTruth, RoiTargets
-from fasterrcnn_jax.targets import anchor_targets
 
 H, W = 64, 96
 KEY = jax.random.key(0)
@@ -56,9 +67,7 @@ CROP, AVERAGE = (
 )
 
 
-@pytest.mark.parametrize(
-    "config", [tiny.MODEL, tiny.FPN, CROP, AVERAGE], ids=["one map", "pyramid", "crop", "average"]
-)
+@pytest.mark.parametrize("config", [tiny.MODEL, tiny.FPN, CROP, AVERAGE], ids=["one map", "pyramid", "crop", "average"])
 def test_layers_compute_in_the_configured_type_and_predict_in_float32(random_weights, config):
     for dtype in ("float32", "bfloat16"):
         model = build(random_weights, dataclasses.replace(config, compute_dtype=dtype))
@@ -68,7 +77,7 @@ def test_layers_compute_in_the_configured_type_and_predict_in_float32(random_wei
         assert {level.dtype.name for level in levels} == {dtype}
         predictions = nnx.eval_shape(lambda model, levels: model.rpn_head(levels), model, levels)
         pooled = jax.eval_shape(
-            lambda model, levels: detector._roi_features(model, levels, jnp.zeros((2, 5, 4)), None), model, levels
+            lambda model, levels: _roi_features(model, levels, jnp.zeros((2, 5, 4)), None), model, levels
         )
         assert pooled.dtype.name == dtype
         predictions += nnx.eval_shape(lambda model, pooled: model.box_head(pooled), model, pooled)
@@ -104,15 +113,8 @@ def test_losses_and_gradients_are_float32_and_near_those_of_float32(random_weigh
                 targets = jax.vmap(label, in_axes=(0, None, None, 0, 0))(
                     keys, jnp.asarray(grid.anchors), valid, one.image_hw, one.ground_truth
                 )
-                losses = losses_towards(
-                    model,
-                    levels,
-                    *model.rpn_head(levels),
-                    targets,
-                    rois,
-                    num_locations=jnp.ones(2, jnp.int32),
-                    dropout_keys=None,
-                )
+                rpn = rpn_output(model, levels, one.image_hw)
+                losses = losses_for_targets(model, levels, rpn, targets, rois)
                 return sum(mean.sum.sum() / mean.count.sum() for mean in losses.means)
 
             return jax.value_and_grad(total)(params)

@@ -7,11 +7,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from fasterrcnn_jax import checkpoint
-from fasterrcnn_jax.drawing import draw
-from fasterrcnn_jax.inference import predict
+from fasterrcnn_jax.inference.drawing import draw
+from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.scripts import predict as script
+from fasterrcnn_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fasterrcnn_jax import preemption
+from fasterrcnn_jax.training import preemption
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
@@ -69,8 +69,6 @@ print("not reached")
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_second_request_ends_the_process_at_once(name):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, preemption.__file__, name], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM, preemption.__file__, name], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-getattr(signal, name), "")
     assert done.stdout.split() == ["None", name]

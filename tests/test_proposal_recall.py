@@ -12,8 +12,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord, box_areas
-from fasterrcnn_jax.evaluation import proposal_recall as module
-from fasterrcnn_jax.evaluation.proposal_recall import LIMITS, format_recall, proposal_recall, recall_dict
+from fasterrcnn_jax.evaluation import recall
+from fasterrcnn_jax.evaluation.recall import (
+    LIMITS,
+    THRESHOLDS,
+    format_recall,
+    proposal_recall,
+    recall_dict,
+)
 
 UNIT = (10.0, 10.0, 30.0, 30.0)
 
@@ -90,7 +96,7 @@ def coco_recall(found, data, limits):
 def test_recall_equals_pycocotools(seed, monkeypatch):
     """At small limits as well, so that few proposals tell them apart."""
     limits = (1, 3, 10, 40)
-    monkeypatch.setattr(module, "LIMITS", limits)
+    monkeypatch.setattr(recall, "LIMITS", limits)
     found, data = random_case(seed)
     result = proposal_recall(found, data)
     expected = coco_recall(found, data, limits)
@@ -110,7 +116,7 @@ def test_of_two_objects_that_it_overlaps_alike_a_proposal_takes_the_last():
 def test_limits_and_thresholds_are_cocos():
     assert LIMITS == (100, 300, 1000, 2000)
     evaluation = COCOeval(iouType="bbox")
-    np.testing.assert_array_equal(module.THRESHOLDS, evaluation.params.iouThrs)
+    np.testing.assert_array_equal(THRESHOLDS, evaluation.params.iouThrs)
 
 
 def test_a_proposal_beyond_the_limit_finds_nothing():

@@ -8,9 +8,9 @@ import numpy as np
 import oracles
 import pytest
 
-from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
-from fasterrcnn_jax.proposals import propose
+from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
+from fasterrcnn_jax.ops.proposals import propose
 
 ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.5, 1.0, 2.0), rounding="none"), (6, 8), (16, 16))
 A = len(ANCHORS)
@@ -24,9 +24,7 @@ IN_PICTURE = np.repeat((np.mgrid[0:6, 0:8] * 16 < IMAGE_HW[:, None, None]).all(a
 jitted_propose = functools.partial(jax.jit, static_argnames=("config", "coder", "level_sizes"))(propose)
 
 
-def run(
-    objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig(), level_sizes=None
-):
+def run(objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig(), level_sizes=None):
     return jitted_propose(
         objectness, deltas, ANCHORS, anchor_valid, IMAGE_HW, scale,
         config=config, coder=coder, level_sizes=level_sizes,
@@ -45,8 +43,7 @@ def reference(
     """Decode, clip, drop small ones, best of each level by objectness, NMS in each, the best of all levels."""
     offset = dict(far_corner_offset=coder.far_corner_offset)
     decoded = [
-        oracles.decode(d, a, max_log_scale=coder.max_log_scale, **offset)
-        for d, a in zip(deltas, ANCHORS, strict=True)
+        oracles.decode(d, a, max_log_scale=coder.max_log_scale, **offset) for d, a in zip(deltas, ANCHORS, strict=True)
     ]
     boxes = np.array([oracles.clip(box, *IMAGE_HW, **offset) for box in decoded], np.float32)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -111,9 +108,7 @@ def single(delta, anchor, **options):
     return np.asarray(found.boxes)[0] if found.valid[0] else None
 
 
-@pytest.mark.parametrize(
-    "scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)]
-)
+@pytest.mark.parametrize("scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)])
 def test_minimum_size_is_meant_in_the_stored_picture(scale, survives):
     """24 x 12 network pixels are 12 high in the picture at scale 1, and less where that was enlarged."""
     found = single([0, 0, 0, 0], [10, 10, 34, 22], scale=np.float32(scale))
@@ -266,9 +261,7 @@ def test_small_boxes_drop_before_or_after_the_best_are_taken():
     deltas[order[:20:2], 2:] = -4.0
     counts = {}
     for when in ("first", "after_top_n"):
-        config = ProposalConfig(
-            pre_nms_top_n=10, post_nms_top_n=10, nms_threshold=1.0, min_size=3.0, drop_small=when
-        )
+        config = ProposalConfig(pre_nms_top_n=10, post_nms_top_n=10, nms_threshold=1.0, min_size=3.0, drop_small=when)
         found = run(objectness, deltas, IN_PICTURE, config=config)
         boxes, _ = reference(objectness, deltas, IN_PICTURE, config=config)
         valid = np.asarray(found.valid)

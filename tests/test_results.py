@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_areas
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation.results import (
-    ImageDetections,
+from fasterrcnn_jax.evaluation.detections import object_counts
+from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
+from fasterrcnn_jax.evaluation.report import (
     evaluate_detections,
     format_table,
     metrics_dict,
-    object_counts,
-    write_coco_json,
-    write_voc_files,
 )
 
 IDS = ("000005", "139", "2008_000008", "0")
@@ -72,9 +70,7 @@ def test_json_loads_as_coco_results_with_the_same_boxes(tmp_path):
         x, y, width, height = np.array([row["bbox"] for row in rows]).T
         np.testing.assert_allclose(np.stack([x, y, x + width, y + height], 1), entry.boxes, atol=1e-9)
         np.testing.assert_array_equal([row["score"] for row in rows], entry.scores)
-        np.testing.assert_array_equal(
-            [row["category_id"] for row in rows], np.array(CATEGORY_IDS)[entry.labels - 1]
-        )
+        np.testing.assert_array_equal([row["category_id"] for row in rows], np.array(CATEGORY_IDS)[entry.labels - 1])
 
 
 def test_crowds_are_not_among_the_objects_of_the_table():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from oracles import arrays
 
-from fasterrcnn_jax.roi_align import roi_align, roi_align_average
+from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FOLDER / "roi_align.npz")
@@ -26,7 +26,6 @@ GOLDEN_AVERAGE = np.load(GOLDEN_FOLDER / "roi_align_average.npz")
 STRIDE = 8
 GRID = dict(stride=STRIDE, output_size=3)
 OPTIONS = GRID | dict(sampling_ratio=2, aligned=True)
-
 
 
 def align_on_one_map(features, boxes, *, stride, **options):
@@ -39,9 +38,7 @@ align = functools.partial(jitted, **OPTIONS)
 adaptive = functools.partial(jitted, **(OPTIONS | dict(sampling_ratio=0)))
 average = functools.partial(jax.jit(roi_align_average, static_argnames=("stride", "output_size")), **GRID)
 # What must hold for each of them.
-OPERATORS = pytest.mark.parametrize(
-    "operator", [align, adaptive, average], ids=["align", "adaptive", "average"]
-)
+OPERATORS = pytest.mark.parametrize("operator", [align, adaptive, average], ids=["align", "adaptive", "average"])
 
 FEATURES = np.random.default_rng(0).normal(size=(6, 7, 3)).astype(np.float32)
 height, width = FEATURES.shape[0] * STRIDE, FEATURES.shape[1] * STRIDE
@@ -188,17 +185,13 @@ def test_the_average_and_its_gradient_equal_faster_rcnn_pytorch():
 
 
 def test_the_average_equals_the_loop_over_samples():
-    np.testing.assert_allclose(
-        average(FEATURES, BOXES), oracles.roi_align_average(FEATURES, BOXES, **GRID), atol=1e-5
-    )
+    np.testing.assert_allclose(average(FEATURES, BOXES), oracles.roi_align_average(FEATURES, BOXES, **GRID), atol=1e-5)
 
 
 @given(arrays(np.int32, (len(BOXES), 4), elements=st.integers(-30, 90)))
 def test_the_average_of_any_box_equals_the_loop_over_samples(boxes):
     boxes = (boxes + 0.375).astype(np.float32)
-    np.testing.assert_allclose(
-        average(FEATURES, boxes), oracles.roi_align_average(FEATURES, boxes, **GRID), atol=1e-4
-    )
+    np.testing.assert_allclose(average(FEATURES, boxes), oracles.roi_align_average(FEATURES, boxes, **GRID), atol=1e-4)
 
 
 def test_the_average_extrapolates_in_the_last_cell():

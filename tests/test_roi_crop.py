@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.roi_crop import roi_crop
+from fasterrcnn_jax.ops.roi_cropping import roi_crop
 
 STRIDE = 8
 OPTIONS = dict(stride=STRIDE, output_size=3)

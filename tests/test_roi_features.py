@@ -8,7 +8,7 @@ import mosaic
 import pytest
 
 from fasterrcnn_jax.config import RoiFeaturesConfig
-from fasterrcnn_jax.roi_features import roi_features
+from fasterrcnn_jax.ops.roi_operators import roi_features
 
 # Of every level a map that holds its number.
 STRIDES = (4, 8, 16, 32)

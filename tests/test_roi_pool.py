@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.roi_pool import LARGEST_BOX, roi_pool
+from fasterrcnn_jax.ops.roi_pooling import LARGEST_BOX, roi_pool
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FOLDER / "roi_pool.npz")
@@ -303,9 +303,7 @@ def test_without_a_gradient_no_places_are_written(monkeypatch):
         (jnp.zeros((4, 4, 128)), 0, "at least one region and there is none"),
     ],
 )
-def test_the_kernel_refuses_what_it_cannot_do_and_left_alone_plain_jax_does_it(
-    features, regions, reason, monkeypatch
-):
+def test_the_kernel_refuses_what_it_cannot_do_and_left_alone_plain_jax_does_it(features, regions, reason, monkeypatch):
     mosaic.pretend(monkeypatch)
     boxes = jnp.zeros((regions, 4))
     options = dict(stride=1, output_size=2, quantisation="rounded")

@@ -5,9 +5,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from fasterrcnn_jax.data.records import ImageProposals
-from fasterrcnn_jax.evaluation.results import ImageDetections
-from fasterrcnn_jax.run_folder import PICTURED_SIDE, MetricsWriter, pictured, sheet
+from fasterrcnn_jax.data.records import ImageDetections, ImageProposals
+from fasterrcnn_jax.training.run_folder import (
+    PICTURED_SIDE,
+    MetricsWriter,
+    pictured,
+    sheet,
+)
 
 
 @pytest.mark.parametrize("image_hw", [(60, 90), (1500, 1000)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import arrays
 from scipy import stats
 
-from fasterrcnn_jax.sampling import sample
+from fasterrcnn_jax.ops.sampling import sample
 
 N = 20
 jitted = functools.partial(jax.jit, static_argnames=("size", "fg_fraction"))(sample)

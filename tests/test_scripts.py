@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import fasterrcnn_jax.scripts.evaluate as evaluate_script
+import fasterrcnn_jax.scripts.train as train_script
 import jax
 import numpy as np
 import pytest
@@ -20,12 +22,10 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-import fasterrcnn_jax.scripts.evaluate as evaluate_script
-import fasterrcnn_jax.scripts.train as train_script
-from fasterrcnn_jax import checkpoint
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.sources import open_split
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.training import checkpoint
 
 STEPS = 6
 LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(s
     line = refused(stopped[1], r"step 5: .*= nan.* on images train\d, train\d")
     assert any(name in line for name in LOSSES)
     data = dataclasses.replace(tiny.config(folder).data, root=folder / "voc")
-    dataset = training_set(open_split(data, "train"), data)
+    dataset = prepare_training_set(open_split(data, "train"), data)
     image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
     batches = list(loader.training_batches(dataset, data, image, batch_size=4, seed=0, steps=5))
     named = [dataset.records[i].id for i in batches[-1].image_index[batches[-1].image_valid]]

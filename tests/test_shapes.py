@@ -350,9 +350,7 @@ def test_second_process_finishing_first_is_no_fault(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "set/shapes.json").read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize(
-    "name, value", [("seed", -1), ("num_train", 0), ("num_test", True)]
-)
+@pytest.mark.parametrize("name, value", [("seed", -1), ("num_train", 0), ("num_test", True)])
 def test_argument_out_of_range_is_named(tmp_path, name, value):
     with pytest.raises(InputError, match=f"{name} of the shapes.*{value}"):
         make_shapes(tmp_path / "set", **{"seed": 1, "num_train": 1, "num_test": 1, name: value})

@@ -10,6 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
+import fasterrcnn_jax.scripts.evaluate as evaluate_script
+import fasterrcnn_jax.scripts.train as train_script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,24 +20,36 @@ import tiny
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-import fasterrcnn_jax.scripts.evaluate as evaluate_script
-import fasterrcnn_jax.scripts.train as train_script
-from fasterrcnn_jax import checkpoint, proposing, training
-from fasterrcnn_jax.config import AlternatingConfig, BackboneConfig, BoxHeadConfig, TrainConfig
-from fasterrcnn_jax.config_io import load_config, unread_fields
+from fasterrcnn_jax.config import (
+    AlternatingConfig,
+    BackboneConfig,
+    BoxHeadConfig,
+    TrainConfig,
+)
+from fasterrcnn_jax.config.rules import unread_fields
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data.proposal_files import read_proposals, write_proposals
 from fasterrcnn_jax.data.sources import open_split
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models import detector
-from fasterrcnn_jax.models.detector import (
-    Detector,
+from fasterrcnn_jax.inference.dataset import propose_dataset
+from fasterrcnn_jax.inference.proposal_store import (
+    digest,
+    given_proposals,
+    stored_proposals,
+)
+from fasterrcnn_jax.models.detector import Detector, create_detector
+from fasterrcnn_jax.models.faster_rcnn import (
     box_training_losses,
+    find_proposals,
     rpn_training_losses,
     training_losses,
 )
-from fasterrcnn_jax.proposing import given_proposals, propose_dataset, stored_proposals
-from fasterrcnn_jax.stages import failed_stage, proposals_path, stages_of
 from fasterrcnn_jax.structures import Batch, GroundTruth
+from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.stages import failed_stage, proposals_path, stages_of
+from fasterrcnn_jax.training.state import PARTS
+from fasterrcnn_jax.training.step import create_state, make_train_step
 
 STEPS = 3
 TRAIN = dict(steps=20, batch_size=2, learning_rate=0.1)
@@ -92,7 +106,7 @@ def test_joint_training_is_one_stage():
     config = tiny.config(Path("somewhere"))
     (stage,) = stages_of(config)
     assert (stage.run, stage.train, stage.losses) == (config.run, config.train, training_losses)
-    assert stage.parts == training.PARTS and stage.evaluated == "detections"
+    assert stage.parts == PARTS and stage.evaluated == "detections"
     assert (stage.first, stage.proposals, stage.proposes_on) == (None, None, ())
 
 
@@ -248,7 +262,7 @@ def losses_of(losses, model, batch):
 
 def proposed(model, batch):
     """The proposals that joint training makes of the same batch."""
-    found = jax.jit(detector.find_proposals)(model, batch.images, batch.image_hw, batch.scale)
+    found = jax.jit(find_proposals)(model, batch.images, batch.image_hw, batch.scale)
     return batch._replace(proposals=found)
 
 
@@ -308,19 +322,15 @@ def test_a_batch_without_proposals_does_not_train_the_box_head(model, batch):
 @pytest.mark.parametrize("part", ["rpn_head", "box_head"])
 def test_a_step_moves_the_parts_of_its_stage_alone(model, batch, part):
     """What does not move keeps its bits, in the averaged weights too, and has no place in the optimizer's state."""
-    optimizer = training.create_optimizer(TrainConfig(**TRAIN, weight_decay=0.1))
-    graphdef, state = training.create_state(model, optimizer, seed=0, averages=True, parts=(part,))
+    optimizer = create_optimizer(TrainConfig(**TRAIN, weight_decay=0.1))
+    graphdef, state = create_state(model, optimizer, seed=0, averages=True, parts=(part,))
     losses = {"rpn_head": rpn_training_losses, "box_head": box_training_losses}[part]
-    step = training.make_train_step(
-        graphdef, optimizer, axis_name="one", ema_decay=0.9, losses=losses, parts=(part,)
-    )
+    step = make_train_step(graphdef, optimizer, axis_name="one", ema_decay=0.9, losses=losses, parts=(part,))
     batches = jax.tree.map(lambda leaf: leaf[None], proposed(model, batch))
     after, numbers = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="one"))(state, batches)
     moved = set()
     for old, new in ((state.params, after.params), (state.averaged, after.averaged)):
-        for (path, leaf), other in zip(
-            jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
-        ):
+        for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
             if not np.array_equal(leaf, other[0]):
                 moved.add(path[0].key)
     assert moved == {part}
@@ -386,7 +396,7 @@ def test_the_last_stage_holds_trunk_rpn_and_head_of_the_stages_before(trained):
 
 def fresh(run):
     config = checkpoint.load_run_config(run)
-    model = detector.create(config.model, config.data.class_names, seed=config.train.seed)
+    model = create_detector(config.model, config.data.class_names, seed=config.train.seed)
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.split(model)[1]):
         found.setdefault(path[0].key, {})[jax.tree_util.keystr(path)] = np.asarray(leaf)
@@ -435,7 +445,7 @@ def test_stored_proposals_are_those_of_their_stage(trained):
         for split in splits:
             dataset = open_split(config.data, split)
             stored, made_by = read_proposals(proposals_path(path, split))
-            assert made_by == proposing.digest(model)
+            assert made_by == digest(model)
             for record, expected in zip(dataset.records, propose_dataset(model, dataset, batch_size=1), strict=True):
                 found = stored[record.id]
                 np.testing.assert_array_equal(found.boxes, expected.boxes)

@@ -12,7 +12,7 @@ from fasterrcnn_jax.config import AugmentConfig, DataConfig
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.proposal_files import read_proposals, write_proposals
 from fasterrcnn_jax.data.records import ImageProposals
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
 
 SIZES = [(48, 72), (72, 48), (30, 90), (64, 64), (90, 30)]
@@ -117,11 +117,9 @@ VARIED = {
 def test_proposals_go_where_their_picture_goes(dataset, name):
     """Proposals that are the objects themselves stay the objects, whatever happens to the picture."""
     data = VARIED[name]
-    stored = {
-        record.id: ImageProposals(record.boxes, np.array([0.75, 0.25], np.float32)) for record in dataset.records
-    }
+    stored = {record.id: ImageProposals(record.boxes, np.array([0.75, 0.25], np.float32)) for record in dataset.records}
     batches = loader.training_batches(
-        training_set(dataset, data), data, tiny.IMAGE, batch_size=3, seed=0, steps=16, proposals=stored
+        prepare_training_set(dataset, data), data, tiny.IMAGE, batch_size=3, seed=0, steps=16, proposals=stored
     )
     rows = 0
     for batch in batches:
@@ -144,9 +142,7 @@ def test_without_stored_proposals_batches_hold_none(dataset):
 
 
 def test_evaluation_shows_whole_pictures_with_their_proposals(dataset):
-    stored = {
-        record.id: ImageProposals(record.boxes, np.ones(2, np.float32)) for record in dataset.records
-    }
+    stored = {record.id: ImageProposals(record.boxes, np.ones(2, np.float32)) for record in dataset.records}
     seen = []
     for batch in loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=3, proposals=stored):
         for row in np.flatnonzero(batch.image_valid):
@@ -164,7 +160,7 @@ def test_proposals_do_not_change_the_rest_of_a_batch(dataset):
     plain, with_proposals = (
         list(
             loader.training_batches(
-                training_set(dataset, data), data, tiny.IMAGE, batch_size=3, seed=0, steps=4, proposals=stored
+                prepare_training_set(dataset, data), data, tiny.IMAGE, batch_size=3, seed=0, steps=4, proposals=stored
             )
         )
         for stored in (None, {r.id: ImageProposals(r.boxes, np.ones(2, np.float32)) for r in dataset.records})

@@ -9,14 +9,14 @@ import pytest
 import tiny
 
 from fasterrcnn_jax import __main__ as entry
-from fasterrcnn_jax.anchor_grid import anchors_of
 from fasterrcnn_jax.config import BackboneConfig, FpnConfig, ModelConfig
-from fasterrcnn_jax.config_io import load_config
-from fasterrcnn_jax.families import resnet_fpn, vgg16
-from fasterrcnn_jax.models.detector import create, split
-from fasterrcnn_jax.summary import format_summary, summarize
+from fasterrcnn_jax.config.families import resnet_fpn, vgg16
+from fasterrcnn_jax.config.text import load_config
+from fasterrcnn_jax.models.detector import create_detector, split
+from fasterrcnn_jax.models.summary import format_summary, summarize
+from fasterrcnn_jax.ops.anchors import anchors_of
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 def test_parameters_are_the_published_ones(config, classes, published, counts_norms):
     """torchvision counts scale and bias of a batch norm where it can be trained, and never its statistics."""
     summary = summarize(config, classes)
-    model = jax.eval_shape(lambda: create(config, ("a",) * classes, seed=0))
+    model = jax.eval_shape(lambda: create_detector(config, ("a",) * classes, seed=0))
     total = sum(part.trained + part.fixed for part in summary.parts)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(model))
     norms = sum(leaf.size for leaf in jax.tree.leaves(split(model)[2]))

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.config import LossConfig, RoiSamplingConfig, RpnConfig
-from fasterrcnn_jax.losses import box_losses
+from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
+from fasterrcnn_jax.ops.losses import box_losses
+from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets
 from fasterrcnn_jax.structures import GroundTruth, Proposals
-from fasterrcnn_jax.targets import anchor_targets, roi_targets
 
 # Ratios with whole sides: intersections over union are exact, ties are ties.
 ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), (16, 16))
@@ -69,9 +69,7 @@ def all_proposals(draw):
 
 
 def padded(gt, slots):
-    return GroundTruth(
-        *(np.concatenate([x, np.zeros((slots, *x.shape[1:]), x.dtype)]) for x in gt)
-    )
+    return GroundTruth(*(np.concatenate([x, np.zeros((slots, *x.shape[1:]), x.dtype)]) for x in gt))
 
 
 def assert_same(one, other):
@@ -107,9 +105,7 @@ def test_anchor_targets_equal_the_loop(allowed_border, clobber_positives, gt, an
 def test_sampled_anchors_keep_the_label_they_have_without_sampling(gt):
     """With a low foreground threshold, so that the quota is exceeded now and then."""
     iou = oracles.iou_matrix(ANCHORS, gt.boxes)
-    _, labels = oracles.match(
-        iou, gt.valid, fg_iou=SOME_ANCHORS.fg_iou, bg_iou=(0, 0.3), low_quality=True
-    )
+    _, labels = oracles.match(iou, gt.valid, fg_iou=SOME_ANCHORS.fg_iou, bg_iou=(0, 0.3), low_quality=True)
     targets = some_anchors(KEY, np.ones(A, bool), gt)
     found = np.asarray(targets.labels)
     # What was foreground before the draw stays known, deltas included.
@@ -153,9 +149,7 @@ def test_roi_targets_equal_the_loop(proposals, gt):
     rows = np.column_stack([found.boxes, found.labels, found.deltas])
     order = np.lexsort(rows[valid].T[::-1])
     expected = np.array(expected).reshape(-1, 9)
-    np.testing.assert_allclose(
-        rows[valid][order], expected[np.lexsort(expected.T[::-1])], atol=1e-4
-    )
+    np.testing.assert_allclose(rows[valid][order], expected[np.lexsort(expected.T[::-1])], atol=1e-4)
     assert not rows[~valid].any()
 
 
@@ -178,9 +172,7 @@ def test_sampled_rois_meet_their_quota(proposals, gt, seed):
     background = int((np.asarray(everything.labels)[np.asarray(everything.valid)] == 0).sum())
     limit = 3 if background else 6
     assert (np.asarray(found.labels) > 0).sum() == min(foreground, limit)
-    assert np.asarray(found.valid).sum() == min(foreground, limit) + min(
-        background, 6 - min(foreground, limit)
-    )
+    assert np.asarray(found.valid).sum() == min(foreground, limit) + min(background, 6 - min(foreground, limit))
 
 
 @given(all_proposals(), arrays(bool, A))
@@ -307,9 +299,7 @@ def proposals_at(*boxes):
 def test_without_background_all_rois_may_be_foreground():
     """The limit is a quarter of eight; all proposals, and the ground truth among them, are the box."""
     box = [10, 10, 50, 50]
-    found = run_rois(
-        KEY, proposals_at(*[box] * 9), one_box(box), rois_per_image=8, config=RoiSamplingConfig()
-    )
+    found = run_rois(KEY, proposals_at(*[box] * 9), one_box(box), rois_per_image=8, config=RoiSamplingConfig())
     assert found.labels.tolist() == [3] * 8 and found.valid.all()
 
 

@@ -249,9 +249,7 @@ def test_a_part_of_a_split_is_read_and_joined(stored):
     def ids(split):
         return [record.id for record in sources.open_split(data, split).records]
 
-    data = DataConfig(
-        root=stored / "root", layout="tfds", tfds_name="voc/2007:5.0.0", class_names=voc.CLASS_NAMES
-    )
+    data = DataConfig(root=stored / "root", layout="tfds", tfds_name="voc/2007:5.0.0", class_names=voc.CLASS_NAMES)
     whole = ids("test")
     assert ids("test[:50%]") == whole[:1] and ids("test[50%:]") == whole[1:]
     assert ids("test[50%:]+test[:50%]+train") == [whole[1], whole[0], *ids("train")]

@@ -12,11 +12,24 @@ import pytest
 import tiny
 from flax import nnx
 
-from fasterrcnn_jax import parallel, training
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector, split
+from fasterrcnn_jax.processes import check_batch_size
 from fasterrcnn_jax.structures import Batch, GroundTruth
+from fasterrcnn_jax.training.optimizer import (
+    create_optimizer,
+    learning_rate_schedule,
+    learning_rates,
+)
+from fasterrcnn_jax.training.state import StepMetrics, merge
+from fasterrcnn_jax.training.step import (
+    AXIS,
+    create_state,
+    data_parallel,
+    make_train_step,
+    replicate,
+)
 
 DEVICES, B, G = 4, 4, 5
 H, W = tiny.IMAGE.canvases[0]
@@ -26,10 +39,8 @@ MODEL = dataclasses.replace(
     backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch", fixed_stages=1),
     roi_sampling=dataclasses.replace(tiny.MODEL.roi_sampling, rois_per_batch=8 * B),
 )
-TRAIN = TrainConfig(
-    steps=60, batch_size=B, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip_norm=1e6
-)
-LOSSES = training.StepMetrics._fields[:4]
+TRAIN = TrainConfig(steps=60, batch_size=B, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip_norm=1e6)
+LOSSES = StepMetrics._fields[:4]
 
 pytestmark = pytest.mark.skipif(jax.local_device_count() < DEVICES, reason="needs four devices")
 
@@ -43,7 +54,7 @@ def environment():
 
 def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
     config = TrainConfig(steps=110, batch_size=1, learning_rate=0.4, warmup_steps=10, schedule="cosine")
-    schedule = training.learning_rate_schedule(config)
+    schedule = learning_rate_schedule(config)
     rates = np.array([float(schedule(step)) for step in range(111)])
     np.testing.assert_allclose(rates[:11], np.linspace(0.04, 0.4, 11), atol=1e-7)
     np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 101))), atol=1e-7)
@@ -52,20 +63,20 @@ def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
 @pytest.mark.parametrize("schedule", ["cosine", "steps"])
 def test_learning_rate_without_warm_up_starts_at_its_peak(schedule):
     config = TrainConfig(steps=10, batch_size=1, learning_rate=0.4, warmup_steps=0, schedule=schedule)
-    assert float(training.learning_rate_schedule(config)(0)) == np.float32(0.4)
+    assert float(learning_rate_schedule(config)(0)) == np.float32(0.4)
 
 
 def test_learning_rate_falls_by_its_factor_after_the_steps_that_are_named():
     config = TrainConfig(
         steps=20, batch_size=1, learning_rate=0.4, warmup_steps=4, decay_steps=(8, 15), decay_factor=0.5
     )
-    rates = [float(training.learning_rate_schedule(config)(step)) for step in range(20)]
+    rates = [float(learning_rate_schedule(config)(step)) for step in range(20)]
     np.testing.assert_allclose(rates[:5], np.linspace(0.1, 0.4, 5), rtol=1e-6)
     np.testing.assert_allclose(rates[5:8] + rates[8:15] + rates[15:], [0.4] * 3 + [0.2] * 7 + [0.1] * 5, rtol=1e-6)
 
 
 def updated(config, params, gradients, steps=1):
-    optimizer = training.create_optimizer(config)
+    optimizer = create_optimizer(config)
     state = optimizer.init(params)
     for _ in range(steps):
         updates, state = optimizer.update(gradients, state, params)
@@ -87,9 +98,7 @@ def moved(gradient, **fields):
     params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in WEIGHTS.items()}
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
     after = updated(TrainConfig(**PLAIN | fields), params, gradients)
-    return {
-        f"{layer}/{name}": float(np.mean(1 - leaf)) for layer, of in after.items() for name, leaf in of.items()
-    }
+    return {f"{layer}/{name}": float(np.mean(1 - leaf)) for layer, of in after.items() for name, leaf in of.items()}
 
 
 def expected(value, **others):
@@ -132,7 +141,7 @@ def test_one_objectness_logit_moves_as_the_difference_of_the_references_two():
         slope = 2.0 * (two[1] - two[0])
         two = [two[0] - 0.1 * (-slope + 0.2 * two[0]), two[1] - 0.1 * (slope + 0.2 * two[1])]
     config = TrainConfig(**PLAIN | dict(learning_rate=0.1, weight_decay=0.2, momentum=0.0))
-    optimizer = training.create_optimizer(config)
+    optimizer = create_optimizer(config)
     params = {"objectness": {"kernel": jnp.full((1, 1), -0.5)}}
     state = optimizer.init(params)
     for _ in range(3):
@@ -181,7 +190,7 @@ def test_momentum_adds_up_past_gradients():
 def start(random_weights):
     """Returns (graphdef, state at step 0 in NumPy): a step donates the arrays it is given."""
     model = random_weights(lambda: Detector(MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=3)
-    graphdef, state = training.create_state(model, training.create_optimizer(TRAIN), seed=0)
+    graphdef, state = create_state(model, create_optimizer(TRAIN), seed=0)
     return graphdef, jax.device_get(state)
 
 
@@ -189,11 +198,11 @@ def start(random_weights):
 def steps(start):
     """Returns {number of devices: function (state in NumPy, batch) -> (state, metrics)}."""
     graphdef, _ = start
-    step = training.make_train_step(graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS)
+    step = make_train_step(graphdef, create_optimizer(TRAIN), axis_name=AXIS)
 
     def mapped(devices):
-        run = parallel.data_parallel(step, devices=devices)
-        return lambda state, batch: run(parallel.replicate(jax.tree.map(jnp.array, state), devices=devices), batch)
+        run = data_parallel(step, devices=devices)
+        return lambda state, batch: run(replicate(jax.tree.map(jnp.array, state), devices=devices), batch)
 
     return {count: mapped(jax.local_devices()[:count]) for count in (1, DEVICES)}
 
@@ -291,10 +300,10 @@ def test_every_device_holds_the_same_state(start, steps):
 
 def test_a_step_takes_over_the_memory_of_the_state_it_is_given(start):
     graphdef, state = start
-    step = training.make_train_step(graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS)
+    step = make_train_step(graphdef, create_optimizer(TRAIN), axis_name=AXIS)
     devices = jax.local_devices()[:1]
-    given = parallel.replicate(jax.tree.map(jnp.array, state), devices=devices)
-    parallel.data_parallel(step, devices=devices)(given, uneven_batch())
+    given = replicate(jax.tree.map(jnp.array, state), devices=devices)
+    data_parallel(step, devices=devices)(given, uneven_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state)))
 
 
@@ -325,14 +334,12 @@ DECAY = 0.5
 def in_parts(start):
     """Returns a function (batch) -> (state, metrics) of one device that takes its images in two parts, and averages."""
     graphdef, state = start
-    step = training.make_train_step(
-        graphdef, training.create_optimizer(TRAIN), axis_name=parallel.AXIS, accumulate=2, ema_decay=DECAY
-    )
+    step = make_train_step(graphdef, create_optimizer(TRAIN), axis_name=AXIS, accumulate=2, ema_decay=DECAY)
     devices = jax.local_devices()[:1]
-    mapped = parallel.data_parallel(step, devices=devices)
+    mapped = data_parallel(step, devices=devices)
 
     def run(batch, state=state._replace(averaged=state.params)):
-        return jax.device_get(mapped(parallel.replicate(jax.tree.map(jnp.array, state), devices=devices), batch))
+        return jax.device_get(mapped(replicate(jax.tree.map(jnp.array, state), devices=devices), batch))
 
     return run
 
@@ -368,14 +375,14 @@ def test_a_detector_is_made_of_averaged_weights_where_there_are_some(start):
     graphdef, state = start
     other = jax.tree.map(lambda leaf: leaf + 1, state.params)
     for averaged, expected in ((None, state.params), (other, other)):
-        model = training.merge(graphdef, state._replace(averaged=averaged))
+        model = merge(graphdef, state._replace(averaged=averaged))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(split(model)[1]), expected)
 
 
 def test_an_average_is_kept_only_where_it_is_asked_for(start):
     model = nnx.merge(start[0], start[1].params, start[1].frozen)
-    assert training.create_state(model, training.create_optimizer(TRAIN), seed=0)[1].averaged is None
-    state = training.create_state(model, training.create_optimizer(TRAIN), seed=0, averages=True)[1]
+    assert create_state(model, create_optimizer(TRAIN), seed=0)[1].averaged is None
+    state = create_state(model, create_optimizer(TRAIN), seed=0, averages=True)[1]
     jax.tree.map(np.testing.assert_array_equal, state.averaged, state.params)
     # A step donates both: they must not share memory.
     assert all(a is not b for a, b in zip(*map(jax.tree.leaves, (state.averaged, state.params)), strict=True))
@@ -400,8 +407,8 @@ def test_stages_further_from_the_heads_learn_slower():
 
 def test_learning_rates_are_those_that_the_optimizer_uses():
     config = TrainConfig(steps=20, batch_size=1, learning_rate=0.4, warmup_steps=4, decay_steps=(8, 15))
-    schedule = training.learning_rate_schedule(config)
-    assert training.learning_rates(config) == pytest.approx([float(schedule(step)) for step in range(20)], rel=1e-6)
+    schedule = learning_rate_schedule(config)
+    assert learning_rates(config) == pytest.approx([float(schedule(step)) for step in range(20)], rel=1e-6)
 
 
 def test_foreground_is_counted_over_all_devices_and_filling_rows_have_none(first, start, steps):
@@ -416,17 +423,15 @@ def test_foreground_is_counted_over_all_devices_and_filling_rows_have_none(first
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():
-    parallel.check_batch_size(2 * jax.local_device_count())
+    check_batch_size(2 * jax.local_device_count())
     with pytest.raises(InputError, match=r"train\.batch_size is 6, not a multiple of the \d+ devices"):
-        parallel.check_batch_size(6)
+        check_batch_size(6)
     with pytest.raises(InputError, match=r"^train\.alternating\.rpn_batch_size is 1, not"):
-        parallel.check_batch_size(1, field="train.alternating.rpn_batch_size")
+        check_batch_size(1, field="train.alternating.rpn_batch_size")
 
 
 def test_states_of_one_seed_are_the_same_and_of_another_differ(random_weights):
     model = random_weights(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
-    keys = [
-        training.create_state(model, training.create_optimizer(TRAIN), seed=seed)[1].key for seed in (0, 0, 1)
-    ]
+    keys = [create_state(model, create_optimizer(TRAIN), seed=seed)[1].key for seed in (0, 0, 1)]
     np.testing.assert_array_equal(keys[0], keys[1])
     assert np.any(keys[0] != keys[2])

@@ -8,7 +8,7 @@ import pytest
 from handmade import dataset, record
 
 from fasterrcnn_jax.config import DataConfig
-from fasterrcnn_jax.data.training_set import training_set
+from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
 
 BOXES = [(10 * n, 5, 10 * n + 8, 30) for n in range(9)]
@@ -25,7 +25,7 @@ def plain(count, *, image_id, hard=()):
 
 def prepared(records, **options):
     """Returns the records of the training set by id, and its notes, each of them logged once."""
-    result = training_set(dataset(*records, classes=2), data(**options))
+    result = prepare_training_set(dataset(*records, classes=2), data(**options))
     assert result.name == "hand made" and result.class_names == ("class1", "class2")
     return {entry.id: entry for entry in result.records}, result.notes
 
@@ -114,7 +114,7 @@ def test_images_without_an_object_are_kept_when_asked_for():
 
 def test_doubled_the_mirrored_copies_follow_all_originals():
     images = [plain(2, image_id="a"), record(image_id="bare"), plain(3, image_id="b")]
-    result = training_set(dataset(*images, classes=2), data(flip="double"))
+    result = prepare_training_set(dataset(*images, classes=2), data(flip="double"))
     assert [(entry.id, entry.flipped) for entry in result.records] == [
         ("a", False), ("b", False), ("a", True), ("b", True)
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def test_doubled_the_mirrored_copies_follow_all_originals():
 
 @pytest.mark.parametrize("flip", ["random", "none"])
 def test_otherwise_there_are_no_copies(flip):
-    result = training_set(dataset(plain(2, image_id="a"), classes=2), data(flip=flip))
+    result = prepare_training_set(dataset(plain(2, image_id="a"), classes=2), data(flip=flip))
     assert [(entry.id, entry.flipped) for entry in result.records] == [("a", False)]
 
 
@@ -138,6 +138,6 @@ def test_a_set_without_objects_is_refused(records, keep_empty):
 def test_notes_of_the_reader_stay_and_the_set_that_is_evaluated_is_untouched():
     images = [plain(2, image_id="a", hard={0}), record(image_id="bare")]
     original = dataset(*images, classes=2)._replace(notes=("clipped: 1",))
-    result = training_set(original, data())
+    result = prepare_training_set(original, data())
     assert result.notes[0] == "clipped: 1" and len(result.notes) == 3
     assert len(original.records) == 2 and len(original.records[0].boxes) == 2

@@ -256,7 +256,5 @@ def test_flipping_twice_changes_nothing(corners, width):
 @pytest.mark.parametrize("rounding, size", [("nearest", (75, 101)), ("down", (75, 100))])
 def test_sides_are_rounded_as_configured(rounding, size):
     """40 x 53.8 of 100: 53.8 * 1.875 = 100.9."""
-    config = ImageConfig(
-        short_side=75, long_side=112, canvases=((80, 112), (112, 80)), size_rounding=rounding
-    )
+    config = ImageConfig(short_side=75, long_side=112, canvases=((80, 112), (112, 80)), size_rounding=rounding)
     assert network_size((400, 538), config) == size

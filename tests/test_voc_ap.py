@@ -7,8 +7,13 @@ import pytest
 from fidelity import compare
 from handmade import dataset, found, record
 
-from fasterrcnn_jax.evaluation.results import mean_over_classes
-from fasterrcnn_jax.evaluation.voc_ap import RECALL_POINTS, average_precision, precision_recall, voc_ap
+from fasterrcnn_jax.evaluation.report import mean_over_classes
+from fasterrcnn_jax.evaluation.voc import (
+    RECALL_POINTS,
+    average_precision,
+    precision_recall,
+    voc_ap,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "average_precision.npz")
 BOX, FAR_BOX = (10, 10, 30, 30), (50, 50, 70, 70)
@@ -80,6 +85,7 @@ def test_curves_equal_a_greedy_loop_on_crowded_images_with_ties(seed):
     rng = np.random.default_rng(seed)
     records, detections = [], []
     for image in range(8):
+
         def boxes(count):
             corner = rng.integers(0, 6, (count, 2))
             return np.concatenate([corner, corner + rng.integers(2, 7, (count, 2))], axis=1)

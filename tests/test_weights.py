@@ -16,11 +16,19 @@ import tiny
 from published_names import by_rule, numbers_of_batches
 
 from fasterrcnn_jax import __main__ as entry
-from fasterrcnn_jax import checkpoint, training
+from fasterrcnn_jax.config.families import (
+    IMAGENET_RGB,
+    detectron2_fpn,
+    resnet_c4,
+    resnet_fpn,
+    vgg16,
+)
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.families import IMAGENET_RGB, detectron2_fpn, resnet_c4, resnet_fpn, vgg16
-from fasterrcnn_jax.models.detector import create
+from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.models.layers import EPSILON, FrozenBatchNorm
+from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import create_state
 from fasterrcnn_jax.weights import files, layouts, load_weights, save_weights, tables
 from fasterrcnn_jax.weights.load import assign, formats_of
 
@@ -43,13 +51,11 @@ def thin(config):
 @functools.cache
 def abstract(config, names=NAMES):
     """A detector of shapes alone: what has no array afterwards was not filled."""
-    return jax.eval_shape(lambda: create(config, names, seed=0))
+    return jax.eval_shape(lambda: create_detector(config, names, seed=0))
 
 
 def c4_arrays(depth=50):
-    return by_rule(
-        published_names.faster_rcnn_pytorch_c4(depth, WIDTH, classes=2, anchors=9, rpn_channels=CHANNELS)
-    )
+    return by_rule(published_names.faster_rcnn_pytorch_c4(depth, WIDTH, classes=2, anchors=9, rpn_channels=CHANNELS))
 
 
 def fpn_arrays(version=1, *, classes=2, **options):
@@ -377,9 +383,7 @@ def test_the_published_coco_weights_have_a_batch_norm_without_epsilon(how, tmp_p
     arrays[f"{norm}.running_var"] = np.geomspace(1e-12, 10, WIDTH).astype(np.float32)
     path = tmp_path / "in"
     if how == "format":
-        model = load_weights(
-            abstract(thin(resnet_fpn(50))), write(path, arrays), format="torchvision_fpn_epsilon_0"
-        )
+        model = load_weights(abstract(thin(resnet_fpn(50))), write(path, arrays), format="torchvision_fpn_epsilon_0")
     else:
         model = epsilon_0(arrays, path, monkeypatch)
     if how == "converted":
@@ -395,9 +399,7 @@ def test_the_published_coco_weights_have_a_batch_norm_without_epsilon(how, tmp_p
 
 def test_the_epsilon_of_every_other_file_is_ours(tmp_path):
     model, _ = read_into(thin(resnet_fpn(50)), fpn_arrays(), tmp_path / "in")
-    np.testing.assert_array_equal(
-        array_at(model, "backbone.stem_norm.scale"), fpn_arrays()["backbone.body.bn1.weight"]
-    )
+    np.testing.assert_array_equal(array_at(model, "backbone.stem_norm.scale"), fpn_arrays()["backbone.body.bn1.weight"])
     assert EPSILON == 1e-5  # torch's
 
 
@@ -405,9 +407,7 @@ def test_a_variance_of_zero_without_epsilon_is_an_error(tmp_path):
     arrays = fpn_arrays()
     arrays["backbone.body.layer1.0.bn2.running_var"][3] = 0.0
     with pytest.raises(InputError, match=r"in: backbone\.body\.layer1\.0\.bn2\.running_var is not positive"):
-        load_weights(
-            abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays), format="torchvision_fpn_epsilon_0"
-        )
+        load_weights(abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays), format="torchvision_fpn_epsilon_0")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -482,7 +482,7 @@ def test_another_network_is_refused(config, arrays, problem, tmp_path):
 
 
 def test_a_backbone_of_the_users_own_has_no_place_in_these_files(tmp_path):
-    model = create(thin(resnet_fpn(50)), NAMES, seed=0)
+    model = create_detector(thin(resnet_fpn(50)), NAMES, seed=0)
     model.backbone.extra = FrozenBatchNorm(3)
     with pytest.raises(InputError, match="format torchvision has no name for backbone/extra/bias"):
         load_weights(model, write(tmp_path / "in", CASES["torchvision"][1]))
@@ -492,12 +492,12 @@ def test_a_backbone_of_the_users_own_has_no_place_in_these_files(tmp_path):
 def test_other_classes_keep_everything_but_the_last_two_layers(case, tmp_path, caplog):
     config, arrays, _, _ = CASES[case]
     config, names = thin(config), ("one", "two", "three")
-    fresh = create(config, names, seed=5)
+    fresh = create_detector(config, names, seed=5)
     with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
         model = load_weights(fresh, write(tmp_path / "in", arrays))
     assert "it is for 2 classes, the model for 3: box_head.class_logits and box_head.deltas start anew" in caplog.text
     assert model.class_names == names
-    whole = load_weights(create(config, NAMES, seed=5), tmp_path / "in")
+    whole = load_weights(create_detector(config, NAMES, seed=5), tmp_path / "in")
     for layer in ("class_logits", "deltas"):
         for leaf in ("kernel", "bias"):
             name = f"box_head.{layer}.{leaf}"
@@ -512,7 +512,7 @@ def test_other_classes_keep_everything_but_the_last_two_layers(case, tmp_path, c
 
 
 def test_the_given_model_is_as_before(tmp_path):
-    model = create(thin(resnet_fpn(50)), NAMES, seed=5)
+    model = create_detector(thin(resnet_fpn(50)), NAMES, seed=5)
     before = jax.tree.map(np.array, model)
     load_weights(model, write(tmp_path / "in", fpn_arrays()))
     jax.tree.map(np.testing.assert_array_equal, model, before)
@@ -568,7 +568,7 @@ OURS = {
 @pytest.mark.parametrize("name", OURS)
 def test_out_and_in_again_bit_for_bit_without_a_warning(name, random_weights, tmp_path, caplog):
     config = OURS[name] if name == "tiny" else thin(OURS[name])
-    model = random_weights(lambda: create(config, NAMES, seed=0), seed=7)
+    model = random_weights(lambda: create_detector(config, NAMES, seed=0), seed=7)
     path = tmp_path / "out.safetensors"
     save_weights(model, path)
     found = load_weights(abstract(config), path)
@@ -605,7 +605,7 @@ def test_names_from_before_0_13_come_out_as_those_of_now(tmp_path):
 def test_a_part_that_the_other_program_lacks_cannot_be_written(random_weights, tmp_path):
     config = thin(resnet_c4(50))
     config = dataclasses.replace(config, rpn=dataclasses.replace(config.rpn, convs=2))
-    model = random_weights(lambda: create(config, NAMES, seed=0))
+    model = random_weights(lambda: create_detector(config, NAMES, seed=0))
     with pytest.raises(InputError, match="faster_rcnn_pytorch has no name for rpn_head/convs/1/bias"):
         save_weights(model, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
@@ -630,8 +630,8 @@ def test_convert_keeps_names_and_arrays_of_another_program(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_convert_writes_a_run_of_ours_for_other_programs(random_weights, tmp_path):
     config = tiny.config(tmp_path)
-    model = random_weights(lambda: create(config.model, tiny.CLASS_NAMES, seed=0), seed=3)
-    _, state = training.create_state(model, training.create_optimizer(config.train), seed=0)
+    model = random_weights(lambda: create_detector(config.model, tiny.CLASS_NAMES, seed=0), seed=3)
+    _, state = create_state(model, create_optimizer(config.train), seed=0)
     with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
         checkpoint.save(checkpoints, state=state, config=config, iterator_state={}, measured=None)
     assert main("convert", config.run, tmp_path / "out.safetensors") == 0

@@ -20,18 +20,26 @@ import reference_weights
 from fidelity import compare, continuous
 from flax import nnx
 
-from fasterrcnn_jax.anchor_grid import anchors_of
-from fasterrcnn_jax.box_coder import decode
-from fasterrcnn_jax.boxes import clip
-from fasterrcnn_jax.config import BoxCoderConfig, ImageConfig, PostprocessConfig, ProposalConfig
+from fasterrcnn_jax.config import (
+    BoxCoderConfig,
+    ImageConfig,
+    PostprocessConfig,
+    ProposalConfig,
+)
+from fasterrcnn_jax.config.families import resnet_c4, vgg16
 from fasterrcnn_jax.data.transforms import to_canvas
-from fasterrcnn_jax.families import resnet_c4, vgg16
-from fasterrcnn_jax.models.detector import Detector, detect, detect_in, losses_towards, shared_features, split
-from fasterrcnn_jax.postprocess import postprocess
-from fasterrcnn_jax.proposals import propose
-from fasterrcnn_jax.roi_features import roi_features
+from fasterrcnn_jax.models.detector import Detector, shared_features, split
+from fasterrcnn_jax.models.faster_rcnn import detect, losses_for_targets
+from fasterrcnn_jax.models.roi_heads import detections_in_regions
+from fasterrcnn_jax.models.rpn import rpn_output
+from fasterrcnn_jax.ops.anchors import anchors_of
+from fasterrcnn_jax.ops.box_coder import decode
+from fasterrcnn_jax.ops.boxes import clip
+from fasterrcnn_jax.ops.postprocessing import postprocess
+from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.roi_operators import roi_features
+from fasterrcnn_jax.ops.targets import anchor_targets
 from fasterrcnn_jax.structures import GroundTruth, Proposals, RoiTargets
-from fasterrcnn_jax.targets import anchor_targets
 
 REFERENCE = "faster-rcnn.pytorch"
 HW = (200, 272)
@@ -242,7 +250,7 @@ def test_the_whole_of_detect_finds_what_is_found_in_its_own_proposals(case, forw
     valid = jnp.asarray(golden["rois"][:, :, 1:].any(axis=-1))
     if name == "ResNet-101-C4":  # one of its proposals is the single pixel at the origin, which reads as padding
         valid = jnp.ones_like(valid)
-    among = jax.jit(detect_in)(model, forward[0], rois._replace(valid=valid), jnp.asarray(IMAGE_HW))
+    among = jax.jit(detections_in_regions)(model, forward[0], rois._replace(valid=valid), jnp.asarray(IMAGE_HW))
     np.testing.assert_array_equal(found.valid, among.valid)
     np.testing.assert_allclose(found.scores, among.scores, atol=3e-4)
 
@@ -274,22 +282,13 @@ def training(case):
         def total(params):
             model = nnx.merge(graphdef, params, frozen)
             levels = shared_features(model, images, image_hw)
-            objectness, deltas = model.rpn_head(levels)
             anchors = jnp.asarray(anchors_of(model.config, (levels[0].shape[1:3],)).anchors)
             label = functools.partial(anchor_targets, config=model.config.rpn)
             targets = jax.vmap(label, in_axes=(0, None, None, 0, 0))(
                 keys, anchors, jnp.ones(len(anchors), bool), image_hw, ground_truth
             )
-            rpn_class, rpn_box, *box = losses_towards(
-                model,
-                levels,
-                objectness,
-                deltas,
-                targets,
-                rois,
-                num_locations=jnp.ones(2, jnp.int32),
-                dropout_keys=None,
-            ).means
+            losses = losses_for_targets(model, levels, rpn_output(model, levels, image_hw), targets, rois)
+            rpn_class, rpn_box, *box = losses.means
             parts = jnp.stack(
                 [
                     rpn_class.sum.sum() / rpn_class.count.sum(),

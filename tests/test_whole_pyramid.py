@@ -19,20 +19,15 @@ import safetensors.numpy
 from fidelity import compare
 from flax import nnx
 
-from fasterrcnn_jax.anchor_grid import anchors_of
+from fasterrcnn_jax.config.families import resnet_fpn
 from fasterrcnn_jax.data.transforms import scale_boxes
-from fasterrcnn_jax.families import resnet_fpn
-from fasterrcnn_jax.inference import jitted_detect, preprocess, to_original
-from fasterrcnn_jax.models import detector
-from fasterrcnn_jax.models.detector import (
-    Detector,
-    detect,
-    detect_in,
-    shared_features,
-    split,
-    training_losses,
-)
-from fasterrcnn_jax.roi_features import roi_features
+from fasterrcnn_jax.inference.prediction import jitted_detect, preprocess, to_original
+from fasterrcnn_jax.models import faster_rcnn
+from fasterrcnn_jax.models.detector import Detector, shared_features, split
+from fasterrcnn_jax.models.faster_rcnn import detect, training_losses
+from fasterrcnn_jax.models.roi_heads import detections_in_regions
+from fasterrcnn_jax.ops.anchors import anchors_of
+from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.weights import load_weights
 
@@ -126,9 +121,9 @@ def test_proposals_are_the_same_boxes_in_the_same_order(case, inputs, forward, m
 
     def spy(model, levels, proposals, image_hw, **options):
         handed.append(proposals)
-        return detect_in(model, levels, proposals, image_hw, **options)
+        return detections_in_regions(model, levels, proposals, image_hw, **options)
 
-    monkeypatch.setattr(detector, "detect_in", spy)
+    monkeypatch.setattr(faster_rcnn, "detections_in_regions", spy)
 
     @jax.jit
     def proposals(model, *inputs):
@@ -146,6 +141,7 @@ def test_proposals_are_the_same_boxes_in_the_same_order(case, inputs, forward, m
 def head_outputs(case, forward):
     """Returns (region features, class logits, box deltas, output of the last shared layer) in their proposals."""
     _, golden, model = case
+
     @jax.jit
     def run(model, levels, boxes):
         options = dict(strides=(4, 8, 16, 32), far_corner_offset=0, config=model.config.roi_features)

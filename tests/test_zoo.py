@@ -14,18 +14,20 @@ from test_weights import CHANNELS, FC, WIDTH, thin
 
 import fasterrcnn_jax
 from fasterrcnn_jax import __main__ as entry
-from fasterrcnn_jax import checkpoint, training, zoo
+from fasterrcnn_jax import zoo
+from fasterrcnn_jax.config.families import resnet_fpn
 from fasterrcnn_jax.data import coco
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.families import resnet_fpn
-from fasterrcnn_jax.models.detector import Detector, detect
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.faster_rcnn import detect
+from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.step import create_state
 from fasterrcnn_jax.weights import files
 
 
 def names_and_values(model):
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
 
 def assert_equal(one, other):
@@ -39,17 +41,14 @@ def assert_equal(one, other):
 def thin_zoo(monkeypatch):
     """The zoo with few channels and two classes in each model."""
     models = {
-        name: info._replace(config=thin(info.config), class_names=("ring", "disc"))
-        for name, info in zoo.MODELS.items()
+        name: info._replace(config=thin(info.config), class_names=("ring", "disc")) for name, info in zoo.MODELS.items()
     }
     monkeypatch.setattr(zoo, "MODELS", models)
     return models
 
 
 def file_of(tmp_path, version, classes=2, name="weights.safetensors"):
-    shapes = published_names.torchvision_fpn(
-        50, WIDTH, version=version, channels=CHANNELS, fc=FC, classes=classes
-    )
+    shapes = published_names.torchvision_fpn(50, WIDTH, version=version, channels=CHANNELS, fc=FC, classes=classes)
     safetensors.numpy.save_file(by_rule(shapes), tmp_path / name)
     return tmp_path / name
 
@@ -131,7 +130,7 @@ def test_a_file_of_no_model_is_refused(tmp_path):
 def test_a_run_is_loaded_as_ever(tmp_path):
     config = tiny.config(tmp_path)
     model = zoo.create(config.model, tiny.CLASS_NAMES)
-    _, state = training.create_state(model, training.create_optimizer(config.train), seed=0)
+    _, state = create_state(model, create_optimizer(config.train), seed=0)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=tiny.CLASS_NAMES))
     with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
         checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={}))

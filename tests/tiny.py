@@ -24,8 +24,8 @@ from fasterrcnn_jax.config import (
     RpnConfig,
     TrainConfig,
 )
+from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
-from fasterrcnn_jax.families import IMAGENET_RGB
 
 CLASS_NAMES = ("ring", "disc")
 IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB)

@@ -23,9 +23,7 @@ def size_iou(sizes: Sizes, anchors: Float[np.ndarray, "c 2"]) -> Float[np.ndarra
     return both / (sizes.prod(axis=1)[:, None] + anchors.prod(axis=1)[None] - both)
 
 
-def fit_scales(
-    sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list[Float[np.ndarray, "c 2"]]]
-) -> Scales:
+def fit_scales(sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list[Float[np.ndarray, "c 2"]]]) -> Scales:
     """Returns as many scales as `scales` that give the boxes a higher mean IoU, or `scales` where none were found.
 
     Boxes are assigned to the anchor they overlap most, and each scale moves to the middle of its own boxes'

@@ -35,9 +35,7 @@ def draw_placement(
     if augment.scale_jitter is not None:
         factor = rng.uniform(*augment.scale_jitter)
         height, width = (max(1, round(side * factor)) for side in (height, width))
-    y, x = (
-        int(rng.integers(max(side - limit, 0) + 1)) for side, limit in zip((height, width), canvas, strict=True)
-    )
+    y, x = (int(rng.integers(max(side - limit, 0) + 1)) for side, limit in zip((height, width), canvas, strict=True))
     return Placement((height, width), (y, x))
 
 

@@ -67,7 +67,11 @@ def crop_boxes(
 
 
 def crop_start(
-    low: Float[np.ndarray, "n"], high: Float[np.ndarray, "n"], length: int, kept: int, rng: np.random.Generator
+    low: Float[np.ndarray, "n"],
+    high: Float[np.ndarray, "n"],
+    length: int,
+    kept: int,
+    rng: np.random.Generator,
 ) -> int:
     """Returns the first of `kept` pixels out of `length`, along one axis.
 

@@ -74,9 +74,7 @@ def skip_undecodable(dataset: Dataset) -> Dataset:
     return dataset._replace(records=tuple(kept), findings=findings, notes=notes_of(findings))
 
 
-def decoded(
-    dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]
-) -> Iterator[tuple[ImageRecord, Any]]:
+def decoded(dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]) -> Iterator[tuple[ImageRecord, Any]]:
     """Yields each record with `measure(record, pixels)`, or with the InputError of pixels that cannot be decoded."""
 
     def attempt(record: ImageRecord) -> Any:

@@ -49,7 +49,14 @@ class TrainingSource:
     """The plan of a whole run as a random-access source: element i is (epoch, batch plan) of step i."""
 
     def __init__(
-        self, dataset: Dataset, data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, steps: int
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        image: ImageConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        steps: int,
     ):
         sizes = [_training_hw(record, data) for record in dataset.records]
         canvases = [canvas_for(size, image) for size in sizes]
@@ -184,9 +191,7 @@ def training_example(
     return Example(pixels, boxes, labels, placement, proposals)
 
 
-def _staying(
-    proposals: ImageProposals, boxes: Float[np.ndarray, "n 4"], stay: Bool[np.ndarray, "n"]
-) -> ImageProposals:
+def _staying(proposals: ImageProposals, boxes: Float[np.ndarray, "n 4"], stay: Bool[np.ndarray, "n"]) -> ImageProposals:
     return ImageProposals(boxes[stay], proposals.scores[stay])
 
 
@@ -241,7 +246,10 @@ def assemble(
                 placed = place_boxes(proposals.boxes, pixels.shape[:2], plan.canvas, placement)
                 proposals = _staying(proposals, *placed)
         draw(batch.images[row], pixels, image, placement)
-        batch.image_hw[row], batch.scale[row] = placement.shown(plan.canvas), placement.scale(pixels.shape[:2])
+        batch.image_hw[row], batch.scale[row] = (
+            placement.shown(plan.canvas),
+            placement.scale(pixels.shape[:2]),
+        )
         batch.ground_truth.boxes[row, : len(boxes)] = boxes
         batch.ground_truth.labels[row, : len(boxes)] = labels
         batch.ground_truth.valid[row, : len(boxes)] = True

@@ -5,7 +5,6 @@ images' ids and what made them. It appears whole or not at all, and reading it r
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import ImageProposals
 from fasterrcnn_jax.errors import InputError
 
@@ -31,17 +31,8 @@ def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made
         "scores": np.concatenate([np.zeros(0, np.float32), *(of_image.scores for of_image in found)]),
         "counts": np.array([len(of_image.boxes) for of_image in found], np.int64),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            metadata = {"ids": json.dumps(list(proposals)), "made_by": made_by}
-            safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be written ({error})") from error
+    metadata = {"ids": json.dumps(list(proposals)), "made_by": made_by}
+    write_atomically(path, safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 # Below two pixels nothing can be seen, and a 0-based file's empty boxes are one pixel wide by VOC's 1-based rule.
 MIN_SIDE = 2.0
@@ -82,3 +82,20 @@ def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:
     """Returns which boxes have `MIN_SIDE` pixels or more on both sides."""
     return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+
+
+class ImageDetections(NamedTuple):
+    """What was found in one image, without padding."""
+
+    boxes: np.ndarray  # [D, 4] float32
+    scores: np.ndarray  # [D] float32, 0..1
+    labels: np.ndarray  # [D] int32, 1..K
+
+
+class Prediction(NamedTuple):
+    """What was found in one image, best first."""
+
+    boxes: Float[np.ndarray, "d 4"]  # xyxy, pixels of the image as given
+    scores: Float[np.ndarray, "d"]
+    labels: Int[np.ndarray, "d"]  # 1..K
+    class_names: tuple[str, ...]  # of each detection

@@ -181,7 +181,11 @@ def _place(rng, coverage: np.ndarray, height: int, width: int):
     if min(x2 - x1, y2 - y1) < MIN_INSIDE_SIDE:
         return None
     left, upper = max(0, x), max(0, y)
-    return inside[y1:y2, x1:x2], (left + x1, upper + y1, left + x2, upper + y2), inside.shape != coverage.shape
+    return (
+        inside[y1:y2, x1:x2],
+        (left + x1, upper + y1, left + x2, upper + y2),
+        inside.shape != coverage.shape,
+    )
 
 
 def _fits(placed, objects, areas, top: np.ndarray) -> bool:

@@ -31,7 +31,13 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, StoredImage, box_areas
+from fasterrcnn_jax.data.records import (
+    MIN_SIDE,
+    Dataset,
+    ImageRecord,
+    StoredImage,
+    box_areas,
+)
 from fasterrcnn_jax.errors import InputError
 
 _ONE_BASED = ("voc",)
@@ -198,9 +204,7 @@ def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
             f"{path}: split {split!r} cannot be read: {first_sentence(error)}; there are {names}"
         ) from error
     places = [
-        f"{item.filename}[{position}]"
-        for item in instructions
-        for position in range(item.skip, item.skip + item.take)
+        f"{item.filename}[{position}]" for item in instructions for position in range(item.skip, item.skip + item.take)
     ]
     if not places:
         raise InputError(f"{path}: split {split!r} holds 0 images")
@@ -240,9 +244,7 @@ def _label(index: Any, field: str, stored_names: tuple[str, ...], class_names: t
     if not 0 <= index < len(stored_names):
         raise InputError(f"{field}, label: must be in 0..{len(stored_names) - 1}, got {index}")
     if stored_names[index] not in class_names:
-        raise InputError(
-            f"{field}, label: {stored_names[index]!r} is not one of the classes {', '.join(class_names)}"
-        )
+        raise InputError(f"{field}, label: {stored_names[index]!r} is not one of the classes {', '.join(class_names)}")
     return class_names.index(stored_names[index]) + 1
 
 

@@ -178,7 +178,10 @@ def _voc_examples(tfds: Any, folder: Path, part: _Part) -> Iterator[tuple[str, d
     root = (folder / part.listing).parents[2]
     dataset = voc.read_voc(root, part.source, voc.CLASS_NAMES)
     return (
-        (record.id, _voc_example(tfds, root / "Annotations" / f"{record.id}.xml", record.path, record.image_hw))
+        (
+            record.id,
+            _voc_example(tfds, root / "Annotations" / f"{record.id}.xml", record.path, record.image_hw),
+        )
         for record in _as_stored(dataset)
     )
 
@@ -248,9 +251,7 @@ def _coco_examples(tfds: Any, folder: Path, part: _Part) -> Iterator[tuple[str, 
     )
 
 
-def _coco_object(
-    tfds: Any, item: dict[str, Any], names: dict[int, str], image_hw: tuple[int, int]
-) -> dict[str, Any]:
+def _coco_object(tfds: Any, item: dict[str, Any], names: dict[int, str], image_hw: tuple[int, int]) -> dict[str, Any]:
     (height, width), (x, y, box_width, box_height) = image_hw, item["bbox"]
     return {
         "id": item["id"],

@@ -14,7 +14,7 @@ from fasterrcnn_jax.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def training_set(dataset: Dataset, data: DataConfig) -> Dataset:
+def prepare_training_set(dataset: Dataset, data: DataConfig) -> Dataset:
     """Returns the images to train on with the objects to train on; its notes also say what was left out.
 
     With `data.flip` "double" the mirrored copies follow all the others: that of image `index` of N is

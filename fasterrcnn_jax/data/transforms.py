@@ -39,9 +39,7 @@ def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, in
     return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
 
-def resize_bilinear(
-    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
-) -> Float[np.ndarray, "h2 w2 3"]:
+def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
     """Returns the float32 picture at `size`; borders repeat."""
     resized = np.empty((*size, 3), np.float32)
     for rows, block in _resized(image, Placement(size), size, channels=(0, 1, 2)):
@@ -138,9 +136,7 @@ def _blend(
 
 def to_canvas(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int], config: ImageConfig
-) -> tuple[
-    Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]
-]:
+) -> tuple[Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
     """Returns the canvas with the picture as `draw` puts it (zero beyond it), the picture's size there, and the scale.
 
     Size is (height, width) in network pixels, scale (y, x) in network pixels per original pixel.
@@ -151,9 +147,7 @@ def to_canvas(
     return pixels, np.asarray(placement.size, np.float32), placement.scale(image.shape[:2])
 
 
-def scale_boxes(
-    boxes: Float[np.ndarray, "n 4"], scale: Float[np.ndarray, "2"]
-) -> Float[np.ndarray, "n 4"]:
+def scale_boxes(boxes: Float[np.ndarray, "n 4"], scale: Float[np.ndarray, "2"]) -> Float[np.ndarray, "n 4"]:
     """Returns boxes times (y, x) `scale`."""
     return boxes * np.tile(scale[::-1], 2).astype(np.float32)
 

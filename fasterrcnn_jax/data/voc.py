@@ -52,9 +52,7 @@ OTHER_IMAGE = "A <filename> naming another image was left aside"
 NO_SIZE = "For a <size> of 0 x 0 the image's own was used"
 
 
-def read_voc(
-    root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error"
-) -> Dataset:
+def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
     """Returns the records of one split, in the order of its list.
 
     Every annotation is parsed and the header of every image is read; pixels are not decoded. An image
@@ -105,9 +103,7 @@ def read_voc(
             arrays = boxes, np.array(labels, np.int32), *flags, box_areas(boxes)
             records.append(ImageRecord(image_id, image_path, image_hw, *arrays, upright=upright))
     findings = findings_of(found)
-    return Dataset(
-        name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings
-    )
+    return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
 
 
 def splits(root: Path | str) -> tuple[str, ...]:

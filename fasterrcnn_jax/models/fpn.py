@@ -21,7 +21,14 @@ class Fpn(nnx.Module):
             return nnx.List(
                 [
                     # Half of He's variance: no rectifier follows.
-                    Conv(size, config.channels, width, bias=has_bias, std=1.0 / (width * math.sqrt(size)), rng=rng)
+                    Conv(
+                        size,
+                        config.channels,
+                        width,
+                        bias=has_bias,
+                        std=1.0 / (width * math.sqrt(size)),
+                        rng=rng,
+                    )
                     for size in sizes
                 ]
             )

@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt32
 
-from fasterrcnn_jax.config import ModelConfig, has_fully_connected
-from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout, run_stage
-from fasterrcnn_jax.models.resnet import Stage, stage_channels
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
 
@@ -60,25 +59,6 @@ class RpnHead(nnx.Module):
         return jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1)
 
 
-class ResNetTail(nnx.Module):
-    """ResNet stage 4 on each region; its cells averaged or laid out as one vector."""
-
-    def __init__(self, config: ModelConfig, *, rng: np.random.Generator):
-        self.summary, self.remat = config.box_head.summary, config.backbone.remat
-        self.channels = stage_channels(config.backbone, 4)
-        if self.summary == "flatten":
-            self.channels *= math.ceil(config.roi_features.output_size / 2) ** 2
-        self.stage = Stage(4, stride=2, config=config.backbone, rng=rng)
-
-    def __call__(
-        self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None
-    ) -> Float[Array, "b r d"]:
-        batch, rois = pooled.shape[:2]
-        x = run_stage(self.stage, pooled.reshape(-1, *pooled.shape[2:]), remat=self.remat)
-        x = x.mean(axis=(1, 2)) if self.summary == "mean" else x
-        return x.reshape(batch, rois, -1)
-
-
 class FcTail(nnx.Module):
     """Fully connected layers on each region, with dropout in training; on a pyramid after convolutions, if any.
 
@@ -95,13 +75,9 @@ class FcTail(nnx.Module):
         self.norms = nnx.List([NORMS[norm](in_channels) for _ in range(head.convs)])
         inputs = in_channels * config.roi_features.output_size**2
         sizes = (inputs, *(head.channels for _ in range(head.layers)))
-        self.fcs = nnx.List(
-            [Linear(size, head.channels, std=math.sqrt(2.0 / size), rng=rng) for size in sizes[:-1]]
-        )
+        self.fcs = nnx.List([Linear(size, head.channels, std=math.sqrt(2.0 / size), rng=rng) for size in sizes[:-1]])
 
-    def __call__(
-        self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None
-    ) -> Float[Array, "b r d"]:
+    def __call__(self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None) -> Float[Array, "b r d"]:
         x = pooled.reshape(-1, *pooled.shape[2:])
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.relu(norm(conv(x)))
@@ -123,14 +99,11 @@ class BoxHead(nnx.Module):
         in_channels: int,
         num_classes: int,
         *,
-        fully_connected: bool | None = None,
+        tail: nnx.Module | None = None,
         rng: np.random.Generator,
     ):
-        """Args: `fully_connected` is said for a backbone that the configuration does not name."""
-        if has_fully_connected(config) if fully_connected is None else fully_connected:
-            self.tail = FcTail(config, in_channels, rng=rng)
-        else:
-            self.tail = ResNetTail(config, rng=rng)
+        """Args: `tail` is the one that the backbone brings; None: fully connected layers."""
+        self.tail = FcTail(config, in_channels, rng=rng) if tail is None else tail
         boxes = 1 if config.box_head.class_agnostic else num_classes + 1
         self.class_logits = Linear(self.tail.channels, num_classes + 1, std=0.01, predicts=True, rng=rng)
         self.deltas = Linear(self.tail.channels, 4 * boxes, std=0.001, predicts=True, rng=rng)

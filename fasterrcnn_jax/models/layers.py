@@ -16,7 +16,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.config import ImageConfig, ModelConfig
+from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.structures import Images
 
 Valid = Float[Array, "b h w 1"] | None
 EPSILON = 1e-5
@@ -75,7 +77,11 @@ class Conv(nnx.Module):
         else:
             padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
             y = lax.conv_general_dilated(
-                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                x,
+                kernel,
+                (self.stride,) * 2,
+                padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 preferred_element_type=dtype,
             )
         return y if self.bias is None else _add_bias(self.bias[...], y)
@@ -85,7 +91,13 @@ class Linear(nnx.Module):
     """Matrix product over the last axis, plus bias; with `predicts` the result is float32 for any type of input."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, std: float, rng: np.random.Generator, predicts: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        std: float,
+        rng: np.random.Generator,
+        predicts: bool = False,
     ):
         shape = (in_features, out_features)
         self.kernel = nnx.Param(_normal(rng, shape, std))
@@ -176,18 +188,12 @@ class Masked(nnx.Module):
 NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm}
 
 
-def max_pool(
-    x: Float[Array, "b h w c"], *, size: int, padding: tuple[int, int] = (0, 0)
-) -> Float[Array, "b h2 w2 c"]:
+def max_pool(x: Float[Array, "b h w c"], *, size: int, padding: tuple[int, int] = (0, 0)) -> Float[Array, "b h2 w2 c"]:
     """Returns size x size max pooling with stride 2; `padding` at the near and the far border is never the maximum."""
-    return lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), ((0, 0), padding, padding, (0, 0))
-    )
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), ((0, 0), padding, padding, (0, 0)))
 
 
-def dropout(
-    key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "*b"], *, rate: float
-) -> Float[Array, "*b"]:
+def dropout(key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "*b"], *, rate: float) -> Float[Array, "*b"]:
     """Returns `x` with each value zero with probability `rate`, the others divided by 1 - rate.
 
     Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
@@ -196,14 +202,10 @@ def dropout(
     return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
-def valid_mask(
-    image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int
-) -> Float[Array, "b h w 1"]:
+def valid_mask(image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int) -> Float[Array, "b h w 1"]:
     """Returns 1 on the cells of a stride-`stride` map that hold picture: the first ceil(side / stride)."""
     rows, columns = (jnp.arange(size, dtype=jnp.float32) * stride for size in grid_hw)
-    inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (
-        columns[None, None, :] < image_hw[:, 1, None, None]
-    )
+    inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (columns[None, None, :] < image_hw[:, 1, None, None])
     return inside[..., None].astype(jnp.float32)
 
 
@@ -215,3 +217,28 @@ def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat:
     if not remat:
         return stage(*inputs)
     return jax.checkpoint(lambda stage, *inputs: stage(*inputs))(stage, *inputs)
+
+
+def normalised(images: Images, image_hw: Float[Array, "b 2"], config: ImageConfig) -> Float[Array, "b h w 3"]:
+    """Returns the pictures less mean, over std, zero beyond `image_hw`; those in float come so from the host.
+
+    Raises:
+      TypeError: they are not what `config.pixel_dtype` says, and would be normalised twice or never.
+    """
+    if (images.dtype == jnp.uint8) != (config.pixel_dtype == "uint8"):
+        raise TypeError(f"images must be {config.pixel_dtype} by model.image.pixel_dtype, got {images.dtype.name}")
+    if config.pixel_dtype == "float32":
+        return images
+    mean, std = (np.asarray(values, np.float32).reshape(1, 1, 1, 3) for values in (config.mean, config.std))
+    return (images.astype(jnp.float32) - mean) / std * valid_mask(image_hw, images.shape[1:3], 1)
+
+
+def level_masks(
+    config: ModelConfig, maps: tuple[Float[Array, "b _ _ _"], ...], image_hw: Float[Array, "b 2"]
+) -> tuple[Float[Array, "b _ _ 1"] | None, ...]:
+    """Returns for each map the cells that hold the image, as `valid_mask`; None where padding is not masked."""
+    if not config.backbone.mask_padding:
+        return (None,) * len(maps)
+    return tuple(
+        valid_mask(image_hw, x.shape[1:3], stride) for x, stride in zip(maps, strides_of(config), strict=False)
+    )

@@ -4,13 +4,24 @@ Without a pyramid stages 1-3 (conv2_x - conv4_x) make the shared feature map and
 region: C4. Under a pyramid all four run on the picture.
 """
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fasterrcnn_jax.config import BackboneConfig, ImageConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, Valid, first_std, max_pool, run_stage, valid_mask
+from fasterrcnn_jax.config import BackboneConfig, ImageConfig, ModelConfig
+from fasterrcnn_jax.models.heads import Keys
+from fasterrcnn_jax.models.layers import (
+    NORMS,
+    Conv,
+    Valid,
+    first_std,
+    max_pool,
+    run_stage,
+    valid_mask,
+)
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -101,9 +112,7 @@ class Stage(nnx.Module):
 class ResNet(nnx.Module):
     """Stem and stages: normalised images to the map of stage 3, or to those of stages 1 to 4."""
 
-    def __init__(
-        self, config: BackboneConfig, image: ImageConfig, *, pyramid: bool = False, rng: np.random.Generator
-    ):
+    def __init__(self, config: BackboneConfig, image: ImageConfig, *, pyramid: bool = False, rng: np.random.Generator):
         self.config = config
         self.pyramid = pyramid
         self.channels = tuple(stage_channels(config, stage) for stage in ((1, 2, 3, 4) if pyramid else (3,)))
@@ -111,10 +120,7 @@ class ResNet(nnx.Module):
         self.stem_norm = NORMS[config.norm](config.width)
         self.strides = (1, 2, config.stride // 8) + ((2,) if pyramid else ())
         self.stages = nnx.List(
-            [
-                Stage(stage, stride=stride, config=config, rng=rng)
-                for stage, stride in enumerate(self.strides, 1)
-            ]
+            [Stage(stage, stride=stride, config=config, rng=rng) for stage, stride in enumerate(self.strides, 1)]
         )
 
     def __call__(
@@ -138,3 +144,24 @@ class ResNet(nnx.Module):
             stride *= stage_stride
             maps.append(x)
         return tuple(maps) if self.pyramid else (x,)
+
+    def tail(self, config: ModelConfig, *, rng: np.random.Generator) -> nnx.Module | None:
+        """Returns stage 4 for the box head; None under a pyramid, which has fully connected layers there."""
+        return None if self.pyramid else ResNetTail(config, rng=rng)
+
+
+class ResNetTail(nnx.Module):
+    """ResNet stage 4 on each region; its cells averaged or laid out as one vector."""
+
+    def __init__(self, config: ModelConfig, *, rng: np.random.Generator):
+        self.summary, self.remat = config.box_head.summary, config.backbone.remat
+        self.channels = stage_channels(config.backbone, 4)
+        if self.summary == "flatten":
+            self.channels *= math.ceil(config.roi_features.output_size / 2) ** 2
+        self.stage = Stage(4, stride=2, config=config.backbone, rng=rng)
+
+    def __call__(self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None) -> Float[Array, "b r d"]:
+        batch, rois = pooled.shape[:2]
+        x = run_stage(self.stage, pooled.reshape(-1, *pooled.shape[2:]), remat=self.remat)
+        x = x.mean(axis=(1, 2)) if self.summary == "mean" else x
+        return x.reshape(batch, rois, -1)

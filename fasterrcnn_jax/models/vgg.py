@@ -10,7 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, first_std, max_pool, run_stage, valid_mask
+from fasterrcnn_jax.models.layers import (
+    NORMS,
+    Conv,
+    first_std,
+    max_pool,
+    run_stage,
+    valid_mask,
+)
 
 CONVS = (2, 2, 3, 3, 3)  # per stage
 MULTIPLES = (1, 2, 4, 8, 8)  # of the first stage's channels
@@ -20,8 +27,14 @@ class Stage(nnx.Module):
     """3 x 3 convolutions of one resolution."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, convs: int, first_std: float | None,
-        config: BackboneConfig, rng: np.random.Generator,
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        convs: int,
+        first_std: float | None,
+        config: BackboneConfig,
+        rng: np.random.Generator,
     ):
         self.convs = nnx.List(
             [
@@ -38,9 +51,7 @@ class Stage(nnx.Module):
         )
         self.norms = nnx.List([NORMS[config.norm](out_channels) for _ in range(convs)])
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], valid: Float[Array, "b h w 1"] | None
-    ) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b h w c"], valid: Float[Array, "b h w 1"] | None) -> Float[Array, "b h w d"]:
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.relu(norm(conv(x), valid))
         return x

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fasterrcnn_jax import cli
-from fasterrcnn_jax.anchor_grid import strides_of
-from fasterrcnn_jax.anchors import cell_anchors
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.data import check, layouts, sources
+from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, fit_scales, fit_sizes, size_iou
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
 from fasterrcnn_jax.data.shapes import make_shapes
+from fasterrcnn_jax.data.sources import guess
 from fasterrcnn_jax.data.transforms import network_size
-from fasterrcnn_jax.drawing import draw_boxes
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.inference.drawing import draw_boxes
+from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
+from fasterrcnn_jax.scripts import cli
 
 # Of a sheet: pictures, pictures in a row, pixels of the longer side of each.
 SHEET, COLUMNS, SIDE = 40, 5, 320
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     elif rest:
         raise InputError(f"{rest[0]}: a folder takes no fields of a configuration")
     else:
-        data, splits = layouts.guess(arguments.what)
+        data, splits = guess(arguments.what)
         model = None
     if data.shapes is not None:
         make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)

@@ -11,13 +11,15 @@ from typing import Literal
 import tyro
 from PIL import Image
 
-from fasterrcnn_jax import checkpoint, cli
 from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.records import Prediction
 from fasterrcnn_jax.data.sources import open_images
-from fasterrcnn_jax.drawing import draw
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation import results
-from fasterrcnn_jax.inference import Prediction, detect_dataset
+from fasterrcnn_jax.evaluation.files import write_coco_json
+from fasterrcnn_jax.inference.dataset import detect_dataset
+from fasterrcnn_jax.inference.drawing import draw
+from fasterrcnn_jax.scripts import cli
+from fasterrcnn_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pictures = arguments.out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    results.write_coco_json(arguments.out / "detections.json", detections, dataset)
+    write_coco_json(arguments.out / "detections.json", detections, dataset)
     (arguments.out / "classes.txt").write_text("".join(f"{name}\n" for name in model.class_names), "utf-8")
     for record, found in zip(dataset.records, detections, strict=True):
         names = tuple(model.class_names[label - 1] for label in found.labels)

@@ -5,8 +5,8 @@ Takes what train.py takes: any field on the command line overrides the file's.
 
 import sys
 
-from fasterrcnn_jax import cli
-from fasterrcnn_jax.summary import format_summary, summarize
+from fasterrcnn_jax.models.summary import format_summary, summarize
+from fasterrcnn_jax.scripts import cli
 
 
 @cli.script

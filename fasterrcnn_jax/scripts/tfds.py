@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fasterrcnn_jax import cli
 from fasterrcnn_jax.data import tfds_builder
+from fasterrcnn_jax.scripts import cli
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from fasterrcnn_jax import checkpoint, cli
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.scripts import cli
+from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.weights import files, save_weights
 from fasterrcnn_jax.weights.load import FORMAT, formats_of
 

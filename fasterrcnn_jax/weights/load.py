@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.config_io import from_json, to_json
+from fasterrcnn_jax.config.text import from_json, to_json
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.weights import files
@@ -215,9 +215,7 @@ def _first_present(keys: list[str], arrays: dict[str, np.ndarray], name: str, wh
     raise InputError(f"{where}: {' or '.join(keys)} is missing, the source of {name}")
 
 
-def _converted(
-    array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str, where: str
-) -> jax.Array:
+def _converted(array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str, where: str) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f"{where}: {key} holds {array.dtype}, {name} needs real numbers")
     try:
@@ -225,9 +223,7 @@ def _converted(
     except ValueError:  # numbers of rows that cannot be divided as the layout says
         value = array
     if value.shape != leaf.shape:
-        raise InputError(
-            f"{where}: {key} has shape {array.shape}, which does not become that of {name}, {leaf.shape}"
-        )
+        raise InputError(f"{where}: {key} has shape {array.shape}, which does not become that of {name}, {leaf.shape}")
     return jnp.array(value.astype(leaf.dtype))
 
 

@@ -78,7 +78,12 @@ def _names() -> dict[str, Callable | str]:
     def empty():
         return b""
 
-    names = {"numpy.ndarray": "ndarray", "numpy.dtype": dtype, "_codecs.encode": encode, "__builtin__.bytes": empty}
+    names = {
+        "numpy.ndarray": "ndarray",
+        "numpy.dtype": dtype,
+        "_codecs.encode": encode,
+        "__builtin__.bytes": empty,
+    }
     names["collections.OrderedDict"] = restricted_pickle.ordered_dict()
     for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
         names |= {

@@ -65,7 +65,10 @@ class Tensor(NamedTuple):
             if self._fits(len(numbers)):
                 strides = [stride * numbers.itemsize for stride in self.strides]
                 return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides, writeable=False)
-        except (ValueError, OverflowError):  # unequal numbers of axes, or more or larger ones than NumPy can have
+        except (
+            ValueError,
+            OverflowError,
+        ):  # unequal numbers of axes, or more or larger ones than NumPy can have
             pass
         _, where = self.storage.fetch(self.storage.key)
         raise InputError(f"{where}: {len(numbers)} numbers hold no tensor of {self[1:]} (offset, shape, strides)")

@@ -1,0 +1,27 @@
+"""Files that appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+from fasterrcnn_jax.errors import InputError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file beside `path` and renames it to `path`, so that no reader sees half of it.
+
+    Args:
+      content: text is written as UTF-8 with a line feed at the end of each line.
+    Raises:
+      InputError: the file cannot be written; names it.
+    """
+    # The tempfile module would make a file that only its owner can read.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,49 @@
+"""Every setting, as frozen dataclasses: hashable, so the parts that shape a program are static arguments.
+
+The docstring under a field is its help text on the command line. The defaults are those of py-faster-rcnn and
+faster-rcnn.pytorch; docs/reference.md names the place of each in their code.
+"""
+
+from fasterrcnn_jax.config.data import AugmentConfig, DataConfig, ShapesConfig
+from fasterrcnn_jax.config.model import (
+    BackboneConfig,
+    BoxCoderConfig,
+    BoxHeadConfig,
+    FpnConfig,
+    ImageConfig,
+    LossConfig,
+    ModelConfig,
+    PostprocessConfig,
+    ProposalConfig,
+    RoiFeaturesConfig,
+    RoiSamplingConfig,
+    RpnConfig,
+)
+from fasterrcnn_jax.config.run import Config
+from fasterrcnn_jax.config.train import (
+    AlternatingConfig,
+    DistributedConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlternatingConfig",
+    "AugmentConfig",
+    "BackboneConfig",
+    "BoxCoderConfig",
+    "BoxHeadConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "FpnConfig",
+    "ImageConfig",
+    "LossConfig",
+    "ModelConfig",
+    "PostprocessConfig",
+    "ProposalConfig",
+    "RoiFeaturesConfig",
+    "RoiSamplingConfig",
+    "RpnConfig",
+    "ShapesConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,21 @@
+"""The conditions that a field's value is held to. Each raises ValueError that names field and value."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_fraction(**fields: float) -> None:
+    for name, value in fields.items():
+        require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
+
+
+def require_positive(**fields: float) -> None:
+    for name, value in fields.items():
+        require(value > 0, f"{name} must be positive, got {value}")
+
+
+def require_not_negative(**fields: float) -> None:
+    for name, value in fields.items():
+        require(value >= 0, f"{name} must not be negative, got {value}")

@@ -1,0 +1,100 @@
+"""Rules about fields: those that nothing reads, and those that two starts of one run may differ in."""
+
+import dataclasses
+import json
+
+from fasterrcnn_jax.config.run import Config
+from fasterrcnn_jax.config.text import to_json
+
+
+def unread_fields(config: Config) -> list[str]:
+    """Returns a sentence for each field that was given a value which nothing reads, given the others' values."""
+    model, train = config.model, config.train
+    backbone, features = model.backbone, model.roi_features
+    operator = features.operator
+    is_vgg, has_bottlenecks = (
+        backbone.name == "vgg16",
+        backbone.name in ("resnet50", "resnet101", "resnet152"),
+    )
+    is_fpn = model.fpn is not None
+    # A backbone of the user's own says itself which head it brings: nothing can be said about it here.
+    is_own = backbone.own is not None
+    is_fc = is_fpn or is_vgg
+    is_alternating = train.scheme == "alternating"
+    falls = train.schedule if is_alternating else train.scheme
+    reads = [
+        (backbone, "model.backbone", has_bottlenecks, ("stride_in",), backbone.name),
+        (backbone, "model.backbone", not is_vgg, ("stem_pool",), backbone.name),
+        (
+            model.box_head,
+            "model.box_head",
+            is_own or not is_fc,
+            ("summary",),
+            "a pyramid" if is_fpn else backbone.name,
+        ),
+        (
+            model.box_head,
+            "model.box_head",
+            is_own or is_fc,
+            ("convs", "layers", "channels", "dropout"),
+            backbone.name,
+        ),
+        (features, "model.roi_features", operator == "align", ("sampling_ratio", "aligned"), operator),
+        (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
+        (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
+        (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
+        (train.alternating, "train.alternating", is_alternating, ("steps", "rpn_batch_size"), train.scheme),
+        (
+            train.alternating,
+            "train.alternating",
+            is_alternating and train.schedule == "steps",
+            ("decay_steps",),
+            falls,
+        ),
+    ]
+    return [
+        f"{prefix}.{field.name} = {getattr(part, field.name)!r} changes nothing with {chosen}"
+        for part, prefix, is_read, names, chosen in reads
+        for field in dataclasses.fields(part)
+        if not is_read and field.name in names and getattr(part, field.name) != field.default
+    ]
+
+
+def first_difference(stored: Config, asked: Config) -> str | None:
+    """Returns what makes another run of the one stored, for a message, or None.
+
+    Where files lie and how often something is saved do not: the parameters come out the same.
+    """
+    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
+    for name in old | new:
+        if name not in _INDIFFERENT and old.get(name) != new.get(name):
+            return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
+    return None
+
+
+_INDIFFERENT = {
+    "run",
+    "init",
+    "replay",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "model.backbone.remat",
+    "data.root",
+    "data.test_split",
+    "data.threads",
+    "data.cache_mb",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "train.best_split",
+    "train.best_metric",
+    "train.implementation",
+}
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

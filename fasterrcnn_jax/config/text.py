@@ -1,0 +1,96 @@
+"""Configurations from and to text: a Python file that builds one, the command line's types, JSON in a checkpoint.
+
+A config file is Python that builds one `Config` named `config`. Nothing is looked up by an unchecked string:
+a misspelt field is an error wherever it comes from.
+"""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any, get_args
+
+import typeguard
+
+from fasterrcnn_jax.config import Config, ModelConfig
+from fasterrcnn_jax.errors import InputError
+
+
+def load_config(path: Path) -> Config:
+    """Returns the `config` that the Python file at `path` builds.
+
+    Raises:
+      InputError: the file is absent, fails, or holds no `Config` of the declared types.
+    """
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise InputError(f"--config {path}: defines no `config` of type Config")
+    check_types(config, str(path))
+    return config
+
+
+def check_types(config: Any, name: str) -> None:
+    """Raises InputError naming the first field, depth first, whose value is not of its declared type."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
+        try:
+            # Every item: by default it is the first alone.
+            typeguard.check_type(
+                value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
+            )
+        except typeguard.TypeCheckError:
+            raise InputError(f"{where} must be {field.type}, got {value!r}") from None
+        if dataclasses.is_dataclass(value):
+            check_types(value, where)
+
+
+def to_json(config: Config | ModelConfig) -> str:
+    """Returns the configuration as JSON text; inverse of `from_json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, name: str, *, of: type = Config) -> Any:
+    """Returns the configuration that `to_json` wrote, an instance of `of`.
+
+    Args:
+      name: where the text stands, for messages.
+    Raises:
+      InputError: not JSON, a field is missing, unknown or invalid.
+    """
+    try:
+        config = _build(of, json.loads(text), "config")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: this configuration cannot be read: {error}") from error
+    check_types(config, name)
+    return config
+
+
+def _build(cls: type, values: dict[str, Any], name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must hold fields, got {values!r}")
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has no field {', '.join(unknown)}")
+    built = {}
+    for field, value in values.items():
+        # A field holds fields itself where its type, or one alternative of it, is one of the classes above.
+        alternatives = (known[field].type, *get_args(known[field].type))
+        nested = next(filter(dataclasses.is_dataclass, alternatives), None)
+        if nested is not None and value is not None:
+            built[field] = _build(nested, value, f"{name}.{field}")
+        elif Path in alternatives and value is not None:
+            built[field] = Path(value)
+        else:
+            built[field] = _tuples(value)
+    return cls(**built)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

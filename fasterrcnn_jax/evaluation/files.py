@@ -1,0 +1,74 @@
+"""Detections of a whole data set: what the metrics take, the files others read, the table we print.
+
+Boxes are xyxy in continuous pixels of the stored image; labels are 1..K. D detections, K classes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fasterrcnn_jax.atomic_write import write_atomically
+from fasterrcnn_jax.data.records import Dataset, ImageDetections
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.evaluation.detections import check_detections
+
+
+def write_coco_json(path: str | Path, detections: Sequence[ImageDetections], dataset: Dataset) -> None:
+    """Writes the COCO result format, https://cocodataset.org/#format-results: one object per detection.
+
+    `image_id` is the record's id: an integer if it reads as one and nothing is lost (`139`), otherwise
+    text (`000005`, `2008_000008`). `category_id` is the one of `dataset.category_ids`; `bbox` is
+    [x, y, width, height]. The file appears whole or not at all.
+
+    Raises:
+      InputError: the file cannot be written.
+      ValueError: detections that do not fit the data set.
+    """
+    check_detections(detections, dataset)
+    entries = []
+    for found, record in zip(detections, dataset.records, strict=True):
+        image_id = _coco_image_id(record.id)
+        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+            x1, y1, x2, y2 = (float(side) for side in box)
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": dataset.category_ids[int(label) - 1],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": float(score),
+                }
+            )
+    write_atomically(Path(path), json.dumps(entries, allow_nan=False))
+
+
+def write_voc_files(folder: str | Path, detections: Sequence[ImageDetections], dataset: Dataset, *, split: str) -> None:
+    """Writes `comp4_det_SPLIT_CLASS.txt` for every class, as the VOC development kit reads them.
+
+    A line is `id score xmin ymin xmax ymax`, in the kit's pixels, which count from 1 and include both
+    ends: (x1 + 1, y1 + 1, x2, y2) of ours. Each file appears whole or not at all.
+
+    Raises:
+      InputError: a class or split that is not part of a file name, an image id with white space, or a
+        file that cannot be written. Names are checked before anything is written.
+      ValueError: detections that do not fit the data set.
+    """
+    check_detections(detections, dataset)
+    for field, name in [("split", split), *(("class", name) for name in dataset.class_names)]:
+        # Both separators on every system: a name that is harmless here may be unpacked elsewhere.
+        if not name or any(character in name for character in "/\\\0"):
+            raise InputError(f"{dataset.name}: {field} {name!r} cannot be part of a file name")
+    lines = {label: [] for label in range(1, len(dataset.class_names) + 1)}
+    for found, record in zip(detections, dataset.records, strict=True):
+        if record.id.split() != [record.id]:
+            raise InputError(f"{dataset.name}: image id {record.id!r} has white space, which VOC files cannot hold")
+        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+            x1, y1, x2, y2 = (float(side) for side in box)
+            lines[int(label)].append(f"{record.id} {float(score):.6f} {x1 + 1:.1f} {y1 + 1:.1f} {x2:.1f} {y2:.1f}\n")
+    for label, name in enumerate(dataset.class_names, start=1):
+        write_atomically(Path(folder) / f"comp4_det_{split}_{name}.txt", "".join(lines[label]))
+
+
+def _coco_image_id(record_id: str) -> int | str:
+    """Returns an integer where turning it back into text gives the same id."""
+    number = record_id.isascii() and record_id.isdigit() and (record_id == "0" or record_id[0] != "0")
+    return int(record_id) if number else record_id

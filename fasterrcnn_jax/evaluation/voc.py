@@ -1,0 +1,143 @@
+"""Average precision per class as PASCAL VOC measures it.
+
+Everingham et al. 2010, "The PASCAL Visual Object Classes (VOC) Challenge", section 4.2. The 11-point
+form is the metric of VOC 2007 and of the numbers in the Faster R-CNN paper; the area under the curve
+is the metric from VOC 2010 on. The VOC tools add one pixel to every width because their boxes are
+inclusive; our boxes are continuous (xmin - 1, ymin - 1, xmax, ymax), so their overlap is our plain IoU.
+VOC knows no crowds; a crowd of another data set is treated as a difficult object.
+
+Shapes: D detections and N objects of one image, K classes, M detections of one class in all images.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord
+from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
+
+# Not k / 10: the reference's points carry float noise (0.30000000000000004 for 3/10), so a recall of
+# exactly 3/10 does not reach the fourth point. Published numbers contain that.
+RECALL_POINTS = np.arange(0.0, 1.1, 0.1)
+
+
+def average_precision(recall: np.ndarray, precision: np.ndarray, *, use_07_metric: bool) -> float:
+    """Returns the average precision of one curve, in 0..1; 0 for an empty curve.
+
+    Both forms first replace the precision by the best one at the same or any higher recall.
+
+    Args:
+      recall: [M] non-decreasing, in 0..1.
+      precision: [M] in 0..1.
+      use_07_metric: the mean over the 11 recall points 0, 0.1, ..., 1; otherwise the area under the curve.
+
+    Raises:
+      ValueError: the two are not vectors of one length.
+    """
+    recall, precision = np.asarray(recall, np.float64), np.asarray(precision, np.float64)
+    if recall.ndim != 1 or recall.shape != precision.shape:
+        raise ValueError(f"recall and precision must be [M], got {recall.shape} and {precision.shape}")
+    best_ahead = np.maximum.accumulate(precision[::-1])[::-1]
+    if use_07_metric:
+        reached = np.searchsorted(recall, RECALL_POINTS, side="left")
+        # A recall that is never reached counts as precision 0.
+        return float(np.append(best_ahead, 0.0)[reached].mean())
+    return float(np.sum(np.diff(recall, prepend=0.0) * best_ahead))
+
+
+def voc_ap(
+    detections: Sequence[ImageDetections],
+    dataset: Dataset,
+    *,
+    iou_threshold: float = 0.5,
+    use_07_metric: bool,
+) -> np.ndarray:
+    """Returns the average precision of each class: [K] float64 in 0..1.
+
+    A class without a single non-difficult object has no recall and is NaN in both metrics, so that a
+    mean can leave it out, as simple-faster-rcnn-pytorch's `eval_detection_voc` does. py-faster-rcnn's
+    `voc_eval` gives NaN only for the area; its 11-point form gives 0 there, which lowers the mean. The two
+    also differ where an overlap is exactly the threshold: no match here and in `voc_eval`, one there.
+
+    Args:
+      detections: one entry per record of `dataset`, in the same order.
+      iou_threshold: a detection must overlap by strictly more than this.
+      use_07_metric: 11 points (VOC 2007) or area under the curve (VOC 2010 and later).
+
+    Raises:
+      ValueError: detections that do not fit the data set, or a threshold outside (0, 1).
+    """
+    curves = precision_recall(detections, dataset, iou_threshold=iou_threshold)
+    counts = object_counts(dataset)
+    return np.array(
+        [
+            average_precision(recall, precision, use_07_metric=use_07_metric) if count else np.nan
+            for (recall, precision), count in zip(curves, counts, strict=True)
+        ],
+        np.float64,
+    )
+
+
+def precision_recall(
+    detections: Sequence[ImageDetections], dataset: Dataset, *, iou_threshold: float = 0.5
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns K pairs (recall [M], precision [M]), one value per detection of the class in score order.
+
+    Equal scores keep the order of the images and, in an image, the order given. Each detection is held
+    against the object of its class and image that it overlaps most, whether or not that one is taken:
+    a false positive if the overlap is not above the threshold or an earlier detection has the object,
+    nothing at all if the object is difficult. Recall is NaN for a class without non-difficult objects.
+
+    Raises:
+      ValueError: as `voc_ap`.
+    """
+    if not 0.0 < iou_threshold < 1.0:
+        raise ValueError(f"iou_threshold must be in (0, 1), got {iou_threshold}")
+    check_detections(detections, dataset)
+    matched, first_object = [np.zeros(0, np.int64)], 0
+    for found, record in zip(detections, dataset.records, strict=True):
+        matched.append(_matched_object(found, record, iou_threshold, first_object))
+        first_object += len(record.boxes)
+    matched = np.concatenate(matched)
+    scores = np.concatenate([np.zeros(0), *(found.scores for found in detections)])
+    labels = np.concatenate([np.zeros(0, np.int64), *(found.labels for found in detections)])
+    # One entry more than there are objects: index -1, "no object", is not difficult.
+    ignored = (record.difficult | record.crowd for record in dataset.records)
+    difficult = np.concatenate([*ignored, [False]]).astype(bool)
+
+    curves = []
+    for label, count in enumerate(object_counts(dataset), start=1):
+        of_class = np.flatnonzero(labels == label)
+        objects = matched[of_class[np.argsort(-scores[of_class], kind="stable")]]
+        earliest = np.zeros(len(objects), bool)
+        earliest[np.unique(objects, return_index=True)[1]] = True
+        true_positive = (objects >= 0) & ~difficult[objects] & earliest
+        false_positive = ~true_positive & ~difficult[objects]
+        hits, misses = np.cumsum(true_positive), np.cumsum(false_positive)
+        recall = hits / count if count else np.full(len(objects), np.nan)
+        # No hit and no miss yet happens when the first detections lie on difficult objects.
+        curves.append((recall, hits / np.maximum(hits + misses, 1)))
+    return curves
+
+
+def _matched_object(found: ImageDetections, record: ImageRecord, iou_threshold: float, first_object: int) -> np.ndarray:
+    """Returns [D] int64: the position of each detection's object among all objects, -1 for none."""
+    if not len(found.boxes) or not len(record.boxes):
+        return np.full(len(found.boxes), -1, np.int64)
+    iou = _pairwise_iou(found.boxes, record.boxes)
+    iou[np.asarray(found.labels)[:, None] != record.labels[None, :]] = -1.0
+    best = np.argmax(iou, axis=1)
+    overlap = np.take_along_axis(iou, best[:, None], axis=1)[:, 0]
+    return np.where(overlap > iou_threshold, best + first_object, -1)
+
+
+def _pairwise_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns [D, N] float64, as the reference computes it; 0 for two boxes without area."""
+    # float64 as there: float32 loses the last pixel of areas above 2^24 and so decides some pairs otherwise.
+    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
+    near = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    far = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    intersection = np.prod(np.maximum(far - near, 0.0), axis=2)
+    area, other_area = (np.prod(np.maximum(b[:, 2:] - b[:, :2], 0.0), axis=1) for b in (boxes, others))
+    union = area[:, None] + other_area[None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)

@@ -1,0 +1,135 @@
+"""Pixelss with boxes on them."""
+
+import colorsys
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from fasterrcnn_jax.data.images import record_pixels
+from fasterrcnn_jax.data.records import (
+    Dataset,
+    ImageDetections,
+    ImageProposals,
+    Prediction,
+)
+
+# Limits of a comparison sheet.
+SHOWN_IMAGES = 6
+SHOWN_PROPOSALS = 20  # the best of each image
+SHOWN_SIDE = 480  # pixels; larger images shrink to it
+
+Pixels = UInt8[np.ndarray, "h w 3"]
+
+
+def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Pixels:
+    """Returns a copy of `image` with a labelled box per detection scored at `score_threshold` or more.
+
+    Args:
+      image: uint8 RGB.
+      detections: what `predict` returned for this one image.
+    Raises:
+      ValueError: `image` is no uint8 picture, or `detections` is a list.
+    """
+    if not isinstance(detections, Prediction):
+        raise ValueError(f"detections must be one Prediction, got {type(detections).__name__}")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
+    shown = detections.scores >= score_threshold
+    captions = [
+        f"{name} {score:.2f}"
+        for name, score, show in zip(detections.class_names, detections.scores, shown, strict=True)
+        if show
+    ]
+    return draw_boxes(image, detections.boxes[shown], detections.labels[shown], captions)
+
+
+def draw_boxes(
+    image: Pixels, boxes: Float[np.ndarray, "n 4"], labels: Int[np.ndarray, "n"], captions: list[str]
+) -> Pixels:
+    """Returns a copy of `image` with boxes in their label's colour, captioned."""
+    canvas = Image.fromarray(image)
+    pen = ImageDraw.Draw(canvas)
+    unit = max(1, round(max(canvas.size) / 400))
+    font = ImageFont.load_default(size=max(9, 9 * unit))
+    for box, label, caption in zip(boxes, labels, captions, strict=True):
+        x1, y1, x2, y2 = (float(side) for side in box)
+        colour = label_colour(int(label))
+        # A box covers [x1, x2): the last pixel that belongs to it is x2 - 1.
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=unit)
+        if not caption:
+            continue
+        left, top, right, bottom = pen.textbbox((0, 0), caption, font=font)
+        # Above the box where there is room, so that a small object stays visible.
+        x = max(0.0, min(x1, canvas.width - (right - left) - 2 * unit))
+        y = y1 - (bottom - top) - 2 * unit
+        y = y if y >= 0 else y1
+        pen.rectangle((x, y, x + right - left + 2 * unit, y + bottom - top + 2 * unit), fill=colour)
+        pen.text((x + unit - left, y + unit - top), caption, fill="black", font=font)
+    return np.array(canvas)
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """Returns a bright colour, far from those of the neighbouring labels."""
+    # Steps of the golden ratio never crowd the colour wheel.
+    red, green, blue = colorsys.hsv_to_rgb((label * 0.618034) % 1.0, 0.65, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def side_by_side(rows: list[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]) -> Pixels:
+    """Returns one picture of rows of pictures, as many in each, white between them."""
+    gap = 8
+    column = max(picture.shape[1] for row in rows for picture in row)
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = len(rows[0]) * (column + gap) + gap
+    sheet = np.full((sum(heights) + gap * (len(rows) + 1), width, 3), 255, np.uint8)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for number, picture in enumerate(row):
+            left = gap + number * (column + gap)
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        top += height + gap
+    return sheet
+
+
+def shown_positions(dataset: Dataset) -> list[int]:
+    """Returns the positions of the images that a sheet shows: a few, spread over the data set."""
+    count = min(SHOWN_IMAGES, len(dataset.records))
+    return np.linspace(0, len(dataset.records) - 1, count).astype(int).tolist()
+
+
+def comparison_sheet(
+    dataset: Dataset,
+    chosen: list[int],
+    detections: list[ImageDetections] | None,
+    proposals: list[ImageProposals],
+) -> Pixels:
+    """Returns a row for each chosen image: ground truth, its best proposals, and detections where there are some.
+
+    Args:
+      detections: of every image of the data set.
+      proposals: of the chosen ones.
+    """
+    rows = []
+    for index, proposed in zip(chosen, proposals, strict=True):
+        record = dataset.records[index]
+        image = record_pixels(record)
+        zoom = SHOWN_SIDE / max(record.image_hw)
+        # Captions would cover a small image. Whole factors keep its pixels.
+        zoom = float(round(zoom)) if zoom > 1 else zoom
+        size = tuple(max(1, round(side * zoom)) for side in record.image_hw[::-1])
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        truth = [dataset.class_names[label - 1] for label in record.labels]
+        best = proposed.boxes[:SHOWN_PROPOSALS] * zoom
+        row = [
+            draw_boxes(image, record.boxes * zoom, record.labels, truth),
+            draw_boxes(image, best, np.arange(len(best)), [""] * len(best)),
+        ]
+        if detections is not None:
+            found = detections[index]
+            names = tuple(dataset.class_names[label - 1] for label in found.labels)
+            row.append(draw(image, Prediction(found.boxes * zoom, found.scores, found.labels, names)))
+        rows.append(tuple(row))
+    return side_by_side(rows)

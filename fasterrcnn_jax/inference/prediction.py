@@ -1,0 +1,122 @@
+"""`detect` on a device, `predict` around it on the host, whole data sets, and pictures of the result."""
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.data.records import ImageDetections, Prediction
+from fasterrcnn_jax.data.transforms import (
+    canvas_for,
+    network_size,
+    scale_boxes,
+    smallest_canvas,
+    to_canvas,
+)
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.models.faster_rcnn import detect
+from fasterrcnn_jax.structures import Detections
+
+jitted_detect = jax.jit(detect, static_argnames="implementation")
+
+
+def predict(
+    model: Detector, images: Any, *, batch_size: int = 1, implementation: Implementation = None
+) -> Prediction | list[Prediction]:
+    """Finds objects in one image, a list of images of any sizes, or a batch array.
+
+    Images are grouped by canvas and every group is cut into batches of exactly `batch_size`, so what is
+    found in an image never depends on which others came with it.
+
+    Args:
+      images: uint8 RGB [height, width, 3], a list of such arrays, or [batch, height, width, 3].
+      implementation: of NMS and region features, as of `detect`.
+    Returns:
+      One `Prediction` for one image, a list otherwise.
+    Raises:
+      ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel, or
+        `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    listed, single = _listed(images)
+    predictions: list[Prediction] = [None] * len(listed)  # type: ignore[list-item]
+    groups = defaultdict(list)
+    for position, image in enumerate(listed):
+        groups[canvas_for(image.shape[:2], model.config.image)].append(position)
+    for canvas, positions in groups.items():
+        for start in range(0, len(positions), batch_size):
+            chosen = positions[start : start + batch_size]
+            pixels, image_hw, scale = _on_canvas(
+                [listed[position] for position in chosen], canvas, batch_size, model.config.image
+            )
+            found = jax.device_get(jitted_detect(model, pixels, image_hw, scale, implementation=implementation))
+            for row, position in enumerate(chosen):
+                boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
+                names = tuple(model.class_names[label - 1] for label in labels)
+                predictions[position] = Prediction(boxes, scores, labels, names)
+    return predictions[0] if single else predictions
+
+
+def preprocess(
+    images: Any, config: ImageConfig
+) -> tuple[
+    Float[np.ndarray, "b H W 3"] | UInt8[np.ndarray, "b H W 3"],
+    Float[np.ndarray, "b 2"],
+    Float[np.ndarray, "b 2"],
+]:
+    """Returns the arguments (images, image_hw, scale) of `detect`: all pictures on one canvas that holds them.
+
+    Divide boxes by `scale` (y, x) to come back to original pixels.
+
+    Args:
+      images: uint8 RGB, at least one; a single one makes a batch of one.
+      config: of the model, `model.config.image`.
+    Raises:
+      ValueError: an image is not a uint8 array [height, width, 3], or no single canvas holds them all.
+    """
+    listed, _ = _listed(images)
+    if not listed:
+        raise ValueError("preprocess needs at least one image")
+    needed = [network_size(image.shape[:2], config) for image in listed]
+    height, width = (max(size[axis] for size in needed) for axis in (0, 1))
+    return _on_canvas(listed, smallest_canvas((height, width), config), len(listed), config)
+
+
+def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
+    """Returns the images one by one, and whether a single one was given; refuses what is no image."""
+    if not isinstance(images, (list, tuple)):
+        images = np.asarray(images)
+    single = not isinstance(images, (list, tuple)) and images.ndim != 4
+    listed = [np.asarray(image) for image in ([images] if single else images)]
+    for position, image in enumerate(listed):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"image {position} must be a uint8 array [height, width, 3], got {image.dtype} {list(image.shape)}"
+            )
+    return listed, single
+
+
+def _on_canvas(images, canvas, rows, config):
+    """Stacks the pictures; rows beyond them are empty pictures of zero size."""
+    pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
+    image_hw = np.zeros((rows, 2), np.float32)
+    scale = np.ones((rows, 2), np.float32)
+    for row, image in enumerate(images):
+        pixels[row], image_hw[row], scale[row] = to_canvas(image, canvas, config)
+    return pixels, image_hw, scale
+
+
+def to_original(
+    found: Detections, row: int, scale: Float[np.ndarray, "2"], original_hw: tuple[int, int]
+) -> ImageDetections:
+    """Returns one image's valid detections in the pixels of the image as it was given."""
+    valid = np.asarray(found.valid[row])
+    boxes = scale_boxes(np.asarray(found.boxes[row])[valid], 1.0 / np.asarray(scale, np.float32))
+    height, width = original_hw
+    boxes = np.clip(boxes, 0.0, np.asarray([width, height, width, height], np.float32))
+    return ImageDetections(boxes, np.asarray(found.scores[row])[valid], np.asarray(found.labels[row])[valid])

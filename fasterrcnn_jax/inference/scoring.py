@@ -1,0 +1,90 @@
+"""What a model finds in a data set, how good that is, and how both are shown: of each kind of training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
+from fasterrcnn_jax.evaluation.recall import (
+    RECALL,
+    format_recall,
+    proposal_recall,
+    recall_dict,
+)
+from fasterrcnn_jax.evaluation.report import (
+    evaluate_detections,
+    format_table,
+    metrics_dict,
+)
+from fasterrcnn_jax.inference.dataset import (
+    detect_dataset,
+    detect_dataset_in_proposals,
+    propose_dataset,
+)
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.models.detector import Detector
+
+Scored = Literal["detections", "detections in given proposals", "proposals"]
+
+
+class Score(NamedTuple):
+    values: dict[str, float | None]  # under flat names for a log; None where undefined
+    headline: str  # in a few words
+    table: str
+    detections: list[ImageDetections] | None
+    proposals: list[ImageProposals] | None  # where they are what is scored
+
+
+def score(
+    model: Detector,
+    dataset: Dataset,
+    *,
+    of: Scored = "detections",
+    given: Mapping[str, ImageProposals] | None = None,
+    batch_size: int,
+    implementation: Implementation = None,
+) -> Score:
+    """Returns what is found and its metrics.
+
+    Args:
+      given: of "detections in given proposals": those, by image id.
+      batch_size: images at once, on one device.
+    """
+    options = dict(batch_size=batch_size, implementation=implementation)
+    if of == "proposals":
+        proposals = propose_dataset(model, dataset, **options)
+        recall = proposal_recall(proposals, dataset)
+        values = recall_dict(recall)
+        headline = f"AR@300 of the proposals {_number(values[RECALL])}"
+        return Score(values, headline, format_recall(recall), None, proposals)
+    if of == "detections":
+        found = detect_dataset(model, dataset, **options)
+    else:
+        found = detect_dataset_in_proposals(model, dataset, given, **options)
+    result = evaluate_detections(found, dataset)
+    values = metrics_dict(result, dataset.class_names)
+    table = format_table(dataset, result.voc07, result.voc_area, result.coco)
+    return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None)
+
+
+def shown_proposals(
+    model: Detector,
+    dataset: Dataset,
+    found: Score,
+    chosen: Sequence[int],
+    *,
+    given: Mapping[str, ImageProposals] | None,
+    batch_size: int,
+    implementation: Implementation = None,
+) -> list[ImageProposals]:
+    """Returns the proposals of the images at positions `chosen`: scored, given, or the model's own."""
+    if found.proposals is not None:
+        return [found.proposals[index] for index in chosen]
+    records = tuple(dataset.records[index] for index in chosen)
+    if given is not None:
+        return [given[record.id] for record in records]
+    sample = dataset._replace(records=records)
+    return propose_dataset(model, sample, batch_size=batch_size, implementation=implementation)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

@@ -1,0 +1,128 @@
+"""The region proposal network over a batch: predictions, targets, proposals, losses.
+
+Ren et al. 2015 (arXiv:1506.01497), section 3.1. The functions of `ops` see one image; here they are mapped over
+the batch, so the result of an image does not depend on the other images of its batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from fasterrcnn_jax.config import ModelConfig, ProposalConfig
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.models.detector import Detector, Features
+from fasterrcnn_jax.models.layers import level_masks
+from fasterrcnn_jax.ops.anchors import (
+    AnchorGrid,
+    anchors_of,
+    anchors_on_image,
+    check_border,
+)
+from fasterrcnn_jax.ops.losses import RpnLosses, rpn_losses
+from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.targets import anchor_targets
+from fasterrcnn_jax.structures import AnchorTargets, GroundTruth, Proposals
+
+ImageKeys = Key[Array, "b"] | UInt32[Array, "b 2"]
+
+
+class RpnOutput(NamedTuple):
+    """What the RPN says about the anchors of a batch. Anchors are in the order of `anchors_of`."""
+
+    grid: AnchorGrid
+    objectness: Float[Array, "b a"]  # logits
+    deltas: Float[Array, "b a 4"]
+    anchor_valid: Bool[Array, "b a"]  # False: the anchor lies in padding; it is neither trained on nor proposed
+    image_hw: Float[Array, "b 2"]  # (height, width) of each image inside the canvas
+
+    @property
+    def num_locations(self) -> Int[Array, "b"]:
+        """The number of feature cells that hold the image."""
+        return self.anchor_valid.sum(axis=1) // self.grid.per_cell
+
+
+def rpn_output(
+    model: Detector,
+    features: Features,
+    image_hw: Float[Array, "b 2"],
+    image_valid: Bool[Array, "b"] | None = None,
+) -> RpnOutput:
+    """Returns objectness and deltas of all anchors, in float32; section 3.1.
+
+    Args:
+      image_valid: False for rows that only fill the batch. None: every row is an image.
+    """
+    config = model.config
+    objectness, deltas = model.rpn_head(features, level_masks(config, features, image_hw))
+    grid = anchors_of(config, tuple(level.shape[1:3] for level in features))
+    anchor_valid = anchors_on_image(grid, image_hw, config)
+    if image_valid is not None:
+        anchor_valid = anchor_valid & image_valid[:, None]
+    return RpnOutput(grid, objectness, deltas, anchor_valid, image_hw)
+
+
+def batch_anchor_targets(
+    config: ModelConfig,
+    keys: ImageKeys,
+    rpn: RpnOutput,
+    ground_truth: GroundTruth,
+    *,
+    canvas: tuple[int, int],
+) -> AnchorTargets:
+    """Labels a random sample of the anchors of each image; section 3.1.2.
+
+    Args:
+      canvas: (height, width) of the padded images.
+    Raises:
+      InputError: every anchor reaches too far over the border of the canvas.
+    """
+    check_border(rpn.grid, canvas, config.rpn.allowed_border)
+    anchors = jnp.asarray(rpn.grid.anchors)
+
+    def per_image(key, anchor_valid, image_hw, ground_truth):
+        return anchor_targets(key, anchors, anchor_valid, image_hw, ground_truth, config=config.rpn)
+
+    return jax.vmap(per_image)(keys, rpn.anchor_valid, rpn.image_hw, ground_truth)
+
+
+def batch_proposals(
+    config: ModelConfig,
+    rpn: RpnOutput,
+    scale: Float[Array, "b 2"],
+    limits: ProposalConfig,
+    implementation: Implementation = None,
+) -> Proposals:
+    """Returns the region proposals of each image; section 3.3.
+
+    Args:
+      scale: (y, x) network pixels per pixel of the original image.
+      limits: `config.train_proposals` or `config.test_proposals`.
+    """
+    anchors = jnp.asarray(rpn.grid.anchors)
+
+    def per_image(objectness, deltas, anchor_valid, image_hw, scale):
+        return propose(
+            objectness,
+            deltas,
+            anchors,
+            anchor_valid,
+            image_hw,
+            scale,
+            level_sizes=rpn.grid.level_sizes,
+            config=limits,
+            coder=config.box_coder,
+            implementation=implementation,
+        )
+
+    return jax.vmap(per_image)(rpn.objectness, rpn.deltas, rpn.anchor_valid, rpn.image_hw, scale)
+
+
+def batch_rpn_losses(config: ModelConfig, rpn: RpnOutput, targets: AnchorTargets) -> RpnLosses:
+    """Returns the two losses of the RPN for each image; eq. 1."""
+
+    def per_image(objectness, deltas, targets, num_locations):
+        return rpn_losses(objectness, deltas, targets, num_locations, config=config.loss)
+
+    return jax.vmap(per_image)(rpn.objectness, rpn.deltas, targets, rpn.num_locations)

@@ -1,0 +1,129 @@
+"""Anchors: the boxes that the RPN scores and bends. Ren et al. 2015 (arXiv:1506.01497), section 3.1.1."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.errors import InputError
+
+
+def cell_anchors(
+    base: float,
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    *,
+    rounding: Literal["base", "half", "none"],
+) -> Float[np.ndarray, "c 4"]:
+    """Returns the anchors of one cell, centred on the origin, ratios varying slowest.
+
+    Args:
+      base: side of the square that `scales` multiply, in pixels of the network input.
+      scales: square roots of the anchors' areas, in `base`.
+      ratios: height / width.
+      rounding: what becomes whole pixels, halves to even: `base` the sides of the box of each ratio before
+        it is scaled (py-faster-rcnn), `half` half of the scaled sides (torchvision), `none` nothing.
+    """
+    ratios = np.asarray(ratios, np.float64)[:, None]
+    scales = np.asarray(scales, np.float64)
+    if rounding == "base":
+        widths = np.round(np.sqrt(base * base / ratios))
+        heights = np.round(widths * ratios) * scales
+        widths = widths * scales
+    else:
+        heights, widths = np.sqrt(ratios) * base * scales, base * scales / np.sqrt(ratios)
+    half_heights, half_widths = 0.5 * heights.ravel(), 0.5 * widths.ravel()
+    if rounding == "half":
+        half_heights, half_widths = np.round(half_heights), np.round(half_widths)
+    return np.stack([-half_widths, -half_heights, half_widths, half_heights], axis=1).astype(np.float32)
+
+
+def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[np.ndarray, "hw 2"]:
+    """Returns the (x, y) near corners of the feature cells in network pixels, row by row."""
+    y, x = (np.arange(size, dtype=np.float32) * stride for size, stride in zip(grid_hw, stride_hw, strict=True))
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def grid_anchors(
+    cells: Float[np.ndarray, "c 4"],
+    grid_hw: tuple[int, int],
+    stride_hw: tuple[int, int],
+    *,
+    centre: Literal["cell", "corner"] = "cell",
+) -> Float[np.ndarray, "hwc 4"]:
+    """Returns the cell anchors moved to every feature cell: rows, then columns, then anchors of a cell.
+
+    Args:
+      stride_hw: network pixels per cell.
+      centre: where in a cell the anchors are centred, in its middle or on its near corner.
+    """
+    centres = cell_corners(grid_hw, stride_hw)
+    if centre == "cell":
+        centres = centres + np.float32(0.5) * np.asarray(stride_hw[::-1], np.float32)
+    return (np.tile(centres, 2)[:, None, :] + cells[None, :, :]).reshape(-1, 4)
+
+
+# Network pixels per cell of P2 to P6. Lin et al. 2017 (arXiv:1612.03144), section 4.1.
+PYRAMID_STRIDES = (4, 8, 16, 32, 64)
+
+
+class AnchorGrid(NamedTuple):
+    """Constants of a program. Levels from fine to coarse; in each rows, columns, anchors of a cell."""
+
+    anchors: Float[np.ndarray, "a 4"]
+    corners: Float[np.ndarray, "a 2"]  # (x, y), near corner of the anchor's feature cell in network pixels
+    level_sizes: tuple[int, ...]  # anchors of each level
+    per_cell: int
+
+
+def strides_of(config: ModelConfig) -> tuple[int, ...]:
+    """Returns network pixels per cell of each level that carries anchors."""
+    return (config.backbone.stride,) if config.fpn is None else PYRAMID_STRIDES
+
+
+def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> AnchorGrid:
+    """Returns the anchors of feature maps with `grids` rows and columns, fine to coarse."""
+    rpn, strides = config.rpn, strides_of(config)
+    canvas = [cells * strides[0] for cells in grids[0]]
+    anchors, corners = [], []
+    for grid_hw, stride in zip(grids, strides, strict=True):
+        cells = cell_anchors(
+            rpn.anchor_base * stride / strides[0],
+            rpn.anchor_scales,
+            rpn.anchor_ratios,
+            rounding=rpn.anchor_rounding,
+        )
+        apart = (stride, stride)
+        if rpn.anchor_stride == "canvas":
+            apart = (canvas[0] // grid_hw[0], canvas[1] // grid_hw[1])
+        anchors.append(grid_anchors(cells, grid_hw, apart, centre=rpn.anchor_centre))
+        corners.append(np.repeat(cell_corners(grid_hw, (stride, stride)), len(cells), axis=0))
+    sizes = tuple(len(level) for level in anchors)
+    return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, len(cells))
+
+
+def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: ModelConfig) -> Bool[Array, "b a"]:
+    """True where the anchor's cell holds picture: without padding the others would hardly exist.
+
+    True for all where the configuration lets anchors in the padding take part.
+    """
+    if config.rpn.anchors_in_padding:
+        return jnp.ones((len(image_hw), len(grid.anchors)), bool)
+    return (jnp.asarray(grid.corners)[None] < image_hw[:, None, ::-1]).all(axis=-1)
+
+
+def check_border(grid: AnchorGrid, canvas: tuple[int, int], allowed_border: float | None) -> None:
+    """Raises InputError where even a picture that fills the canvas has no anchor to train the RPN on."""
+    if allowed_border is None:
+        return
+    anchors = grid.anchors
+    sides = anchors[:, 2:] - anchors[:, :2]
+    reach = np.concatenate([-anchors[:, :2], anchors[:, 2:] - np.float32(canvas[::-1])], axis=1)
+    if (reach > allowed_border).any(axis=1).all():
+        raise InputError(
+            f"every anchor reaches more than model.rpn.allowed_border = {allowed_border} pixels over the border "
+            f"of a {canvas[0]} x {canvas[1]} canvas: the smallest is {sides.prod(axis=1).min() ** 0.5:.0f} pixels "
+            "square; smaller model.rpn.anchor_scales, or None for the border, give the RPN something to learn"
+        )

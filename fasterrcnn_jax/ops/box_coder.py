@@ -1,0 +1,68 @@
+"""Boxes as deltas from anchors, and back. Ren et al. 2015 (arXiv:1506.01497), eq. 2.
+
+Deltas `(dx, dy, dw, dh)` may be normalised, `(delta - mean) / std`: Fast R-CNN (arXiv:1504.08083), section 2.3.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fasterrcnn_jax.structures import MAX_LOG_SCALE, PerDelta
+
+ZEROS: PerDelta = (0.0, 0.0, 0.0, 0.0)
+ONES: PerDelta = (1.0, 1.0, 1.0, 1.0)
+
+
+def _centres_and_sides(boxes: Float[Array, "*b 4"]):
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + 0.5 * sides, sides
+
+
+def _like(deltas: Float[Array, "*b 4"], values: PerDelta) -> Float[Array, "*b 4"]:
+    return jnp.broadcast_to(jnp.asarray(values, jnp.float32), deltas.shape)
+
+
+def encode(
+    boxes: Float[Array, "*b 4"],
+    anchors: Float[Array, "*b 4"],
+    *,
+    means: PerDelta = ZEROS,
+    stds: PerDelta = ONES,
+) -> Float[Array, "*b 4"]:
+    """Returns the normalised deltas that carry `anchors` onto `boxes`; inverse of `decode`.
+
+    `t_x = (x - x_a) / w_a`, `t_w = log(w / w_a)`.
+
+    Args:
+      boxes: target boxes; positive width and height (filter padding first).
+      anchors: positive width and height.
+    """
+    centres, sides = _centres_and_sides(boxes)
+    anchor_centres, anchor_sides = _centres_and_sides(anchors)
+    deltas = jnp.concatenate([(centres - anchor_centres) / anchor_sides, jnp.log(sides / anchor_sides)], axis=-1)
+    return (deltas - _like(deltas, means)) / _like(deltas, stds)
+
+
+def decode(
+    deltas: Float[Array, "*b 4"],
+    anchors: Float[Array, "*#b 4"],
+    *,
+    means: PerDelta = ZEROS,
+    stds: PerDelta = ONES,
+    max_log_scale: float | None = MAX_LOG_SCALE,
+    far_corner_offset: int = 0,
+) -> Float[Array, "*b 4"]:
+    """Returns the boxes that normalised `deltas` make of `anchors`.
+
+    Args:
+      max_log_scale: larger log scales are cut to this; None cuts nothing and may overflow to infinity.
+      far_corner_offset: added to the far corners. 1 is the reading of the Caffe line, which decodes
+        `x2 = centre + w / 2` and takes it for an inclusive corner.
+    """
+    deltas = deltas * _like(deltas, stds) + _like(deltas, means)
+    anchor_centres, anchor_sides = _centres_and_sides(anchors)
+    centres = deltas[..., :2] * anchor_sides + anchor_centres
+    log_scales = deltas[..., 2:]
+    if max_log_scale is not None:
+        log_scales = jnp.minimum(log_scales, max_log_scale)
+    half = 0.5 * jnp.exp(log_scales) * anchor_sides
+    return jnp.concatenate([centres - half, centres + half + far_corner_offset], axis=-1)

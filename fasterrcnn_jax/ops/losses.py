@@ -1,0 +1,126 @@
+"""The four losses, each as a sum and a count, so that devices can be added before dividing.
+
+Ren et al. 2015 (arXiv:1506.01497), eq. 1; Fast R-CNN (arXiv:1504.08083), eq. 1-3. As in the reference
+implementations both box losses are divided by all sampled anchors (RoIs), not by the foreground ones: a
+picture with few objects then weighs less in the box loss. Other divisors of the RPN's are a setting.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from fasterrcnn_jax.config import LossConfig
+from fasterrcnn_jax.ops.matching import FOREGROUND
+from fasterrcnn_jax.structures import AnchorTargets, Mean, PerDelta, RoiTargets
+
+
+class RpnLosses(NamedTuple):
+    """The losses of the RPN for one image, or for each image of a batch."""
+
+    objectness: Mean
+    box: Mean
+    foreground: Float[Array, "*b"]  # how many of the sampled anchors are foreground
+
+    @classmethod
+    def none(cls, batch_size: int) -> "RpnLosses":
+        """Returns zeros over zero for each image."""
+        zeros = jnp.zeros(batch_size)
+        return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
+
+
+class BoxLosses(NamedTuple):
+    """The losses of the box head for one image, or for each image of a batch."""
+
+    classification: Mean
+    box: Mean
+    foreground: Float[Array, "*b"]  # how many of the sampled RoIs are foreground
+
+    @classmethod
+    def none(cls, batch_size: int) -> "BoxLosses":
+        """Returns zeros over zero for each image."""
+        zeros = jnp.zeros(batch_size)
+        return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
+
+
+def smooth_l1(error: Float[Array, "*b"], *, sigma: float) -> Float[Array, "*b"]:
+    """Returns `0.5 (sigma e)^2` where `|e| < 1 / sigma^2`, `|e| - 0.5 / sigma^2` elsewhere."""
+    beta = 1.0 / sigma**2
+    size = jnp.abs(error)
+    return jnp.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
+
+
+def _distance(
+    deltas: Float[Array, "n 4"], targets: Float[Array, "n 4"], inside_weights: PerDelta, sigma: float
+) -> Float[Array, "n"]:
+    weights = jnp.broadcast_to(jnp.asarray(inside_weights, jnp.float32), deltas.shape)
+    return smooth_l1(weights * (deltas - targets), sigma=sigma).sum(axis=-1)
+
+
+def rpn_losses(
+    objectness: Float[Array, "a"],
+    deltas: Float[Array, "a 4"],
+    targets: AnchorTargets,
+    num_locations: Int[Array, ""],
+    *,
+    config: LossConfig,
+) -> RpnLosses:
+    """Returns the binary cross-entropy and the smooth L1 loss of one image's anchors.
+
+    The box loss is a sum over `config.rpn_box_anchors` divided by `config.rpn_box_normalizer`, or, with
+    `config.rpn_positive_weight`, that weight times the mean over these anchors; times `rpn_box_weight`.
+
+    Args:
+      num_locations: feature cells that hold picture.
+    """
+    sampled = targets.labels >= 0
+    foreground = sampled & (targets.labels == FOREGROUND)
+    regressed = foreground if config.rpn_box_anchors == "sampled" else targets.foreground
+    counts = {
+        "sampled": sampled.sum(),
+        "positives": regressed.sum(),
+        "locations": num_locations,
+    }
+    entropy = optax.sigmoid_binary_cross_entropy(objectness, foreground.astype(jnp.float32))
+    distance = _distance(deltas, targets.deltas, config.rpn_box_inside_weights, config.rpn_sigma)
+    normalizer, weight = config.rpn_box_normalizer, config.rpn_box_weight
+    if config.rpn_positive_weight is not None:
+        normalizer, weight = "positives", weight * config.rpn_positive_weight
+    return RpnLosses(
+        objectness=Mean(jnp.where(sampled, entropy, 0.0).sum(), counts["sampled"].astype(jnp.float32)),
+        box=Mean(weight * jnp.where(regressed, distance, 0.0).sum(), counts[normalizer].astype(jnp.float32)),
+        foreground=foreground.sum().astype(jnp.float32),
+    )
+
+
+def box_losses(
+    class_logits: Float[Array, "r k"],
+    deltas: Float[Array, "r k2 4"],
+    targets: RoiTargets,
+    *,
+    config: LossConfig,
+) -> BoxLosses:
+    """Returns the softmax cross-entropy and the smooth L1 loss of one image's RoIs.
+
+    Only the deltas of a RoI's own class count, and only where that class is not background. The box loss
+    carries `config.roi_box_weight`.
+
+    Args:
+      deltas: per class, or one set for all classes.
+    """
+    count = targets.valid.sum().astype(jnp.float32)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits, targets.labels)
+    if deltas.shape[1] == 1:
+        of_class = deltas[:, 0]
+    else:
+        one_hot = jax.nn.one_hot(targets.labels, deltas.shape[1], dtype=jnp.float32)
+        of_class = jnp.einsum("rkd,rk->rd", deltas, one_hot, precision=jax.lax.Precision.HIGHEST)
+    distance = _distance(of_class, targets.deltas, config.roi_box_inside_weights, config.roi_sigma)
+    foreground = targets.valid & (targets.labels > 0)
+    return BoxLosses(
+        classification=Mean(jnp.where(targets.valid, entropy, 0.0).sum(), count),
+        box=Mean(config.roi_box_weight * jnp.where(foreground, distance, 0.0).sum(), count),
+        foreground=foreground.sum().astype(jnp.float32),
+    )

@@ -1,0 +1,70 @@
+"""From RPN outputs to region proposals. Ren et al. 2015 (arXiv:1506.01497), section 3.3."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.ops.box_coder import decode
+from fasterrcnn_jax.ops.boxes import clip, larger_than
+from fasterrcnn_jax.ops.suppression import nms
+from fasterrcnn_jax.structures import Proposals
+
+
+def propose(
+    objectness: Float[Array, "a"],
+    deltas: Float[Array, "a 4"],
+    anchors: Float[Array, "a 4"],
+    anchor_valid: Bool[Array, "a"],
+    image_hw: Float[Array, "2"],
+    scale: Float[Array, "2"],
+    *,
+    level_sizes: tuple[int, ...] | None = None,
+    config: ProposalConfig,
+    coder: BoxCoderConfig,
+    implementation: Implementation = None,
+) -> Proposals:
+    """Returns the `config.post_nms_top_n` best boxes of one image, clipped to the picture.
+
+    Decode, clip to the true image, keep the best of each level by objectness, NMS in each level, the best of
+    all levels; small boxes drop on the way. No gradient passes: the proposals are inputs of the box head, not functions
+    that it trains.
+
+    Args:
+      objectness: logits.
+      anchor_valid: False for anchors whose cell lies in the padding; they never propose.
+      scale: (y, x) network pixels per pixel of the stored picture; small is meant in the latter.
+      level_sizes: anchors of each pyramid level, one after the other; None: all are of one map.
+    """
+    offset = coder.far_corner_offset
+    boxes = decode(deltas, anchors, max_log_scale=coder.max_log_scale, far_corner_offset=offset)
+    boxes = clip(boxes, image_hw, far_corner_offset=offset)
+    boxes, objectness = lax.stop_gradient((boxes, objectness))
+    large = larger_than(boxes, config.min_size, scale)
+    valid = anchor_valid & large
+    # Logits order as probabilities do, without the ties of saturated sigmoids.
+    ranked = jnp.where(valid if config.drop_small == "first" else anchor_valid, objectness, -jnp.inf)
+    best, groups, start = [], [], 0
+    for level, size in enumerate(level_sizes or (len(anchors),)):
+        top_n = min(config.pre_nms_top_n, size)
+        best.append(start + lax.top_k(ranked[start : start + size], top_n)[1])
+        groups.append(jnp.full(top_n, level, jnp.int32))
+        start += size
+    top = jnp.concatenate(best)
+    boxes, logits, valid = boxes[top], ranked[top], valid[top]
+    kept, kept_valid = nms(
+        boxes,
+        logits,
+        valid,
+        iou_threshold=config.nms_threshold,
+        max_output=config.post_nms_top_n,
+        groups=None if len(best) == 1 else jnp.concatenate(groups),
+        implementation=implementation,
+    )
+    return Proposals(
+        jnp.where(kept_valid[:, None], boxes[kept], 0.0),
+        jnp.where(kept_valid, jax.nn.sigmoid(logits[kept]), 0.0),
+        kept_valid,
+    )

@@ -1,0 +1,288 @@
+"""RoIAlign: a fixed grid of features for every region. He et al. 2017 (arXiv:1703.06870), section 3.
+
+Shapes: n images (the axes that are mapped, folded into one), r regions, s bins along a side, c channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fasterrcnn_jax.kernels import choice
+from fasterrcnn_jax.kernels import roi_align as kernel
+from fasterrcnn_jax.kernels.batching import fold_mapped_axes
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.kernels.roi_align import SampleGrid
+
+# Of one image. Between the two products each holds a row of the whole map per bin: 1.8 MB at 7 bins of 63 x 1024.
+REGIONS_AT_ONCE = 128
+
+
+def roi_align(
+    features: tuple[Float[Array, "_ _ c"], ...],
+    boxes: Float[Array, "r 4"],
+    levels: Int[Array, " r"],
+    *,
+    strides: tuple[int, ...],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    implementation: Implementation = None,
+) -> Float[Array, "r s s c"]:
+    """Returns `output_size` x `output_size` features per box, in the type of `features`; summed in float32.
+
+    Samples more than one cell outside the map count as zero, the others are clamped to it, as in
+    torchvision and detectron2. Coordinates that are no finite number lie outside. No gradient reaches `boxes`. The
+    features' gradient is summed in float32; it has the same bits in every run on a CPU and with the
+    kernel, but on a GPU without it ("xla") in an order that changes from run to run.
+
+    Args:
+      features: one map per level.
+      boxes: network pixels. Without the kernel and with `sampling_ratio` 0 the work grows with the longest
+        side: clip first.
+      levels: the index into `features` of every box.
+      strides: network pixels per cell of every level.
+      sampling_ratio: samples per bin and axis; 0 takes as many as a bin has cells, rounded up, in each
+        box by itself (none, and so zeros, where a side is not positive).
+      aligned: cell (j, k) of a map has its centre at ((k + 0.5) * stride, (j + 0.5) * stride) network
+        pixels. Otherwise at (k * stride, j * stride), and a box's sides count as at least one cell: the
+        operator before detectron2 moved it.
+    Raises:
+      ValueError: `output_size` is not positive, `sampling_ratio` is negative, or there is not one stride per
+        map or not one type of features.
+      NotImplementedError: the named implementation cannot run.
+    """
+    _require_positive(output_size)
+    if sampling_ratio < 0:
+        raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}")
+    if len(features) != len(strides):
+        raise ValueError(f"need one stride per map, got {len(strides)} for {len(features)}")
+    dtypes = sorted({level.dtype.name for level in features})
+    if len(dtypes) > 1:
+        raise ValueError(f"the maps must have one type, got {' and '.join(dtypes)}")
+    unsupported = choice.unsupported_features(features[0].dtype, features[0].shape[2])
+    if len(boxes) == 0:
+        unsupported = "it takes at least one region and there is none"
+    chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
+    grid = _sample_grid(boxes, levels, strides, output_size, sampling_ratio, aligned)
+    return _pool(features, grid, sampling_ratio, chosen)
+
+
+def roi_align_average(
+    features: Float[Array, "h w c"],
+    boxes: Float[Array, "r 4"],
+    *,
+    stride: int,
+    output_size: int,
+) -> Float[Array, "r s s c"]:
+    """Returns `output_size` x `output_size` features per box, in float32: each the mean of 2 x 2 samples.
+
+    The operator of faster-rcnn.pytorch's first branch. One bilinear sample at each of the
+    (`output_size` + 1)^2 corners of the bins, shared by the bins that meet there. Cell (j, k) lies at
+    (k * stride, j * stride) and boxes are inclusive in *cells*: a side is x2 - x1 + 1 of them. Samples
+    outside [0, h) x [0, w) are zero; those beyond the last cell are extrapolated from the last two.
+    No gradient reaches `boxes`.
+
+    Args:
+      boxes: network pixels, inclusive corners.
+    Raises:
+      ValueError: `output_size` is not positive, or `features` has fewer than two cells along a side.
+    """
+    _require_positive(output_size)
+    height, width, _ = features.shape
+    if min(height, width) < 2:
+        raise ValueError(f"roi_align_average needs a map of at least 2 x 2 cells, got {height} x {width}")
+    boxes = lax.stop_gradient(boxes) / stride
+    sides = jnp.maximum(boxes[:, 2:] - boxes[:, :2] + 1.0, 0.0)
+
+    def weights(start, side, size):
+        corners = jnp.arange(output_size + 1, dtype=jnp.float32)[None]
+        points = start[:, None] + corners * (side / output_size)[:, None]
+        base = jnp.minimum(jnp.floor(points), size - 2.0)
+        part = (points - base)[..., None]
+        cells = jnp.arange(size, dtype=jnp.float32)[None, None] - base[..., None]
+        at_corners = jnp.where(cells == 0.0, 1.0 - part, 0.0) + jnp.where(cells == 1.0, part, 0.0)
+        inside = (points >= 0.0) & (points < size)
+        at_corners = jnp.where(inside[..., None], at_corners, 0.0)
+        return (at_corners[:, :-1] + at_corners[:, 1:]) / 2.0
+
+    return contract(
+        features,
+        weights(boxes[:, 1], sides[:, 1], height),
+        weights(boxes[:, 0], sides[:, 0], width),
+    )
+
+
+def contract(
+    features: Float[Array, "h w c"],
+    weights_y: Float[Array, "r p h"],
+    weights_x: Float[Array, "r q w"],
+) -> Float[Array, "r p q c"]:
+    """Returns the sums of all cells of the map, weighted by the product of both weights, in float32."""
+    # Interpolation weights must not be rounded to TF32.
+    precision = lax.Precision.HIGHEST
+    features = features.astype(jnp.float32)
+
+    def contract_one(weights):
+        weights_y, weights_x = weights
+        rows = jnp.einsum("pj,jkc->pkc", weights_y, features, precision=precision)
+        return jnp.einsum("qk,pkc->pqc", weights_x, rows, precision=precision)
+
+    return lax.map(contract_one, (weights_y, weights_x), batch_size=REGIONS_AT_ONCE)
+
+
+def linear_weights(points: Float[Array, "r p"], size: int) -> Float[Array, "r p {size}"]:
+    """Returns the weight of each of `size` cells in linear interpolation at the points; 0 for cells outside."""
+    cells = jnp.arange(size, dtype=jnp.float32)[None, None]
+    return jnp.maximum(1.0 - jnp.abs(points[..., None] - cells), 0.0)
+
+
+def _sample_grid(boxes, levels, strides, bins, sampling_ratio, aligned) -> SampleGrid:
+    corners = boxes / jnp.array(strides, jnp.float32)[levels][:, None] - (0.5 if aligned else 0.0)
+    starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    if not aligned:
+        sides = jnp.maximum(sides, 1.0)
+    bin_sides = sides / bins
+    if sampling_ratio:
+        samples = jnp.full_like(sides, sampling_ratio)
+    else:
+        samples = jnp.ceil(bin_sides)
+        # XLA divides by multiplying with the reciprocal: whole multiples may come out a little too large.
+        samples = jnp.where((samples - 1.0) * bins >= sides, samples - 1.0, samples)
+        samples = jnp.where((samples > 0.0) & (samples < jnp.inf), samples, 0.0)
+    bin_starts = starts[..., None] + jnp.arange(bins, dtype=jnp.float32)[None, None] * bin_sides[..., None]
+    return SampleGrid(levels.astype(jnp.int32), bin_starts, bin_sides / jnp.maximum(samples, 1.0), samples)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _pool(features, grid, sampling_ratio, implementation):
+    return _forward(sampling_ratio, implementation)(_lead(features), _lead(grid))[0]
+
+
+def _pool_forward(features, grid, sampling_ratio, implementation):
+    # Empty arrays carry the static sizes of the maps to the backward pass.
+    return _pool(features, grid, sampling_ratio, implementation), (
+        grid,
+        [level[..., :0] for level in features],
+    )
+
+
+def _pool_backward(sampling_ratio, implementation, residuals, cotangent):
+    grid, empty = residuals
+    backward = _backward(tuple(level.shape[:2] for level in empty), sampling_ratio, implementation)
+    # None: no gradient for the grid, and so for the boxes.
+    return tuple(gradient[0] for gradient in backward(cotangent[None], _lead(grid))), None
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
+
+
+def _lead(arrays):
+    return jax.tree.map(lambda x: x[None], arrays)
+
+
+@functools.cache
+def _forward(sampling_ratio, implementation):
+    forward = kernel.forward if implementation == "mosaic" else _forward_by_taking
+    return fold_mapped_axes(functools.partial(forward, sampling_ratio=sampling_ratio))
+
+
+@functools.cache
+def _backward(maps, sampling_ratio, implementation):
+    backward = kernel.backward if implementation == "mosaic" else _backward_by_adding
+    return fold_mapped_axes(functools.partial(backward, maps=maps, sampling_ratio=sampling_ratio))
+
+
+def _forward_by_taking(
+    features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid, *, sampling_ratio: int
+) -> Float[Array, "n r s s c"]:
+    cells = jnp.concatenate([level.reshape(len(level), -1, level.shape[3]) for level in features], axis=1)
+    cells = cells.reshape(-1, cells.shape[2])
+
+    def add(corners, pooled):
+        for index, weight in corners:
+            pooled += weight[..., None] * cells[index].astype(jnp.float32)
+        return pooled
+
+    problems, regions, _, bins = grid.bin_start.shape
+    pooled = jnp.zeros((problems, regions, bins, bins, cells.shape[1]))
+    maps = [level.shape[1:3] for level in features]
+    # Unrolled, a static number of samples becomes one kernel on a GPU.
+    pooled = _over_samples(grid, maps, sampling_ratio, add, pooled, unroll=sampling_ratio > 0)
+    return pooled.astype(cells.dtype)
+
+
+def _backward_by_adding(
+    cotangent: Float[Array, "n r s s c"],
+    grid: SampleGrid,
+    *,
+    maps: tuple[tuple[int, int], ...],
+    sampling_ratio: int,
+) -> tuple[Float[Array, "n _ _ c"], ...]:
+    problems, *_, channels = cotangent.shape
+    dtype, cotangent = cotangent.dtype, cotangent.astype(jnp.float32)
+
+    def add_one(gradient, corner):
+        index, weight = corner
+        return gradient.at[index].add(weight[..., None] * cotangent), None
+
+    # A loop holds one product with the cotangent at a time.
+    def add(corners, gradient):
+        return lax.scan(add_one, gradient, jax.tree.map(lambda *x: jnp.stack(x), *corners))[0]
+
+    ends = np.cumsum([height * width for height, width in maps])
+    gradient = jnp.zeros((problems * ends[-1], channels))
+    gradient = _over_samples(grid, maps, sampling_ratio, add, gradient).astype(dtype)
+    levels = jnp.split(gradient.reshape(problems, -1, channels), ends[:-1], axis=1)
+    return tuple(level.reshape(problems, *cells, channels) for level, cells in zip(levels, maps, strict=True))
+
+
+def _over_samples(grid, maps, sampling_ratio, add, total, *, unroll=False):
+    """Returns `total` after `add`, sample by sample of a bin, of the cells around it.
+
+    Args:
+      add: takes [(index, weight)], both [n r s s], and the total. An index counts the cells of all levels of
+        all images, one after another.
+    """
+    most = jnp.max(grid.samples, axis=(0, 1), initial=0.0).astype(jnp.int32)
+    columns, rows = (sampling_ratio, sampling_ratio) if sampling_ratio else most
+    heights, widths = np.array(maps, np.int32).T
+    ends = np.cumsum(heights * widths, dtype=np.int32)
+    images = ends[-1] * jnp.arange(len(grid.level), dtype=jnp.int32)
+    begins = images[:, None] + jnp.asarray(ends - heights * widths)[grid.level]
+    heights, widths = jnp.asarray(heights)[grid.level], jnp.asarray(widths)[grid.level]
+
+    def body(i, total):
+        neighbours_x = _neighbours(grid, 0, i % columns, widths)
+        neighbours_y = _neighbours(grid, 1, i // columns, heights)
+        corners = []
+        for j, weight_y in neighbours_y:
+            for k, weight_x in neighbours_x:
+                index = begins[..., None, None] + j[..., None] * widths[..., None, None] + k[..., None, :]
+                corners.append((index, weight_y[..., None] * weight_x[..., None, :]))
+        return add(corners, total)
+
+    # One sample at a time, so that no bound on their number is needed.
+    return lax.fori_loop(0, rows * columns, body, total, unroll=unroll)
+
+
+def _neighbours(grid, axis, sample, sizes):
+    """Returns, along one axis, the cells [n r s] before and behind a sample of every bin with their weights."""
+    sample = jnp.float32(sample)
+    samples, step = grid.samples[..., axis, None], grid.step[..., axis, None]
+    last = (sizes[..., None] - 1).astype(jnp.float32)
+    points = grid.bin_start[..., axis, :] + (sample + 0.5) * step
+    counted = (points >= -1.0) & (points <= last + 1.0) & (sample < samples)
+    points = jnp.clip(jnp.where(counted, points, 0.0), 0.0, last)
+    before = jnp.floor(points)
+    behind = jnp.minimum(before + 1.0, last)
+    part, share = points - before, jnp.where(counted, 1.0 / jnp.maximum(samples, 1.0), 0.0)
+    return (before.astype(jnp.int32), share * (1.0 - part)), (behind.astype(jnp.int32), share * part)
+
+
+def _require_positive(output_size):
+    if output_size < 1:
+        raise ValueError(f"output_size must be at least 1, got {output_size}")

@@ -1,0 +1,84 @@
+"""The features of a region by the operator that the configuration names."""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fasterrcnn_jax.config import RoiFeaturesConfig
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.ops.boxes import area
+from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
+from fasterrcnn_jax.ops.roi_cropping import roi_crop
+from fasterrcnn_jax.ops.roi_pooling import roi_pool
+
+
+def roi_features(
+    features: tuple[Float[Array, "_ _ c"], ...],
+    boxes: Float[Array, "r 4"],
+    *,
+    strides: tuple[int, ...],
+    far_corner_offset: int,
+    config: RoiFeaturesConfig,
+    implementation: Implementation = None,
+) -> Float[Array, "r s s c"]:
+    """Returns `config.output_size` x `config.output_size` features per box, in the type of `features`.
+
+    Args:
+      features: one map, or the levels of a pyramid, fine to coarse: each box is then taken from the level
+        that fits its size.
+      boxes: network pixels.
+      strides: network pixels per cell of every map. In a pyramid each is a power of two, twice the last.
+      far_corner_offset: taken off the far corners first: the old operators read inclusive ones.
+    Raises:
+      ValueError: the operator takes a single map and there are several.
+    """
+    boxes = boxes - jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset, boxes.shape)
+    if config.operator == "align":
+        if len(features) == 1:
+            levels = jnp.zeros(len(boxes), jnp.int32)
+        else:
+            lowest, highest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+            levels = assign_levels(boxes, lowest=lowest, highest=highest) - lowest
+        return roi_align(
+            features,
+            boxes,
+            levels,
+            strides=strides,
+            output_size=config.output_size,
+            sampling_ratio=config.sampling_ratio,
+            aligned=config.aligned,
+            implementation=implementation,
+        )
+    if len(features) > 1:
+        raise ValueError(f"the operator {config.operator} takes a single map, got {len(features)}")
+    operators = {
+        "align_average": roi_align_average,
+        "pool": functools.partial(roi_pool, quantisation=config.quantisation, implementation=implementation),
+        "crop": roi_crop,
+    }
+    pooled = operators[config.operator](features[0], boxes, stride=strides[0], output_size=config.output_size)
+    return pooled.astype(features[0].dtype)
+
+
+# A region of the size of an ImageNet crop goes where a single-map detector takes all: to conv4_x.
+CANONICAL_SIZE, CANONICAL_LEVEL = 224.0, 4
+
+
+# Keeps the root of an exact power of two from falling one level short in float32; torchvision's value.
+EPSILON = 1e-6
+
+
+def assign_levels(boxes: Float[Array, "*b 4"], *, lowest: int, highest: int) -> Int[Array, "*b"]:
+    """Returns `floor(4 + log2(sqrt(area) / 224))`, cut to `lowest`..`highest`; `lowest` for empty boxes.
+
+    Level k has a stride of 2^k network pixels.
+
+    Raises:
+      ValueError: `highest` is below `lowest`.
+    """
+    if highest < lowest:
+        raise ValueError(f"need lowest <= highest, got {lowest} and {highest}")
+    levels = jnp.floor(CANONICAL_LEVEL + jnp.log2(jnp.sqrt(jnp.maximum(area(boxes), 0.0)) / CANONICAL_SIZE) + EPSILON)
+    # Cut as integers: not-a-number becomes one, and so a level that there is.
+    return jnp.clip(levels.astype(jnp.int32), lowest, highest)

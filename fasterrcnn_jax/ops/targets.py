@@ -1,0 +1,126 @@
+"""What the RPN and the box head are trained towards, for one image.
+
+Ren et al. 2015 (arXiv:1506.01497), section 3.1.2; Fast R-CNN (arXiv:1504.08083), section 2.3.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
+
+from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
+from fasterrcnn_jax.ops.box_coder import ONES, ZEROS, encode
+from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, match
+from fasterrcnn_jax.ops.sampling import sample
+from fasterrcnn_jax.structures import (
+    AnchorTargets,
+    GroundTruth,
+    PerDelta,
+    Proposals,
+    RoiTargets,
+)
+
+Key = PRNGKeyArray | UInt32[Array, "2"]
+
+
+def within_border(
+    anchors: Float[Array, "a 4"], image_hw: Float[Array, "2"], allowed_border: float | None
+) -> Bool[Array, "a"]:
+    """Returns which anchors reach at most `allowed_border` pixels over the picture's border; None: all."""
+    if allowed_border is None:
+        return jnp.ones(anchors.shape[0], bool)
+    near = (anchors[:, :2] >= -allowed_border).all(axis=1)
+    far = image_hw[::-1] + allowed_border
+    return near & (anchors[:, 2:] <= jnp.broadcast_to(far, (anchors.shape[0], 2))).all(axis=1)
+
+
+def anchor_targets(
+    key: Key,
+    anchors: Float[Array, "a 4"],
+    anchor_valid: Bool[Array, "a"],
+    image_hw: Float[Array, "2"],
+    ground_truth: GroundTruth,
+    *,
+    config: RpnConfig,
+) -> AnchorTargets:
+    """Labels a random sample of the anchors; everything else is ignored.
+
+    Anchors over the border (`config.allowed_border`) take no part at all: they are no box's best either.
+
+    Args:
+      anchor_valid: False for anchors whose cell lies in the padding; they are never sampled.
+    """
+    anchor_valid = anchor_valid & within_border(anchors, image_hw, config.allowed_border)
+    iou = jnp.where(anchor_valid[:, None], pairwise_iou(anchors, ground_truth.boxes), 0.0)
+    matches = match(
+        iou,
+        ground_truth.valid,
+        fg_iou=config.fg_iou,
+        bg_iou=(0.0, config.bg_iou),
+        low_quality=True,
+        clobber_positives=config.clobber_positives,
+    )
+    labels = jnp.where(anchor_valid, matches.labels, IGNORED)
+    chosen = sample(key, labels, size=config.anchors_per_image, fg_fraction=config.fg_fraction)
+    keep = jnp.zeros(labels.shape, bool).at[chosen.indices].set(chosen.valid)
+    foreground = labels == FOREGROUND
+    matched = ground_truth.boxes[matches.matched_gt_indices]
+    return AnchorTargets(
+        labels=jnp.where(keep, labels, IGNORED),
+        deltas=_deltas_where(foreground, matched, anchors, ZEROS, ONES),
+        foreground=foreground,
+    )
+
+
+def roi_targets(
+    key: Key,
+    proposals: Proposals,
+    ground_truth: GroundTruth,
+    *,
+    rois_per_image: int,
+    config: RoiSamplingConfig,
+) -> RoiTargets:
+    """Samples and labels RoIs among the proposals and the ground-truth boxes themselves.
+
+    The ground truth is added so that the head sees foreground before the RPN proposes any. At most
+    `config.fg_fraction` of the sample is foreground; where no candidate is background, the whole sample
+    may be; where none is foreground, it is background alone; where neither exists, it is empty.
+    """
+    boxes = jnp.concatenate([proposals.boxes, ground_truth.boxes])
+    valid = jnp.concatenate([proposals.valid, ground_truth.valid])
+    matches = match(
+        pairwise_iou(boxes, ground_truth.boxes),
+        ground_truth.valid,
+        fg_iou=config.fg_iou,
+        bg_iou=config.bg_iou,
+        low_quality=False,
+    )
+    labels = jnp.where(valid, matches.labels, IGNORED)
+    chosen = sample(
+        key,
+        labels,
+        size=rois_per_image,
+        fg_fraction=config.fg_fraction,
+        fg_only=~(labels == BACKGROUND).any(),
+    )
+    boxes = jnp.where(chosen.valid[:, None], boxes[chosen.indices], 0.0)
+    matched = matches.matched_gt_indices[chosen.indices]
+    foreground = chosen.valid & (matches.labels[chosen.indices] == FOREGROUND)
+    return RoiTargets(
+        boxes=boxes,
+        labels=jnp.where(foreground, ground_truth.labels[matched], 0),
+        deltas=_deltas_where(foreground, ground_truth.boxes[matched], boxes, config.box_means, config.box_stds),
+        valid=chosen.valid,
+    )
+
+
+def _deltas_where(
+    foreground: Bool[Array, "n"],
+    matched: Float[Array, "n 4"],
+    anchors: Float[Array, "n 4"],
+    means: PerDelta,
+    stds: PerDelta,
+) -> Float[Array, "n 4"]:
+    """Encodes where foreground; elsewhere the boxes may be padding, whose logarithm is not finite."""
+    unit = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), anchors.shape)
+    safe = [jnp.where(foreground[:, None], boxes, unit) for boxes in (matched, anchors)]
+    return jnp.where(foreground[:, None], encode(*safe, means=means, stds=stds), 0.0)

@@ -1,0 +1,53 @@
+"""Evaluation within a training: detect, score, log, draw."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fasterrcnn_jax.data.records import Dataset, ImageProposals
+from fasterrcnn_jax.inference.drawing import comparison_sheet, shown_positions
+from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.training.progress import MetricsWriter, say
+from fasterrcnn_jax.training.stages import Stage
+
+
+class Evaluator(NamedTuple):
+    """Evaluates the models of one stage on any of its splits."""
+
+    stage: Stage
+    splits: Mapping[str, Dataset]
+    given: Mapping[str, Mapping[str, ImageProposals]]  # stored proposals by split and image id
+    best_split: str  # the split that decides which checkpoint is best
+    metrics: MetricsWriter
+    batch_size: int  # on one device, which never held more than its share of a batch
+    log: bool  # False for a finished run that is shown again: its numbers are in the log already
+
+    def evaluate(self, model: Detector, split: str, number: int) -> Score:
+        """Returns the score of `model` after step `number`; writes its numbers and an image of its detections."""
+        dataset, given = self.splits[split], self.given.get(split)
+        batch_size, implementation = self.batch_size, self.stage.train.implementation
+        result = score(
+            model,
+            dataset,
+            of=self.stage.evaluated,
+            given=given,
+            batch_size=batch_size,
+            implementation=implementation,
+        )
+        positions = shown_positions(dataset)
+        proposals = shown_proposals(
+            model,
+            dataset,
+            result,
+            positions,
+            given=given,
+            batch_size=batch_size,
+            implementation=implementation,
+        )
+        if self.log:
+            self.metrics.write(number, {f"{split}/{name}": value for name, value in result.values.items()})
+        sheet = comparison_sheet(dataset, positions, result.detections, proposals)
+        # The last step may be evaluated on both splits.
+        image = self.metrics.write_image(number, sheet, split="" if split == self.best_split else split)
+        say(f"step {number}: {result.headline} on {split}, image {image}")
+        return result

@@ -1,0 +1,177 @@
+"""What a running training shows and writes: a progress bar, metrics.jsonl, TensorBoard, images.
+
+The numbers of a step are read one step late, while the device already works on the next one.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from fasterrcnn_jax.atomic_write import write_atomically
+from fasterrcnn_jax.data.records import Dataset
+from fasterrcnn_jax.errors import NonFiniteLossError
+from fasterrcnn_jax.inference.drawing import Pixels
+from fasterrcnn_jax.processes import is_main, process
+from fasterrcnn_jax.structures import Batch, LossTerms
+from fasterrcnn_jax.training import compilations, replay
+from fasterrcnn_jax.training.optimizer import learning_rates
+from fasterrcnn_jax.training.run_folder import image_path, metrics_path
+from fasterrcnn_jax.training.stages import Stage
+from fasterrcnn_jax.training.state import StepMetrics
+
+
+def say(text: str) -> None:
+    """Prints a line above the progress bar, in the first process alone."""
+    if is_main():
+        tqdm.write(text)
+
+
+class StepReport(NamedTuple):
+    """One step as the training loop leaves it; `metrics` may still be on its way from the device."""
+
+    number: int
+    metrics: StepMetrics
+    batch: Batch
+    data_wait: float  # seconds that the loop waited for the batch
+
+
+class LateReport:
+    """Passes each report on when the next one comes, so that reading its numbers does not stop the device."""
+
+    def __init__(self, write: Callable[[StepReport], None]):
+        self._write = write
+        self._waiting: StepReport | None = None
+
+    def offer(self, report: StepReport) -> None:
+        """Passes the report before this one on, and keeps this one."""
+        self.flush()
+        self._waiting = report
+
+    def flush(self) -> None:
+        """Passes on the report that waits, if there is one."""
+        if self._waiting is not None:
+            report, self._waiting = self._waiting, None
+            self._write(report)
+
+
+class MetricsWriter:
+    """Appends numbers to metrics.jsonl and TensorBoard events, both named by step; `silent` writes nothing.
+
+    What an interrupted run wrote after its newest checkpoint, at step `after`, is cut off: those steps are
+    made again.
+    """
+
+    def __init__(self, run: Path, *, after: int, silent: bool = False):
+        self._run, self._lines, self._board = run, None, None
+        if silent:
+            return
+        path = metrics_path(run)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # A kill may have torn the last line.
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= after]
+        if kept != lines:
+            write_atomically(path, "".join(kept))
+        self._lines = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run), flush_secs=10, purge_step=after + 1)
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        if self._lines is None:
+            return
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def write_image(self, step: int, image: Pixels, *, split: str = "") -> Path:
+        """Writes images/STEP.png, or STEP_SPLIT.png, and TensorBoard's copy of it; returns its path."""
+        path = image_path(self._run, step, split)
+        if self._lines is not None:
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+            self._board.add_image(f"images{split and '/'}{split}", image, step, dataformats="HWC")
+        return path
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._board.close()
+
+
+class Progress:
+    """The progress bar and the numbers of one stage; silent in all processes but the first."""
+
+    def __init__(self, stage: Stage, train_set: Dataset, metrics: MetricsWriter, *, done: int):
+        """Args: `done` is the number of steps that were made before this start."""
+        self._stage, self._train_set, self._metrics = stage, train_set, metrics
+        self._rates = learning_rates(stage.train)
+        self._reported = time.perf_counter()
+        self._bar = tqdm(
+            desc=stage.name or None,
+            total=stage.train.steps,
+            initial=done,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 15.0,
+            disable=not is_main(),
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last report out of the next rate: an evaluation does not make a step slow."""
+        self._reported = time.perf_counter()
+
+    def write(self, report: StepReport) -> None:
+        """Writes the numbers of a step. Waits for the device.
+
+        Raises:
+          NonFiniteLossError: a number is not finite; names the file with the batch of the step.
+        """
+        number, batch = report.number, report.batch
+        ids = [self._train_set.records[index].id for index in batch.image_index[batch.image_valid]]
+        try:
+            values = finite_metrics(number, report.metrics, ids)
+        except NonFiniteLossError as error:
+            path = replay.write_batch(self._stage.run, number, batch, ids, process=process()[0])
+            raise NonFiniteLossError(f"{error}; --replay {path} shows where it comes from") from None
+        seconds, self._reported = time.perf_counter() - self._reported, time.perf_counter()
+        rate = self._stage.train.batch_size / seconds
+        extra = {
+            "learning_rate": self._rates[number - 1],
+            "images_per_second": rate,
+            "data_wait": report.data_wait,
+        }
+        self._metrics.write(number, values | extra | compilations.so_far())
+        self._bar.update(number - self._bar.n)
+        losses = {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}
+        self._bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
+
+
+def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dict[str, float]:
+    """Returns the numbers of a step as plain floats.
+
+    Raises:
+      NonFiniteLossError: one of them is infinite or not a number; names step, number and images.
+    """
+    values = {name: float(value) for name, value in metrics._asdict().items()}
+    wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise NonFiniteLossError(
+            f"step {step}: {', '.join(wrong)} on images {', '.join(image_ids)}; "
+            "the last checkpoint is untouched; a lower train.learning_rate (in another --run) often helps"
+        )
+    return values

@@ -1,0 +1,53 @@
+"""What a training step changes."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
+
+from fasterrcnn_jax.models.detector import Detector
+
+# Of the detector; a stage of alternating training moves some and leaves the others as they are.
+PARTS = ("backbone", "neck", "rpn_head", "box_head")
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes or needs; a pytree of arrays."""
+
+    step: Int[Array, ""]
+    params: PyTree  # what the optimizer moves
+    averaged: PyTree | None  # moving average of `params`; None where the run keeps none
+    frozen: PyTree  # constants and fixed stages of the network, saved and never moved
+    opt_state: PyTree
+    key: UInt32[Array, "2"]  # never changes; each step folds its number into it
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step over all devices."""
+
+    rpn_objectness: Float[Array, ""]
+    rpn_box: Float[Array, ""]
+    box_class: Float[Array, ""]
+    box_delta: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    parameter_norm: Float[Array, ""]  # after the update: a state that is not finite must not be saved
+    rpn_foreground: Float[Array, ""]  # anchors in the sample that are foreground
+    box_foreground: Float[Array, ""]  # RoIs in the sample that are foreground
+
+
+def split_moved(params: PyTree, parts: tuple[str, ...]) -> tuple[PyTree, PyTree]:
+    """Returns (what moves, the rest); `nnx.merge_state` is the inverse."""
+    return nnx.split_state(params, lambda path, _: path[0] in parts, ...)
+
+
+def merge(graphdef: nnx.GraphDef, state: TrainState) -> Detector:
+    """Returns the detector of a state, of averaged weights where it has them, on the first local device."""
+    weights = state.params if state.averaged is None else state.averaged
+    params, frozen = jax.device_put((weights, state.frozen), jax.local_devices()[0])
+    return nnx.merge(graphdef, params, frozen)
+
+
+def step_key(state: TrainState) -> PRNGKeyArray:
+    """Returns the key of the step that follows `state`."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

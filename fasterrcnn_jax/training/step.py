@@ -1,0 +1,168 @@
+"""The training step: four losses, one update."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.models.detector import Detector, split
+from fasterrcnn_jax.models.faster_rcnn import training_losses
+from fasterrcnn_jax.processes import AXIS
+from fasterrcnn_jax.structures import Batch, Losses, LossTerms
+from fasterrcnn_jax.training.state import (
+    PARTS,
+    StepMetrics,
+    TrainState,
+    split_moved,
+    step_key,
+)
+
+# One training step: the state and a batch to the next state and its numbers.
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def create_state(
+    model: Detector,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    averages: bool = False,
+    parts: tuple[str, ...] = PARTS,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Returns the static part of `model` and the state at step 0.
+
+    Args:
+      averages: keep a moving average of the weights beside them.
+      parts: those of the detector that are to move.
+    """
+    graphdef, params, frozen = split(model)
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        averaged=jax.tree.map(jnp.copy, params) if averages else None,
+        frozen=frozen,
+        opt_state=optimizer.init(split_moved(params, parts)[0]),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+    return graphdef, state
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    losses: Callable[..., Losses] = training_losses,
+    parts: tuple[str, ...] = PARTS,
+    implementation: Implementation = None,
+) -> TrainStep:
+    """Returns the training step of one device; map it over devices with the axis `axis_name`.
+
+    Each device differentiates its local sums divided by the global counts, and the gradients are added. The result
+    is the gradient of the global mean. No `psum` is differentiated: that would count the loss once per device.
+
+    Args:
+      accumulate: number of micro-batches that a device's images are split into. They run one after the other, each
+        divides by its own counts, and the gradient is their mean.
+      ema_decay: decay of the averaged weights. In the first steps the average forgets faster.
+      losses: the function to differentiate: `training_losses`, `rpn_training_losses` or `box_training_losses`.
+      parts: the parts of the detector that are trained, as in `create_state`.
+    """
+
+    def gradients_of(
+        state: TrainState, key: PRNGKeyArray, batch: Batch
+    ) -> tuple[PyTree, tuple[LossTerms, Array, Array]]:
+        # `rois_per_batch` is divided among micro-batches as it is among devices.
+        shares = lax.axis_size(axis_name) * accumulate
+        moved, fixed = split_moved(state.params, parts)
+
+        def local_loss(moved):
+            model = nnx.merge(graphdef, moved, fixed, state.frozen)
+            found = losses(model, batch, key, num_devices=shares, implementation=implementation)
+            terms = found.terms(lambda count: lax.psum(count, axis_name))
+            return terms.total, (terms, found.rpn_foreground, found.box_foreground)
+
+        return jax.grad(local_loss, has_aux=True)(moved)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = step_key(state)
+        if accumulate == 1:
+            summed = gradients_of(state, key, batch)
+        else:
+            micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            shapes = jax.eval_shape(gradients_of, state, key, jax.tree.map(lambda x: x[0], micro_batches))
+            summed, _ = lax.scan(
+                lambda total, micro_batch: (
+                    jax.tree.map(jnp.add, total, gradients_of(state, key, micro_batch)),
+                    None,
+                ),
+                jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+                micro_batches,
+            )
+        gradients, (terms, rpn_foreground, box_foreground) = lax.psum(summed, axis_name)
+        gradients, terms = jax.tree.map(lambda x: x / accumulate, (gradients, terms))
+        moved, fixed = split_moved(state.params, parts)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
+        moved = optax.apply_updates(moved, updates)
+        params = nnx.merge_state(moved, fixed)
+        averaged = state.averaged
+        if averaged is not None:
+            passed = state.step.astype(jnp.float32) + 1.0
+            decay = jnp.minimum(ema_decay, passed / (passed + 9.0))
+            # What does not move must not be rounded either.
+            average, fixed = split_moved(averaged, parts)
+            average = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, average, moved)
+            averaged = nnx.merge_state(average, fixed)
+        metrics = StepMetrics(
+            **terms._asdict(),
+            gradient_norm=optax.tree.norm(gradients),
+            parameter_norm=optax.tree.norm(params),
+            rpn_foreground=rpn_foreground,
+            box_foreground=box_foreground,
+        )
+        state = state._replace(step=state.step + 1, params=params, averaged=averaged, opt_state=opt_state)
+        return state, metrics
+
+    return train_step
+
+
+def data_parallel(
+    step: TrainStep,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainStep:
+    """Returns `step` under `pmap`: rows of this process in, one unstacked state in and out, state donated.
+
+    Args:
+      devices: default: all of all processes.
+    """
+    devices = jax.devices() if devices is None else devices
+    local = len(_local(devices))
+    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return mapped(state, jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch))
+
+    return run
+
+
+def replicate(state: TrainState, *, devices: Sequence[jax.Device] | None = None) -> TrainState:
+    """Returns the state on every local device among `devices`, placed as the mapped step returns it.
+
+    Placed otherwise, the second step would compile the program again.
+    """
+    mesh = Mesh(np.array(_local(jax.devices() if devices is None else devices)), (AXIS,))
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+
+def _local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    return [device for device in devices if device.process_index == jax.process_index()]
