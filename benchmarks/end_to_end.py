@@ -5,7 +5,7 @@
 ResNet-50-FPN and ResNet-101-C4, 800 x 1333 and 600 x 1000 pixels, batches of 8 and 1, bfloat16 and float32. Both sides
 of a case run in one process and take turns: ours (with the GPU kernels where they can run, and in plain JAX), and
 torchvision's as it is and with torch.compile and channels_last; in bfloat16 cases torchvision runs under autocast and
-our model has `compute_dtype="bfloat16"`; weights are float32 on both sides. Random weights and pictures, 90 classes.
+our model has `compute_dtype="bfloat16"`; weights are float32 on both sides. Random weights and images, 90 classes.
 
 Each case has a process of its own, so its peak memory is its own. What fails or is not reached in time is an entry of
 the report; the cases that the goals are about come first.
@@ -42,7 +42,7 @@ from fasterrcnn_jax.training.step import (
 )
 
 INPUT_SETS = 2
-BOXES = 10  # ground truth in a picture
+BOXES = 10  # ground truth in an image
 # Times as many images per second as torchvision, on an H200.
 GOALS = {"detection": 2.5, "training": 2.0}
 # Rounds that both sides share; a run of some calls where a call is short.
@@ -95,7 +95,7 @@ def model_config(case: Case, *, tiny: bool) -> ModelConfig:
 
 
 def draw_batch(rng: np.random.Generator, case: Case) -> Batch:
-    """Returns pictures of noise in the corner of a canvas that is a multiple of 32, and boxes in them."""
+    """Returns images of noise in the corner of a canvas that is a multiple of 32, and boxes in them."""
     (height, width), count = case.image_hw, case.batch
     canvas = (-(-height // 32) * 32, -(-width // 32) * 32)
     images = np.zeros((count, *canvas, 3), np.float32)

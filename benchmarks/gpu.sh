@@ -7,7 +7,7 @@
 #   tests    the gpu tests, then the others as time allows, 5 minutes         -> DIR/tests.json
 #   ops      benchmarks/kernels.py, 5 minutes                                 -> DIR/ops.json
 #   e2e      benchmarks/end_to_end.py, 7 minutes                              -> DIR/e2e.json
-#   train    benchmarks/train_minutes.py on the pictures of --data, 4 minutes -> DIR/train.json
+#   train    benchmarks/train_minutes.py on the images of --data, 4 minutes -> DIR/train.json
 #
 # --out      folder of the results; default: benchmarks/results
 # --cache    one tar archive of at most 16 MiB that carries JAX's compilation cache from run to run

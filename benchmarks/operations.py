@@ -97,7 +97,7 @@ def eager_and_compiled(torch: Any, function: Callable, name: str = "float32") ->
 def clustered_boxes(
     rng: np.random.Generator, batch: int, count: int, image_hw: tuple[int, int], per_object: int = 40
 ) -> np.ndarray:
-    """Returns [batch, count, 4] boxes inside a picture; a quarter lie anywhere."""
+    """Returns [batch, count, 4] boxes inside an image; a quarter lie anywhere."""
     height, width = image_hw
     objects = max(count // per_object, 1)
     side = np.exp(rng.uniform(np.log(16.0), np.log(0.6 * height), (batch, objects, 2)))

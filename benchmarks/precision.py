@@ -56,7 +56,7 @@ def gradients(run: Path, compute_dtype: str) -> np.ndarray:
     @jax.jit
     def gradient(params):
         def total(params):
-            losses = training_losses(nnx.merge(graphdef, params, frozen), batch, jax.random.key(0)).means
+            losses = training_losses(nnx.merge(graphdef, params, frozen), batch, jax.random.key(0)).means.values()
             return sum(mean.sum / mean.count for mean in losses)
 
         return jax.grad(total)(params)

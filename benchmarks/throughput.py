@@ -2,11 +2,11 @@
 
     python benchmarks/throughput.py --data FOLDER [--split train] [--out FILE.json]
 
-FOLDER is in VOC layout. Ours is the loader of train.py, with float32 pictures and with uint8 ones that are normalised
+FOLDER is in VOC layout. Ours is the loader of train.py, with float32 images and with uint8 ones that are normalised
 on the device; theirs a PyTorch DataLoader with the same decoder, the same batches and the same operations in the order
 of torchvision's detectors: normalise, then resize without antialias. All are held to one thread and one core, take
-turns round by round, and begin with a comparison of their pictures. Seconds of the core are reported beside those of
-the clock: they count what a side used, whatever else the machine does. Exits with 1 where pictures differ.
+turns round by round, and begin with a comparison of their images. Seconds of the core are reported beside those of
+the clock: they count what a side used, whatever else the machine does. Exits with 1 where images differ.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from fasterrcnn_jax.structures import Batch
 IMAGE = ImageConfig(**IMAGENET_RGB)
 FLOAT, BYTES, THEIRS = "ours, float32", "ours, uint8", "torchvision, float32"
 GOALS = {FLOAT: 1.0, BYTES: 1.5}
-# Of pictures: both interpolate in float32, in grey levels over std.
+# Of images: both interpolate in float32, in grey levels over std.
 TOLERANCE = 1e-3
 # Not measured: detectron2 publishes 7 images/s per V100 (16 in 0.286 s on 8, ResNet-101-FPN in float32), and an H200
 # in bfloat16 is taken to be eight times as fast.
@@ -59,7 +59,7 @@ def their_side(torch, dataset: Dataset, data: DataConfig, image: ImageConfig, ba
     torch.set_num_threads(1)
     mean, std = ([value / 255 for value in values] for values in (image.mean, image.std))
 
-    class Pictures(torch.utils.data.Dataset):
+    class TrainingImages(torch.utils.data.Dataset):
         def __len__(self):
             return len(dataset.records)
 
@@ -92,7 +92,7 @@ def their_side(torch, dataset: Dataset, data: DataConfig, image: ImageConfig, ba
                 row[:, : pixels.shape[1], : pixels.shape[2]] = pixels
             return images, [boxes for _, boxes in examples]
 
-        return torch.utils.data.DataLoader(Pictures(), batch_sampler=keys, collate_fn=collate)
+        return torch.utils.data.DataLoader(TrainingImages(), batch_sampler=keys, collate_fn=collate)
 
     return start
 
@@ -106,7 +106,7 @@ def timed(start: Start, seed: int, steps: int) -> tuple[float, float]:
 
 
 def difference(dataset: Dataset, data: DataConfig, sides: dict[str, Start]) -> float | None:
-    """Returns how far our float pictures are from theirs, none mirrored; None without theirs."""
+    """Returns how far our float images are from theirs, none mirrored; None without theirs."""
     if THEIRS not in sides:
         return None
     ours, theirs = next(iter(sides[FLOAT](0, 1))), next(iter(sides[THEIRS](0, 1)))
@@ -182,7 +182,7 @@ def main() -> int:
         for name, side in report["sides"].items()
     ]
     measure.print_table(("", *(column.replace("_", " ") for column in columns)), rows)
-    print(f"torchvision {report['torchvision']}; pictures differ by {differ}; load {report['load_after']}")
+    print(f"torchvision {report['torchvision']}; images differ by {differ}; load {report['load_after']}")
     print(f"one H200 is assumed to train on {ASSUMED_H200:.0f} images per second; report {arguments.out}")
     return int(differ is not None and differ > TOLERANCE)
 

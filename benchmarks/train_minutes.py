@@ -1,9 +1,9 @@
-"""Trains our detector and torchvision's on a folder of pictures for the same minutes each, both from nothing.
+"""Trains our detector and torchvision's on a folder of images for the same minutes each, both from nothing.
 
     python benchmarks/train_minutes.py --data FOLDER [--minutes 1.2] [--config FILE.py] [--out FILE.json]
 
 Ours is a configuration, configs/folder.py by default; theirs torchvision's ResNet-18-FPN with group norm and random
-weights on pictures of the same size, with anchors half as large as its own because the pictures are small. Both
+weights on images of the same size, with anchors half as large as its own because the images are small. Both
 read the same batches from our loader and have the same optimizer, learning rates over the run, and clipping; both
 are measured by our evaluator. The minutes are those of the steps and their data: compiling and evaluating stop the
 clock, the first step of each canvas with them. How many steps fit is found first by a few steps that are thrown away.
@@ -84,7 +84,7 @@ def our_trainer(config: Config) -> Trainer:
 
 
 def their_config(config: Config) -> Config:
-    """Returns the configuration of torchvision's detector: its own, but for pictures, anchors and normalisation."""
+    """Returns the configuration of torchvision's detector: its own, but for images, anchors and normalisation."""
     image = config.model.image
     canvases = tuple(tuple(-(-side // 32) * 32 for side in canvas) for canvas in image.canvases)
     model = resnet_fpn(18, norm="group")

@@ -1,8 +1,8 @@
-"""Your own pictures in a VOC folder, trained from nothing on a CPU or a GPU: 320 x 240 pixels, a thin ResNet-18.
+"""Your own images in a VOC folder, trained from nothing on a CPU or a GPU: 320 x 240 pixels, a thin ResNet-18.
 
     python train.py --config configs/folder.py --data.root FOLDER --data.class_names NAME NAME --run runs/NAME
 
-For pictures whose objects are roughly 15 to 200 pixels once the shorter side is 240.
+For images whose objects are roughly 15 to 200 pixels once the shorter side is 240.
 """
 
 from pathlib import Path

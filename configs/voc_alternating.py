@@ -2,8 +2,8 @@
 
     python train.py --config configs/voc_alternating.py --data.root data/VOCdevkit
 
-An RPN for 80,000 steps of one picture, a detector from the first weights again for 40,000 steps of two on the 2,000
-proposals of each picture, an RPN on its fixed layers for 80,000, its head on the new proposals for 40,000; learning
+An RPN for 80,000 steps of one image, a detector from the first weights again for 40,000 steps of two on the 2,000
+proposals of each image, an RPN on its fixed layers for 80,000, its head on the new proposals for 40,000; learning
 rate 1e-3 and a tenth of it after three quarters of each. The stages lie in RUN/stages, the last one and its detector
 in RUN. Published by the paper: mAP 69.9 (VOC 2007 metric), from Caffe's weights trained on ImageNet: give the file
 with --init. Without it this starts from random ones, and no such figure is to be expected. Unlike py-faster-rcnn, box

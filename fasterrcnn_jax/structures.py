@@ -10,7 +10,7 @@ the only definition of padding; padded payload is zero and finite.
 
 import math
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ PerDelta = tuple[float, float, float, float]  # one value for each of dx, dy, dw
 # 1000 px image.
 MAX_LOG_SCALE = math.log(1000.0 / 16.0)
 
-# Canvases from the host: normalised, or whole grey levels (`ImageConfig.pixel_dtype`); zero beyond the picture.
+# Canvases from the host: normalised, or whole grey levels (`ImageConfig.pixel_dtype`); zero beyond the image.
 Images = Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]
 
 
@@ -40,8 +40,8 @@ class Proposals(NamedTuple):
 
 class Batch(NamedTuple):
     images: Images
-    image_hw: Float[Array, "*b 2"]  # (height, width) of the picture inside the canvas
-    scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the stored picture; they differ after rounding
+    image_hw: Float[Array, "*b 2"]  # (height, width) of the image inside the canvas
+    scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the stored image; they differ after rounding
     image_index: Int[Array, "*b"]  # position in the data set; seeds what is random for the image
     image_valid: Bool[Array, "*b"]  # False for rows that only fill the batch
     ground_truth: GroundTruth
@@ -75,19 +75,16 @@ class Mean(NamedTuple):
     count: Float[Array, "*b"]
 
 
-Term = TypeVar("Term")
+class LossTerms(NamedTuple):
+    """The four terms of the training loss, each a mean."""
 
-
-class LossTerms(NamedTuple, Generic[Term]):
-    """One value for each of the four terms of the training loss."""
-
-    rpn_objectness: Term
-    rpn_box: Term
-    box_class: Term
-    box_delta: Term
+    rpn_objectness: Float[Array, ""]
+    rpn_box: Float[Array, ""]
+    box_class: Float[Array, ""]
+    box_delta: Float[Array, ""]
 
     @property
-    def total(self) -> Term:
+    def total(self) -> Float[Array, ""]:
         """The training loss. Ren et al. 2015 (arXiv:1506.01497), eq. 1, and Girshick 2015 (arXiv:1504.08083), eq. 1."""
         return self.rpn_objectness + self.rpn_box + self.box_class + self.box_delta
 
@@ -104,16 +101,11 @@ class Losses(NamedTuple):
     box_foreground: Float[Array, "*b"]
 
     @property
-    def means(self) -> LossTerms[Mean]:
-        """The four losses without the foreground counts."""
-        return LossTerms(
-            rpn_objectness=self.rpn_objectness,
-            rpn_box=self.rpn_box,
-            box_class=self.box_class,
-            box_delta=self.box_delta,
-        )
+    def means(self) -> dict[str, Mean]:
+        """The four losses by name, without the foreground counts."""
+        return {name: getattr(self, name) for name in LossTerms._fields}
 
-    def terms(self, global_count: Callable[[Array], Array] = lambda count: count) -> LossTerms[Array]:
+    def terms(self, global_count: Callable[[Array], Array] = lambda count: count) -> LossTerms:
         """Returns each sum over its count, or over 1 where nothing was counted.
 
         Args:
@@ -123,4 +115,4 @@ class Losses(NamedTuple):
         def divided(mean: Mean) -> Array:
             return mean.sum / jnp.maximum(global_count(jax.lax.stop_gradient(mean.count)), 1.0)
 
-        return LossTerms(**{name: divided(mean) for name, mean in self.means._asdict().items()})
+        return LossTerms(**{name: divided(mean) for name, mean in self.means.items()})

@@ -22,13 +22,10 @@ from fasterrcnn_jax.weights.load import (
 )
 from fasterrcnn_jax.weights.tables import Format
 
-# torchvision's detectors of COCO have an output for each category id up to 90; these name no object.
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-
 
 def _coco_ids() -> tuple[str, ...]:
     names = iter(coco.CLASS_NAMES)
-    return tuple(f"unused {i}" if i in UNUSED_IDS else next(names) for i in range(1, 91))
+    return tuple(f"unused {i}" if i in coco.UNUSED_IDS else next(names) for i in range(1, 91))
 
 
 class Model(NamedTuple):

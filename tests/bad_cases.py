@@ -109,7 +109,7 @@ def edges(xmin, ymin, xmax, ymax):
     return replace(old, f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>")
 
 
-def picture(image, name="odd.jpg", **options):
+def odd_image(image, name="odd.jpg", **options):
     """A fault: the odd image is this one, in this file."""
 
     def spoil(root):
@@ -133,7 +133,7 @@ def of_size(width, height):
     """A fault: the odd image has this size, its first object covers it, and there is no other."""
 
     def spoil(root):
-        picture(Image.new("RGB", (width, height), COLOUR), "odd.png")(root)
+        odd_image(Image.new("RGB", (width, height), COLOUR), "odd.png")(root)
         box = f"<xmin>1</xmin><ymin>1</ymin><xmax>{width}</xmax><ymax>{height}</ymax>"
         xml = annotation().replace(OBJECTS, f"<object><name>square</name><bndbox>{box}</bndbox></object>")
         xml_of(root).write_text(xml.replace(SIZE, f"<size><width>{width}</width><height>{height}</height></size>"))
@@ -152,11 +152,11 @@ def noise():
 def turned(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return picture(Image.new("RGB", (WIDTH, HEIGHT), COLOUR), exif=exif)
+    return odd_image(Image.new("RGB", (WIDTH, HEIGHT), COLOUR), exif=exif)
 
 
 def cut_jpeg(root):
-    picture(noise())(root)
+    odd_image(noise())(root)
     path = root / "JPEGImages/odd.jpg"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -173,7 +173,7 @@ def png(width, height, depth, colour, rows):
 def palette():
     image = Image.new("P", (WIDTH, HEIGHT))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    return picture(image, "odd.png", transparency=bytes([0, 128, 255]))
+    return odd_image(image, "odd.png", transparency=bytes([0, 128, 255]))
 
 
 def doctype(declaration, use):
@@ -313,13 +313,13 @@ CASES = {
     "voc_truncated_jpeg": bad_image(cut_jpeg, "JPEGImages/odd.jpg", "decoded"),
     "voc_zero_byte_jpeg": bad_image(pixels(b""), "JPEGImages/odd.jpg", "empty"),
     "voc_text_named_jpg": bad_image(pixels(b"<html>404</html>"), "JPEGImages/odd.jpg", "not an image"),
-    "voc_png_bytes_named_jpg": fine(picture(noise(), format="PNG")),
-    "voc_png_alpha": fine(picture(Image.new("RGBA", (WIDTH, HEIGHT), (9, 8, 7, 0)), "odd.png")),
+    "voc_png_bytes_named_jpg": fine(odd_image(noise(), format="PNG")),
+    "voc_png_alpha": fine(odd_image(Image.new("RGBA", (WIDTH, HEIGHT), (9, 8, 7, 0)), "odd.png")),
     "voc_png_palette_transparent": fine(palette()),
-    "voc_gray_jpeg": fine(picture(Image.new("L", (WIDTH, HEIGHT), 77))),
-    "voc_cmyk_jpeg": fine(picture(Image.new("RGB", (WIDTH, HEIGHT), (220, 20, 20)).convert("CMYK"))),
+    "voc_gray_jpeg": fine(odd_image(Image.new("L", (WIDTH, HEIGHT), 77))),
+    "voc_cmyk_jpeg": fine(odd_image(Image.new("RGB", (WIDTH, HEIGHT), (220, 20, 20)).convert("CMYK"))),
     "voc_png_16bit_gray": fine(
-        picture(Image.fromarray(np.tile(np.arange(WIDTH, dtype=np.uint16) * 680, (HEIGHT, 1))), "odd.png")
+        odd_image(Image.fromarray(np.tile(np.arange(WIDTH, dtype=np.uint16) * 680, (HEIGHT, 1))), "odd.png")
     ),
     "voc_png_16bit_rgb": fine(
         pixels(png(WIDTH, HEIGHT, 16, 2, (b"\0" + b"\xc8\x12" * 3 * WIDTH) * HEIGHT), "odd.png")
@@ -408,7 +408,7 @@ CASES = {
         replace("<filename>odd.png", "<filename>ok.png"), XML, "filename", "'ok.png'"
     ),
     "voc_filename_without_extension": fine(replace("<filename>odd.png", "<filename>odd")),
-    "voc_extension_upper_JPG": fine(both(picture(noise(), "odd.JPG"), replace("odd.png", "odd.JPG"))),
+    "voc_extension_upper_JPG": fine(both(odd_image(noise(), "odd.JPG"), replace("odd.png", "odd.JPG"))),
     "voc_listed_image_absent": bad_image(
         lambda root: (root / "JPEGImages/odd.png").unlink(), "JPEGImages/odd.png", "no such image", "train.txt line 2"
     ),

@@ -4,6 +4,8 @@ Everything here happens before the package or JAX is imported.
 """
 
 import os
+import tarfile
+from pathlib import Path
 
 # Four CPU devices, so that code for several devices meets several. Harmless where JAX finds a GPU.
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -59,3 +61,12 @@ def random_weights():
         return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """Returns a run folder that version 0.1.0 (commit 5e3a57f) wrote: step 2 of 4, of `tiny.config`."""
+    folder = tmp_path_factory.mktemp("small_run")
+    with tarfile.open(Path(__file__).parent / "golden" / "run_of_0.1.0.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "run"

@@ -34,7 +34,7 @@ def varied(data=OFF, **fields):
 
 
 def shown(pixels, boxes, data, *, image=PLAIN, stream=(0, 0, 0)):
-    """Returns a picture as training sees it: a batch of one. The label of a box is its number from 1."""
+    """Returns an image as training sees it: a batch of one. The label of a box is its number from 1."""
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     labels, flags = np.arange(1, len(boxes) + 1, dtype=np.int32), np.zeros(len(boxes), bool)
     record = ImageRecord("a", Path("a"), pixels.shape[:2], boxes, labels, flags, flags, np.zeros(len(boxes)))
@@ -91,9 +91,9 @@ def test_boxes_lie_on_the_object_to_half_a_pixel(kind, height, width, across, do
 
 @pytest.mark.parametrize("kind", GEOMETRY)
 def test_what_is_tested_above_does_happen(kind):
-    """Over some epochs the picture is mirrored, cut, small and large, and sometimes a box goes."""
+    """Over some epochs the image is mirrored, cut, small and large, and sometimes a box goes."""
     data = dataclasses.replace(OFF, **GEOMETRY[kind])
-    pixels = tiny.picture((60, 90), (4, 6, 24, 30), colour=(255, 255, 255))
+    pixels = tiny.rectangle_image((60, 90), (4, 6, 24, 30), colour=(255, 255, 255))
     boxes = set()
     for epoch in range(40):
         batch = shown(pixels, [(4, 6, 24, 30)], data, stream=(0, epoch, 0))
@@ -101,7 +101,7 @@ def test_what_is_tested_above_does_happen(kind):
     assert len(boxes) >= {"flip": 2, "crop": 3, "short sides": 3, "jitter": 30, "all": 30}[kind]
 
 
-def test_a_short_side_is_drawn_for_each_picture_and_stays_on_its_canvas():
+def test_a_short_side_is_drawn_for_each_image_and_stays_on_its_canvas():
     image = dataclasses.replace(PLAIN, short_side=60)
     pixels = np.full((50, 60, 3), 9, np.uint8)
     data = varied(short_sides=(30, 45, 60))
@@ -211,7 +211,7 @@ def test_each_colour_change_is_drawn_with_probability_one_half_from_its_range(mo
 
 
 def test_colours_change_and_the_boxes_and_the_padding_do_not():
-    pixels = tiny.picture((40, 90), (4, 6, 24, 30))
+    pixels = tiny.rectangle_image((40, 90), (4, 6, 24, 30))
     plain = shown(pixels, [(4, 6, 24, 30)], OFF)
     batches = [shown(pixels, [(4, 6, 24, 30)], varied(photometric=True), stream=(0, epoch, 0)) for epoch in range(12)]
     for batch in batches:
@@ -227,7 +227,7 @@ def dataset(tmp_path_factory):
     for index in range(7):
         box = (index, 3, index + 30, 33)
         hw = [(48, 72), (72, 48), (50, 110)][index % 3]
-        images.append((tiny.picture(hw, box, seed=index), [box], [1 + index % 2]))
+        images.append((tiny.rectangle_image(hw, box, seed=index), [box], [1 + index % 2]))
     return tiny.dataset(tmp_path_factory.mktemp("images"), images)
 
 
@@ -273,7 +273,7 @@ def test_what_is_drawn_differs_over_epochs_images_and_seeds(dataset):
 
 def test_one_kind_of_change_does_not_move_what_another_draws():
     """With mirror images, crops and colours too, sizes are those without."""
-    pixels, jitter = tiny.picture((64, 90), (40, 6, 50, 30)), AugmentConfig(scale_jitter=(0.3, 2.0))
+    pixels, jitter = tiny.rectangle_image((64, 90), (40, 6, 50, 30)), AugmentConfig(scale_jitter=(0.3, 2.0))
     everything = DataConfig(
         root=Path("unused"),
         class_names=("object",),

@@ -65,7 +65,7 @@ def test_clip_limits_x_by_the_width_and_y_by_the_height(offset, boxes, height, w
 
 
 def test_clip_with_an_offset_is_the_clip_of_inclusive_corners():
-    """[x1, x2] cut to [0, side - 1], as pixels; one pixel at least remains of a box beyond the picture."""
+    """[x1, x2] cut to [0, side - 1], as pixels; one pixel at least remains of a box beyond the image."""
     inclusive = np.float32([[-5, -5, 2, 3], [-9, 30, -4, 40], [50, -7, 60, -1]])
     expected = np.clip(inclusive, 0, np.float32([19, 9, 19, 9]))
     far = np.float32([0, 0, 1, 1])
@@ -87,7 +87,7 @@ def test_iou_of_single_boxes_keeps_its_shape(n, m):
 
 
 @given(corners(7), st.sampled_from([0.0, 2.0, 3.5]), st.sampled_from([(1.0, 1.0), (2.0, 0.5), (0.5, 2.0)]))
-def test_larger_than_measures_each_axis_in_the_stored_picture(boxes, min_size, scale):
+def test_larger_than_measures_each_axis_in_the_stored_image(boxes, min_size, scale):
     found = jitted_larger_than(boxes, min_size, np.float32(scale))
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     expected = (width / scale[1] >= min_size) & (height / scale[0] >= min_size)

@@ -32,7 +32,7 @@ def run(*arguments):
 
 @pytest.fixture
 def clean(tmp_path):
-    """Five pictures to train on and three to test on, all different."""
+    """Five images to train on and three to test on, all different."""
     tiny.write_voc(tmp_path / "voc", train=5, test=3)
     return tmp_path / "voc"
 
@@ -87,18 +87,18 @@ PLANTED = {
     "a class nobody meant": (
         lambda root: xml(root, "train2", ("", 3, 3, 30, 30)), 2, ["FAULT", "train2.xml, object 1, name", "''"],
     ),
-    "a cut picture": (
+    "a cut image": (
         lambda root: (root / "JPEGImages/train3.png").write_bytes((root / "JPEGImages/train3.png").read_bytes()[:900]),
         2, ["FAULT", "train3.png: the image cannot be decoded"],
     ),
     "an annotation that is none": (
         lambda root: (root / "Annotations/test2.xml").write_text("<html/>"), 2, ["FAULT", "test2.xml: not a VOC"],
     ),
-    "a picture in two splits under two names and formats": (
+    "an image in two splits under two names and formats": (
         lambda root: Image.open(root / "JPEGImages/train0.png").save(root / "JPEGImages/test0.png", "BMP"),
         2, ["FAULT", "Images of the same pixels are in both splits: 1", "test0.png and ", "train0.png"],
     ),
-    "a picture twice in a split": (
+    "an image twice in a split": (
         lambda root: shutil.copy(root / "JPEGImages/train0.png", root / "JPEGImages/train2.png"),
         1, ["same pixels are in a split more than once: 1", "train2.png and ", "train0.png"],
     ),
@@ -152,12 +152,12 @@ def test_a_folder_takes_no_fields_and_what_is_neither_is_named(clean, capsys):
     assert "holds neither" in capsys.readouterr().err
 
 
-def test_a_sheet_shows_pictures_with_boxes_where_they_are(clean, tmp_path):
-    assert run(clean, "--pictures", tmp_path / "sheets") == 0
+def test_a_sheet_shows_images_with_boxes_where_they_are(clean, tmp_path):
+    assert run(clean, "--images", tmp_path / "sheets") == 0
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["test.jpg", "train.jpg"]
     sheet = np.array(Image.open(tmp_path / "sheets/train.jpg"))
     assert sheet.shape == (320, 1600, 3)
-    # One picture in every column, the two shapes with white beside or below them.
+    # One image in every column, the two shapes with white beside or below them.
     assert all(sheet[:, k * 320 : k * 320 + 200].std() > 20 for k in range(5))
 
 
@@ -191,7 +191,7 @@ def test_a_list_that_others_make_up_is_not_compared_with_them(clean, capsys):
 
 
 def field(seed, height=400, width=600):
-    """A picture with structure at every scale, so that parts of it look alike only where they are the same."""
+    """An image with structure at every scale, so that parts of it look alike only where they are the same."""
     rng = np.random.default_rng(seed)
     blobs = [
         Image.fromarray(rng.normal(0, 2 * cell, (height // cell, width // cell)).astype(np.float32))
@@ -209,7 +209,7 @@ def test_a_shifted_view_is_found_with_its_shift(x, y):
     other = whole[100 + y : 340 + y, 130 + x : 450 + x] if (x, y) != (0, 0) else one // 2 + 40
     (found,) = overlap.shifted_views([overlap.trace(field(2)[:240, :320]), overlap.trace(one)], [overlap.trace(other)])
     assert (found.first, found.second) == (1, 0) and found.correlation > 0.8
-    # A pixel of the small picture is 4 of this one.
+    # A pixel of the small image is 4 of this one.
     np.testing.assert_allclose(np.array(found.shift) * 320, [-x, -y], atol=5)
 
 
@@ -222,7 +222,7 @@ def test_the_correlation_is_pearsons_over_what_two_views_have_in_common():
     np.testing.assert_allclose(best, np.corrcoef(one.ravel(), mixed.ravel())[0, 1], atol=1e-6)
 
 
-def test_pictures_of_one_colour_and_of_other_shapes_are_no_views_of_each_other():
+def test_images_of_one_colour_and_of_other_shapes_are_no_views_of_each_other():
     flat = [overlap.trace(np.full((60, 80, 3), value, np.uint8)) for value in (0, 100)]
     odd = [overlap.trace(np.zeros(shape, np.uint8)) for shape in ((1, 1, 3), (40, 6000, 3), (6000, 40, 3))]
     assert overlap.shifted_views([*flat, *odd], [*flat, *odd, overlap.trace(field(1))]) == []
@@ -271,7 +271,7 @@ def test_suggested_scales_fit_no_worse_than_the_configured(model, clean):
 
 def test_crowds_may_lie_over_objects(tmp_path):
     box = (3, 4, 23, 28)
-    dataset = tiny.dataset(tmp_path, [(tiny.picture((48, 72), box), [box, box], [1, 1])], crowd=[[False, True]])
+    dataset = tiny.dataset(tmp_path, [(tiny.rectangle_image((48, 72), box), [box, box], [1, 1])], crowd=[[False, True]])
     assert check.box_findings(dataset.records[0]) == []
     assert len(check.box_findings(dataset.records[0]._replace(crowd=np.zeros(2, bool)))) == 1
 

@@ -213,7 +213,7 @@ np.savez(sys.argv[3], boxes=found.boxes, scores=found.scores, labels=found.label
 
 
 def test_a_fresh_process_detects_the_same_bits(run, model, tmp_path):
-    pixels = tiny.picture((60, 80), (10, 12, 40, 44))
+    pixels = tiny.rectangle_image((60, 80), (10, 12, 40, 44))
     np.save(tmp_path / "pixels.npy", pixels)
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     arguments = [run / "checkpoints" / "1", tmp_path / "pixels.npy", tmp_path / "found.npz"]

@@ -254,7 +254,7 @@ def test_file_in_a_subfolder_is_read(folder):
 
 
 @pytest.mark.parametrize("stated", ["stored", "shown"])
-def test_object_is_on_its_pixels_whichever_frame_of_an_exif_picture_the_size_states(folder, stated):
+def test_object_is_on_its_pixels_whichever_frame_of_an_exif_image_the_size_states(folder, stated):
     """White object in columns 20..49 and rows 12..40 of the frame that is stated; to be turned right to be seen."""
     height, width = (HEIGHT, WIDTH) if stated == "stored" else (WIDTH, HEIGHT)
     pixels = np.zeros((height, width, 3), np.uint8)
@@ -354,7 +354,7 @@ def shared(name):
     return SHARED / name
 
 
-def test_metric_of_real_pictures_is_pycocotools_on_the_files(tmp_path):
+def test_metric_of_real_images_is_pycocotools_on_the_files(tmp_path):
     root = shared("coco_cc33")
     dataset = read_coco(root / "annotations/instances.json", root / "images", CLASS_NAMES)
     assert len(dataset.records) == 33 and sum(len(record.boxes) for record in dataset.records) == 246

@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterrcnn_jax.data.crop import crop, crop_start, cropped_hw
+from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_start, crop_window, cropped_hw
 from fasterrcnn_jax.data.records import MIN_SIDE
+
+
+def crop(pixels, boxes, labels, *, aspect, rng):
+    """The image, its boxes and their labels, cropped as `training_example` does it."""
+    window = crop_window(pixels.shape[:2], boxes, aspect=aspect, rng=rng)
+    boxes, stay = crop_boxes(boxes, window)
+    return crop_pixels(pixels, window), boxes[stay], labels[stay]
 
 
 def starts(edges, length, kept, draws=400):

@@ -67,7 +67,7 @@ def model(random_weights):
 
 
 def make_batch(seed=0, image_hw=((64, 96), (60, 80), (40, 50), (64, 70))):
-    """Four noise pictures of different sizes, with two objects and one empty slot each."""
+    """Four noise images of different sizes, with two objects and one empty slot each."""
     generator = np.random.default_rng(seed)
     images = np.zeros((B, H, W, 3), np.float32)
     for row, (height, width) in enumerate(image_hw):
@@ -93,7 +93,7 @@ def rows_of(batch, rows):
 
 
 def numbers(losses):
-    return np.array([[mean.sum, mean.count] for mean in losses.means], np.float64)
+    return np.array([[mean.sum, mean.count] for mean in losses.means.values()], np.float64)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def found(model):
     return run_detect(model, batch.images, batch.image_hw, batch.scale)
 
 
-def test_detections_have_their_shapes_and_lie_in_their_pictures(found):
+def test_detections_have_their_shapes_and_lie_in_their_images(found):
     assert found.boxes.shape == (B, D, 4)
     assert found.scores.shape == found.labels.shape == found.valid.shape == (B, D)
     batch = make_batch()
@@ -132,7 +132,7 @@ def test_detections_of_an_image_are_the_same_bits_in_any_company(model, found):
     assert np.any(others.scores[2] != found.scores[2])  # the comparison can fail
 
 
-def test_an_empty_picture_has_no_detections(model):
+def test_an_empty_image_has_no_detections(model):
     batch = make_batch()
     batch.images[1], batch.image_hw[1] = 0.0, 0.0
     empty = run_detect(model, batch.images, batch.image_hw, batch.scale)
@@ -184,7 +184,7 @@ def gradients_of(model):
     def run(params, batch, key):
         def total(params):
             losses = training_losses(nnx.merge(graphdef, params, frozen), batch, key)
-            return sum(mean.sum / jnp.maximum(mean.count, 1.0) for mean in losses.means), losses
+            return sum(mean.sum / jnp.maximum(mean.count, 1.0) for mean in losses.means.values()), losses
 
         gradients, losses = jax.grad(total, has_aux=True)(params)
         return losses, gradients
@@ -218,7 +218,7 @@ def test_losses_without_ground_truth_are_finite_and_teach_no_box(gradients_of):
 
 
 def test_filling_rows_change_nothing(losses_of):
-    """Whatever they hold: pictures, sizes, ground truth."""
+    """Whatever they hold: images, sizes, ground truth."""
     batch = make_batch()
     garbage = make_batch(seed=3, image_hw=((64, 96),) * 4)
     image_valid = np.array([True, False, True, False])
@@ -233,7 +233,7 @@ def test_filling_rows_change_nothing(losses_of):
     np.testing.assert_allclose(twice, 2 * filled[0], rtol=1e-5)
 
 
-def test_only_anchors_whose_cell_holds_picture_are_trained(losses_of):
+def test_only_anchors_whose_cell_holds_image_are_trained(losses_of):
     """One row of five cells, two sizes, three ratios; without objects all 30 are background."""
     batch = make_batch(image_hw=((16, 80),) * B)
     empty = GroundTruth(*(np.zeros_like(leaf) for leaf in batch.ground_truth))
@@ -290,7 +290,7 @@ def test_vgg_trains_every_parameter_but_those_of_its_fixed_stages(random_weights
     graphdef, params, frozen = split(build(random_weights, config))
 
     def total(params, batch):
-        return sum(mean.sum for mean in training_losses(nnx.merge(graphdef, params, frozen), batch, KEY).means)
+        return sum(mean.sum for mean in training_losses(nnx.merge(graphdef, params, frozen), batch, KEY).means.values())
 
     gradients = jax.jit(jax.grad(total))(params, make_batch())
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
@@ -393,7 +393,7 @@ def test_a_fixed_number_of_rois_is_divided_over_the_images_of_all_devices(random
         valid_rois(3)
 
 
-def test_locations_are_the_feature_cells_that_hold_picture(random_weights):
+def test_locations_are_the_feature_cells_that_hold_image(random_weights):
     model = build(random_weights, altered("loss", rpn_box_normalizer="locations"))
     counts = losses_with(model)(make_batch(image_hw=((64, 96), (60, 80), (17, 16), (48, 1))))[:, 1]
     assert counts[1] == 4 * 6 + 4 * 5 + 2 * 1 + 3 * 1
@@ -405,8 +405,8 @@ def test_weighted_box_losses_are_multiplied(random_weights, losses_of):
     np.testing.assert_allclose(losses_with(model)(batch)[:, 0], losses_of(batch)[:, 0] * [1, 10, 1, 3], rtol=1e-5)
 
 
-def test_small_proposals_are_told_by_the_pixels_of_the_stored_picture(model):
-    """15 of its pixels are 30 of a picture enlarged twice: the same boxes stay, and fewer than without a limit."""
+def test_small_proposals_are_told_by_the_pixels_of_the_stored_image(model):
+    """15 of its pixels are 30 of an image enlarged twice: the same boxes stay, and fewer than without a limit."""
     batch = make_batch()
 
     def found(min_size, scale):
@@ -433,8 +433,8 @@ def test_each_image_trains_on_rois_per_image(losses_of):
     np.testing.assert_array_equal(losses_of(make_batch())[2:, 1], [8 * B] * 2)
 
 
-def test_anchors_end_at_the_border_of_their_own_picture(random_weights):
-    """Not at that of the first picture of the batch, nor at the canvas."""
+def test_anchors_end_at_the_border_of_their_own_image(random_weights):
+    """Not at that of the first image of the batch, nor at the canvas."""
     config = replaced(CONFIG, "rpn", allowed_border=0.0, anchors_per_image=1000)
     sizes = ((64, 96), (60, 80), (40, 50), (64, 70))
     anchors = anchors_of(config, ((H // 16, W // 16),)).anchors

@@ -137,11 +137,11 @@ def runs(folder, request):
     """
     network, devices = request.param
     found = []
-    for processes in (1, 2):
-        run = f"{processes}_{network}_{devices}"
-        options = dict(processes=processes, devices=2 * devices // processes)
+    for count in (1, 2):
+        run = f"{count}_{network}_{devices}"
+        options = dict(processes=count, devices=2 * devices // count)
         printed = ended(started(folder, run, network, **options))
-        held = [dict(np.load(folder / f"{run}_{index}.npz")) for index in range(processes)]
+        held = [dict(np.load(folder / f"{run}_{index}.npz")) for index in range(count)]
         found.append((folder / run, printed, held))
     return found
 

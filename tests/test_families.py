@@ -66,7 +66,7 @@ def test_vgg16_has_256_rois_dropout_and_its_first_four_convolutions_fixed(norm):
 
 
 @pytest.mark.parametrize("model", [resnet_c4(101), vgg16()], ids=["res101", "vgg16"])
-def test_coco_has_a_smaller_anchor_a_larger_picture_and_more_proposals(model):
+def test_coco_has_a_smaller_anchor_a_larger_image_and_more_proposals(model):
     coco = coco_scales(model)
     assert (coco.image.short_side, coco.image.long_side) == (800, 1200)
     assert coco.rpn.anchor_scales == (4.0, 8.0, 16.0, 32.0) and model.rpn.anchor_scales == (8.0, 16.0, 32.0)

@@ -66,10 +66,10 @@ def test_a_run_starts_from_another_programs_weights_and_its_own_go_out_and_in_ag
     again = fasterrcnn_jax.create(config.model, tiny.CLASS_NAMES, weights=out, seed=99)
     for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
-    pictures = [tiny.picture((48, 72), (10, 10, 40, 40)), tiny.picture((72, 48), (5, 20, 30, 50), seed=1)]
+    images = [tiny.rectangle_image((48, 72), (10, 10, 40, 40)), tiny.rectangle_image((72, 48), (5, 20, 30, 50), seed=1)]
     with tiny.quick_compilation():
         for one, other in zip(
-            fasterrcnn_jax.predict(trained, pictures), fasterrcnn_jax.predict(again, pictures), strict=True
+            fasterrcnn_jax.predict(trained, images), fasterrcnn_jax.predict(again, images), strict=True
         ):
             assert len(one.scores) > 0
             for values, others in zip(one[:3], other[:3], strict=True):

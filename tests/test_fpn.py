@@ -93,7 +93,7 @@ def test_levels_have_their_strides_and_the_pyramids_channels(name, multiple):
 @pytest.mark.parametrize("convs", [1, 2])
 def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs):
     model = detector(random_weights, dataclasses.replace(tiny.FPN, rpn=dataclasses.replace(tiny.FPN.rpn, convs=convs)))
-    picture = normal(40, 50, 3, seed=5)
+    image = normal(40, 50, 3, seed=5)
 
     @jax.jit
     def run(model, images):
@@ -103,7 +103,7 @@ def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs
 
     def on_canvas(height, width):
         images = np.zeros((1, height, width, 3), np.float32)
-        images[0, :40, :50] = picture
+        images[0, :40, :50] = image
         levels, objectness = run(model, jnp.asarray(images))
         ends = np.cumsum([3 * level.shape[1] * level.shape[2] for level in levels])[:-1]
         maps = [
@@ -204,7 +204,7 @@ def test_every_weight_of_a_pyramid_learns(random_weights):
     def gradients(params):
         def total(params):
             losses = training_losses(nnx.merge(graphdef, params, frozen), batch(), KEY)
-            return sum(mean.sum / mean.count for mean in losses.means)
+            return sum(mean.sum / mean.count for mean in losses.means.values())
 
         return jax.grad(total)(params)
 

@@ -123,7 +123,7 @@ def test_torchvisions_coder(name, stds):
 
 def test_torchvisions_clipping_and_size_filter():
     clipped = jitted_clip(GOLDEN["tv_decode_1111"][0], GOLDEN["image_hw"][0])
-    compare("clip", "torchvision", "to the picture", clipped, GOLDEN["tv_decode_clipped"])
+    compare("clip", "torchvision", "to the image", clipped, GOLDEN["tv_decode_clipped"])
     for name, size in (("1em3", 1e-3), ("16", 16.0)):
         kept = np.flatnonzero(np.asarray(larger_than(clipped, size, jax.numpy.ones(2))))
         compare("small boxes", "torchvision", f"sides of {size:g}", kept, GOLDEN[f"tv_keep_small_{name}"])

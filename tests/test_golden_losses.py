@@ -17,7 +17,7 @@ from fidelity import compare
 
 from fasterrcnn_jax.config import LossConfig
 from fasterrcnn_jax.ops.losses import box_losses, rpn_losses
-from fasterrcnn_jax.structures import AnchorTargets, RoiTargets
+from fasterrcnn_jax.structures import AnchorTargets, Mean, RoiTargets
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
 SUM = dict(rtol=1e-5)
@@ -30,13 +30,11 @@ def with_gradients(function):
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(scores, deltas, targets, *, config=LossConfig()):
-        losses = function(scores, deltas, targets, config=config)
+        def means(*outputs):
+            return [value for value in function(*outputs, targets, config=config) if isinstance(value, Mean)]
 
-        def sums(*outputs):
-            return [mean.sum for mean in function(*outputs, targets, config=config)]
-
-        gradients = jax.jacrev(sums, argnums=(0, 1))(scores, deltas)
-        return losses, gradients[0][0], gradients[1][1]
+        gradients = jax.jacrev(lambda *outputs: [mean.sum for mean in means(*outputs)], argnums=(0, 1))(scores, deltas)
+        return means(scores, deltas), gradients[0][0], gradients[1][1]
 
     return run
 

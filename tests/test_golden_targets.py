@@ -104,7 +104,7 @@ def test_faster_rcnn_pytorchs_anchor_labels_and_targets(image):
         **DELTAS,
     )
     assert not ours[~foreground].any()
-    # Theirs has targets for every anchor inside the picture, read or not.
+    # Theirs has targets for every anchor inside the image, read or not.
     corners = inclusive(JW_ANCHORS)
     within = (corners[:, :2] >= 0).all(axis=1) & (corners[:, 2:] < image_hw[::-1]).all(axis=1)
     overlaps = iou(JW_ANCHORS[within], gt.boxes)

@@ -116,7 +116,7 @@ def test_a_failed_stage_does_not_stop_the_next(tmp_path, selection, stub):
     assert len(caches) == 3 and len(set(caches)) == 1 and not Path(caches[0]).exists()
 
 
-def test_training_without_pictures_fails_and_tiny_reaches_the_benchmarks(tmp_path, selection, stub):
+def test_training_without_images_fails_and_tiny_reaches_the_benchmarks(tmp_path, selection, stub):
     arguments = ("--out", "out", "--tiny", "e2e", "train")
     done = gpu_script(*arguments, cwd=tmp_path, cache=tmp_path / "cache", selection=selection, python=stub)
     assert done.returncode == 1

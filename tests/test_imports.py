@@ -1,52 +1,57 @@
-"""The order of the layers, read from the source: a module imports from lower layers only."""
+"""The order of the folders, read from the source: a module imports from the folders below its own only."""
 
 import ast
+import importlib
+import inspect
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import fasterrcnn_jax
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fasterrcnn_jax"
 
-# Lowest first. A module sees the layers before its own and nothing beside it.
-# box_coder is ground because the configuration is typed with its Weights, roi_align because roi_crop
-# shares its products.
-LAYERS = (
-    {"kernels"},
-    {"errors", "structures", "boxes", "box_coder", "roi_align"},
-    {"config", "anchors", "levels", "nms", "roi_pool", "roi_crop", "matching"},
-    {"sampling", "config_io", "families", "anchor_grid"},
-    {"proposals", "targets", "losses", "postprocess", "roi_features"},
-    {"models"},
-    {"training", "weights", "summary"},
-    {"parallel"},
-    {"inference"},
-    {"checkpoint", "drawing", "preemption", "stages", "proposing"},
-    {"run_folder", "zoo", "scoring", "replay", "compilations"},
-    {"cli"},
+# Lowest first. A module sees the folders, and the single modules, before its own, and its own folder.
+ORDER = (
+    "kernels",
+    "errors",
+    "structures",
+    "atomic_write",
+    "config",
+    "processes",
+    "ops",
+    "models",
+    "weights",
+    "data",
+    "configs",
+    "evaluation",
+    "inference",
+    "training",
+    "zoo",
+    "scripts",
 )
-# What the modules of these folders may see of the package, beside their own folder.
-FOLDERS = {
-    "data": {"errors", "structures", "boxes", "config"},
-    "evaluation": {"errors", "structures", "boxes", "config", "data.records"},
-    "kernels": set(),
-    "configs": {"config", "families", "data.coco", "data.shapes", "data.voc"},
-}
-# Beside the lower layers: the host's side of detection reads images and hands over results.
-HOST = {"inference", "run_folder", "zoo", "proposing", "scoring", "stages"}
-HOST_SEES = {"data", "evaluation.results", "evaluation.proposal_recall"}
-ENTRIES = {"__init__", "__main__", "scripts"}
-FLAX = {"models", "training", "checkpoint", "summary", "replay"}
+# The package's own face: they see everything and nothing sees them.
+FACE = ("__init__", "__main__", "_source_tree")
+FOLDERS = {"kernels": ROOT / "kernels", "configs": ROOT / "configs"}
+SCRIPTS = {"scripts.train": ROOT / "train.py", "scripts.evaluate": ROOT / "evaluate.py"}
 
 
 def modules():
-    """Yields (dotted name below the package, path); links are followed."""
-    for path in sorted((ROOT / PACKAGE).glob("*.py")):
-        yield path.stem, path
-    for folder in sorted(path for path in (ROOT / PACKAGE).iterdir() if path.is_dir()):
+    """Returns {dotted name below the package: path} of every module."""
+    found = dict(SCRIPTS)
+    for top, folder in ({"": ROOT / PACKAGE} | FOLDERS).items():
         for path in sorted(folder.rglob("*.py")):
-            yield ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts), path
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join(filter(None, (top, *(part for part in parts if part != "__init__")))) or "__init__"] = path
+    return found
+
+
+MODULES = modules()
+INSIDE = {name: path for name, path in MODULES.items() if name not in FACE}
 
 
 def imported(path):
@@ -62,60 +67,138 @@ def imported(path):
 
 
 def own(path):
-    """Returns what a file imports from the package, without the package's name."""
-    return {name.removeprefix(f"{PACKAGE}.") for name in imported(path) if name.startswith(f"{PACKAGE}.")}
+    """Returns the modules of the package that a file imports, without the package's name."""
+    found = set()
+    for name in imported(path):
+        if name.startswith(f"{PACKAGE}."):
+            parts = name.removeprefix(f"{PACKAGE}.").split(".")
+            # The longest part of the name that is a module: the rest is what is imported from it.
+            lengths = [n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in MODULES]
+            found.add(".".join(parts[: lengths[0]]) if lengths else name)
+    return found
 
 
-def is_within(name, allowed):
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed)
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_module_imports_only_from_folders_before_its_own(name):
+    folder = name.split(".")[0]
+    seen = set(ORDER[: ORDER.index(folder) + 1])
+    assert not {other for other in own(INSIDE[name]) if other.split(".")[0] not in seen}
 
 
-def allowed_in(name):
-    """Returns the prefixes that module `name` may import from the package."""
-    top = name.split(".")[0]
-    if top in FOLDERS:
-        return FOLDERS[top] | {top}
-    rank = next((rank for rank, layer in enumerate(LAYERS) if top in layer), None)
-    assert rank is not None, f"{name} is in no layer; give it a place in {Path(__file__).name}"
-    lower = set().union(*LAYERS[:rank])
-    return lower | ({top} if top in ("models", "weights") else set()) | (HOST_SEES if top in HOST else set())
+def test_the_order_names_every_folder_and_nothing_else():
+    assert {name.split(".")[0] for name in INSIDE} == set(ORDER)
 
 
-CHECKED = {name: path for name, path in modules() if name.split(".")[0] not in ENTRIES}
+def test_no_modules_import_each_other_in_a_circle():
+    imports = {name: own(path) for name, path in INSIDE.items()}
+    done, path = set(), []
 
+    def visit(name):
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name in done or name not in imports:
+            return
+        path.append(name)
+        # A folder's own __init__ that is imported as a whole counts as the folder.
+        for other in sorted(imports[name] - {name}):
+            visit(other)
+        path.pop()
+        done.add(name)
 
-@pytest.mark.parametrize("name", CHECKED)
-def test_modules_import_lower_layers_only(name):
-    allowed = allowed_in(name)
-    beyond = {other for other in own(CHECKED[name]) if not is_within(other, allowed)}
-    assert not beyond
-
-
-def test_flax_is_seen_by_the_network_and_its_state_only():
-    users = {
-        name.split(".")[0] for name, path in modules() if any(is_within(other, {"flax"}) for other in imported(path))
-    }
-    assert users <= FLAX
+    for name in sorted(imports):
+        visit(name)
 
 
 def test_nothing_imports_the_folders_at_the_top_by_their_bare_names():
     bare = {"kernels", "configs", "train", "evaluate"}
-    found = {(name, other) for name, path in modules() for other in imported(path) if is_within(other, bare)}
+    found = {(name, other) for name, path in MODULES.items() for other in imported(path) if other.split(".")[0] in bare}
     assert not found
 
 
-def test_kernels_depend_on_jax_alone():
+def test_flax_is_imported_by_the_network_and_its_state_only():
+    users = {
+        name.split(".")[0]
+        for name, path in INSIDE.items()
+        if any(other.split(".")[0] == "flax" for other in imported(path))
+    }
+    assert users == {"models", "training", "scripts"}
+
+
+def test_kernels_import_jax_alone():
     """Beside the standard library and NumPy, which JAX cannot be without."""
     roots = {
         name.split(".")[0]
-        for module, path in modules()
+        for module, path in INSIDE.items()
         if module.split(".")[0] == "kernels"
         for name in imported(path)
-        if not is_within(name, {f"{PACKAGE}.kernels"})
+        if not name.startswith(f"{PACKAGE}.kernels")
     }
     assert "jax" in roots and roots - {"jax", "numpy"} <= sys.stdlib_module_names
 
 
-def test_every_layer_that_is_named_exists():
-    present = {name.split(".")[0] for name, _ in modules()}
-    assert set().union(*LAYERS) | set(FOLDERS) | ENTRIES <= present
+def public(module):
+    """Returns {name: value} of what a module defines for others."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+def test_no_public_function_shares_its_name_with_a_module_beside_it():
+    """Otherwise `from fasterrcnn_jax import name` gives one or the other, by what was imported before."""
+    for name in MODULES:
+        if not name.startswith("__"):
+            importlib.import_module(f"{PACKAGE}.{name}")
+    for name in fasterrcnn_jax.__all__:
+        assert callable(getattr(fasterrcnn_jax, name)), name
+        assert name not in MODULES
+    for name in INSIDE:
+        module = importlib.import_module(f"{PACKAGE}.{name}")
+        folder = name.rpartition(".")[0]
+        beside = {other.rpartition(".")[2] for other in INSIDE if other.rpartition(".")[0] == folder}
+        shared = beside & {key for key, value in public(module).items() if inspect.isfunction(value)}
+        assert not shared, f"{name} defines {shared}, which are modules beside it"
+
+
+def test_type_checkers_see_every_public_name():
+    """The names under TYPE_CHECKING, which checkers read, are those that are imported when they are used."""
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    static = {alias.name: node.module for node in block.body for alias in node.names}
+    lazy = {name: f"{PACKAGE}.{home}" for name, home in fasterrcnn_jax._HOMES.items()}
+    assert static == lazy and set(static) == set(fasterrcnn_jax.__all__)
+
+
+HEAVY = ("grain", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")
+# Notes each heavy module that a module of ours imports: Flax itself imports optax.
+FRESH = """
+import builtins, json, sys
+ours, real = set(), builtins.__import__
+def noting(name, globals=None, *rest):
+    if (globals or {}).get("__name__", "").startswith("fasterrcnn_jax"):
+        ours.add(name.split(".")[0])
+    return real(name, globals, *rest)
+builtins.__import__ = noting
+import numpy, fasterrcnn_jax
+light = sorted(name for name in ("flax", "jax", "numpy") if name in sys.modules)
+model = fasterrcnn_jax.load(sys.argv[1])
+found = fasterrcnn_jax.predict(model, numpy.zeros((48, 64, 3), numpy.uint8))
+heavy = json.loads(sys.argv[2])
+print(json.dumps([light, sorted(ours & set(heavy)), sorted(set(heavy) & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize("kind, allowed", [("weights", set()), ("run", {"orbax"})])
+def test_prediction_imports_nothing_that_it_does_not_need(small_run, kind, allowed, tmp_path):
+    path = small_run
+    if kind == "weights":
+        path = tmp_path / "model.safetensors"
+        fasterrcnn_jax.save_weights(fasterrcnn_jax.load(small_run), path)
+    command = [sys.executable, "-c", FRESH, str(path), json.dumps(HEAVY)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    light, ours, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert light == ["numpy"], "import fasterrcnn_jax must not import JAX"
+    assert set(ours) == allowed
+    # Flax imports optax, whoever imports Flax (flax/nnx/helpers.py).
+    assert set(loaded) == allowed | {"optax"}

@@ -1,4 +1,4 @@
-"""From pictures of any size to boxes in their own pixels, and to pictures with boxes on them."""
+"""From images of any size to boxes in their own pixels, and to images with boxes on them."""
 
 import dataclasses
 import inspect
@@ -40,23 +40,23 @@ def environment():
 
 @pytest.fixture(scope="module")
 def model(random_weights):
-    # The least size is meant in the picture's own pixels: an enlarged one would have more proposals.
+    # The least size is meant in the image's own pixels: an enlarged one would have more proposals.
     proposals = dataclasses.replace(tiny.MODEL.test_proposals, min_size=0.0)
     config = dataclasses.replace(tiny.MODEL, test_proposals=proposals)
     return random_weights(lambda: Detector(config, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=1)
 
 
-def pictures():
+def sample_images():
     return [
-        tiny.picture((height, width), (5, 6, width // 2, height // 2), seed=index)
+        tiny.rectangle_image((height, width), (5, 6, width // 2, height // 2), seed=index)
         for index, (height, width) in enumerate(SIZES)
     ]
 
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """What is found in each picture by itself, in batches of two: one filling row."""
-    return [predict(model, image, batch_size=2) for image in pictures()]
+    """What is found in each image by itself, in batches of two: one filling row."""
+    return [predict(model, image, batch_size=2) for image in sample_images()]
 
 
 def assert_same(found, expected):
@@ -64,7 +64,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(field, other)
 
 
-def test_a_prediction_is_in_the_pixels_of_its_picture_best_first(alone):
+def test_a_prediction_is_in_the_pixels_of_its_image_best_first(alone):
     for found, (height, width) in zip(alone, SIZES):
         count = len(found.scores)
         assert count > 0 and found.boxes.shape == (count, 4) and found.labels.shape == (count,)
@@ -74,19 +74,19 @@ def test_a_prediction_is_in_the_pixels_of_its_picture_best_first(alone):
         assert (np.diff(found.scores) <= 0).all() and (found.scores > 0).all() and (found.scores <= 1).all()
         assert found.class_names == tuple(tiny.CLASS_NAMES[label - 1] for label in found.labels)
     widest = max(found.boxes[:, 2].max() for found in alone)
-    assert widest > 96  # of the picture that was shrunk
+    assert widest > 96  # of the image that was shrunk
 
 
 def test_predictions_do_not_depend_on_company(model, alone):
-    together = predict(model, pictures(), batch_size=2)
-    backwards = predict(model, pictures()[::-1], batch_size=2)[::-1]
+    together = predict(model, sample_images(), batch_size=2)
+    backwards = predict(model, sample_images()[::-1], batch_size=2)[::-1]
     for found, other, expected in zip(together, backwards, alone, strict=True):
         assert_same(found, expected)
         assert_same(other, expected)
 
 
-def test_one_picture_a_list_and_a_batch_array_agree(model, alone):
-    image = pictures()[0]
+def test_one_image_a_list_and_a_batch_array_agree(model, alone):
+    image = sample_images()[0]
     assert isinstance(predict(model, image, batch_size=2), Prediction)
     (listed,) = predict(model, [image], batch_size=2)
     stacked = predict(model, np.stack([image, image[::-1], image]), batch_size=2)
@@ -101,8 +101,8 @@ def test_nothing_to_look_at_gives_an_empty_list(model):
     assert predict(model, np.zeros((0, 20, 30, 3), np.uint8)) == []
 
 
-def test_pictures_are_left_as_they_are(model):
-    images = pictures()[:2]
+def test_images_are_left_as_they_are(model):
+    images = sample_images()[:2]
     copies = [image.copy() for image in images]
     for image in images:
         image.setflags(write=False)
@@ -125,7 +125,7 @@ def test_pictures_are_left_as_they_are(model):
         ("photo.jpg", "image 0 must be"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_position_type_and_shape(model, image, said):
+def test_what_is_no_image_is_refused_with_its_position_type_and_shape(model, image, said):
     # Without the annotations' own check, as users run it.
     with pytest.raises(ValueError, match=said):
         inspect.unwrap(predict)(model, image)
@@ -134,11 +134,11 @@ def test_what_is_no_picture_is_refused_with_its_position_type_and_shape(model, i
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(model, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be positive, got {batch_size}"):
-        predict(model, pictures()[:1], batch_size=batch_size)
+        predict(model, sample_images()[:1], batch_size=batch_size)
 
 
-def test_boxes_of_an_enlarged_picture_are_enlarged(model):
-    """By repeating columns and rows the resized pictures are nearly the same; boxes follow the original."""
+def test_boxes_of_an_enlarged_image_are_enlarged(model):
+    """By repeating columns and rows the resized images are nearly the same; boxes follow the original."""
     image = np.zeros((64, 96, 3), np.uint8)
     image[:] = np.linspace(40, 200, 96, dtype=np.uint8)[None, :, None]
     small = predict(model, image, batch_size=2)
@@ -149,7 +149,7 @@ def test_boxes_of_an_enlarged_picture_are_enlarged(model):
     np.testing.assert_allclose(large.boxes, 2 * small.boxes, atol=1.0)
 
 
-def test_boxes_return_by_both_scales_and_are_cut_at_the_picture():
+def test_boxes_return_by_both_scales_and_are_cut_at_the_image():
     boxes = jnp.float32([[[10, 20, 30, 40], [0, 0, 64.2, 96], [1, 1, 2, 2]]])
     found = Detections(boxes, jnp.float32([[0.9, 0.8, 0.7]]), jnp.int32([[2, 1, 0]]), jnp.array([[True, True, False]]))
     original = to_original(found, 0, np.float32([4.0, 2.0]), (24, 32))
@@ -157,11 +157,11 @@ def test_boxes_return_by_both_scales_and_are_cut_at_the_picture():
     assert original.labels.tolist() == [2, 1]
 
 
-def test_one_program_serves_all_pictures_of_a_canvas(model, alone, caplog):
+def test_one_program_serves_all_images_of_a_canvas(model, alone, caplog):
     jitted_detect.clear_cache()
     with caplog.at_level(logging.INFO, logger="fasterrcnn_jax"):
         for number in (1, 5):
-            for image in pictures()[:number]:
+            for image in sample_images()[:number]:
                 jax.eval_shape(jitted_detect, model, *preprocess([image], tiny.IMAGE))
     assert len([line for line in caplog.messages if "compiling detection" in line]) == 2
 
@@ -172,7 +172,7 @@ def test_preprocess_takes_the_smallest_canvas_that_holds_all():
 
     assert canvas((64, 96)) == (1, 64, 96, 3)
     assert canvas((96, 64), (90, 50)) == (2, 96, 64, 3)
-    # A square picture fits both canvases and must not choose for the portrait beside it.
+    # A square image fits both canvases and must not choose for the portrait beside it.
     assert canvas((64, 64), (96, 64)) == (2, 96, 64, 3)
     with pytest.raises(ValueError, match="no canvas of .* 96 x 96"):
         canvas((64, 96), (96, 64))
@@ -184,8 +184,8 @@ def test_preprocess_refuses_what_predict_refuses_and_nothing_at_all(images):
         fasterrcnn_jax.preprocess(images, tiny.IMAGE)
 
 
-def test_preprocess_makes_a_batch_of_one_from_a_single_picture():
-    image = pictures()[0]
+def test_preprocess_makes_a_batch_of_one_from_a_single_image():
+    image = sample_images()[0]
     for one, other in zip(
         fasterrcnn_jax.preprocess(image, tiny.IMAGE), fasterrcnn_jax.preprocess([image], tiny.IMAGE), strict=True
     ):
@@ -200,7 +200,7 @@ def test_detect_runs_inside_a_users_own_jit(model, alone):
         found = fasterrcnn_jax.detect(model, images, image_hw, scale)
         return jnp.where(found.valid, found.scores, 0.0).max(axis=1), found
 
-    images, image_hw, scale = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
+    images, image_hw, scale = fasterrcnn_jax.preprocess(sample_images()[:2], tiny.IMAGE)
     best, found = best_score(model, images, image_hw, scale)
     for row, expected in enumerate(alone[:2]):
         original = to_original(found, row, scale[row], SIZES[row])
@@ -212,7 +212,7 @@ def test_detect_runs_inside_a_users_own_jit(model, alone):
 
 
 def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
-    inputs = fasterrcnn_jax.preprocess(pictures()[:2], tiny.IMAGE)
+    inputs = fasterrcnn_jax.preprocess(sample_images()[:2], tiny.IMAGE)
     together = jax.jit(jax.vmap(detect, in_axes=(None, 0, 0, 0)))(model, *(leaf[:, None] for leaf in inputs))
     alone = jax.jit(detect)(model, *inputs)
     assert together.valid.any()
@@ -222,7 +222,7 @@ def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
 
 
 def test_a_data_set_is_detected_in_its_order_and_as_by_predict(model, alone, tmp_path):
-    images = [(pixels, [(5, 6, 20, 20)], [1]) for pixels in pictures()]
+    images = [(pixels, [(5, 6, 20, 20)], [1]) for pixels in sample_images()]
     dataset = tiny.dataset(tmp_path / "images", images)
     found = detect_dataset(model, dataset, batch_size=2)
     assert len(found) == len(SIZES)
@@ -240,8 +240,8 @@ def found_at(*boxes, scores=None, labels=None):
     )
 
 
-def test_draw_returns_a_new_picture_and_leaves_its_own():
-    image = tiny.picture((60, 90), (0, 0, 5, 5))
+def test_draw_returns_a_new_image_and_leaves_its_own():
+    image = tiny.rectangle_image((60, 90), (0, 0, 5, 5))
     before = image.copy()
     image.setflags(write=False)
     drawn = draw(image, found_at((10, 12, 50, 44)))
@@ -268,7 +268,7 @@ def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
     "box, rows",
     [
         ((10, 25, 80, 50), (5, 25)),  # above
-        ((60, 25, 88, 50), (5, 26)),  # above, moved left to stay in the picture
+        ((60, 25, 88, 50), (5, 26)),  # above, moved left to stay in the image
         ((10, 2, 80, 50), (0, 22)),  # no room above: inside
     ],
 )
@@ -312,7 +312,7 @@ def test_pairs_stand_side_by_side_on_white():
     assert (sheet[8:12, 8:14] == 10).all() and (sheet[8:13, 22:25] == 20).all()
 
 
-def test_draw_refuses_a_list_and_what_is_no_picture():
+def test_draw_refuses_a_list_and_what_is_no_image():
     image = np.zeros((8, 9, 3), np.uint8)
     with pytest.raises(ValueError, match="one Prediction, got list"):
         fasterrcnn_jax.draw(image, [found_at((1, 1, 4, 4))])

@@ -111,7 +111,7 @@ def is_writing(run):
 
 
 def digests(run):
-    """Returns SHA-256 of the last checkpoint, of the metrics, and of the last picture."""
+    """Returns SHA-256 of the last checkpoint, of the metrics, and of the last image."""
     last = run / "checkpoints" / str(STEPS)
     arrays = hashlib.sha256()
     found = ocp.load_checkpointables(last, {"model": None, "train": None, "meta": None})
@@ -120,8 +120,8 @@ def digests(run):
             arrays.update(f"{path} {value.dtype} {value.shape}".encode() + np.asarray(value).tobytes())
     arrays.update(found["meta"]["iterator"].encode())
     metrics = hashlib.sha256(json.dumps(numbers_in(run)).encode())
-    picture = hashlib.sha256((run / "pictures" / f"{STEPS:06d}.png").read_bytes())
-    return tuple(digest.hexdigest()[:16] for digest in (arrays, metrics, picture))
+    image = hashlib.sha256((run / "images" / f"{STEPS:06d}.png").read_bytes())
+    return tuple(digest.hexdigest()[:16] for digest in (arrays, metrics, image))
 
 
 def stop(launcher, pid, moment, seconds, number):

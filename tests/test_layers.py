@@ -126,7 +126,7 @@ def test_masked_group_norm_equals_the_unmasked_one_on_the_crop():
         np.testing.assert_array_equal(found[row] * (1 - valid[row]), np.zeros_like(found[row]))
 
 
-def test_group_norm_of_an_empty_picture_is_zero_with_finite_gradients():
+def test_group_norm_of_an_empty_image_is_zero_with_finite_gradients():
     norm = group_norm(16)
     empty = jnp.zeros((1, 2, 2, 1))
     y, pull_back = jax.vjp(lambda x: apply(norm, x, empty), jnp.zeros((1, 2, 2, 16)))
@@ -283,16 +283,16 @@ def test_pixels_that_nothing_divides_start_with_features_of_the_same_size(name):
     ],
 )
 def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, norm, stem_pool):
-    """A picture that fills its canvas, and one that does not, have the same features on a larger one."""
+    """An image that fills its canvas, and one that does not, have the same features on a larger one."""
     config = BackboneConfig(name=name, width=8, stride=stride, norm=norm, stem_pool=stem_pool, mask_padding=True)
     net = random_weights(lambda: backbone(config))
     sizes = [(48, 64), (40, 50)]
-    pictures = [normal(*size, 3, seed=5) for size in sizes]
+    contents = [normal(*size, 3, seed=5) for size in sizes]
 
     def features(height, width):
         images = np.zeros((2, height, width, 3), np.float32)
-        for image, picture in zip(images, pictures, strict=True):
-            image[: picture.shape[0], : picture.shape[1]] = picture
+        for image, content in zip(images, contents, strict=True):
+            image[: content.shape[0], : content.shape[1]] = content
         return np.asarray(apply(net, images, np.float32(sizes))[0])
 
     for tight, wide, size in zip(features(48, 64), features(80, 96), sizes, strict=True):

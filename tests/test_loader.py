@@ -29,11 +29,11 @@ STEPS, BATCH_SIZE = 20, 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eleven pictures of many sizes; the box of picture i is i pixels from the left."""
+    """Eleven images of many sizes; the box of image i is i pixels from the left."""
     images = []
     for index in range(11):
         box = (index, 3, index + 12, 20)
-        images.append((tiny.picture(SIZES[index % len(SIZES)], box, seed=index), [box], [1 + index % 2]))
+        images.append((tiny.rectangle_image(SIZES[index % len(SIZES)], box, seed=index), [box], [1 + index % 2]))
     return tiny.dataset(tmp_path_factory.mktemp("images"), images)
 
 
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(data):
-    """All that is random or ordered at once; half of the pictures are longer than 1.4."""
+    """All that is random or ordered at once; half of the images are longer than 1.4."""
     return dataclasses.replace(data, crop_aspect=1.4, rank_by_aspect=True)
 
 
@@ -162,10 +162,10 @@ def test_cached_images_are_decoded_once_and_batches_keep_their_bits(dataset, eve
 
 
 def test_a_full_cache_is_said_once_and_keeps_what_fits(tmp_path, data, reads, caplog):
-    """Two of three pictures of 0.4 MB fit into one megabyte."""
+    """Two of three images of 0.4 MB fit into one megabyte."""
     box = (3, 3, 200, 200)
-    pictures = [(tiny.picture((374, 374), box, seed=seed), [box], [1]) for seed in range(3)]
-    dataset = tiny.dataset(tmp_path / "large", pictures)
+    images = [(tiny.rectangle_image((374, 374), box, seed=seed), [box], [1]) for seed in range(3)]
+    dataset = tiny.dataset(tmp_path / "large", images)
     cached = dataclasses.replace(data, cache_mb=1, threads=1)
     list(batches_of(dataset, cached, steps=15, batch_size=1))
     assert sorted(reads.values()) == [1, 1, 5]
@@ -180,7 +180,7 @@ def test_without_a_cache_every_image_is_decoded_in_every_epoch_and_nothing_is_sa
     assert "data.cache_mb" not in caplog.text
 
 
-def test_a_cached_picture_cannot_be_written_to(dataset):
+def test_a_cached_image_cannot_be_written_to(dataset):
     read = image_cache.caching_reader(1)
     pixels = read(dataset.records[0])
     assert read(dataset.records[0]) is pixels
@@ -189,7 +189,7 @@ def test_a_cached_picture_cannot_be_written_to(dataset):
 
 
 def test_threads_that_share_a_cache_keep_within_it(dataset):
-    """Its pictures are counted once, however many threads decoded them."""
+    """Its images are counted once, however many threads decoded them."""
     read = image_cache.caching_reader(1)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(read, dataset.records * 20))
@@ -209,8 +209,8 @@ def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
     assert len(list(batches)) == 9
 
 
-def test_rounded_pictures_are_shipped_as_bytes(dataset, data):
-    """In training and in evaluation; what is on them is what float pictures hold, to half a grey level."""
+def test_rounded_images_are_shipped_as_bytes(dataset, data):
+    """In training and in evaluation; what is on them is what float images hold, to half a grey level."""
     image = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
     prepared = prepare_training_set(dataset, data)
     options = dict(batch_size=BATCH_SIZE, seed=0, steps=4)
@@ -293,9 +293,9 @@ def test_doubled_an_epoch_meets_every_image_plain_and_mirrored(dataset, data):
 
 
 def test_crops_follow_seed_epoch_and_image_and_not_the_batch(tmp_path, data):
-    """Each picture is twice as long as allowed, with a small box in its middle: many places hold it."""
+    """Each image is twice as long as allowed, with a small box in its middle: many places hold it."""
     box = (50, 8, 54, 20)
-    images = [(tiny.picture((24, 96), box, seed=index), [box], [1]) for index in range(6)]
+    images = [(tiny.rectangle_image((24, 96), box, seed=index), [box], [1]) for index in range(6)]
     dataset = tiny.dataset(tmp_path / "long", images)
     cropping = dataclasses.replace(data, crop_aspect=2.0, flip="none")
 
@@ -320,7 +320,7 @@ def test_crops_follow_seed_epoch_and_image_and_not_the_batch(tmp_path, data):
 def test_the_canvas_is_that_of_the_cropped_image(tmp_path, data):
     """30 x 70 needs a wide canvas; the square that is left fits any."""
     box = (30, 5, 45, 25)
-    dataset = tiny.dataset(tmp_path / "wide", [(tiny.picture((30, 70), box), [box], [1])])
+    dataset = tiny.dataset(tmp_path / "wide", [(tiny.rectangle_image((30, 70), box), [box], [1])])
     square = dataclasses.replace(data, crop_aspect=1.0, flip="none")
     image = dataclasses.replace(tiny.IMAGE, canvases=(*tiny.IMAGE.canvases, (64, 64)))
     prepared = prepare_training_set(dataset, square)
@@ -348,7 +348,7 @@ def test_ranked_images_are_in_the_order_of_what_the_crop_leaves(tmp_path, data):
     """Of aspects 1.2, 3 and 5 the last two are alike once cropped to 1.5, and shuffled among themselves."""
     box = (2, 2, 12, 12)
     sizes = [(50, 60)] * 2 + [(30, 90), (20, 100)] * 2
-    dataset = tiny.dataset(tmp_path / "ranks", [(tiny.picture(hw, box), [box], [1]) for hw in sizes])
+    dataset = tiny.dataset(tmp_path / "ranks", [(tiny.rectangle_image(hw, box), [box], [1]) for hw in sizes])
     options = dataclasses.replace(data, rank_by_aspect=True, crop_aspect=1.5)
     pairs = set()
     for batch in batches_of(dataset, options, steps=30, batch_size=2):
@@ -369,7 +369,7 @@ def test_an_evaluation_never_crops_or_mirrors(dataset):
 @pytest.mark.parametrize("crop_aspect", [None, 1.4])
 @pytest.mark.parametrize("flip", ["random", "double"])
 def test_boxes_lie_on_the_objects_in_the_pixels(dataset, data, flip, crop_aspect):
-    """In flipped pictures, in cropped ones and in plain ones: the bright rectangle is where the box says."""
+    """In flipped images, in cropped ones and in plain ones: the bright rectangle is where the box says."""
     seen = set()
     data = dataclasses.replace(data, flip=flip, crop_aspect=crop_aspect)
     for batch in batches_of(dataset, data):
@@ -399,7 +399,7 @@ def test_filling_rows_and_empty_slots_are_zero(dataset, data):
 
 def test_difficult_objects_are_left_out(tmp_path, data):
     boxes = [(2, 3, 20, 30), (25, 8, 40, 38), (5, 5, 30, 20)]
-    pixels = tiny.picture((48, 72), boxes[0])
+    pixels = tiny.rectangle_image((48, 72), boxes[0])
     dataset = tiny.dataset(tmp_path / "images", [(pixels, boxes, [1, 2, 1])], difficult=[[False, True, False]])
     plain = dataclasses.replace(data, flip="none")
     (batch,) = batches_of(dataset, plain, steps=1, batch_size=1)
@@ -413,7 +413,7 @@ def crowd(tmp_path, count, hard):
     boxes = [(x, 2, x + 5, 9) for x in range(count)]
     return tiny.dataset(
         tmp_path / "crowd",
-        [(tiny.picture((48, 72), (0, 0, 5, 5)), boxes, [1] * count)],
+        [(tiny.rectangle_image((48, 72), (0, 0, 5, 5)), boxes, [1] * count)],
         difficult=[[False] * (count - hard) + [True] * hard],
     )
 
@@ -444,7 +444,7 @@ def test_a_training_set_without_images_is_refused(tmp_path, data):
 
 def test_an_image_without_objects_trains_as_background(tmp_path, data):
     box = (3, 3, 20, 20)
-    images = [(tiny.picture((48, 72), box), [box], [1]), (tiny.picture((20, 96), box), [], [])]
+    images = [(tiny.rectangle_image((48, 72), box), [box], [1]), (tiny.rectangle_image((20, 96), box), [], [])]
     dataset = tiny.dataset(tmp_path / "images", images)
     keeping = dataclasses.replace(data, keep_empty=True, crop_aspect=1.5)
     batches = list(batches_of(dataset, keeping, steps=2, batch_size=1))
@@ -455,7 +455,7 @@ def test_an_image_without_objects_trains_as_background(tmp_path, data):
 @pytest.mark.parametrize("training", [True, False])
 def test_an_image_that_breaks_when_decoded_names_its_file(tmp_path, data, training):
     box = (3, 3, 20, 20)
-    dataset = tiny.dataset(tmp_path / "images", [(tiny.picture((48, 72), box), [box], [1])] * 2)
+    dataset = tiny.dataset(tmp_path / "images", [(tiny.rectangle_image((48, 72), box), [box], [1])] * 2)
     broken = dataset.records[1].path
     broken.write_bytes(broken.read_bytes()[:400])
     if training:

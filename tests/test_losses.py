@@ -12,7 +12,7 @@ from oracles import arrays
 
 from fasterrcnn_jax.config import LossConfig
 from fasterrcnn_jax.ops.losses import box_losses, rpn_losses, smooth_l1
-from fasterrcnn_jax.structures import AnchorTargets, RoiTargets
+from fasterrcnn_jax.structures import AnchorTargets, Mean, RoiTargets
 
 A, R, K = 12, 8, 3
 LOCATIONS = 5
@@ -24,12 +24,11 @@ def with_gradients(function):
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(scores, deltas, targets, *, config=LossConfig()):
-        losses = function(scores, deltas, targets, config=config)
-        gradients = jax.jacrev(
-            lambda *outputs: [mean.sum for mean in function(*outputs, targets, config=config)],
-            argnums=(0, 1),
-        )(scores, deltas)
-        return losses, gradients
+        def means(*outputs):
+            return [value for value in function(*outputs, targets, config=config) if isinstance(value, Mean)]
+
+        sums = jax.jacrev(lambda *outputs: [mean.sum for mean in means(*outputs)], argnums=(0, 1))
+        return means(scores, deltas), sums(scores, deltas)
 
     return run
 

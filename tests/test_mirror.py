@@ -1,4 +1,4 @@
-"""A network without a left and a right finds in the mirrored picture the mirrored boxes."""
+"""A network without a left and a right finds in the mirrored image the mirrored boxes."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect
 
 H, W, S = 64, 96, 4
-# VGG16, because its poolings meet the mirrored picture in the same places; strided convolutions do not.
+# VGG16, because its poolings meet the mirrored image in the same places; strided convolutions do not.
 CONFIG = dataclasses.replace(
     tiny.MODEL,
     backbone=BackboneConfig(name="vgg16", width=8, norm="none", fixed_stages=0),

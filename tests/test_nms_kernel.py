@@ -222,7 +222,7 @@ def test_exported_in_plain_jax_it_runs_on_cpu_and_cuda(monkeypatch):
 
 
 def scattered(generator, shape, size):
-    """Float boxes on a picture of such a size, several around each centre, and scores with ties."""
+    """Float boxes on an image of such a size, several around each centre, and scores with ties."""
     *_, n = shape
     centre = generator.uniform(0, size, (*shape[:-1], n // 8 + 1, 2))
     centre = np.take_along_axis(centre, generator.integers(0, n // 8 + 1, shape)[..., None], axis=-2)

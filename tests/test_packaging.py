@@ -1,6 +1,6 @@
-"""The package as people get it: an uninstalled clone, an sdist, a wheel, an editable install.
+"""The package as people get it: a source tree, an sdist, a wheel, an editable install, a zip, a clone on Windows.
 
-All of it offline and out of a copy, so that the checkout under test stays as it is.
+Everything runs offline on a copy, so the checkout under test stays as it is.
 """
 
 import ast
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -20,16 +21,28 @@ from fasterrcnn_jax import __main__ as entry
 
 ROOT = Path(__file__).parents[1]
 
-# Printed by a fresh interpreter: where the package and its kernels were found.
-WHERE = "import fasterrcnn_jax, fasterrcnn_jax.kernels as k; print(fasterrcnn_jax.__file__); print(k.__file__)"
+# Printed by a fresh interpreter: where the package, its kernels and its configurations were found.
+WHERE = """
+import fasterrcnn_jax, fasterrcnn_jax.kernels.nms as kernel
+from fasterrcnn_jax import configs
+from pathlib import Path
+print(fasterrcnn_jax.__file__)
+print(kernel.__file__)
+print(*sorted(path.name for path in Path(configs.__file__).parent.glob("[!_]*.py")))
+"""
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("[!_]*.py"))
 SHIPPED = {
     "fasterrcnn_jax/__main__.py",
+    "fasterrcnn_jax/py.typed",
     "fasterrcnn_jax/data/voc.py",
     "fasterrcnn_jax/kernels/__init__.py",
+    "fasterrcnn_jax/kernels/nms.py",
     "fasterrcnn_jax/configs/shapes.py",
     "fasterrcnn_jax/scripts/train.py",
     "fasterrcnn_jax/scripts/evaluate.py",
 }
+# pip builds with the setuptools of this environment: the tests have no network.
+PIP = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--quiet")
 
 
 def run(*command, cwd, path=None):
@@ -43,11 +56,19 @@ def run(*command, cwd, path=None):
     return done.stdout
 
 
-def assert_package_and_kernels_lie_under(root, printed):
-    package, kernels = (Path(line) for line in printed.split())
-    assert package == root / "fasterrcnn_jax" / "__init__.py"
-    assert kernels == root / "fasterrcnn_jax" / "kernels" / "__init__.py"
-    assert kernels.resolve().is_relative_to(root.resolve())
+def assert_works(folder, *, cwd, package, kernels, python=sys.executable):
+    """Asserts that a fresh interpreter imports the package, lists its configurations, and runs `train --help`.
+
+    Args:
+      folder: searched for modules before what is installed; None where `python` has the package installed.
+      package, kernels: the folders that the package and its kernels must come from.
+    """
+    found, kernel, configs = run(python, "-c", WHERE, cwd=cwd, path=folder).splitlines()
+    assert Path(found) == package / "__init__.py"
+    assert Path(kernel) == kernels / "nms.py"
+    assert configs.split() == CONFIGS
+    shown = run(python, "-m", "fasterrcnn_jax", "train", "--help", cwd=cwd, path=folder)
+    assert "--train.learning_rate" in shown
 
 
 def copy_clone(target):
@@ -91,29 +112,77 @@ def wheel(tmp_path_factory):
     return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """Returns a folder into which pip has installed the wheel."""
-    target = tmp_path_factory.mktemp("installed")
-    command = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
-    run(*command, cwd=target)
+def assert_installs(source, tmp_path):
+    """Installs `source` into an empty folder with pip and asserts that the package works from there."""
+    target = tmp_path / "installed"
+    run(*PIP, "--target", target, source, cwd=tmp_path)
+    package = target / "fasterrcnn_jax"
+    assert_works(target, cwd=tmp_path, package=package, kernels=package / "kernels")
     return target
 
 
-def test_an_uninstalled_clone_uses_its_own_kernels(clone):
-    assert_package_and_kernels_lie_under(clone, run(sys.executable, "-c", WHERE, cwd=clone))
+def test_the_tree_holds_no_symbolic_links():
+    if not (ROOT / ".git").exists():
+        pytest.skip("this copy of the source is no git checkout")
+    assert not [line for line in run("git", "ls-files", "-s", cwd=ROOT).splitlines() if line.startswith("120000")]
 
 
-def test_sdist_holds_kernels_configs_and_scripts_inside_the_package_only(sdist):
+def test_a_source_tree_works_without_an_installation(clone):
+    assert_works(clone, cwd=clone, package=clone / "fasterrcnn_jax", kernels=clone / "kernels")
+    assert "--train.learning_rate" in run(sys.executable, "train.py", "--help", cwd=clone)
+
+
+def test_an_installed_wheel_works_from_any_folder(wheel, tmp_path):
+    target = assert_installs(wheel, tmp_path)
+    shown = run(target / "bin" / "fasterrcnn-jax", "evaluate", "--help", cwd=tmp_path, path=target)
+    assert shown.startswith("usage: fasterrcnn-jax evaluate")
+    assert "--ckpt" in shown
+
+
+def test_an_installed_sdist_works_from_any_folder(sdist, tmp_path):
+    assert_installs(sdist, tmp_path)
+
+
+def test_a_zip_of_the_repository_installs(clone, tmp_path):
+    """As a code host's download button gives it: one folder, no links, no git."""
+    archive = tmp_path / "fasterrcnn_jax-main.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(path for path in clone.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            file.writestr(str(Path("fasterrcnn_jax-main") / path.relative_to(clone)), path.read_bytes())
+    assert_installs(archive, tmp_path)
+
+
+def test_a_clone_without_symbolic_links_installs(tmp_path):
+    """`core.symlinks=false` is git's default on Windows."""
+    source = copy_clone(tmp_path / "source")
+    names = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    run("git", "init", "--quiet", cwd=source)
+    run("git", "add", "--all", cwd=source)
+    run("git", *names, "commit", "--quiet", "--message", "all", cwd=source)
+    run("git", "clone", "--quiet", "--config", "core.symlinks=false", source, tmp_path / "clone", cwd=tmp_path)
+    assert_installs(tmp_path / "clone", tmp_path)
+
+
+def test_an_editable_install_uses_its_source_tree(tmp_path):
+    source = copy_clone(tmp_path / "source")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    # The new environment sees the dependencies of this one, which its own base need not have.
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    here = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (Path(purelib) / "here.pth").write_text("\n".join(sorted(here)) + "\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, *PIP[3:])
+    run(*pip, "--ignore-installed", "--editable", source, cwd=tmp_path)
+    package, kernels = source / "fasterrcnn_jax", source / "kernels"
+    assert_works(None, cwd=tmp_path, package=package, kernels=kernels, python=python)
+
+
+def test_archives_hold_nothing_beside_the_package(sdist, wheel):
+    """Installed as `kernels` or `train`, they would take these names from everybody else."""
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
     assert not [member.name for member in members if member.issym() or member.islnk()]
-    names = {member.name.split("/", 1)[1] for member in members if "/" in member.name}
-    assert names >= SHIPPED | {"pyproject.toml", "LICENSE"}
-    assert not {name.split("/")[0] for name in names} & {"kernels", "configs", "train.py", "evaluate.py"}
-
-
-def test_wheel_holds_kernels_configs_and_scripts_inside_the_package_only(wheel):
+    assert {member.name.split("/", 1)[1] for member in members if "/" in member.name} >= {"pyproject.toml", "LICENSE"}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names >= SHIPPED
     metadata = f"fasterrcnn_jax-{fasterrcnn_jax.__version__}.dist-info"
@@ -133,33 +202,11 @@ def test_wheel_of_the_sdist_equals_the_wheel_of_the_clone(sdist, wheel, tmp_path
     assert contents(again) == contents(wheel)
 
 
-def test_installed_wheel_uses_its_own_kernels(installed, tmp_path):
-    assert_package_and_kernels_lie_under(installed, run(sys.executable, "-c", WHERE, cwd=tmp_path, path=installed))
-
-
-def test_installed_wheel_trains_with_a_shipped_config_from_anywhere(installed, tmp_path):
-    command = ("-m", "fasterrcnn_jax", "train", "--config", "configs/shapes.py", "--help")
-    shown = run(sys.executable, *command, cwd=tmp_path, path=installed)
-    assert "--train.learning_rate" in shown
-    assert str(installed / "fasterrcnn_jax") in "".join(shown.split()).replace("│", "")
-
-
-def test_installed_command_runs_a_verb(installed, tmp_path):
-    shown = run(installed / "bin" / "fasterrcnn-jax", "evaluate", "--help", cwd=tmp_path, path=installed)
-    assert shown.startswith("usage: fasterrcnn-jax evaluate")
-    assert "--ckpt" in shown
-
-
-def test_editable_install_uses_the_kernels_of_its_clone(clone, tmp_path):
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    # The new environment sees the dependencies of this one, which its own base need not have.
-    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    here = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    (Path(purelib) / "here.pth").write_text("\n".join(sorted(here)) + "\n")
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", "--editable")
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, clone, cwd=tmp_path)
-    assert_package_and_kernels_lie_under(clone, run(python, "-c", WHERE, cwd=tmp_path))
+def test_every_folder_with_modules_is_packaged():
+    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fasterrcnn_jax").rglob("*.py")}
+    inside = {".".join(folder.parts) for folder in folders}
+    assert packages == inside | {"fasterrcnn_jax.configs", "fasterrcnn_jax.kernels"}
 
 
 def test_kernels_import_jax_and_nothing_of_ours():
@@ -193,8 +240,6 @@ def test_help_shows_every_verb_with_its_meaning(capsys):
     assert all(verb in shown and meaning in shown for verb, meaning in entry.VERBS.items())
 
 
-def test_every_verb_is_a_script_and_those_at_the_top_are_these_files():
-    folder = ROOT / "fasterrcnn_jax" / "scripts"
-    assert {path.stem for path in folder.glob("*.py")} == set(entry.VERBS)
-    for verb in ("train", "evaluate"):
-        assert (folder / f"{verb}.py").resolve() == ROOT / f"{verb}.py"
+def test_every_verb_is_a_script():
+    scripts = {path.stem for path in (ROOT / "fasterrcnn_jax" / "scripts").glob("[!_]*.py")} - {"cli"}
+    assert scripts | {"train", "evaluate"} == set(entry.VERBS)

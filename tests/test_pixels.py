@@ -20,7 +20,7 @@ BYTES = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
 
 
 def on_canvas(seed=0):
-    """Returns a batch of two canvases with pictures of other sizes, and the sizes."""
+    """Returns a batch of two canvases with images of other sizes, and the sizes."""
     images = np.zeros((2, 64, 96, 3), np.uint8)
     image_hw = np.float32([[64, 50], [33, 96]])
     for pixels, (height, width) in zip(images, image_hw.astype(int)):
@@ -36,7 +36,7 @@ def by_numpy(images, image_hw, config):
 
 
 @pytest.mark.parametrize("config", [BYTES, ImageConfig(pixel_dtype="uint8")])
-def test_bytes_are_normalised_where_there_is_picture_and_the_padding_stays_zero(config):
+def test_bytes_are_normalised_where_there_is_image_and_the_padding_stays_zero(config):
     images, image_hw = on_canvas()
     found = normalised(jnp.asarray(images), jnp.asarray(image_hw), config)
     assert found.dtype == jnp.float32
@@ -50,7 +50,7 @@ def test_floats_pass_as_they_are():
 
 
 @pytest.mark.parametrize("config, given", [(tiny.IMAGE, np.uint8), (BYTES, np.float32)])
-def test_pictures_of_the_other_kind_are_refused(config, given):
+def test_images_of_the_other_kind_are_refused(config, given):
     with pytest.raises(TypeError, match=f"images must be {config.pixel_dtype} .*got {np.dtype(given).name}"):
         normalised(jnp.zeros((1, 64, 96, 3), given), jnp.float32([[64, 96]]), config)
 
@@ -68,17 +68,17 @@ def models(random_weights):
 
 def test_features_are_those_of_the_same_levels_in_float(models):
     images, image_hw = on_canvas()
-    pictures = by_numpy(images, image_hw, tiny.IMAGE), images
+    stored = by_numpy(images, image_hw, tiny.IMAGE), images
     with tiny.quick_compilation():
         plain, of_bytes = (
             jax.jit(shared_features)(model, jnp.asarray(pixels), jnp.asarray(image_hw))
-            for model, pixels in zip(models, pictures)
+            for model, pixels in zip(models, stored)
         )
     for level, other in zip(plain, of_bytes, strict=True):
         np.testing.assert_allclose(level, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(level).max()))
 
 
-def test_predict_and_preprocess_make_the_pictures_the_model_asks_for(models, monkeypatch):
+def test_predict_and_preprocess_make_the_images_the_model_asks_for(models, monkeypatch):
     """Bytes for a model of bytes, and both the same."""
     sent = []
 
@@ -88,10 +88,10 @@ def test_predict_and_preprocess_make_the_pictures_the_model_asks_for(models, mon
         return Detections(boxes, numbers, numbers.astype(np.int32), numbers.astype(bool))
 
     monkeypatch.setattr(prediction, "jitted_detect", nothing)
-    picture = tiny.picture((50, 70), (10, 12, 40, 44))
+    pixels = tiny.rectangle_image((50, 70), (10, 12, 40, 44))
     for model, dtype in zip(models, (np.float32, np.uint8)):
-        assert len(predict(model, picture).boxes) == 0
-        images, image_hw, scale = preprocess(picture, model.config.image)
+        assert len(predict(model, pixels).boxes) == 0
+        images, image_hw, scale = preprocess(pixels, model.config.image)
         assert images.dtype == sent[-1].dtype == dtype
         np.testing.assert_array_equal(images, sent[-1])
 

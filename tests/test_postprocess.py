@@ -126,7 +126,7 @@ def test_far_corner_offset_moves_the_far_corners_of_detections(coder, expected):
 
 
 @pytest.mark.parametrize("coder", [BoxCoderConfig(), CAFFE], ids=["plain", "caffe"])
-def test_detections_end_at_the_picture(coder):
+def test_detections_end_at_the_image(coder):
     """Four widths to the right, two heights down, of which half and a third remain."""
     found = one_box_with([40.0, 20.0, 0, 0], coder=coder)
     np.testing.assert_allclose(found, [90, 70, 100, 80], atol=1e-4)
@@ -193,7 +193,7 @@ def test_padding_of_detections_is_zero():
         assert not np.asarray(leaf)[1:].any()
 
 
-def test_box_moved_out_of_the_picture_is_no_detection():
+def test_box_moved_out_of_the_image_is_no_detection():
     logits, deltas, proposals = one_proposal(0.9)
     deltas[0, 2, 0] = -10 * 5  # five widths to the left
     assert np.any(run(logits, 0 * deltas, proposals).valid)

@@ -115,7 +115,7 @@ def test_losses_and_gradients_are_float32_and_near_those_of_float32(random_weigh
                 )
                 rpn = rpn_output(model, levels, one.image_hw)
                 losses = losses_for_targets(model, levels, rpn, targets, rois)
-                return sum(mean.sum.sum() / mean.count.sum() for mean in losses.means)
+                return sum(mean.sum.sum() / mean.count.sum() for mean in losses.means.values())
 
             return jax.value_and_grad(total)(params)
 

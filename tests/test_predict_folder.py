@@ -41,12 +41,12 @@ def call(model, tmp_path, monkeypatch):
     return run
 
 
-def test_every_image_gets_its_detections_and_its_picture(call, model, tmp_path, capsys):
+def test_every_image_gets_its_detections_and_its_image(call, model, tmp_path, capsys):
     """Detections are those of `predict` on what a viewer shows; boxes are drawn where the score is high enough."""
     out = call("--batch_size", 2, "--score_threshold", 0)
     content = json.loads((out / "detections.json").read_text())
     assert (out / "classes.txt").read_text().splitlines() == list(tiny.CLASS_NAMES)
-    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["a.png.png", "b 1.png.png"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["a.png.png", "b 1.png.png"]
     stored = np.asarray(Image.open(tmp_path / "images/b 1.png"))
     for name, shown in (("a.png", stored[::-1, ::-1]), ("b 1.png", stored)):
         shown = np.ascontiguousarray(shown)
@@ -59,16 +59,16 @@ def test_every_image_gets_its_detections_and_its_picture(call, model, tmp_path, 
         np.testing.assert_allclose(boxes, expected.boxes, atol=1e-4)
         np.testing.assert_allclose([item["score"] for item in found], expected.scores, atol=1e-6)
         assert [item["category_id"] for item in found] == expected.labels.tolist()
-        picture = np.asarray(Image.open(out / f"pictures/{name}.png"))
-        assert (picture != shown).any()
-        np.testing.assert_array_equal(picture, draw(shown, expected, score_threshold=0.0))
+        image = np.asarray(Image.open(out / f"images/{name}.png"))
+        assert (image != shown).any()
+        np.testing.assert_array_equal(image, draw(shown, expected, score_threshold=0.0))
     assert "images     2" in capsys.readouterr().out
 
 
 def test_a_high_threshold_draws_nothing_and_keeps_the_detections(call, tmp_path):
     out = call("--batch_size", 2, "--score_threshold", 1.1)
     stored = np.asarray(Image.open(tmp_path / "images/b 1.png"))
-    np.testing.assert_array_equal(np.asarray(Image.open(out / "pictures/b 1.png.png")), stored)
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "images/b 1.png.png")), stored)
     assert json.loads((out / "detections.json").read_text())
 
 
@@ -80,7 +80,7 @@ def test_a_faulty_image_stops_the_script_or_is_skipped(call, tmp_path, capsys):
     assert stopped.value.code == 2 and "c.jpg" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
     out = call("--batch_size", 2, "--faults", "skip")
-    assert len([*(out / "pictures").iterdir()]) == 2
+    assert len([*(out / "images").iterdir()]) == 2
 
 
 def test_a_batch_of_none_is_refused(call, capsys):

@@ -85,7 +85,7 @@ def test_proposals_equal_the_loop(seed, options):
     np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, rtol=1e-5)
 
 
-def test_proposals_stay_in_the_picture_and_keep_the_minimum_size():
+def test_proposals_stay_in_the_image_and_keep_the_minimum_size():
     objectness, deltas = rpn_outputs(5)
     found = run(objectness, 4 * deltas, IN_PICTURE)
     boxes = np.asarray(found.boxes)[np.asarray(found.valid)]
@@ -109,14 +109,14 @@ def single(delta, anchor, **options):
 
 
 @pytest.mark.parametrize("scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)])
-def test_minimum_size_is_meant_in_the_stored_picture(scale, survives):
-    """24 x 12 network pixels are 12 high in the picture at scale 1, and less where that was enlarged."""
+def test_minimum_size_is_meant_in_the_stored_image(scale, survives):
+    """24 x 12 network pixels are 12 high in the image at scale 1, and less where that was enlarged."""
     found = single([0, 0, 0, 0], [10, 10, 34, 22], scale=np.float32(scale))
     assert (found is not None) == survives
 
 
 def test_boxes_are_clipped_before_they_are_measured():
-    """Only 11 of the 30 columns lie in the picture."""
+    """Only 11 of the 30 columns lie in the image."""
     assert single([0, 0, 0, 0], [-19, 10, 11, 40]) is None
     assert single([0, 0, 0, 0], [-19, 10, 12, 40]) is not None
 
@@ -146,7 +146,7 @@ def test_without_a_clamp_a_proposal_follows_its_log_scale():
     "anchor, expected",
     [
         ([10, 10, 40, 40], [10, 10, 41, 41]),  # one more at the far corners
-        ([70, 50, 100, 80], [70, 50, 100, 80]),  # which the picture ends
+        ([70, 50, 100, 80], [70, 50, 100, 80]),  # which the image ends
         ([-40, -50, -20, -10], [0, 0, 1, 1]),  # beyond: one pixel at the border remains
         ([120, 90, 150, 110], [99, 79, 100, 80]),
     ],

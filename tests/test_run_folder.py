@@ -1,4 +1,4 @@
-"""The run folder's pictures."""
+"""The run folder's images."""
 
 import numpy as np
 import pytest
@@ -6,28 +6,28 @@ import tiny
 from PIL import Image
 
 from fasterrcnn_jax.data.records import ImageDetections, ImageProposals
-from fasterrcnn_jax.training.run_folder import (
-    PICTURED_SIDE,
-    MetricsWriter,
-    pictured,
-    sheet,
+from fasterrcnn_jax.inference.drawing import (
+    SHOWN_SIDE,
+    comparison_sheet,
+    shown_positions,
 )
+from fasterrcnn_jax.training.progress import MetricsWriter
 
 
 @pytest.mark.parametrize("image_hw", [(60, 90), (1500, 1000)])
 def test_small_images_grow_and_large_ones_shrink_with_their_boxes(tmp_path, image_hw):
     height, width = image_hw
     box = (width // 4, height // 4, width // 2, height // 2)
-    dataset = tiny.dataset(tmp_path / "images", [(tiny.picture(image_hw, box), [box], [1])])
+    dataset = tiny.dataset(tmp_path / "images", [(tiny.rectangle_image(image_hw, box), [box], [1])])
     found = ImageDetections(np.float32([box]), np.float32([0.9]), np.int32([1]))
     proposals = [ImageProposals(np.float32([[0, 0, width, height]]), np.float32([0.5]))]
     with MetricsWriter(tmp_path, after=0) as metrics:
-        path = metrics.write_picture(7, sheet(dataset, pictured(dataset), [found], proposals))
-    with Image.open(path) as picture:
-        drawn = np.asarray(picture.convert("RGB"))
+        path = metrics.write_image(7, comparison_sheet(dataset, shown_positions(dataset), [found], proposals))
+    with Image.open(path) as image:
+        drawn = np.asarray(image.convert("RGB"))
     shown = (drawn.shape[1] - 32) // 3
     longest = max(shown, shown * height // width)
-    assert PICTURED_SIDE * 0.6 <= longest <= PICTURED_SIDE * 1.5
+    assert SHOWN_SIDE * 0.6 <= longest <= SHOWN_SIDE * 1.5
     # The middle of the object is red in all three.
     y = 8 + round(shown * height / width * 3 / 8)
     for left in (8, 16 + shown, 24 + 2 * shown):
@@ -37,17 +37,17 @@ def test_small_images_grow_and_large_ones_shrink_with_their_boxes(tmp_path, imag
 
 def test_without_detections_the_third_column_is_left_out(tmp_path):
     box = (10, 10, 40, 40)
-    dataset = tiny.dataset(tmp_path / "images", [(tiny.picture((60, 90), box), [box], [1])])
+    dataset = tiny.dataset(tmp_path / "images", [(tiny.rectangle_image((60, 90), box), [box], [1])])
     found = ImageDetections(np.float32([box]), np.float32([0.9]), np.int32([1]))
     proposals = [ImageProposals(np.float32([box]), np.float32([0.5]))]
-    widths = [sheet(dataset, [0], detections, proposals).shape[1] for detections in (None, [found])]
+    widths = [comparison_sheet(dataset, [0], detections, proposals).shape[1] for detections in (None, [found])]
     assert (widths[0] - 24) / 2 == (widths[1] - 32) / 3
 
 
-def test_pictures_of_two_splits_are_two_files(tmp_path):
+def test_images_of_two_splits_are_two_files(tmp_path):
     white, black = (np.full((4, 4, 3), value, np.uint8) for value in (255, 0))
     with MetricsWriter(tmp_path, after=0) as metrics:
-        paths = [metrics.write_picture(6, white), metrics.write_picture(6, black, of="test")]
+        paths = [metrics.write_image(6, white), metrics.write_image(6, black, split="test")]
     assert [path.name for path in paths] == ["000006.png", "000006_test.png"]
     assert [np.asarray(Image.open(path)).max() for path in paths] == [255, 0]
 
@@ -55,5 +55,5 @@ def test_pictures_of_two_splits_are_two_files(tmp_path):
 def test_a_silent_writer_leaves_nothing_behind(tmp_path):
     with MetricsWriter(tmp_path, after=0, silent=True) as metrics:
         metrics.write(1, {"loss": 1.0})
-        metrics.write_picture(1, np.zeros((4, 4, 3), np.uint8))
+        metrics.write_image(1, np.zeros((4, 4, 3), np.uint8))
     assert not list(tmp_path.iterdir())

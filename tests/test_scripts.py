@@ -133,15 +133,15 @@ def test_detection_runs_on_one_device_with_its_share_of_the_batch(trained):
     assert re.findall(r"compiling detection for images (.*)", trained[2]) == [f"({share}, 96, 96, 3)"]
 
 
-def test_the_run_folder_holds_configuration_numbers_pictures_and_checkpoints(trained):
+def test_the_run_folder_holds_configuration_numbers_images_and_checkpoints(trained):
     run = trained[0]
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
     events = list(run.glob("events.out.tfevents.*"))
     assert len(events) == 1 and events[0].stat().st_size > 500
     assert steps_in(run) == [4, 6]
     for step in (4, 6):
-        with Image.open(run / "pictures" / f"{step:06d}.png") as picture:
-            assert min(picture.size) > 100
+        with Image.open(run / "images" / f"{step:06d}.png") as image:
+            assert min(image.size) > 100
 
 
 def test_every_step_is_logged_with_its_four_losses(trained):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fasterrcnn_jax.data import shapes
 from fasterrcnn_jax.data.images import read_image
-from fasterrcnn_jax.data.shapes import CLASS_NAMES, draw_picture, make_shapes
+from fasterrcnn_jax.data.records import box_iou
+from fasterrcnn_jax.data.shapes import CLASS_NAMES, draw_image, make_shapes
 from fasterrcnn_jax.data.voc import read_voc
 from fasterrcnn_jax.errors import InputError
 
@@ -18,9 +19,9 @@ NUM_PICTURES = 300
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """(pixels, objects, top) of the first pictures of seed 0, undamaged by JPEG."""
-    return [draw_picture(0, "train", index) for index in range(NUM_PICTURES)]
+def images():
+    """(pixels, objects, top) of the first images of seed 0, undamaged by JPEG."""
+    return [draw_image(0, "train", index) for index in range(NUM_PICTURES)]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def contents(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def pairs(pictures):
-    return [(a, b) for _, objects, _ in pictures for a, b in itertools.combinations(objects, 2)]
+def pairs(images):
+    return [(a, b) for _, objects, _ in images for a, b in itertools.combinations(objects, 2)]
 
 
-def whole(pictures):
-    return [item for _, objects, _ in pictures for item in objects if not item.truncated]
+def whole(images):
+    return [item for _, objects, _ in images for item in objects if not item.truncated]
 
 
 def sides(item):
@@ -54,7 +55,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     assert len(first) == 2 * 9 + 2 + 1 and first == contents(tmp_path / "b")
 
 
-def test_picture_does_not_depend_on_how_many_are_made(tmp_path):
+def test_image_does_not_depend_on_how_many_are_made(tmp_path):
     make_shapes(tmp_path / "a", seed=5, num_train=2, num_test=1)
     make_shapes(tmp_path / "b", seed=5, num_train=4, num_test=3)
     few, many = contents(tmp_path / "a"), contents(tmp_path / "b")
@@ -62,37 +63,37 @@ def test_picture_does_not_depend_on_how_many_are_made(tmp_path):
     assert len(common) == 6 and all(few[name] == many[name] for name in common)
 
 
-def test_seeds_splits_and_indices_give_different_pictures():
-    drawn = [draw_picture(*which)[0] for which in ((0, "train", 0), (1, "train", 0), (0, "test", 0), (0, "train", 1))]
+def test_seeds_splits_and_indices_give_different_images():
+    drawn = [draw_image(*which)[0] for which in ((0, "train", 0), (1, "train", 0), (0, "test", 0), (0, "train", 1))]
     assert len({pixels.tobytes() for pixels in drawn}) == 4
 
 
-def test_written_set_reads_back_as_drawn(folder, pictures):
+def test_written_set_reads_back_as_drawn(folder, images):
     dataset = read_voc(folder, "train", CLASS_NAMES)
     assert dataset.notes == () and len(dataset.records) == NUM_PICTURES
     assert len(read_voc(folder, "test", CLASS_NAMES).records) == 20
-    for record, (pixels, objects, _) in zip(dataset.records, pictures, strict=True):
+    for record, (pixels, objects, _) in zip(dataset.records, images, strict=True):
         assert record.image_hw == pixels.shape[:2]
         np.testing.assert_array_equal(record.boxes, np.reshape([o.box for o in objects], (-1, 4)))
         np.testing.assert_array_equal(record.labels, [o.label for o in objects])
         np.testing.assert_array_equal(record.difficult, [o.difficult for o in objects])
 
 
-def test_truncated_is_written(folder, pictures):
-    for index, (_, objects, _) in enumerate(pictures[:50]):
+def test_truncated_is_written(folder, images):
+    for index, (_, objects, _) in enumerate(images[:50]):
         text = (folder / f"Annotations/train_{index:05d}.xml").read_text()
         assert re.findall("<truncated>(.)<", text) == [str(int(o.truncated)) for o in objects]
 
 
-def test_written_pixels_are_the_drawn_ones_but_for_jpeg(folder, pictures):
+def test_written_pixels_are_the_drawn_ones_but_for_jpeg(folder, images):
     for index in range(20):
         pixels = read_image(folder / f"JPEGImages/train_{index:05d}.jpg").astype(float)
-        assert np.abs(pixels - pictures[index][0]).mean() < 8
+        assert np.abs(pixels - images[index][0]).mean() < 8
 
 
-def test_box_is_the_extent_of_the_pixels_seen_of_an_unhidden_object(pictures):
+def test_box_is_the_extent_of_the_pixels_seen_of_an_unhidden_object(images):
     checked = 0
-    for _, objects, top in pictures:
+    for _, objects, top in images:
         for number, item in enumerate(objects, start=1):
             x1, y1, x2, y2 = item.box
             later = (top[y1:y2, x1:x2] > number).any()
@@ -152,40 +153,40 @@ def test_annotated_edges_are_where_the_jpeg_pixels_change(folder):
     assert (steps.argmax(1) == 2).all(), steps
 
 
-def test_classes_are_even(pictures):
-    labels = np.bincount([o.label for _, objects, _ in pictures for o in objects], minlength=5)
+def test_classes_are_even(images):
+    labels = np.bincount([o.label for _, objects, _ in images for o in objects], minlength=5)
     assert len(CLASS_NAMES) == 4 and labels[0] == 0 and len(labels) == 5
     assert labels[1:].min() > 0.2 * labels.sum()
 
 
-def test_sides_are_log_uniform_from_12_to_96(pictures):
-    lengths = np.log([side for item in whole(pictures) for side in sides(item)])
+def test_sides_are_log_uniform_from_12_to_96(images):
+    lengths = np.log([side for item in whole(images) for side in sides(item)])
     assert np.log(12) <= lengths.min() and lengths.max() <= np.log(96)
     thirds = np.histogram(lengths, bins=np.log([12, 24, 48, 96.01]))[0] / len(lengths)
     # Large ones find less room.
     assert (thirds > 0.2).all() and (thirds < 0.48).all(), thirds
 
 
-def test_aspects_vary_up_to_two(pictures):
-    aspects = np.array([w / h for w, h in map(sides, whole(pictures))])
+def test_aspects_vary_up_to_two(images):
+    aspects = np.array([w / h for w, h in map(sides, whole(images))])
     assert aspects.min() > 0.4 and aspects.max() < 2.5
     assert (aspects < 0.7).mean() > 0.1 and (aspects > 1.4).mean() > 0.1
 
 
-def test_images_have_several_sizes_within_limits(pictures):
-    sizes = {pixels.shape for pixels, _, _ in pictures}
+def test_images_have_several_sizes_within_limits(images):
+    sizes = {pixels.shape for pixels, _, _ in images}
     assert len(sizes) >= 6 and any(h > w for h, w, _ in sizes) and any(w > h for h, w, _ in sizes)
     assert all(144 <= min(h, w) <= 192 and max(h, w) <= 240 and c == 3 for h, w, c in sizes)
 
 
-def test_pictures_hold_none_to_eight_objects(pictures):
-    counts = np.bincount([len(objects) for _, objects, _ in pictures])
+def test_images_hold_none_to_eight_objects(images):
+    counts = np.bincount([len(objects) for _, objects, _ in images])
     assert len(counts) == 9 and (counts > 0).all()
     assert 0.01 < counts[0] / NUM_PICTURES < 0.08
 
 
-def test_a_few_objects_are_difficult(pictures):
-    assert 0.01 < np.mean([o.difficult for _, objects, _ in pictures for o in objects]) < 0.05
+def test_a_few_objects_are_difficult(images):
+    assert 0.01 < np.mean([o.difficult for _, objects, _ in images for o in objects]) < 0.05
 
 
 def test_difficult_objects_have_less_contrast():
@@ -206,8 +207,8 @@ def test_difficult_objects_have_less_contrast():
     assert contrast(True).min() > 15
 
 
-def test_overlap_occurs_and_stays_below_half(pictures):
-    ious = np.array([shapes._iou(a.box, b.box) for a, b in pairs(pictures)])
+def test_overlap_occurs_and_stays_below_half(images):
+    ious = np.array([box_iou(np.array([a.box]), np.array([b.box]))[0, 0] for a, b in pairs(images)])
     assert ious.max() <= 0.5 and (ious > 0.2).sum() > 20
 
 
@@ -216,7 +217,7 @@ def test_iou_of_known_boxes():
     assert shapes._iou((0, 0, 4, 4), (4, 0, 6, 4)) == 0
 
 
-def test_less_than_half_of_any_object_is_hidden(pictures, monkeypatch):
+def test_less_than_half_of_any_object_is_hidden(images, monkeypatch):
     """Each object's own pixels are noted when it is painted, apart from the bookkeeping under test."""
     painted = []
     paint = shapes._paint
@@ -229,15 +230,15 @@ def test_less_than_half_of_any_object_is_hidden(pictures, monkeypatch):
     shown = []
     for index in range(100):
         painted.clear()
-        _, objects, top = draw_picture(0, "train", index)
+        _, objects, top = draw_image(0, "train", index)
         shown += [np.count_nonzero(top == k) / area for k, area in enumerate(painted, start=1)]
         assert len(painted) == len(objects)
     assert min(shown) > 0.5 and min(shown) < 0.8
 
 
-def test_some_objects_are_cut_by_the_border_but_stay_visible(pictures):
-    cut = [(o, pixels) for pixels, objects, _ in pictures for o in objects if o.truncated]
-    total = sum(len(objects) for _, objects, _ in pictures)
+def test_some_objects_are_cut_by_the_border_but_stay_visible(images):
+    cut = [(o, pixels) for pixels, objects, _ in images for o in objects if o.truncated]
+    total = sum(len(objects) for _, objects, _ in images)
     assert 0.03 < len(cut) / total < 0.2
     for item, pixels in cut:
         x1, y1, x2, y2 = item.box
@@ -263,7 +264,7 @@ def test_same_arguments_again_draw_nothing_and_leave_the_folder_alone(tmp_path, 
     root = tmp_path / "set"
     make_shapes(root, seed=1, num_train=2, num_test=1)
     before = contents(root)
-    monkeypatch.delattr(shapes, "draw_picture")  # nothing may be drawn again
+    monkeypatch.delattr(shapes, "draw_image")  # nothing may be drawn again
     make_shapes(root, seed=1, num_train=2, num_test=1)
     assert contents(root) == before
 
@@ -314,7 +315,7 @@ def test_failing_run_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "draw_picture", fail)
+        patch.setattr(shapes, "draw_image", fail)
         with pytest.raises(KeyboardInterrupt):
             make_shapes(tmp_path / "set", seed=1, num_train=1, num_test=1)
     assert list(tmp_path.iterdir()) == []

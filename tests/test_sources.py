@@ -46,7 +46,7 @@ def coco(tmp_path):
     root, box = tmp_path / "coco", (3, 4, 23, 28)
     (root / "annotations").mkdir(parents=True)
     for split, first in (("a2017", 0), ("b2017", 2)):
-        dataset = tiny.dataset(root / split, [(tiny.picture((48, 72), box), [box], [1])] * 2)
+        dataset = tiny.dataset(root / split, [(tiny.rectangle_image((48, 72), box), [box], [1])] * 2)
         images = [
             {"id": first + n, "file_name": record.path.name, "height": 48, "width": 72}
             for n, record in enumerate(dataset.records)
@@ -128,9 +128,9 @@ def test_coco_folder_is_opened(coco):
 
 def test_coco_files_may_lie_elsewhere_below_the_root(coco):
     (coco.root / "annotations").rename(coco.root / "json")
-    (coco.root / "a2017").rename(coco.root / "pictures")
-    data = dataclasses.replace(coco, coco_annotations="json/instances_{split}.json", coco_images="pictures")
-    assert open_split(data, "a2017").records[0].path.parent == coco.root / "pictures"
+    (coco.root / "a2017").rename(coco.root / "images")
+    data = dataclasses.replace(coco, coco_annotations="json/instances_{split}.json", coco_images="images")
+    assert open_split(data, "a2017").records[0].path.parent == coco.root / "images"
 
 
 @pytest.mark.parametrize("split", ["", "..", "../a2017", "a\\b", "a2017+"])
@@ -218,10 +218,10 @@ def images(tmp_path):
     """A folder of b.png, of 30 x 50 pixels, and A.JPG, stored as 20 x 40 and shown as 40 x 20."""
     folder = tmp_path / "images"
     folder.mkdir()
-    Image.fromarray(tiny.picture((30, 50), (10, 5, 20, 15))).save(folder / "b.png")
+    Image.fromarray(tiny.rectangle_image((30, 50), (10, 5, 20, 15))).save(folder / "b.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # viewers turn it a quarter clockwise
-    Image.fromarray(tiny.picture((20, 40), (0, 0, 8, 8))).save(folder / "A.JPG", exif=exif, quality=95)
+    Image.fromarray(tiny.rectangle_image((20, 40), (0, 0, 8, 8))).save(folder / "A.JPG", exif=exif, quality=95)
     return folder
 
 

@@ -301,7 +301,7 @@ def test_losses_of_the_box_head_alone_are_those_of_joint_training_on_the_same_pr
         rtol=1e-6,
     )
     assert alone.box_foreground == joint.box_foreground > 0
-    assert alone.box_class.count == 2 * MODEL.roi_sampling.rois_per_image  # two pictures of three rows
+    assert alone.box_class.count == 2 * MODEL.roi_sampling.rois_per_image  # two images of three rows
     assert_zero((alone.rpn_objectness, alone.rpn_box, alone.rpn_foreground))
 
 
@@ -430,7 +430,7 @@ def test_stages_of_the_rpn_tell_their_recall_and_those_of_the_head_their_precisi
         assert line["step"] == STEPS and 0 <= line["test/proposal_AR_1000"] <= line["test/proposal_recall50_2000"] <= 1
     for path in (run / "stages" / "2_detector", run):
         (line,) = lines_of(path, "test/AP50")
-        assert line["step"] == STEPS and (path / "pictures" / "000003.png").is_file()
+        assert line["step"] == STEPS and (path / "images" / "000003.png").is_file()
     said = out + err
     assert said.count(f"step {STEPS}: AR@300 of the proposals ") == said.count(f"step {STEPS}: AP50 ") == 2
 

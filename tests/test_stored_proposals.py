@@ -1,4 +1,4 @@
-"""Proposals in files and in batches: the same bits back, faults named, and where the picture goes they go."""
+"""Proposals in files and in batches: the same bits back, faults named, and where the image goes they go."""
 
 import dataclasses
 import os
@@ -49,7 +49,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match=r"train.safetensors cannot be written .*no space left"):
+    with pytest.raises(InputError, match=r"train.safetensors cannot be written: no space left"):
         write_proposals(path, made_up((5,)), made_by="second")
     assert read_proposals(path)[1] == "first" and len(list(tmp_path.iterdir())) == 1
 
@@ -89,12 +89,12 @@ def test_a_torn_or_missing_file_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Two boxes per picture; some pictures are longer than a crop leaves them."""
+    """Two boxes per image; some images are longer than a crop leaves them."""
     images = []
     for index in range(10):
         height, width = SIZES[index % len(SIZES)]
         boxes = [(1 + index, 2, 13 + index, 20), (2, 5 + index, 16, 19 + index)]
-        images.append((tiny.picture((height, width), boxes[0], seed=index), boxes, [1, 2]))
+        images.append((tiny.rectangle_image((height, width), boxes[0], seed=index), boxes, [1, 2]))
     return tiny.dataset(tmp_path_factory.mktemp("images"), images)
 
 
@@ -114,8 +114,8 @@ VARIED = {
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_proposals_go_where_their_picture_goes(dataset, name):
-    """Proposals that are the objects themselves stay the objects, whatever happens to the picture."""
+def test_proposals_go_where_their_image_goes(dataset, name):
+    """Proposals that are the objects themselves stay the objects, whatever happens to the image."""
     data = VARIED[name]
     stored = {record.id: ImageProposals(record.boxes, np.array([0.75, 0.25], np.float32)) for record in dataset.records}
     batches = loader.training_batches(
@@ -141,7 +141,7 @@ def test_without_stored_proposals_batches_hold_none(dataset):
     assert next(loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=2)).proposals is None
 
 
-def test_evaluation_shows_whole_pictures_with_their_proposals(dataset):
+def test_evaluation_shows_whole_images_with_their_proposals(dataset):
     stored = {record.id: ImageProposals(record.boxes, np.ones(2, np.float32)) for record in dataset.records}
     seen = []
     for batch in loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=3, proposals=stored):

@@ -201,7 +201,7 @@ def one_box(box, label=3, slots=1):
     return GroundTruth(boxes, np.where(valid, label, 0).astype(np.int32), valid)
 
 
-# Along the left border of the picture: the first reaches 6 pixels over it, the second touches it. Both lie
+# Along the left border of the image: the first reaches 6 pixels over it, the second touches it. Both lie
 # within the others' borders.
 BORDER_ANCHORS = np.float32([[-6, 10, 10, 26], [0, 10, 16, 26], [20, 10, 36, 26]])
 
@@ -234,7 +234,7 @@ def test_allowed_border_decides_who_takes_part(allowed_border, labels, side):
 
 @pytest.mark.parametrize("clobber_positives, label", [(False, 1), (True, 0)])
 def test_all_anchors_that_tie_for_a_box_are_foreground_unless_clobbered(clobber_positives, label):
-    """A small box in the middle of the picture: every anchor around it is far below the thresholds."""
+    """A small box in the middle of the image: every anchor around it is far below the thresholds."""
     box = np.float32([30, 22, 34, 26])
     found = run_anchors(
         KEY,
@@ -327,7 +327,8 @@ def box_losses_and_gradients(outputs, targets):
 
     def losses(outputs):
         deltas = jnp.broadcast_to(outputs[:, :, None], (*outputs.shape, 4))
-        return box_losses(outputs, deltas, targets, config=LossConfig())
+        found = box_losses(outputs, deltas, targets, config=LossConfig())
+        return found.classification, found.box
 
     gradients = jax.jacrev(lambda outputs: [mean.sum for mean in losses(outputs)])(outputs)
     return losses(outputs), gradients

@@ -208,7 +208,7 @@ def steps(start):
 
 
 def uneven_batch():
-    """Per device: two objects; an empty little picture; a row that only fills; a crowded picture."""
+    """Per device: two objects; an empty little image; a row that only fills; a crowded image."""
     generator = np.random.default_rng(0)
     image_hw = np.float32([(64, 96), (12, 14), (0, 0), (60, 90)])
     images = np.zeros((B, H, W, 3), np.float32)

@@ -1,4 +1,4 @@
-"""From a picture to its place on a canvas: sizes, pixels against two oracles, boxes that stay on objects."""
+"""From an image to its place on a canvas: sizes, pixels against two oracles, boxes that stay on objects."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import picture
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.transforms import (
@@ -57,7 +56,7 @@ def test_network_size_reaches_one_bound_keeps_the_other_and_keeps_the_aspect(hei
 
 
 @given(SIDES, SIDES)
-def test_canvas_holds_the_picture_and_no_smaller_one_does(height, width):
+def test_canvas_holds_the_image_and_no_smaller_one_does(height, width):
     canvas = canvas_for((height, width), SMALL)
     resized = np.array(network_size((height, width), SMALL))
     assert (resized <= canvas).all()
@@ -111,7 +110,7 @@ def test_resize_matches_jax_without_antialias(before, after):
 
 
 def plain_resize(image, size):
-    """One axis after the other on the whole picture; the results of this very arithmetic are published."""
+    """One axis after the other on the whole image; the results of this very arithmetic are published."""
     for axis in (0, 1):
         length = image.shape[axis]
         points = (np.arange(size[axis], dtype=np.float32) + 0.5) * (length / size[axis]) - 0.5
@@ -144,7 +143,7 @@ def test_the_canvas_has_the_bits_of_resizing_then_normalising(order, height, wid
 
 
 @given(st.integers(5, 90), st.integers(5, 90), st.integers(5, 150), st.integers(5, 150), st.integers(0, 99))
-def test_a_part_of_a_picture_has_the_bits_of_the_whole(height, width, new_height, new_width, seed):
+def test_a_part_of_a_image_has_the_bits_of_the_whole(height, width, new_height, new_width, seed):
     """Cut out by its placement: what is beyond the canvas is never made, what is on it is the same."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -161,7 +160,7 @@ def test_a_part_of_a_picture_has_the_bits_of_the_whole(height, width, new_height
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_rounded_to_bytes_the_picture_is_the_nearest_grey_level_of_the_same_resize(order):
+def test_rounded_to_bytes_the_image_is_the_nearest_grey_level_of_the_same_resize(order):
     image = np.random.default_rng(0).integers(0, 256, (70, 83, 3), dtype=np.uint8)
     config = dataclasses.replace(SMALL, channel_order=order, pixel_dtype="uint8")
     pixels, image_hw, scale = to_canvas(image, (64, 96), config)
@@ -172,13 +171,13 @@ def test_rounded_to_bytes_the_picture_is_the_nearest_grey_level_of_the_same_resi
     assert not pixels[rows:].any() and not pixels[:, columns:].any()
 
 
-def test_a_mirrored_picture_is_the_reversed_one_in_memory_of_its_own():
+def test_a_mirrored_image_is_the_reversed_one_in_memory_of_its_own():
     image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(flip_pixels(image), image[:, ::-1])
     assert flip_pixels(image).flags.c_contiguous
 
 
-def test_resize_of_a_long_picture_stays_exact():
+def test_resize_of_a_long_image_stays_exact():
     """The sample points of a 6000 px side, in float32, are still right to a thousandth of a pixel."""
     ramp = np.repeat((np.arange(6000) % 256).astype(np.uint8)[None, :, None], 3, axis=2)
     resized = resize_bilinear(ramp, (1, 1000))
@@ -188,7 +187,7 @@ def test_resize_of_a_long_picture_stays_exact():
 
 
 @pytest.mark.parametrize("order, expected", [("rgb", [50, 25, 20]), ("bgr", [60, 25, 16])])
-def test_the_picture_is_normalised_in_its_channel_order_and_the_rest_of_the_canvas_is_zero(order, expected):
+def test_the_image_is_normalised_in_its_channel_order_and_the_rest_of_the_canvas_is_zero(order, expected):
     config = ImageConfig(
         short_side=64,
         long_side=96,
@@ -208,7 +207,7 @@ def test_the_picture_is_normalised_in_its_channel_order_and_the_rest_of_the_canv
 
 @given(st.integers(20, 200), st.integers(20, 200))
 def test_scale_carries_each_axis_onto_the_network_size(height, width):
-    """The two axes round separately; a box over the whole picture is the whole network picture."""
+    """The two axes round separately; a box over the whole image is the whole network image."""
     image = np.zeros((height, width, 3), np.uint8)
     _, image_hw, scale = to_canvas(image, canvas_for((height, width), SMALL), SMALL)
     assert tuple(image_hw) == network_size((height, width), SMALL)
@@ -229,7 +228,7 @@ def extent(bright):
 def test_boxes_stay_on_their_object_through_flip_and_resize(image_hw, flip):
     height, width = image_hw
     box = [width // 8, height // 4, width // 2, height - height // 8]
-    pixels, boxes = picture(image_hw, box, colour=(255, 255, 255)), np.float32([box])
+    pixels, boxes = rectangle_image(image_hw, box, colour=(255, 255, 255)), np.float32([box])
     if flip:
         pixels, boxes = pixels[:, ::-1], flip_boxes(boxes, width)
         np.testing.assert_array_equal(extent(pixels[..., 0] > 200), boxes[0])

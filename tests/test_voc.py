@@ -358,7 +358,7 @@ def test_name_with_blanks_and_dots_is_an_id_when_its_files_exist(root, name):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("stated", ["stored", "shown"])
-def test_object_is_on_its_pixels_whichever_frame_of_an_exif_picture_the_size_states(root, orientation, stated):
+def test_object_is_on_its_pixels_whichever_frame_of_an_exif_image_the_size_states(root, orientation, stated):
     """White object in columns 20..49 and rows 12..40 of the frame that is stated."""
     turns_axes = orientation >= 5 and stated == "shown"
     height, width = (WIDTH, HEIGHT) if turns_axes else (HEIGHT, WIDTH)
@@ -380,7 +380,7 @@ def test_object_is_on_its_pixels_whichever_frame_of_an_exif_picture_the_size_sta
     white = record_pixels(record)[..., 0] == 255
     assert white.shape == (height, width)
     assert white[y1:y2, x1:x2].all() and white.sum() == (x2 - x1) * (y2 - y1)
-    # A mirrored or upside-down picture has one size in both frames: the size does not tell, and that is said.
+    # A mirrored or upside-down image has one size in both frames: the size does not tell, and that is said.
     assert len(dataset.notes) == (orientation in (2, 3, 4))
 
 
@@ -391,7 +391,7 @@ def read_turned_back(pixels, orientation):
     return np.array(Image.fromarray(pixels).transpose(back[orientation]))
 
 
-def test_without_a_stated_size_or_in_a_square_picture_an_orientation_is_left_and_noted(root):
+def test_without_a_stated_size_or_in_a_square_image_an_orientation_is_left_and_noted(root):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/odd.png", exif=exif)

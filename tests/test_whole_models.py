@@ -4,7 +4,7 @@ The comparison is with its pytorch-1.0 branch on a CPU. What is adapted to it st
 inclusive corners become continuous ones (+1); its two objectness logits are compared by their difference;
 its detector sees its recorded regions, padding included, as valid ones (its padding passes through the head);
 its losses see its recorded RoIs, labels and targets (it draws background with replacement) and are normalised
-as it does, by the last image's count in the RPN's box loss. The network is fed on a canvas of the picture's
+as it does, by the last image's count in the RPN's box loss. The network is fed on a canvas of the image's
 own size. torch's own float32 run is up to 2e-4 from its float64 run in these models.
 """
 
@@ -80,7 +80,7 @@ def case(request):
 
 
 def network_input(golden, model, *names):
-    """Through the library's own preprocessing, on a canvas of the picture's size."""
+    """Through the library's own preprocessing, on a canvas of the image's size."""
     return np.stack([to_canvas(golden[name], HW, model.config.image)[0] for name in names])
 
 
@@ -288,7 +288,7 @@ def training(case):
                 keys, anchors, jnp.ones(len(anchors), bool), image_hw, ground_truth
             )
             losses = losses_for_targets(model, levels, rpn_output(model, levels, image_hw), targets, rois)
-            rpn_class, rpn_box, *box = losses.means
+            rpn_class, rpn_box, *box = losses.means.values()
             parts = jnp.stack(
                 [
                     rpn_class.sum.sum() / rpn_class.count.sum(),

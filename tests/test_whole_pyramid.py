@@ -208,7 +208,7 @@ def training(case, inputs):
     def run(graphdef, params, frozen, batch):
         def total(params):
             losses = training_losses(nnx.merge(graphdef, params, frozen), batch, jax.random.key(0))
-            parts = jnp.stack([mean.sum / mean.count for mean in losses.means])
+            parts = jnp.stack([mean.sum / mean.count for mean in losses.means.values()])
             return parts.sum(), parts
 
         return jax.grad(total, has_aux=True)(params)

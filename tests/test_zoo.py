@@ -133,7 +133,7 @@ def test_a_run_is_loaded_as_ever(tmp_path):
     _, state = create_state(model, create_optimizer(config.train), seed=0)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=tiny.CLASS_NAMES))
     with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
-        checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={}))
+        checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={})._asdict())
     assert_equal(fasterrcnn_jax.load(config.run), model)
 
 
@@ -155,10 +155,10 @@ def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatc
 
 def test_preprocessing_is_the_models_own():
     """RGB in units of their spread for torchvision's weights, BGR minus means for Caffe's: nobody has to say so."""
-    picture = np.full((600, 800, 3), (250, 20, 20), np.uint8)
+    red = np.full((600, 800, 3), (250, 20, 20), np.uint8)
     for name, first, last in (("resnet50_fpn", 2.16, -1.46), ("resnet101_c4_voc", -82.98, 127.23)):
         config = fasterrcnn_jax.model_info(name).config
-        images, _, _ = fasterrcnn_jax.preprocess(picture, config.image)
+        images, _, _ = fasterrcnn_jax.preprocess(red, config.image)
         np.testing.assert_allclose(images[0, 300, 300, [0, 2]], [first, last], atol=0.01)
     assert resnet_fpn(50).image.channel_order == "rgb" and isinstance(zoo.create(tiny.MODEL, ("a",)), Detector)
 

@@ -106,8 +106,8 @@ def dataset(folder: Path, images, *, difficult=None, crowd=None, class_names=CLA
     return Dataset(f"{folder.name} (tiny)", class_names, tuple(records), (), category_ids)
 
 
-def picture(image_hw, box, *, colour=(250, 30, 40), seed=0):
-    """Returns a dim noise picture [h, w, 3] with one bright rectangle at integer xyxy `box`."""
+def rectangle_image(image_hw, box, *, colour=(250, 30, 40), seed=0):
+    """Returns a dim noise image [h, w, 3] with one bright rectangle at integer xyxy `box`."""
     pixels = np.random.default_rng(seed).integers(0, 60, (*image_hw, 3), dtype=np.uint8)
     x1, y1, x2, y2 = box
     pixels[y1:y2, x1:x2] = colour
@@ -115,7 +115,7 @@ def picture(image_hw, box, *, colour=(250, 30, 40), seed=0):
 
 
 def write_voc(root: Path, *, train: int, test: int, image_hw=((48, 72), (72, 48)), seed=0) -> None:
-    """Writes a folder in VOC layout: one or two rectangles per picture, every fifth one empty."""
+    """Writes a folder in VOC layout: one or two rectangles per image, every fifth one empty."""
     generator = np.random.default_rng(seed)
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / name).mkdir(parents=True)

@@ -22,7 +22,7 @@ class ShapesConfig:
     num_test: int = 150
     """held-out images"""
     seed: int = 0
-    """another seed draws other pictures"""
+    """another seed draws other images"""
 
     def __post_init__(self):
         require_positive(num_train=self.num_train, num_test=self.num_test)
@@ -35,7 +35,7 @@ class AugmentConfig:
     short_sides: tuple[int, ...] = ()
     """one is drawn in place of model.image.short_side; long_side and canvases stay; empty: always the model's"""
     scale_jitter: tuple[float, float] | None = None
-    """the picture is resized once more by a factor from this range, cut where it is larger than its canvas and smaller
+    """the image is resized once more by a factor from this range, cut where it is larger than its canvas and smaller
     on it otherwise; (0.1, 2.0) is large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177); None: never"""
     photometric: bool = False
     """brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD

@@ -14,7 +14,7 @@ from fasterrcnn_jax.structures import MAX_LOG_SCALE, PerDelta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How a picture becomes network input. Part of the model: weights fit one preprocessing."""
+    """How an image becomes network input. Part of the model: weights fit one preprocessing."""
 
     short_side: int = 600
     """pixels that the shorter side is resized to"""
@@ -23,7 +23,7 @@ class ImageConfig:
     size_rounding: Literal["nearest", "down"] = "nearest"
     """how resized sides become whole pixels; down is torchvision's"""
     canvases: tuple[tuple[int, int], ...] = ((608, 800), (800, 608), (608, 1008), (1008, 608))
-    """padded (height, width); a picture goes onto the smallest it fits; one compilation each"""
+    """padded (height, width); an image goes onto the smallest it fits; one compilation each"""
     channel_order: Literal["bgr", "rgb"] = "bgr"
     """order of the network's input channels, and of mean and std"""
     mean: tuple[float, float, float] = (102.9801, 115.9465, 122.7717)
@@ -31,7 +31,7 @@ class ImageConfig:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """divides after the subtraction"""
     pixel_dtype: Literal["float32", "uint8"] = "float32"
-    """of the resized pictures; uint8 rounds them to whole grey levels and leaves the normalisation to the device: a
+    """of the resized images; uint8 rounds them to whole grey levels and leaves the normalisation to the device: a
     quarter of the bytes to make and to send; for models that were trained so"""
 
     def __post_init__(self):
@@ -43,7 +43,7 @@ class ImageConfig:
         for needed in ((self.short_side, self.long_side), (self.long_side, self.short_side)):
             require(
                 any(h >= needed[0] and w >= needed[1] for h, w in self.canvases),
-                f"no canvas of {self.canvases} holds a picture of {needed[0]} x {needed[1]} pixels",
+                f"no canvas of {self.canvases} holds an image of {needed[0]} x {needed[1]} pixels",
             )
         for canvas in self.canvases:
             require(
@@ -151,7 +151,7 @@ class RpnConfig:
     anchors_in_padding: bool = False
     """anchors on cells of the padding take part, as in the references; what is found then depends on the canvas"""
     allowed_border: float | None = 0.0
-    """anchors reaching further than this over the picture's border are not trained on; None: all are"""
+    """anchors reaching further than this over the image's border are not trained on; None: all are"""
     channels: int = 512
     """of the 3x3 convolutions"""
     convs: int = 1
@@ -197,7 +197,7 @@ class ProposalConfig:
     nms_threshold: float = 0.7
     """IoU above which the lower-scored box goes"""
     min_size: float = 16.0
-    """boxes with a shorter side drop, in pixels of the picture as stored: times the image scale on the canvas"""
+    """boxes with a shorter side drop, in pixels of the image as stored: times the image scale on the canvas"""
     drop_small: Literal["first", "after_top_n"] = "first"
     """whether small boxes drop before the best are taken (Caffe) or take places among them (torchvision)"""
 

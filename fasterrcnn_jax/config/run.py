@@ -19,7 +19,7 @@ class Config:
     model: ModelConfig
     train: TrainConfig
     run: Path
-    """folder of the run: configuration, metrics, checkpoints, pictures"""
+    """folder of the run: configuration, metrics, checkpoints, images"""
     init: Path | None = None
     """file of weights that a new run starts from, of ours (weights convert) or another program; classes may differ;
     None: random ones"""

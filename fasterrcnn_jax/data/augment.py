@@ -24,10 +24,10 @@ def draw_placement(
     augment: AugmentConfig,
     rng: np.random.Generator,
 ) -> Placement:
-    """Returns where a picture lies on its canvas, its size drawn as `augment` says.
+    """Returns where an image lies on its canvas, its size drawn as `augment` says.
 
-    A picture larger than the canvas is cut to it at a place that is drawn too; a smaller one begins at the
-    canvas's first pixel, and the rest is padding as it is beyond any picture.
+    An image larger than the canvas is cut to it at a place that is drawn too; a smaller one begins at the
+    canvas's first pixel, and the rest is padding as it is beyond any image.
     """
     if augment.short_sides:
         image = replace(image, short_side=int(rng.choice(augment.short_sides)))
@@ -42,7 +42,7 @@ def draw_placement(
 def place_boxes(
     boxes: Float[np.ndarray, "n 4"], image_hw: tuple[int, int], canvas: tuple[int, int], placement: Placement
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
-    """Returns the boxes in network pixels, cut to what is shown, and which have two of them a side left."""
+    """Returns the boxes in network pixels, clipped to what is shown, and which are still two pixels wide and high."""
     height, width = placement.shown(canvas)
     origin = np.array([*placement.origin[::-1]] * 2, np.float32)
     boxes = scale_boxes(boxes, placement.scale(image_hw)) - origin
@@ -51,7 +51,7 @@ def place_boxes(
 
 
 def distort_colours(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the RGB picture in other light: what is drawn becomes one map of colours, cut to 0..255 at its end.
+    """Returns the RGB image in other light: what is drawn becomes one map of colours, cut to 0..255 at its end.
 
     SSD turns and stretches in HSV and cuts after each step; here grey stays grey and luma is kept by both.
     """

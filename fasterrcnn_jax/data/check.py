@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from fasterrcnn_jax.data.faults import FAULTY_IMAGE, decoded
 from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, large_enough
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, box_iou, large_enough
 
 SAME_BOX = "The same box of the same class stands there twice"
 NEARLY_SAME_BOX = "Boxes of one class nearly cover one another (IoU above 0.8)"
@@ -56,7 +56,7 @@ def box_findings(record: ImageRecord) -> list[Finding]:
         Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False)
         for k in np.flatnonzero(~large_enough(record.boxes))
     ]
-    iou = np.triu(_pairwise_iou(record.boxes), 1)
+    iou = np.triu(box_iou(record.boxes, record.boxes), 1)
     same_class = record.labels[:, None] == record.labels
     for i, j in np.argwhere(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)):
         if record.crowd[i] or record.crowd[j]:
@@ -150,14 +150,6 @@ def _counted(items) -> list[tuple[str, int]]:
     for item in items:
         counts[item] = counts.get(item, 0) + 1
     return sorted(counts.items(), key=lambda pair: -pair[1])
-
-
-def _pairwise_iou(boxes: np.ndarray) -> np.ndarray:
-    top_left = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    bottom_right = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    both = np.maximum(bottom_right - top_left, 0).prod(axis=2)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return both / (area[:, None] + area[None] - both)
 
 
 def _words(box: np.ndarray) -> str:

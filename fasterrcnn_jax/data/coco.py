@@ -26,7 +26,7 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 
 # The 80 objects of COCO detection, in the order of their category ids, which reach to 90.
@@ -41,6 +41,9 @@ CLASS_NAMES = (
     "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
     "hair drier", "toothbrush",
 )  # fmt: skip
+
+# Category ids up to 90 that name no object.
+UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 MAX_NAME = 255
 MAX_PATH = 1024
@@ -82,8 +85,7 @@ def read_coco(
       InputError: one sentence naming file, field and value of the first fault found.
     """
     path, folder = Path(annotation_path), Path(image_folder)
-    if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
-        raise InputError(f"class_names must be different names, at least one, got {class_names!r}")
+    check_class_names(class_names)
     content = _load(path)
     name_of = _categories(path, content)
     id_of = {name: category_id for category_id, name in name_of.items()}
@@ -256,7 +258,7 @@ def _number(item, key: str, field: str) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    # No picture comes near 1e12, NaN is not below it, and a long integer would not even become a float.
+    # No image comes near 1e12, NaN is not below it, and a long integer would not even become a float.
     return type(value) in (int, float) and abs(value) < 1e12
 
 

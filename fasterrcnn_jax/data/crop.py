@@ -8,7 +8,7 @@ Only one axis is ever cut: the one that is more than `aspect` times as long as t
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.data.records import large_enough
 
@@ -22,32 +22,17 @@ def cropped_hw(image_hw: tuple[int, int], aspect: float) -> tuple[int, int]:
     return min(image_hw[0], longest), min(image_hw[1], longest)
 
 
-def crop(
-    pixels: UInt8[np.ndarray, "h w 3"],
-    boxes: Float[np.ndarray, "n 4"],
-    labels: Int[np.ndarray, "n"],
-    *,
-    aspect: float,
-    rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, "h2 w2 3"], Float[np.ndarray, "m 4"], Int[np.ndarray, "m"]]:
-    """Returns the image cut to `cropped_hw`, and what is left of its boxes, in its pixels.
-
-    Boxes of which less than two pixels a side are left are dropped. All boxes stay where they fit into the
-    crop together. Where they do not, none may stay: the reference, too, may land in a gap between them.
-
-    Args:
-      rng: drawn from only where the place of the crop is open.
-    """
-    window = crop_window(pixels.shape[:2], boxes, aspect=aspect, rng=rng)
-    boxes, stay = crop_boxes(boxes, window)
-    (top, left), (height, width) = window
-    return pixels[top : top + height, left : left + width], boxes[stay], labels[stay]
-
-
 def crop_window(
     image_hw: tuple[int, int], boxes: Float[np.ndarray, "n 4"], *, aspect: float, rng: np.random.Generator
 ) -> Window:
-    """Returns the part that `crop` keeps."""
+    """Returns the part of a training image that is kept, of the size `cropped_hw`.
+
+    All boxes stay inside where they fit into the window together. Where they do not, none may stay: the window of
+    the reference, too, may lie in a gap between them.
+
+    Args:
+      rng: drawn from only where the place of the window is open.
+    """
     size = cropped_hw(image_hw, aspect)
     start = [0, 0]
     for axis in (0, 1):
@@ -57,10 +42,16 @@ def crop_window(
     return (start[0], start[1]), size
 
 
+def crop_pixels(pixels: UInt8[np.ndarray, "h w 3"], window: Window) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Returns the pixels inside the window."""
+    (top, left), (height, width) = window
+    return pixels[top : top + height, left : left + width]
+
+
 def crop_boxes(
     boxes: Float[np.ndarray, "n 4"], window: Window
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
-    """Returns the boxes in pixels of the window, cut to it, and which have two of them a side left."""
+    """Returns the boxes in pixels of the window, clipped to it, and which are still two pixels wide and high."""
     origin, limit = (np.array([*corner[::-1]] * 2, np.float32) for corner in window)
     boxes = np.clip(boxes - origin, np.float32(0), limit)
     return boxes, large_enough(boxes)

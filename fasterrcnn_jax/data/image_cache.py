@@ -1,4 +1,4 @@
-"""Decoded pictures kept in memory from epoch to epoch."""
+"""Decoded images kept in memory from epoch to epoch."""
 
 import logging
 import threading
@@ -18,8 +18,8 @@ Reader = Callable[[ImageRecord], UInt8[ndarray, "h w 3"]]
 def caching_reader(megabytes: int) -> Reader:
     """Returns `record_pixels` that keeps what it has read, as read-only arrays, up to `megabytes` (2^20 bytes).
 
-    The first pictures stay: an epoch meets every one once in a new order, so that to make room for one means to
-    decode another again. Mirrored copies of a record share one picture. Safe to call from several threads.
+    The first images stay: an epoch meets every one once in a new order, so that to make room for one means to
+    decode another again. Mirrored copies of a record share one image. Safe to call from several threads.
     """
     limit = megabytes * 2**20
     kept, lock = {}, threading.Lock()

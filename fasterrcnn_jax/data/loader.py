@@ -4,8 +4,8 @@ Grain runs the threads and keeps the position: `iterator.get_state()` after a st
 new process give the same next batch.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import grain
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
 from fasterrcnn_jax.data.augment import distort_colours, draw_placement, place_boxes
-from fasterrcnn_jax.data.crop import crop, crop_boxes, crop_window, cropped_hw
+from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_window, cropped_hw
 from fasterrcnn_jax.data.image_cache import caching_reader
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_of
@@ -30,7 +30,7 @@ from fasterrcnn_jax.data.transforms import (
 )
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 
-# That decode for an evaluation; of training there is a setting.
+# Decoding threads in evaluation; training has `data.threads`.
 THREADS = 2
 BATCHES_AHEAD = 8
 
@@ -43,6 +43,19 @@ class Example(NamedTuple):
     labels: np.ndarray  # [N] int32
     placement: Placement | None = None  # on the canvas; None: as large as the model wants it, whole
     proposals: ImageProposals | None = None  # stored ones, in these pixels
+
+    def moved(self, pixels: np.ndarray, move: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> "Example":
+        """Returns the example with other pixels, and with its boxes and proposals moved along.
+
+        Args:
+          move: from boxes to the boxes in the other pixels, and a mask of those that stay.
+        """
+        boxes, stay = move(self.boxes)
+        proposals = self.proposals
+        if proposals is not None:
+            proposed, stay_proposed = move(proposals.boxes)
+            proposals = ImageProposals(proposed[stay_proposed], proposals.scores[stay_proposed])
+        return self._replace(pixels=pixels, boxes=boxes[stay], labels=self.labels[stay], proposals=proposals)
 
 
 class TrainingSource:
@@ -61,7 +74,7 @@ class TrainingSource:
         sizes = [_training_hw(record, data) for record in dataset.records]
         canvases = [canvas_for(size, image) for size in sizes]
         aspects = np.array([width / height for height, width in sizes]) if data.rank_by_aspect else None
-        self._epoch = lru_cache(2)(
+        self._epoch = functools.lru_cache(2)(
             lambda epoch: plan_epoch(canvases, batch_size, seed=seed, epoch=epoch, aspects=aspects)
         )
         self._steps = steps
@@ -167,32 +180,29 @@ def training_example(
       pixels: of the record, as stored.
       canvas: what it will be drawn onto.
       stream: (seed, epoch, index of the image), from which all that is random follows.
-      proposals: of the record, as stored; they go where the picture goes.
+      proposals: of the record, as stored; they go where the image goes.
     """
-    boxes, labels, placement, augment = record.boxes, record.labels, None, data.augment
+    example = Example(pixels, record.boxes, record.labels, proposals=proposals)
     drawn = data.flip == "random" and np.random.default_rng(stream).random() < 0.5
     if drawn or record.flipped:
-        pixels, boxes = flip_pixels(pixels), flip_boxes(boxes, pixels.shape[1])
-        if proposals is not None:
-            proposals = proposals._replace(boxes=flip_boxes(proposals.boxes, pixels.shape[1]))
-    # Not 0: a stream that ends in it is the same as without. One for each, so that none moves the others.
+        width = pixels.shape[1]
+        example = example.moved(flip_pixels(pixels), lambda boxes: (flip_boxes(boxes, width), _all(boxes)))
+    # Streams 1 to 3: a stream that ends in 0 would equal the one above. Separate streams keep the draws independent.
     cropping, placing, colouring = (np.random.default_rng((*stream, number)) for number in (1, 2, 3))
     if data.crop_aspect is not None:
-        if proposals is not None:
-            # The same draw as the picture's.
-            rng = np.random.default_rng((*stream, 1))
-            window = crop_window(pixels.shape[:2], boxes, aspect=data.crop_aspect, rng=rng)
-            proposals = _staying(proposals, *crop_boxes(proposals.boxes, window))
-        pixels, boxes, labels = crop(pixels, boxes, labels, aspect=data.crop_aspect, rng=cropping)
+        window = crop_window(example.pixels.shape[:2], example.boxes, aspect=data.crop_aspect, rng=cropping)
+        example = example.moved(crop_pixels(example.pixels, window), lambda boxes: crop_boxes(boxes, window))
+    augment = data.augment
     if augment.short_sides or augment.scale_jitter is not None:
-        placement = draw_placement(pixels.shape[:2], canvas, image, augment, placing)
+        placement = draw_placement(example.pixels.shape[:2], canvas, image, augment, placing)
+        example = example._replace(placement=placement)
     if augment.photometric:
-        pixels = distort_colours(pixels, colouring)
-    return Example(pixels, boxes, labels, placement, proposals)
+        example = example._replace(pixels=distort_colours(example.pixels, colouring))
+    return example
 
 
-def _staying(proposals: ImageProposals, boxes: Float[np.ndarray, "n 4"], stay: Bool[np.ndarray, "n"]) -> ImageProposals:
-    return ImageProposals(boxes[stay], proposals.scores[stay])
+def _all(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:
+    return np.ones(len(boxes), bool)
 
 
 def _training_hw(record: ImageRecord, data: DataConfig) -> tuple[int, int]:
@@ -233,18 +243,16 @@ def assemble(
         ),
     )
     for row in np.flatnonzero(plan.image_valid):
-        pixels, boxes, labels, placement, proposals = example(int(plan.image_index[row]))
+        found = example(int(plan.image_index[row]))
+        image_hw, placement = found.pixels.shape[:2], found.placement
         if placement is None:
-            placement = Placement(network_size(pixels.shape[:2], image))
-            boxes = scale_boxes(boxes, placement.scale(pixels.shape[:2]))
-            if proposals is not None:
-                proposals = proposals._replace(boxes=scale_boxes(proposals.boxes, placement.scale(pixels.shape[:2])))
+            placement = Placement(network_size(image_hw, image))
+            scale = placement.scale(image_hw)
+            found = found.moved(found.pixels, lambda boxes, scale=scale: (scale_boxes(boxes, scale), _all(boxes)))
         else:
-            boxes, stay = place_boxes(boxes, pixels.shape[:2], plan.canvas, placement)
-            boxes, labels = boxes[stay], labels[stay]
-            if proposals is not None:
-                placed = place_boxes(proposals.boxes, pixels.shape[:2], plan.canvas, placement)
-                proposals = _staying(proposals, *placed)
+            place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
+            found = found.moved(found.pixels, place)
+        pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
         draw(batch.images[row], pixels, image, placement)
         batch.image_hw[row], batch.scale[row] = (
             placement.shown(plan.canvas),

@@ -1,7 +1,7 @@
 """Images that two splits share: the same pixels, or a shifted view of the same field.
 
 A view is found by normalised cross-correlation (Lewis 1995, "Fast Normalized Cross-Correlation") of small grey
-pictures over every shift, by Fourier transform: once for every pair of images at a quarter of the size, and at the
+images over every shift, by Fourier transform: once for every pair of images at a quarter of the size, and at the
 whole of it, without what is smooth, for the few pairs that are alike there.
 """
 
@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 
 from fasterrcnn_jax.data.faults import watched
 
-# Pixels of the longer side of a small picture.
+# Pixels of the longer side of a small image.
 THUMBNAIL_SIDE = 80
-# The part of a small picture that two views must have in common, and how alike it must be there.
+# The part of a small image that two views must have in common, and how alike it must be there.
 MIN_OVERLAP = 0.25
 MIN_CORRELATION = 0.8
 # Without the means of squares of this many pixels: shading and one bright object on a plain ground would make
@@ -93,7 +93,7 @@ def _coarser(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def _detail(thumbnail: np.ndarray) -> np.ndarray:
-    """Returns the picture minus its local mean; borders are mirrored."""
+    """Returns the image minus its local mean; borders are mirrored."""
     padded = np.pad(thumbnail.astype(np.float64), SMOOTH // 2, mode="symmetric")
     sums = np.pad(padded.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     height, width = thumbnail.shape
@@ -102,8 +102,8 @@ def _detail(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def _spectra(thumbnail: np.ndarray, coarser: int) -> np.ndarray:
-    """Returns the transforms [3, s, s / 2 + 1] of the picture about its mean, of its square, and of where it is."""
-    # Twice the picture's side: a shift never comes around.
+    """Returns the transforms [3, s, s / 2 + 1] of the image about its mean, of its square, and of where it is."""
+    # Twice the image's side: a shift never comes around.
     side = 2 * THUMBNAIL_SIDE // coarser
     grey = thumbnail.astype(np.float64) - thumbnail.mean(dtype=np.float64)
     layers = np.zeros((3, side, side))

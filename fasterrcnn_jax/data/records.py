@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fasterrcnn_jax.errors import InputError
+
 # Below two pixels nothing can be seen, and a 0-based file's empty boxes are one pixel wide by VOC's 1-based rule.
 MIN_SIDE = 2.0
 
@@ -77,6 +79,26 @@ def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
     """Returns float64 areas: in float32 some would cross the borders between COCO's sizes."""
     sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2]
     return sides[:, 0] * sides[:, 1]
+
+
+def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
+    """Returns float64 intersection over union of every pair; 0 where both are empty.
+
+    In float32 some pairs would cross a threshold.
+    """
+    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
+    near = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    far = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    intersection = np.maximum(far - near, 0.0).prod(axis=-1)
+    area, other_area = (np.maximum(b[:, 2:] - b[:, :2], 0.0).prod(axis=1) for b in (boxes, others))
+    union = area[:, None] + other_area[None] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)
+
+
+def check_class_names(class_names: tuple[str, ...]) -> None:
+    """Raises InputError unless there is at least one class name and none appears twice."""
+    if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
+        raise InputError(f"class_names must be different names, at least one, got {class_names!r}")
 
 
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:

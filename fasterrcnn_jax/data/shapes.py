@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fasterrcnn_jax.data.records import box_iou
 from fasterrcnn_jax.errors import InputError
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "cross")
 
-# Raised whenever the pictures change, so that a folder made before is not taken for one made now.
+# Raised whenever the images change, so that a folder made before is not taken for one made now.
 VERSION = 1
 
 IMAGE_HW = ((144, 192), (144, 240), (160, 160), (160, 208), (176, 224), (192, 192), (192, 240))
@@ -32,7 +33,7 @@ SPLITS = ("train", "test")
 
 
 class DrawnObject(NamedTuple):
-    """One object of a picture."""
+    """One object of an image."""
 
     label: int  # 1..4, in the order of CLASS_NAMES
     box: tuple[int, int, int, int]
@@ -69,7 +70,7 @@ def make_shapes(root: Path | str, *, seed: int, num_train: int, num_test: int) -
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def draw_picture(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[DrawnObject, ...], np.ndarray]:
+def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[DrawnObject, ...], np.ndarray]:
     """Returns (pixels uint8 [H, W, 3], objects, top int32 [H, W]).
 
     `top` says whose pixel it is: 0 is the ground, k is objects[k - 1].
@@ -82,7 +83,7 @@ def draw_picture(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[D
     top = np.zeros((height, width), np.int32)
     objects, areas = [], []
     for _ in range(0 if rng.random() < 0.04 else rng.integers(1, 9)):
-        # In a full picture there may be no room left; then it stays at fewer objects.
+        # In a full image there may be no room left; then it stays at fewer objects.
         for _ in range(12):
             label = int(rng.integers(1, len(CLASS_NAMES) + 1))
             coverage = _coverage(rng, CLASS_NAMES[label - 1])
@@ -194,7 +195,7 @@ def _fits(placed, objects, areas, top: np.ndarray) -> bool:
     x1, y1, x2, y2 = box
     hidden = np.bincount(top[y1:y2, x1:x2][coverage > 0], minlength=len(objects) + 1)
     for number, (other, area) in enumerate(zip(objects, areas, strict=True), start=1):
-        if _iou(box, other.box) > MAX_IOU:
+        if box_iou(np.array([box]), np.array([other.box]))[0, 0] > MAX_IOU:
             return False
         if hidden[number] and np.count_nonzero(top == number) - hidden[number] <= MIN_SHOWN * area:
             return False
@@ -291,11 +292,6 @@ def _extent(coverage: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _iou(a, b) -> float:
-    overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
-
-
 def _log_uniform(rng, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
@@ -322,7 +318,7 @@ def _write(root: Path, arguments: dict) -> None:
     for split in SPLITS:
         ids = [f"{split}_{index:05d}" for index in range(arguments[f"num_{split}"])]
         for index, image_id in enumerate(ids):
-            pixels, objects, _ = draw_picture(arguments["seed"], split, index)
+            pixels, objects, _ = draw_image(arguments["seed"], split, index)
             Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}.jpg", quality=92)
             (root / "Annotations" / f"{image_id}.xml").write_bytes(_annotation(image_id, pixels, objects))
         (root / "ImageSets" / "Main" / f"{split}.txt").write_bytes("".join(f"{i}\n" for i in ids).encode())

@@ -37,13 +37,13 @@ from fasterrcnn_jax.data.records import (
     ImageRecord,
     StoredImage,
     box_areas,
+    check_class_names,
 )
 from fasterrcnn_jax.errors import InputError
 
 _ONE_BASED = ("voc",)
 # COCO numbers its 80 classes up to 90. TFDS keeps their order and drops the numbers, which result files need.
-_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-_COCO_IDS = tuple(number for number in range(1, 91) if number not in _COCO_GAPS)
+_COCO_IDS = tuple(number for number in range(1, 91) if number not in coco.UNUSED_IDS)
 
 
 def read_tfds(
@@ -64,8 +64,7 @@ def read_tfds(
     Raises:
       InputError: one sentence naming place, field and value of the first fault found.
     """
-    if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
-        raise InputError(f"class_names must be different names, at least one, got {class_names!r}")
+    check_class_names(class_names)
     builder = _open_builder(root, name)
     stored_names = _label_names(builder)
     absent = [class_name for class_name in class_names if class_name not in stored_names]

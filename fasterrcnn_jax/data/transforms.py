@@ -1,4 +1,4 @@
-"""From a decoded picture to a place on a canvas, in NumPy, on the host.
+"""From a decoded image to a place on a canvas, in NumPy, on the host.
 
 The resize is bilinear in float without antialias, half-pixel centres: what the reference code bases do.
 Rounded to uint8, where a model asks for that, it is the same one.
@@ -23,7 +23,7 @@ def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, i
 
 
 def canvas_for(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """Returns the smallest canvas that holds the resized picture."""
+    """Returns the smallest canvas that holds the resized image."""
     return smallest_canvas(network_size(image_hw, config), config)
 
 
@@ -31,7 +31,7 @@ def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, in
     """Returns the first canvas of least area that holds `size` network pixels.
 
     Raises:
-      ValueError: none does; a single resized picture always fits.
+      ValueError: none does; a single resized image always fits.
     """
     fitting = [canvas for canvas in config.canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
     if not fitting:
@@ -40,7 +40,7 @@ def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, in
 
 
 def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
-    """Returns the float32 picture at `size`; borders repeat."""
+    """Returns the float32 image at `size`; borders repeat."""
     resized = np.empty((*size, 3), np.float32)
     for rows, block in _resized(image, Placement(size), size, channels=(0, 1, 2)):
         resized[rows] = block
@@ -48,10 +48,10 @@ def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) ->
 
 
 class Placement(NamedTuple):
-    """Where a picture lies on its canvas: resized as a whole, then shown from `origin` on, as far as it fits."""
+    """Where an image lies on its canvas: resized as a whole, then shown from `origin` on, as far as it fits."""
 
-    size: tuple[int, int]  # (height, width) that the picture is resized to
-    origin: tuple[int, int] = (0, 0)  # (y, x) in the resized picture of the canvas's first pixel
+    size: tuple[int, int]  # (height, width) that the image is resized to
+    origin: tuple[int, int] = (0, 0)  # (y, x) in the resized image of the canvas's first pixel
 
     def shown(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """Returns (height, width) of what is on the canvas."""
@@ -59,7 +59,7 @@ class Placement(NamedTuple):
         return height, width
 
     def scale(self, image_hw: tuple[int, int]) -> Float[np.ndarray, "2"]:
-        """Returns network pixels per pixel of the picture, (y, x); the two axes differ by rounding."""
+        """Returns network pixels per pixel of the image, (y, x); the two axes differ by rounding."""
         return np.asarray(self.size, np.float32) / np.asarray(image_hw, np.float32)
 
 
@@ -69,14 +69,14 @@ def draw(
     config: ImageConfig,
     placement: Placement,
 ) -> None:
-    """Writes a picture onto the empty canvas `pixels`, in `config.channel_order`, as mean and std are.
+    """Writes an image onto the empty canvas `pixels`, in `config.channel_order`, as mean and std are.
 
     On float32 it is normalised; on uint8 it is rounded, and normalised where the network begins.
     """
     channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     height, width = placement.shown(pixels.shape[:2])
-    # As long as a row of the picture: NumPy takes triples one by one.
+    # As long as a row of the image: NumPy takes triples one by one.
     mean, std = np.tile(mean, width), np.tile(std, width)
     for rows, block in _resized(image, placement, (height, width), channels):
         values = block.reshape(len(block), -1)
@@ -98,7 +98,7 @@ def _resized(
     shown: tuple[int, int],
     channels: tuple[int, int, int],
 ) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
-    """Yields the shown part of the resized picture in blocks of rows, each with its place."""
+    """Yields the shown part of the resized image in blocks of rows, each with its place."""
     height, width = image.shape[:2]
     top, bottom, down = _samples(height, placement.size[0], placement.origin[0], shown[0])
     left, right, across = _samples(width, placement.size[1], placement.origin[1], shown[1])
@@ -137,7 +137,7 @@ def _blend(
 def to_canvas(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int], config: ImageConfig
 ) -> tuple[Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """Returns the canvas with the picture as `draw` puts it (zero beyond it), the picture's size there, and the scale.
+    """Returns the canvas with the image as `draw` puts it (zero beyond it), the image's size there, and the scale.
 
     Size is (height, width) in network pixels, scale (y, x) in network pixels per original pixel.
     """
@@ -153,10 +153,10 @@ def scale_boxes(boxes: Float[np.ndarray, "n 4"], scale: Float[np.ndarray, "2"]) 
 
 
 def flip_boxes(boxes: Float[np.ndarray, "n 4"], width: int) -> Float[np.ndarray, "n 4"]:
-    """Returns the boxes of the picture mirrored left to right."""
+    """Returns the boxes of the image mirrored left to right."""
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
 def flip_pixels(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the picture mirrored left to right, in memory of its own: what follows is slow on a reversed view."""
+    """Returns the image mirrored left to right, in memory of its own: what follows is slow on a reversed view."""
     return image.take(np.arange(image.shape[1])[::-1], 1)

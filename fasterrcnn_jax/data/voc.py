@@ -26,7 +26,7 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 
 # The objects of VOC2007 and VOC2012, in the order of the challenge.
@@ -69,8 +69,7 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
       InputError: one sentence naming file, field and value of the first fault found.
     """
     root = Path(root)
-    if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
-        raise InputError(f"class_names must be different names, at least one, got {class_names!r}")
+    check_class_names(class_names)
     label_of = {name: label for label, name in enumerate(class_names, start=1)}
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")

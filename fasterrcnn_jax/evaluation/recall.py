@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from fasterrcnn_jax.data.records import Dataset, ImageProposals, box_areas
+from fasterrcnn_jax.data.records import Dataset, ImageProposals, box_iou
 
 LIMITS = (100, 300, 1000, 2000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
@@ -40,20 +40,11 @@ def proposal_recall(proposals: Sequence[ImageProposals], dataset: Dataset) -> Pr
     found_at = [np.zeros((len(THRESHOLDS), 0), np.int64)]
     for found, record in zip(proposals, dataset.records, strict=True):
         objects = record.boxes[~(record.difficult | record.crowd)]
-        found_at.append(_ranks(_iou(found.boxes[: max(LIMITS)], objects)))
+        found_at.append(_ranks(box_iou(found.boxes[: max(LIMITS)], objects)))
     ranks = np.concatenate(found_at, axis=1)
     if not ranks.size:
         return ProposalRecall(0, np.full((len(LIMITS), len(THRESHOLDS)), math.nan))
     return ProposalRecall(ranks.shape[1], np.stack([(ranks < limit).mean(axis=1) for limit in LIMITS]))
-
-
-def _iou(boxes: Float[np.ndarray, "p 4"], objects: Float[np.ndarray, "g 4"]) -> Float[np.ndarray, "p g"]:
-    """Returns IoU in float64: in float32 some would cross a threshold."""
-    first, second = boxes[:, None].astype(np.float64), objects[None].astype(np.float64)
-    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
-    shared = np.clip(sides, 0.0, None).prod(axis=-1)
-    union = box_areas(boxes)[:, None] + box_areas(objects)[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0.0)
 
 
 def _ranks(iou: Float[np.ndarray, "p g"]) -> Int[np.ndarray, "t g"]:

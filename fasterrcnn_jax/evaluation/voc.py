@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
 
 # Not k / 10: the reference's points carry float noise (0.30000000000000004 for 3/10), so a recall of
@@ -124,20 +124,8 @@ def _matched_object(found: ImageDetections, record: ImageRecord, iou_threshold: 
     """Returns [D] int64: the position of each detection's object among all objects, -1 for none."""
     if not len(found.boxes) or not len(record.boxes):
         return np.full(len(found.boxes), -1, np.int64)
-    iou = _pairwise_iou(found.boxes, record.boxes)
+    iou = box_iou(found.boxes, record.boxes)
     iou[np.asarray(found.labels)[:, None] != record.labels[None, :]] = -1.0
     best = np.argmax(iou, axis=1)
     overlap = np.take_along_axis(iou, best[:, None], axis=1)[:, 0]
     return np.where(overlap > iou_threshold, best + first_object, -1)
-
-
-def _pairwise_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns [D, N] float64, as the reference computes it; 0 for two boxes without area."""
-    # float64 as there: float32 loses the last pixel of areas above 2^24 and so decides some pairs otherwise.
-    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
-    near = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    far = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    intersection = np.prod(np.maximum(far - near, 0.0), axis=2)
-    area, other_area = (np.prod(np.maximum(b[:, 2:] - b[:, :2], 0.0), axis=1) for b in (boxes, others))
-    union = area[:, None] + other_area[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)

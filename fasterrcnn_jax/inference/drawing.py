@@ -30,7 +30,7 @@ def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Pixels
       image: uint8 RGB.
       detections: what `predict` returned for this one image.
     Raises:
-      ValueError: `image` is no uint8 picture, or `detections` is a list.
+      ValueError: `image` is no uint8 image, or `detections` is a list.
     """
     if not isinstance(detections, Prediction):
         raise ValueError(f"detections must be one Prediction, got {type(detections).__name__}")
@@ -79,17 +79,17 @@ def label_colour(label: int) -> tuple[int, int, int]:
 
 
 def side_by_side(rows: list[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]) -> Pixels:
-    """Returns one picture of rows of pictures, as many in each, white between them."""
+    """Returns one image of rows of images, as many in each, white between them."""
     gap = 8
-    column = max(picture.shape[1] for row in rows for picture in row)
-    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    column = max(image.shape[1] for row in rows for image in row)
+    heights = [max(image.shape[0] for image in row) for row in rows]
     width = len(rows[0]) * (column + gap) + gap
     sheet = np.full((sum(heights) + gap * (len(rows) + 1), width, 3), 255, np.uint8)
     top = gap
     for row, height in zip(rows, heights, strict=True):
-        for number, picture in enumerate(row):
+        for number, image in enumerate(row):
             left = gap + number * (column + gap)
-            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
         top += height + gap
     return sheet
 

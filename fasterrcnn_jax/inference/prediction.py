@@ -1,4 +1,4 @@
-"""`detect` on a device, `predict` around it on the host, whole data sets, and pictures of the result."""
+"""`detect` on a device, `predict` around it on the host, whole data sets, and images of the result."""
 
 from collections import defaultdict
 from typing import Any
@@ -69,7 +69,7 @@ def preprocess(
     Float[np.ndarray, "b 2"],
     Float[np.ndarray, "b 2"],
 ]:
-    """Returns the arguments (images, image_hw, scale) of `detect`: all pictures on one canvas that holds them.
+    """Returns the arguments (images, image_hw, scale) of `detect`: all images on one canvas that holds them.
 
     Divide boxes by `scale` (y, x) to come back to original pixels.
 
@@ -102,7 +102,7 @@ def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
 
 
 def _on_canvas(images, canvas, rows, config):
-    """Stacks the pictures; rows beyond them are empty pictures of zero size."""
+    """Stacks the images; rows beyond them are empty images of zero size."""
     pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
     image_hw = np.zeros((rows, 2), np.float32)
     scale = np.ones((rows, 2), np.float32)

@@ -54,7 +54,7 @@ class Fpn(nnx.Module):
         ]
         for i in range(len(laterals) - 2, -1, -1):
             coarser = jnp.repeat(jnp.repeat(laterals[i + 1], 2, axis=1), 2, axis=2)
-            # Its cells at the border hold picture, so what they lay on this level's padding is the same on any canvas.
+            # Its cells at the border hold image, so what they lay on this level's padding is the same on any canvas.
             laterals[i] = laterals[i] + coarser
         levels = [
             norm(conv(x), valid)

@@ -1,6 +1,6 @@
 """The few layers that the networks are made of; NHWC, functional, nothing mutates after construction.
 
-`valid` is a [B, H, W, 1] float mask, 1 on the picture and 0 on padding, or None where padding is not
+`valid` is a [B, H, W, 1] float mask, 1 on the image and 0 on padding, or None where padding is not
 masked. With it a normalisation layer leaves padding out of its statistics and returns zeros there.
 
 Layers compute in the type of their input, float32 or bfloat16. Weights stay float32 and are rounded where they
@@ -203,7 +203,7 @@ def dropout(key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "*b"], *, ra
 
 
 def valid_mask(image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int) -> Float[Array, "b h w 1"]:
-    """Returns 1 on the cells of a stride-`stride` map that hold picture: the first ceil(side / stride)."""
+    """Returns 1 on the cells of a stride-`stride` map that hold image: the first ceil(side / stride)."""
     rows, columns = (jnp.arange(size, dtype=jnp.float32) * stride for size in grid_hw)
     inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (columns[None, None, :] < image_hw[:, 1, None, None])
     return inside[..., None].astype(jnp.float32)
@@ -220,7 +220,7 @@ def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat:
 
 
 def normalised(images: Images, image_hw: Float[Array, "b 2"], config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """Returns the pictures less mean, over std, zero beyond `image_hw`; those in float come so from the host.
+    """Returns the images less mean, over std, zero beyond `image_hw`; those in float come so from the host.
 
     Raises:
       TypeError: they are not what `config.pixel_dtype` says, and would be normalised twice or never.

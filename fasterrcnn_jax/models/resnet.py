@@ -1,7 +1,7 @@
 """ResNet. He et al. 2015 (arXiv:1512.03385), table 1 and appendix A.
 
 Without a pyramid stages 1-3 (conv2_x - conv4_x) make the shared feature map and stage 4 (conv5_x) runs on every
-region: C4. Under a pyramid all four run on the picture.
+region: C4. Under a pyramid all four run on the image.
 """
 
 import math

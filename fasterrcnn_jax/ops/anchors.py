@@ -105,7 +105,7 @@ def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> Ancho
 
 
 def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: ModelConfig) -> Bool[Array, "b a"]:
-    """True where the anchor's cell holds picture: without padding the others would hardly exist.
+    """True where the anchor's cell holds image: without padding the others would hardly exist.
 
     True for all where the configuration lets anchors in the padding take part.
     """
@@ -115,7 +115,7 @@ def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: Mo
 
 
 def check_border(grid: AnchorGrid, canvas: tuple[int, int], allowed_border: float | None) -> None:
-    """Raises InputError where even a picture that fills the canvas has no anchor to train the RPN on."""
+    """Raises InputError where even an image that fills the canvas has no anchor to train the RPN on."""
     if allowed_border is None:
         return
     anchors = grid.anchors

@@ -22,10 +22,10 @@ def pairwise_iou(boxes: Float[Array, "n 4"], others: Float[Array, "m 4"]) -> Flo
 def clip(
     boxes: Float[Array, "*b 4"], image_hw: Float[Array, "2"], *, far_corner_offset: int = 0
 ) -> Float[Array, "*b 4"]:
-    """Returns the boxes cut to the picture: x to [0, width], y to [0, height].
+    """Returns the boxes cut to the image: x to [0, width], y to [0, height].
 
     Args:
-      far_corner_offset: 1 gives every box at least the picture's border pixel, as inclusive corners
+      far_corner_offset: 1 gives every box at least the image's border pixel, as inclusive corners
         clipped to [0, side - 1] have it: near corners to [0, side - 1], far corners to [1, side].
     """
     far = jnp.tile(image_hw[::-1], 2)
@@ -35,7 +35,7 @@ def clip(
 
 
 def larger_than(boxes: Float[Array, "*b 4"], min_size: float, scale: Float[Array, "2"]) -> Bool[Array, "*b"]:
-    """Returns where both sides reach `min_size` pixels of the stored picture: times (y, x) `scale` here."""
+    """Returns where both sides reach `min_size` pixels of the stored image: times (y, x) `scale` here."""
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return (width >= min_size * scale[1]) & (height >= min_size * scale[0])
 

@@ -2,14 +2,13 @@
 
 Ren et al. 2015 (arXiv:1506.01497), eq. 1; Fast R-CNN (arXiv:1504.08083), eq. 1-3. As in the reference
 implementations both box losses are divided by all sampled anchors (RoIs), not by the foreground ones: a
-picture with few objects then weighs less in the box loss. Other divisors of the RPN's are a setting.
+image with few objects then weighs less in the box loss. Other divisors of the RPN's are a setting.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from fasterrcnn_jax.config import LossConfig
@@ -73,8 +72,10 @@ def rpn_losses(
     `config.rpn_positive_weight`, that weight times the mean over these anchors; times `rpn_box_weight`.
 
     Args:
-      num_locations: feature cells that hold picture.
+      num_locations: feature cells that hold image.
     """
+    import optax  # here: detection does without it
+
     sampled = targets.labels >= 0
     foreground = sampled & (targets.labels == FOREGROUND)
     regressed = foreground if config.rpn_box_anchors == "sampled" else targets.foreground
@@ -110,6 +111,8 @@ def box_losses(
     Args:
       deltas: per class, or one set for all classes.
     """
+    import optax  # here: detection does without it
+
     count = targets.valid.sum().astype(jnp.float32)
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits, targets.labels)
     if deltas.shape[1] == 1:

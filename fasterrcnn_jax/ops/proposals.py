@@ -26,7 +26,7 @@ def propose(
     coder: BoxCoderConfig,
     implementation: Implementation = None,
 ) -> Proposals:
-    """Returns the `config.post_nms_top_n` best boxes of one image, clipped to the picture.
+    """Returns the `config.post_nms_top_n` best boxes of one image, clipped to the image.
 
     Decode, clip to the true image, keep the best of each level by objectness, NMS in each level, the best of
     all levels; small boxes drop on the way. No gradient passes: the proposals are inputs of the box head, not functions
@@ -35,7 +35,7 @@ def propose(
     Args:
       objectness: logits.
       anchor_valid: False for anchors whose cell lies in the padding; they never propose.
-      scale: (y, x) network pixels per pixel of the stored picture; small is meant in the latter.
+      scale: (y, x) network pixels per pixel of the stored image; small is meant in the latter.
       level_sizes: anchors of each pyramid level, one after the other; None: all are of one map.
     """
     offset = coder.far_corner_offset

@@ -92,7 +92,7 @@ def _pool(
     return lax.map(pool, (first, end)).astype(features.dtype)
 
 
-# Cells. A box has more only where it was not clipped to the picture.
+# Cells. A box has more only where it was not clipped to the image.
 LARGEST_BOX = 4096
 
 

@@ -36,7 +36,7 @@ def nms(
     No gradient passes.
 
     Args:
-      boxes: float32; in bfloat16 a pixel of a large picture is lost, and boxes near the threshold with it.
+      boxes: float32; in bfloat16 a pixel of a large image is lost, and boxes near the threshold with it.
       groups: boxes of different groups never suppress each other (classes, pyramid levels). Because
         boxes are visited by score over all groups, the result is the best of all groups' survivors.
       implementation: "xla" is plain JAX. "mosaic" is the kernel, with which `vmap` makes one batch of all

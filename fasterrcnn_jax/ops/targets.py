@@ -25,7 +25,7 @@ Key = PRNGKeyArray | UInt32[Array, "2"]
 def within_border(
     anchors: Float[Array, "a 4"], image_hw: Float[Array, "2"], allowed_border: float | None
 ) -> Bool[Array, "a"]:
-    """Returns which anchors reach at most `allowed_border` pixels over the picture's border; None: all."""
+    """Returns which anchors reach at most `allowed_border` pixels over the image's border; None: all."""
     if allowed_border is None:
         return jnp.ones(anchors.shape[0], bool)
     near = (anchors[:, :2] >= -allowed_border).all(axis=1)

@@ -29,7 +29,7 @@ from fasterrcnn_jax.inference.drawing import draw_boxes
 from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
 from fasterrcnn_jax.scripts import cli
 
-# Of a sheet: pictures, pictures in a row, pixels of the longer side of each.
+# Of a sheet: images, images in a row, pixels of the longer side of each.
 SHEET, COLUMNS, SIDE = 40, 5, 320
 # No more findings of one kind are printed without --all.
 SHOWN = 20
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", type=Path, metavar="CONFIG_OR_FOLDER")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write a sheet of images with their boxes")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="write a sheet of images with their boxes")
     parser.add_argument("--all", action="store_true", help=f"print every finding, not {SHOWN} of a kind")
     arguments, rest = parser.parse_known_args(argv)
 
@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
     print("\n".join(["", *anchor_lines(largest, model)]))
     print("\n".join(["", *finding_lines(findings, SHOWN if not arguments.all else len(findings))]))
-    if arguments.pictures is not None:
+    if arguments.images is not None:
         for name, split in checked.items():
-            print(f"pictures   {write_sheet(arguments.pictures, name, split.dataset)}")
+            print(f"images   {write_sheet(arguments.images, name, split.dataset)}")
     sys.exit(severity(findings))
 
 
@@ -150,7 +150,7 @@ def _words(scales: Scales) -> str:
 
 
 def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
-    """Writes one picture of many, with their boxes: those with a finding first, the others evenly from the whole."""
+    """Writes one image of many, with their boxes: those with a finding first, the others evenly from the whole."""
     folder.mkdir(parents=True, exist_ok=True)
     told = " ".join(finding.where for finding in dataset.findings)
     named = [record for record in dataset.records if f"/{record.path.name}" in told or f"/{record.id}.xml" in told]
@@ -161,13 +161,13 @@ def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
     sheet = Image.new("RGB", (COLUMNS * SIDE, max(1, rows) * SIDE), "white")
     for number, record in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
-        sheet.paste(Image.fromarray(_pictured(record, dataset.class_names)), (column * SIDE, row * SIDE))
+        sheet.paste(Image.fromarray(_shown(record, dataset.class_names)), (column * SIDE, row * SIDE))
     path = folder / f"{name.replace('+', '_')}.jpg"
     sheet.save(path, quality=90)
     return path
 
 
-def _pictured(record: ImageRecord, class_names: tuple[str, ...]) -> np.ndarray:
+def _shown(record: ImageRecord, class_names: tuple[str, ...]) -> np.ndarray:
     image = Image.fromarray(record_pixels(record))
     scale = (SIDE - 8) / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size])

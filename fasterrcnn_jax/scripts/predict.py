@@ -1,7 +1,7 @@
 """Finds objects in a folder of images: fasterrcnn-jax predict --ckpt runs/shapes --images FOLDER --out OUT
 
 OUT gets detections.json, COCO's format of results with the file names as image_id; classes.txt, whose line k is
-category_id k; and each image with its boxes in pictures/. Images are taken as viewers show them, turned as EXIF says.
+category_id k; and each image with its boxes in images/. Images are taken as viewers show them, turned as EXIF says.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         model, dataset, batch_size=arguments.batch_size, implementation=arguments.implementation
     )
 
-    pictures = arguments.out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    drawn_images = arguments.out / "images"
+    drawn_images.mkdir(parents=True, exist_ok=True)
     write_coco_json(arguments.out / "detections.json", detections, dataset)
     (arguments.out / "classes.txt").write_text("".join(f"{name}\n" for name in model.class_names), "utf-8")
     for record, found in zip(dataset.records, detections, strict=True):
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         prediction = Prediction(found.boxes, found.scores, found.labels, names)
         drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
         # The whole name: a.jpg may lie beside a.png.
-        Image.fromarray(drawn).save(pictures / f"{record.id}.png")
+        Image.fromarray(drawn).save(drawn_images / f"{record.id}.png")
     print(f"images     {len(dataset.records)}")
     print(f"files      {arguments.out}")
 

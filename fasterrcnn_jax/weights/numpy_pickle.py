@@ -19,7 +19,7 @@ def read(data: bytes, where: str) -> Any:
       InputError: the pickle holds anything but plain values, dictionaries and arrays of numbers.
     """
     # NumPy's bytes were text to Python 2.
-    return restricted_pickle.load(io.BytesIO(data), _names(), where=where, encoding="latin1")
+    return restricted_pickle.unpickle(io.BytesIO(data), _names(), where=where, encoding="latin1")
 
 
 class _Dtype:

@@ -26,7 +26,7 @@ def ordered_dict() -> Callable:
     return lambda items=(): _Dict(items)
 
 
-def load(
+def unpickle(
     file: io.BytesIO,
     names: Mapping[str, Callable | str],
     *,

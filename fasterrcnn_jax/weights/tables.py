@@ -106,7 +106,7 @@ def _row(ours: str, *theirs: str, layout: Layout = PLAIN) -> Row:
 
 
 def _resnet(stem: str, stem_norm: str, stage: str, last: str, block: dict[str, str]) -> tuple[Row, ...]:
-    """Args: `stage` names a block of stages on the picture, `last` one of stage 4 where it runs per region."""
+    """Args: `stage` names a block of stages on the image, `last` one of stage 4 where it runs per region."""
     rows = [_row("backbone/stem", stem), _row("backbone/stem_norm", stem_norm)]
     for ours, theirs in block.items():
         rows.append(_row(f"backbone/stages/<i>/blocks/<j>/{ours}", stage + theirs))

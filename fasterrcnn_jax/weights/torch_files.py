@@ -121,7 +121,7 @@ def read_zip(path: Path) -> Any:
         return _storage(kind, dtype, f"{folder}data/{key}", size, fetch)
 
     pickled, where = fetch(pickles[0])
-    return restricted_pickle.load(io.BytesIO(pickled), _names(), where=where, persistent=storage)
+    return restricted_pickle.unpickle(io.BytesIO(pickled), _names(), where=where, persistent=storage)
 
 
 def read_legacy(path: Path) -> Any:
@@ -148,7 +148,7 @@ def read_legacy(path: Path) -> Any:
         return announced.setdefault(key, _storage(kind, dtype, key, size, fetch))
 
     def pickled(entry: str) -> Any:
-        return restricted_pickle.load(file, _names(), where=f"{path}: {entry}", persistent=storage)
+        return restricted_pickle.unpickle(file, _names(), where=f"{path}: {entry}", persistent=storage)
 
     pickled("magic number")
     pickled("version")
