@@ -9,33 +9,34 @@ PAGE = Path(__file__).parents[1] / "docs" / "bad_inputs.md"
 
 HEADER = """# Bad inputs
 
-103 ways in which labelled images are wrong, or odd, and what comes of each: what `tests/bad_cases.py` builds, read as
-`data.faults` "error" (strict, the default) and "skip" (lenient) read it. Written by `python tests/write_bad_inputs.py`
-and held by `test_bad_cases.py`. `{root}` is the folder of the data.
+This page lists 103 ways in which labelled images are wrong or unusual, and what happens with each. *Strict* is
+`data.faults` "error", the default; *lenient* is `data.faults` "skip". `tests/bad_cases.py` builds the cases,
+`python tests/write_bad_inputs.py` writes this page, and `test_bad_cases.py` checks it. `{root}` is the folder of the
+data.
 
-| outcome | means |
+| outcome | meaning |
 |---|---|
-| read | read; there is nothing to say |
-| read, noted | read by a rule, and a sentence says how many and which was the first |
-| error | one sentence, and no data set; the scripts exit with status 2 |
-| image skipped | left out with its objects; a sentence says how many and which was the first |
-| object skipped | left out; its image and the other objects stay |
+| read | the data is read without a message |
+| read, noted | the data is read by a rule; a sentence says how many cases there are and which is the first |
+| error | the reader stops with one sentence; the scripts exit with status 2 |
+| image skipped | the image is left out with its objects; a sentence says how many there are and which is the first |
+| object skipped | the object is left out; its image and the other objects stay |
 
-Lenient reading decodes every image once, because a cut file is seen only then; strict reading comes upon it in the
-epoch that meets it, and stops with the file's name. What is wrong with a set as a whole (no list, no json, an id that
-leaves the folder, two images of one id) is an error in both, and so is a set of which faults leave nothing.
-Of what is skipped the last column holds what strict reading says; lenient reading says "Faulty images were skipped" or
-"Faulty objects were skipped", how many, and that sentence about the first.
+Lenient reading decodes every image once, because only decoding shows that a file is truncated. Strict reading finds
+such a file in the epoch that reads it, and stops with its name. Faults of the whole data set are errors in both modes:
+no list, no json, an id that leaves the folder, two images with one id. It is also an error if the faults leave nothing
+to read. The last column holds the message of strict reading. For a skipped image or object, lenient reading says
+"Faulty images were skipped" or "Faulty objects were skipped", how many, and the same message about the first.
 
-In no case is a file outside the folder opened, an entity expanded, or more than 200 MB used.
-`python -m fasterrcnn_jax check` lists everything of this kind that is in a set.
+In no case does a reader open a file outside the folder, expand an entity, or use more than 200 MB.
+`python -m fasterrcnn_jax check` lists everything of this kind in a data set.
 
 """
 
 
 def page(folders: dict[str, Path]) -> str:
     """Returns the text of the page; `folders` holds every case."""
-    lines = ["| case | strict | lenient | what is said |", "|---|---|---|---|"]
+    lines = ["| case | strict | lenient | message |", "|---|---|---|---|"]
     for name, folder in folders.items():
         strict, lenient = (bad_cases.outcome(folder, faults=faults) for faults in ("error", "skip"))
         assert strict[1].rstrip(".") in lenient[1]

@@ -13,16 +13,16 @@ PAGE = TESTS.parent / "docs" / "fidelity.md"
 
 HEADER = """# Fidelity
 
-Every number of this library that is compared with one computed by a reference implementation. The inputs and
-outputs of the references are in `tests/golden`, whose README says what produced each and by which version. The
-comparisons are tests; this page is what they measured, written by `python tests/write_fidelity.py`
+This page lists every number of this library that is compared with a number from a reference implementation. The inputs
+and outputs of the references are in `tests/golden`. Its README names the program and version behind each of them.
+The comparisons are tests. `python tests/write_fidelity.py` runs them and writes this page
 ({where}).
 
-*Identical* means every value, or every index and label, is the same. Otherwise the tolerance is the one that the
-test asserts; |x| is the size of the reference's value. The relative difference is the largest over values other
-than zero, so that it is large where a value is nearly zero.
+*Identical* means that every value, or every index and label, is the same. Otherwise the last column is the tolerance
+that the test asserts, where |x| is the absolute value of the reference. The relative difference is the largest over all
+values that are not zero. It is therefore large if a value is nearly zero.
 
-{count:,} values in {rows} comparisons. By concept first, one by one below.
+{count:,} values in {rows} comparisons. The first table groups them by concept; the second table lists each one.
 """
 
 EACH = """
@@ -32,27 +32,30 @@ EACH = """
 FOOTER = """
 ## What is not compared
 
-- Detections of whole models go through this library's `postprocess` with the regions that the reference recorded:
-  it hands padded regions to its head as well, and orders equal scores by an unstable sort, so the regions that it
-  kept are offered first where several have exactly the same score. Detections that share the hundredth score,
-  all of which the reference keeps, are left out.
-- Losses of whole models see the RoIs, labels and targets that the reference drew (background with replacement) and
-  its normalisation by the last image's count. Its two-logit objectness is compared by the difference of the
-  logits; the gradient of the two-logit layer is ours and minus ours.
-- torchvision's second version, and detectron2: no numbers of theirs are recorded. The canvas of torchvision's model is
-  that of its batch, padding included; its detections and losses come from `detect` and `training_losses` as they are.
-- RoI crop and the floor quantisation of RoI pooling have no recorded numbers; they are compared with a loop written
-  from their formula. RoIAlign and RoIPool with 2 x 3 cells are recorded, and not compared: outputs here are square.
-- Which anchors and RoIs are drawn: random generators differ. Counts, labels and that every draw is equally likely
-  are tested.
-- The resize of images by the Caffe line: the recorded networks were fed at their images' own size. It is compared with
-  a formula.
+- For detections of whole models of faster-rcnn.pytorch, the recorded regions go through our `postprocess`. The
+  reference also hands padded regions to its head, and it orders equal scores by an unstable sort. If several regions
+  have exactly the same score, the regions that the reference kept are therefore given first. The reference keeps all
+  detections that share the hundredth score; these detections are left out.
+- For losses of whole models of faster-rcnn.pytorch, we use the RoIs, labels and targets that the reference drew
+  (background with replacement), and its normalisation by the count of the last image. Its two-logit objectness is
+  compared through the difference of the logits. The gradient of its two-logit layer is compared with our gradient and
+  the negative of our gradient.
+- No numbers of torchvision's second version and of detectron2 are recorded. For torchvision's first version, the canvas
+  is the size of its padded batch, and detections and losses come from `detect` and `training_losses` without changes.
+- RoI crop and the floor quantisation of RoI pooling have no recorded numbers. They are compared with a loop written
+  from their formula. RoIAlign and RoIPool with 2 x 3 cells are recorded but not compared: outputs here are square.
+- The random choice of anchors and RoIs is not compared, because random generators differ. Tests check the counts, the
+  labels, and that every choice is equally likely.
+- The resize of images in the Caffe programs is not compared, because the recorded networks got images in their original
+  size. It is compared with a formula.
 - Everything here ran on a CPU in float32. Nothing has been compared on a GPU.
 """
 
 
 def rows(records) -> list[str]:
-    columns = ("concept", "reference", "what", "values", "largest difference", "relative", "identical", "asserted")
+    columns = (
+        "concept", "reference", "comparison", "values", "largest difference", "relative", "identical", "tolerance",
+    )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in records:
         apart = ("0", "0", "yes") if r.identical else (f"{r.max_abs:.1e}", f"{r.max_rel:.1e}", "no")
