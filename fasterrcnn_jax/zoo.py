@@ -10,7 +10,7 @@ import jax
 from fasterrcnn_jax.config import ModelConfig, families
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, create_detector
+from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
 from fasterrcnn_jax.weights import files, load_weights
 from fasterrcnn_jax.weights.files import Weights
 from fasterrcnn_jax.weights.load import (
@@ -29,16 +29,16 @@ def _coco_ids() -> tuple[str, ...]:
 
 
 class Model(NamedTuple):
-    """A detector of the zoo and the weights that are published for it; preprocessing is part of `config`."""
+    """A detector of the zoo and its published weights. Its preprocessing is part of `config`."""
 
     name: str
     config: ModelConfig
-    class_names: tuple[str, ...]  # of the published weights, without background
-    formats: tuple[str, ...]  # of `weights.tables`, in which they are published
-    source: str  # where
-    file: str | None  # name of that file
-    sha256: str | None  # first digits of its checksum
-    published: str  # the result that its authors state for it; we have measured none of them
+    class_names: tuple[str, ...]  # classes of the published weights, without background
+    formats: tuple[str, ...]  # formats of `weights.tables` that the weights are published in
+    source: str  # who publishes the weights
+    file: str | None  # name of the published file
+    sha256: str | None  # first digits of the file's checksum
+    published: str  # result that the authors publish; we have not measured it
 
 
 MODELS = {
@@ -124,13 +124,13 @@ def list_models() -> list[str]:
 
 
 def model_info(name: str) -> Model:
-    """Returns configuration, classes and provenance of a model.
+    """Returns the configuration, classes and source of a model.
 
     Raises:
-      InputError: no model has that name; names all.
+      InputError: no model has that name; the message lists all names.
     """
     if name not in MODELS:
-        raise InputError(f"no model is named {name!r}; there are {', '.join(MODELS)}")
+        raise InputError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
     return MODELS[name]
 
 
@@ -141,18 +141,19 @@ def create(
     num_classes: int | None = None,
     weights: str | Path | None = None,
     seed: int = 0,
-    backbone: type | None = None,
+    backbone: BackboneClass | None = None,
 ) -> Detector:
-    """Returns a detector by name or configuration, with weights from a file or fresh random ones.
+    """Returns the detector of a name or configuration, with weights from a file or with random weights.
 
     Args:
-      class_names: without background. None: those of the model's published weights, or class 1, class 2 …
-      num_classes: how many of these, in place of their names.
-      weights: a file that `load_weights` reads. With another number of classes the last layers start anew.
-      backbone: your own class; docs/backbone.md.
+      class_names: class names without background. None: the classes of the model's published weights.
+      num_classes: number of classes, instead of `class_names`. The names are those of the published weights if the
+        number is the same, otherwise class 1, class 2, ...
+      weights: a file that `load_weights` reads. If its number of classes differs, the last layers get random weights.
+      backbone: your own backbone class; see docs/backbone.md.
     Raises:
-      InputError: no such model, or a file that does not fit it.
-      ValueError: both or, for a configuration, neither of `class_names` and `num_classes` are given.
+      InputError: there is no such model, or the file does not fit it.
+      ValueError: `class_names` and `num_classes` are both given, or a configuration is given with neither.
     """
     info = model_info(model) if isinstance(model, str) else None
     if class_names is not None and num_classes is not None:
@@ -165,30 +166,31 @@ def create(
         if info is None:
             raise ValueError("a configuration needs class_names or num_classes")
         class_names = info.class_names
-    config = model if info is None else info.config
+    config = model_info(model).config if isinstance(model, str) else model
     made = create_detector(config, tuple(class_names), seed=seed, backbone=backbone)
     if weights is None:
         return made
     return load_weights(made, weights)
 
 
-def load(path: str | Path, *, backbone: type | None = None) -> Detector:
-    """Returns the detector of a run folder, of one of its checkpoints, or of a file of weights.
+def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:
+    """Returns the detector of a run folder, of one checkpoint, or of a weights file.
 
-    A file that we wrote says which model it is. Another one is taken for the first model of the zoo that is published
-    in its format and that it fills; its classes have that model's names where there are as many. Of another model,
-    or with names of your own: `create(..., weights=path)`.
+    A file that we wrote stores its model. For a file of another program, the first model of the zoo is used that is
+    published in the file's format and has the same arrays. Its classes get that model's class names if their number
+    is the same. For any other model, or for your own class names, use `create(..., weights=path)`.
 
     Args:
-      backbone: of a checkpoint: your own, in place of the one whose import path it holds; docs/backbone.md.
+      backbone: your own backbone class, for a model that was trained with it; see docs/backbone.md. A class that the
+        file names is never imported.
     Raises:
-      InputError: nothing that can be loaded is there.
+      InputError: the path does not exist, it cannot be loaded, or it needs a backbone class that is not given.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
-        # Imported here: a model of a weights file needs no Orbax.
+        # Imported here, because loading a weights file does not need Orbax.
         from fasterrcnn_jax.training import checkpoint
 
         return checkpoint.load(path, backbone=backbone)
@@ -196,22 +198,24 @@ def load(path: str | Path, *, backbone: type | None = None) -> Detector:
     stored = stored_model(weights, where)
     for format in formats_of(weights):
         for config, class_names in [stored] if stored else _candidates(weights, format):
-            empty = jax.eval_shape(functools.partial(create_detector, config, class_names, seed=0))
+            given = given_backbone(config.backbone, backbone, where)
+            empty = jax.eval_shape(functools.partial(create_detector, config, class_names, seed=0, backbone=given))
             try:
                 model, report = assign(empty, weights, format, where=where)
             except InputError:
                 if stored:
                     raise
-                continue  # of another network: the next one may fit
+                continue  # the file is from another network; the next candidate may fit
             log(report, where)
             return model
     raise InputError(
-        f"{path}: no model of {', '.join(MODELS)} is filled by it; create(..., weights=...) loads it into another"
+        f"{path}: the file fits none of the models {', '.join(MODELS)}; "
+        "create(..., weights=...) loads it into another model"
     )
 
 
 def _candidates(weights: Weights, format: Format) -> Iterator[tuple[ModelConfig, tuple[str, ...]]]:
-    """Yields configuration and class names of the models whose weights are published in that format."""
+    """Yields the configurations and class names of the models whose weights are published in `format`."""
     for info in MODELS.values():
         classes = num_classes_of(weights, info.config, format)
         if format.name in info.formats and classes is not None:

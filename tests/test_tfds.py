@@ -1,6 +1,6 @@
-"""Sets of TensorFlow Datasets: stored by our builder from archives in the published layouts, and read back.
+"""Tests TFDS data sets: our builder stores them from archives in the published layouts, and our reader reads them.
 
-Most of it needs the extra `tfds`, and is skipped where that is not installed.
+Most tests need the extra `tfds` and are skipped if it is not installed.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def voc_object(name, corners, *, difficult=0, pose="Left", more=""):
 
 
 def write_voc2007(folder):
-    """VOC2007 with two images in train, one in val and two in test; many boxes, and the odd ones of real sets."""
+    """Writes VOC2007 with two images in train, one in val and two in test; with irregular boxes as in real sets."""
     generator = np.random.default_rng(0)
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
@@ -80,7 +80,7 @@ def write_voc2007(folder):
 
 
 def write_coco2017(folder):
-    """Splits train2017 of three images and val2017 of one; hundredths of pixels, a crowd, an empty image."""
+    """Writes train2017 with three images and val2017 with one: hundredths of pixels, a crowd, an empty image."""
     generator = np.random.default_rng(1)
     (folder / "annotations").mkdir(parents=True)
     categories = [{"id": n, "name": name} for n, name in zip(COCO_IDS, coco.CLASS_NAMES)]
@@ -112,7 +112,7 @@ def write_coco2017(folder):
 
 
 def pack(archive, folder, pattern):
-    """Writes an archive of the files below `folder` whose path begins as `pattern`."""
+    """Writes an archive of the files below `folder` whose path starts with `pattern`."""
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if re.match(pattern, name)]
     if archive.suffix == ".zip":
@@ -127,7 +127,7 @@ def pack(archive, folder, pattern):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A folder with voc/2007 and coco/2017 below root, archives/, and what they unpack to in unpacked/."""
+    """Returns a folder: root/ with voc/2007 and coco/2017, archives/, and unpacked/ with their content."""
     folder = tmp_path_factory.mktemp("tfds")
     unpacked, archives = folder / "unpacked", folder / "archives"
     write_voc2007(unpacked / "VOCdevkit/VOC2007")
@@ -156,7 +156,7 @@ def one_sentence(call, *arguments, **options):
 
 
 def assert_same_records(found, expected, fields=FIELDS):
-    """Whatever the order: TFDS stores records in that of a hash of their names."""
+    """Ignores the order, because TFDS sorts records by a hash of their names."""
     found = {record.id: record for record in found}
     assert sorted(found) == sorted(record.id for record in expected) and len(found) == len(expected)
     for record in expected:
@@ -181,7 +181,7 @@ def test_voc_comes_back_box_for_box(stored, split, ours):
 @needs_tfds
 @pytest.mark.parametrize("split, ours", [("train", "train2017"), ("validation", "val2017")])
 def test_coco_comes_back_box_for_box(stored, split, ours):
-    """But for areas, of which TFDS keeps whole pixels."""
+    """Except for areas, which TFDS stores as integers."""
     unpacked = stored / "unpacked"
     expected = coco.read_coco(unpacked / f"annotations/instances_{ours}.json", unpacked / ours, coco.CLASS_NAMES)
     found = tfds.read_tfds(stored / "root", "coco/2017", split, coco.CLASS_NAMES)
@@ -213,7 +213,7 @@ def test_the_script_says_what_it_stored_and_where(stored):
 
 
 @needs_tfds
-def test_what_is_stored_has_the_features_of_tfds_and_nothing_beside(stored):
+def test_stored_sets_have_exactly_the_features_of_tfds(stored):
     root = stored / "root"
     assert sorted(path.name for path in root.iterdir()) == ["coco", "voc"]
     module = tfds.import_tfds()
@@ -261,11 +261,11 @@ def test_a_part_of_a_split_is_read_and_joined(stored):
 def test_a_split_that_is_not_there_names_those_that_are(stored, split):
     message = one_sentence(tfds.read_tfds, stored / "root", "voc/2007", split, voc.CLASS_NAMES)
     assert repr(split) in message and str(stored / "root/voc/2007/5.0.0") in message
-    assert split == "test[5:]" or "there are train, validation, test" in message
+    assert split == "test[5:]" or "the splits are train, validation, test" in message
 
 
 @needs_tfds
-def test_records_are_read_once_and_an_image_when_it_is_its_turn(stored, monkeypatch):
+def test_records_are_read_once_and_images_only_when_needed(stored, monkeypatch):
     read = []
     whole = tfds._example
     monkeypatch.setattr(tfds, "_example", lambda source, n, place: read.append(n) or whole(source, n, place))
@@ -281,7 +281,7 @@ def test_records_are_read_once_and_an_image_when_it_is_its_turn(stored, monkeypa
 
 
 @needs_tfds
-def test_threads_read_the_images_that_one_reads(stored):
+def test_several_threads_read_the_same_images_as_one(stored):
     records = tfds.read_tfds(stored / "root", "coco/2017", "train", coco.CLASS_NAMES).records
     alone = [record.path.read_bytes() for record in records]
     with ThreadPoolExecutor(8) as pool:
@@ -290,9 +290,9 @@ def test_threads_read_the_images_that_one_reads(stored):
 
 
 def store(root, examples, *, name="mine", version="1.0.0", file_format="array_record", objects=(), without=None):
-    """Stores a set of one's own by TFDS; returns its folder.
+    """Stores a custom data set with TFDS and returns its folder.
 
-    `objects` replaces kinds of their features; `without` is left out of the features and the examples.
+    `objects` replaces feature types of the objects; the features and examples do not have the feature `without`.
     """
     module = tfds.import_tfds()
     kinds = {"label": module.features.ClassLabel(names=["ring", "disc"]), "bbox": module.features.BBoxFeature()}
@@ -326,7 +326,7 @@ def png(image_hw=(50, 100)):
 
 
 def example(*objects, image=None, **features):
-    """Objects are (label, (x1, y1, x2, y2)) in pixels of an image of 50 x 100."""
+    """Returns an example; `objects` are (label, (x1, y1, x2, y2)) in pixels of an image of 50 x 100."""
     boxes = [np.array([y1 / 50, x1 / 100, y2 / 50, x2 / 100]) for _, (x1, y1, x2, y2) in objects]
     listed = [{"label": label, "bbox": box} for (label, _), box in zip(objects, boxes)]
     return {"image": png() if image is None else image, "objects": listed, **features}
@@ -336,7 +336,7 @@ OBJECTS = [("disc", (10, 5, 30, 25)), ("ring", (0.5, 0.25, 100, 50))]
 
 
 @needs_tfds
-def test_a_set_of_ones_own_is_in_continuous_pixels(tmp_path):
+def test_a_custom_set_is_in_continuous_pixels(tmp_path):
     store(tmp_path, [example(*OBJECTS), example()])
     dataset = tfds.read_tfds(tmp_path, "mine", "train", ("disc", "ring"))
     record, empty = dataset.records
@@ -356,7 +356,7 @@ def test_an_image_is_called_by_its_file_and_two_of_one_name_are_refused(tmp_path
     first = tfds.read_tfds(tmp_path, "mine", "train[:2]", tiny.CLASS_NAMES).records
     assert [record.id for record in first] == ["a/1", "b/1"]
     message = one_sentence(tfds.read_tfds, tmp_path, "mine", "train", tiny.CLASS_NAMES)
-    assert "[2]: image id a/1 is also that of" in message and message.endswith("[0]")
+    assert "[2]: image id a/1 is also the id of" in message and message.endswith("[0]")
 
 
 @needs_tfds
@@ -372,7 +372,7 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
 def test_classes_are_found_by_name(tmp_path):
     store(tmp_path, [example(*OBJECTS)])
     message = one_sentence(tfds.read_tfds, tmp_path, "mine", "train", ("disc", "cube"))
-    assert "no class is named 'cube'; there are ring, disc" in message
+    assert "no class is named 'cube'; it has ring, disc" in message
     message = one_sentence(tfds.read_tfds, tmp_path, "mine", "train", ("disc",))
     assert "objects[1], label: 'ring' is not one of the classes disc" in message
     lenient = tfds.read_tfds(tmp_path, "mine", "train", ("disc",), faults="skip")
@@ -389,13 +389,13 @@ def test_class_names_left_empty_are_those_that_the_set_declares(stored):
 @pytest.mark.parametrize(
     "case, said",
     [
-        ("image", "must have the features image and objects with bbox and a label of classes, got objects with"),
-        ("objects", "must have the features image and objects with bbox and a label of classes, got image"),
+        ("image", "must have the features image and objects with bbox and a class label, got objects with"),
+        ("objects", "must have the features image and objects with bbox and a class label, got image"),
         ("classes", "got image, objects with objects of bbox, label"),
         ("format", "objects, bbox: must be in the format REL_YXYX, got YXYX"),
     ],
 )
-def test_a_set_that_is_none_of_detection_is_refused(tmp_path, case, said):
+def test_a_set_without_boxes_is_refused(tmp_path, case, said):
     features = tfds.import_tfds().features
     label = 1 if case == "classes" else "ring"
     options = {
@@ -413,11 +413,41 @@ def changed_json(path, old, new):
 
 
 def run_code(folder):
-    """The module that TFDS would import for this feature writes a file; it stands beside the test's folder."""
+    """Writes a module that TFDS would import for this feature; importing it would write a file."""
     (folder.parents[2] / "evil_feature.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     sys.path.insert(0, str(folder.parents[2]))
     kind = "tensorflow_datasets.core.features.image_feature.Image"
     changed_json(folder / "features.json", kind, "evil_feature.Image")
+
+
+def hide_code(form):
+    """A fault: a class outside TFDS in a place that TFDS parses by itself."""
+
+    def spoil(folder):
+        (folder.parents[2] / "evil_feature.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+        sys.path.insert(0, str(folder.parents[2]))
+        path = folder / "features.json"
+        top = json.loads(path.read_text())
+        evil = {"type": "evil_feature.Image", "content": {}}
+        if form == "jsonFeature":
+            top["featuresDict"]["features"]["image"] = {
+                "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
+                "jsonFeature": {"json": json.dumps(evil)},
+            }
+        elif form == "legacy content":
+            top["featuresDict"]["features"]["image"]["pythonClassName"] = "evil_feature.Image"
+            content = json.dumps(top["featuresDict"])
+            kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+            top = {"type": kind, "content": content, "proto_cls": "tensorflow_datasets.FeaturesDict"}
+        elif form == "snake case":
+            image = top["featuresDict"]["features"]["image"]
+            image["python_class_name"] = "evil_feature.Image"
+        else:
+            sequence = top["featuresDict"]["features"]["objects"]["sequence"]
+            sequence["jsonFeature"] = {"json": json.dumps(evil)}
+        path.write_text(json.dumps(top))
+
+    return spoil
 
 
 def leave_the_folder(folder):
@@ -434,7 +464,7 @@ def cut(folder):
 
 
 def overwrite(folder):
-    """Same length, other bytes, behind the header."""
+    """Changes bytes after the header; the length stays the same."""
     shard = next(folder.glob("*array_record*"))
     content = shard.read_bytes()
     shard.write_bytes(content[:100] + b"\x55" * (len(content) - 200) + content[-100:])
@@ -443,11 +473,21 @@ def overwrite(folder):
 FAULTS = {
     "no features": (lambda folder: (folder / "features.json").unlink(), ["features.json: not found", "--data.root"]),
     "no description": (lambda folder: (folder / "dataset_info.json").unlink(), ["not found"]),
-    "features cut": (lambda f: (f / "features.json").write_text("{"), ["features.json: not JSON"]),
-    "features of nothing": (lambda f: (f / "features.json").write_text("[]"), ["TFDS cannot read this folder"]),
+    "features cut": (lambda f: (f / "features.json").write_text("{"), ["features.json: the file is not JSON"]),
+    "features of nothing": (
+        lambda f: (f / "features.json").write_text("[]"),
+        ["the outermost feature: must be a feature"],
+    ),
     "description cut": (lambda f: (f / "dataset_info.json").write_text("{"), ["TFDS cannot read this folder"]),
-    "code": (run_code, ["features.json, pythonClassName", "TFDS's own", "'evil_feature.Image'"]),
-    "a link to elsewhere": (leave_the_folder, ["not inside the folder"]),
+    "code": (run_code, ["features.json", "pythonClassName", "TFDS's own", "'evil_feature.Image'"]),
+    "code in jsonFeature": (hide_code("jsonFeature"), ["features.json, image", "jsonFeature"]),
+    "code in a string of the outermost feature": (
+        hide_code("legacy content"),
+        ["features.json, the outermost feature"],
+    ),
+    "code under another spelling": (hide_code("snake case"), ["features.json, image", "python_class_name"]),
+    "code in a sequence": (hide_code("in a sequence"), ["features.json, objects", "jsonFeature"]),
+    "a link to elsewhere": (leave_the_folder, ["is outside the folder"]),
     "shard gone": (lambda f: next(f.glob("*array_record*")).unlink(), ["mine"]),
     "shard cut": (cut, ["mine-train.array_record"]),
     "shard overwritten": (overwrite, ["mine-train.array_record"]),
@@ -467,7 +507,7 @@ def test_a_damaged_folder_is_named_in_one_sentence(tmp_path, monkeypatch, case):
 
 
 @needs_tfds
-def test_what_only_tensorflow_reads_is_refused(tmp_path):
+def test_a_format_that_only_tensorflow_reads_is_refused(tmp_path):
     folder = store(tmp_path, [example(*OBJECTS)])
     changed_json(folder / "dataset_info.json", "array_record", "tfrecord")
     message = one_sentence(tfds.read_tfds, tmp_path, "mine", "train", tiny.CLASS_NAMES)
@@ -499,7 +539,7 @@ def test_a_faulty_image_is_named_by_its_place_or_skipped(tmp_path, bad, said):
         ([0, 0.2, 1, 0.2], None),
     ],
 )
-def test_boxes_that_are_none_are_refused_and_empty_ones_dropped(stored, said):
+def test_invalid_boxes_are_refused_and_empty_ones_dropped(stored, said):
     found = defaultdict(list)
     arguments = np.array(stored, np.float32), "shard[3], objects[0]", (50, 100), False, found
     if said is None:
@@ -538,16 +578,36 @@ def evil_tar(archive):
         file.addfile(member, io.BytesIO(b""))
 
 
+def tar_with(kind, target):
+    """An archive with a link of this kind, whose target is longer than PATH_MAX in part."""
+
+    def write(archive):
+        with tarfile.open(archive, "w") as file:
+            member = tarfile.TarInfo("VOCdevkit/link")
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+
+    return write
+
+
 @needs_tfds
 @pytest.mark.parametrize(
     "name, write, said",
     [
         ("voc/2010", None, "must be one of voc/2007, voc/2012, coco/2017"),
-        ("voc/2012", None, "needs VOCtrainval_11-May-2012.tar, or what"),
+        ("voc/2012", None, "must contain VOCtrainval_11-May-2012.tar, or their content"),
         ("coco/2017", None, "train2017.zip and annotations_trainval2017.zip and val2017.zip"),
         ("voc/2012", lambda path: path.write_bytes(b"no archive"), "cannot be unpacked"),
         ("voc/2012", evil_tar, "cannot be unpacked"),
-        ("voc/2012", lambda path: tarfile.open(path, "w").close(), "holds no VOCdevkit/VOC2012/ImageSets/Main/"),
+        ("voc/2012", tar_with(tarfile.SYMTYPE, "inside"), "'VOCdevkit/link' is a link or a device"),
+        ("voc/2012", tar_with(tarfile.SYMTYPE, "d/" * 2500 + "../" * 2501 + "evil"), "is a link or a device"),
+        ("voc/2012", tar_with(tarfile.LNKTYPE, "inside"), "is a link or a device"),
+        ("voc/2012", tar_with(tarfile.FIFOTYPE, ""), "is a link or a device"),
+        (
+            "voc/2012",
+            lambda path: tarfile.open(path, "w").close(),
+            "does not contain VOCdevkit/VOC2012/ImageSets/Main/",
+        ),
     ],
 )
 def test_archives_that_cannot_be_used_are_named_and_nothing_is_left(tmp_path, name, write, said):
@@ -559,7 +619,7 @@ def test_archives_that_cannot_be_used_are_named_and_nothing_is_left(tmp_path, na
 
 
 @needs_tfds
-def test_a_fault_in_what_is_to_be_stored_is_named_and_nothing_is_left(stored, tmp_path):
+def test_a_fault_in_the_source_is_named_and_nothing_is_stored(stored, tmp_path):
     shutil.copytree(stored / "unpacked/VOCdevkit", tmp_path / "source/VOCdevkit")
     path = tmp_path / "source/VOCdevkit/VOC2007/Annotations/000002.xml"
     changed_json(path, "<difficult>1<", "<difficult>x<")
@@ -569,7 +629,7 @@ def test_a_fault_in_what_is_to_be_stored_is_named_and_nothing_is_left(stored, tm
 
 @needs_tfds
 def test_boxes_of_a_turned_image_are_not_stored(stored, tmp_path):
-    """Those who read what is stored would take them to be in the frame of the stored pixels."""
+    """Readers of the stored set would take these boxes as boxes of the stored pixels."""
     shutil.copytree(stored / "unpacked/VOCdevkit", tmp_path / "source/VOCdevkit")
     folder = tmp_path / "source/VOCdevkit/VOC2007"
     height, width = SIZES[2]
@@ -577,11 +637,11 @@ def test_boxes_of_a_turned_image_are_not_stored(stored, tmp_path):
     exif[0x0112] = 6
     noise(np.random.default_rng(0), (width, height)).save(folder / "JPEGImages/000002.jpg", exif=exif)
     message = one_sentence(tfds_builder.build, "voc/2007", tmp_path / "source", tmp_path / "root")
-    assert "JPEGImages/000002.jpg: its boxes are meant after EXIF's rotation" in message
+    assert "JPEGImages/000002.jpg: its boxes refer to the image turned by EXIF" in message
 
 
 @needs_tfds
-def test_a_set_that_is_stored_is_not_stored_over(stored):
+def test_a_stored_set_is_not_overwritten(stored):
     message = one_sentence(tfds_builder.build, "voc/2007", stored / "archives", stored / "root")
     assert str(stored / "root/voc/2007/5.0.0") in message and "exists already" in message
 

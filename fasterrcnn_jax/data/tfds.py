@@ -1,20 +1,22 @@
-"""Reader of detection sets of TensorFlow Datasets that are stored as array_record; TensorFlow is not needed.
+"""Reads detection data sets of TensorFlow Datasets (TFDS) that are stored as array_record, without TensorFlow.
 
-TFDS writes (ymin, xmin, ymax, xmax) as float32 parts of the stored image's sides. Its VOC builder divides VOC's
-1-based inclusive indices as they are, so that what comes back is converted here as `data.voc` converts it;
-every other set is taken to be in continuous pixels.
+TFDS writes (ymin, xmin, ymax, xmax) in float32 as fractions of the image's sides. Its VOC builder divides VOC's
+1-based inclusive indices without converting them, so boxes of VOC are converted here as in `data.voc`. Boxes of every
+other data set are taken as continuous pixels.
 
-A set is read by what lies in its folder alone: no builder's code is run, and nothing is downloaded. An image and
-its annotation are one record, so all of the set's bytes are read once when it is opened; of the images none is kept.
+A data set is read only from the files in its folder: no code of a builder is run, and nothing is downloaded. An image
+and its annotation are one record, so opening a data set reads all its bytes once; no image is kept in memory.
 """
 
 import functools
+import importlib
 import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
     FAULTY_OBJECT,
     Faults,
+    Found,
     findings_of,
     notes_of,
     skipping,
@@ -39,37 +42,38 @@ from fasterrcnn_jax.data.records import (
     box_areas,
     check_class_names,
 )
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.regular_files import check_regular
 
 _ONE_BASED = ("voc",)
-# COCO numbers its 80 classes up to 90. TFDS keeps their order and drops the numbers, which result files need.
+# COCO's 80 classes have ids up to 90. TFDS keeps their order and drops the ids, which result files need.
 _COCO_IDS = tuple(number for number in range(1, 91) if number not in coco.UNUSED_IDS)
 
 
 def read_tfds(
     root: Path | str, name: str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error"
 ) -> Dataset:
-    """Returns the records of one split, in the order in which they are stored.
+    """Returns the records of one split, in the stored order.
 
-    Images without objects and objects marked difficult or a crowd are kept. As in its folder, boxes of VOC
-    under two pixels are dropped; of other sets those without a width or height are.
+    Images without objects, difficult objects and crowds are kept. Boxes of VOC under two pixels are dropped, as
+    in `data.voc`; for other data sets, boxes without a width or height are dropped.
 
     Args:
-      root: what TFDS calls data_dir.
-      name: NAME or NAME/CONFIG, as voc/2007; the newest version there is, or the one that :VERSION names.
-      split: of the set, or a part of one in TFDS's words, as train[:90%].
+      root: the folder that TFDS calls data_dir.
+      name: NAME or NAME/CONFIG, for example voc/2007, of the newest version; NAME:VERSION chooses a version.
+      split: name of a split, or a part of one in TFDS's notation, for example train[:90%].
       class_names: label k is class_names[k - 1]; names are compared exactly.
-      faults: "skip" leaves out the image or the object with a fault.
+      faults: "skip" skips the image or the object with a fault.
 
     Raises:
-      InputError: one sentence naming place, field and value of the first fault found.
+      InputError: one sentence with the place, field and value of the first fault.
     """
     check_class_names(class_names)
     builder = _open_builder(root, name)
     stored_names = _label_names(builder)
     absent = [class_name for class_name in class_names if class_name not in stored_names]
     if absent:
-        raise InputError(f"{builder.data_path}: no class is named {absent[0]!r}; there are {', '.join(stored_names)}")
+        raise InputError(f"{builder.data_path}: no class is named {absent[0]!r}; it has {', '.join(stored_names)}")
     source, places = _open_source(builder, split)
     one_based = builder.info.name in _ONE_BASED
 
@@ -91,7 +95,7 @@ def read_tfds(
                         rows.append((box, label, *flags, float(stored.get("area", np.nan))))
             record_id = _record_id(example, place)
             if record_id in seen:
-                raise InputError(f"{place}: image id {record_id} is also that of {seen[record_id]}")
+                raise InputError(f"{place}: image id {record_id} is also the id of {seen[record_id]}")
             seen[record_id] = place
             image = StoredImage(place, functools.partial(_image_bytes, source, index, place))
             records.append(ImageRecord(record_id, image, image_hw, *_arrays(rows)))
@@ -103,29 +107,29 @@ def read_tfds(
 
 
 def class_names_of(root: Path | str, name: str) -> tuple[str, ...]:
-    """Returns the names of the set's classes in its order."""
+    """Returns the class names of the data set in its order."""
     return _label_names(_open_builder(root, name))
 
 
-def import_tfds():
+def import_tfds() -> ModuleType:
     """Returns the module tensorflow_datasets, an optional dependency.
 
     Raises:
-      InputError: it is not installed, or lacks a part.
+      InputError: it or one of its dependencies is not installed.
     """
     try:
-        import array_record  # noqa: F401
-        import importlib_resources  # noqa: F401 - TFDS 4.9.10 imports it and does not declare it.
-        import tensorflow_datasets
+        # TFDS 4.9.10 imports importlib_resources but does not declare it.
+        for name in ("array_record", "importlib_resources"):
+            importlib.import_module(name)
+        return importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise InputError(
-            f"data.layout tfds needs more packages: pip install 'fasterrcnn_jax[tfds]' ({error})"
+            f"data.layout tfds needs more packages; run pip install 'fasterrcnn_jax[tfds]' ({error})"
         ) from None
-    return tensorflow_datasets
 
 
 def _open_builder(root: Path | str, name: str) -> Any:
-    """Returns TFDS's view of a set that is read by its files; checks them first."""
+    """Returns TFDS's read-only builder of a stored data set; checks the files first."""
     tfds = import_tfds()
     name, _, version = name.partition(":")
     folder = Path(root).expanduser() / name
@@ -138,46 +142,80 @@ def _open_builder(root: Path | str, name: str) -> Any:
     folder = found.get(version or newest, folder / (version or newest))
     if not (folder / "features.json").is_file():
         raise InputError(
-            f"{folder / 'features.json'}: not found; `fasterrcnn-jax tfds` stores voc/2007, voc/2012 and coco/2017 "
-            "there, TFDS itself other sets, with file_format='array_record'; or give another folder with --data.root"
+            f"{folder / 'features.json'}: not found; store voc/2007, voc/2012 or coco/2017 with `fasterrcnn-jax tfds`, "
+            "another data set with TFDS and file_format='array_record', or give another folder with --data.root"
         )
     _check_feature_types(folder / "features.json")
     try:
         builder = tfds.builder_from_directory(folder)
         stored_as = builder.info.file_format.value
-    except Exception as error:  # TFDS and what it stands on share no type of error
+    except Exception as error:  # the errors of TFDS and its dependencies have no common type
         raise InputError(f"{folder}: TFDS cannot read this folder: {first_sentence(error)}") from error
     if stored_as != "array_record":
-        raise InputError(f"{folder}: must be stored as array_record, got {stored_as}, which only TensorFlow reads")
+        raise InputError(f"{folder}: must be stored as array_record, got {stored_as}, which only TensorFlow can read")
     return builder
 
 
+# The allowed feature classes, and the field of features.json that contains the settings of each. TFDS imports any class
+# that the file names, so all other classes are refused.
+_FEATURES = "tensorflow_datasets.core.features."
+_FIELD_OF = {
+    "bounding_boxes.BBoxFeature": "boundingBox",
+    "class_label_feature.ClassLabel": "classLabel",
+    "dataset_feature.Dataset": "sequence",
+    "features_dict.FeaturesDict": "featuresDict",
+    "image_feature.Image": "image",
+    "scalar.Scalar": "tensor",
+    "sequence_feature.Sequence": "sequence",
+    "tensor_feature.Tensor": "tensor",
+    "text_feature.Text": "text",
+}
+
+
 def _check_feature_types(path: Path) -> None:
-    """Raises InputError where the file names a class that is not TFDS's own: TFDS would import its module."""
+    """Raises InputError if features.json contains anything except the classes in the table above."""
+    check_regular(path)
     try:
-        pending = [json.loads(path.read_text("utf-8"))]
+        top = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON in UTF-8: {first_sentence(error)}") from None
+        raise InputError(f"{path}: the file is not JSON in UTF-8: {first_sentence(error)}") from None
+    if isinstance(top, dict) and "type" in top:
+        # TFDS writes its outermost feature so; a JSON string as content would hide features from this check.
+        if top.keys() != {"type", "content", "proto_cls"} or top["proto_cls"] != "tensorflow_datasets.FeaturesDict":
+            raise InputError(f"{path}: must contain a FeaturesDict with type, content and proto_cls as TFDS writes it")
+        top = {"pythonClassName": top["type"], "featuresDict": top["content"]}
+    pending = [("the outermost feature", top)]
     while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            for key in ("pythonClassName", "python_class_name", "type"):
-                kind = value.get(key, "")
-                if isinstance(kind, str) and kind and not kind.startswith("tensorflow_datasets.core.features."):
-                    raise InputError(f"{path}, {key}: must be a feature of TFDS's own, got {kind!r}")
-        if isinstance(value, (dict, list)):
-            pending += value.values() if isinstance(value, dict) else value
+        name, feature = pending.pop()
+        where = f"{path}, {name}"
+        if not isinstance(feature, dict):
+            raise InputError(f"{where}: must be a feature, got {quoted(feature)}")
+        kind = feature.get("pythonClassName")
+        field = _FIELD_OF.get(str(kind).removeprefix(_FEATURES)) if str(kind).startswith(_FEATURES) else None
+        if field is None:
+            names = ", ".join(_FIELD_OF)
+            raise InputError(f"{where}, pythonClassName: must be one of TFDS's own {names}, got {quoted(kind)}")
+        if feature.keys() - {"description"} != {"pythonClassName", field} or not isinstance(feature[field], dict):
+            raise InputError(f"{where}: must contain pythonClassName and {field}, got {quoted(sorted(feature))}")
+        content = feature[field]
+        if field == "featuresDict":
+            features = content.get("features", {})
+            if content.keys() - {"features"} or not isinstance(features, dict):
+                raise InputError(f"{where}, {field}: must contain only features, got {quoted(sorted(content))}")
+            pending += features.items()
+        elif field == "sequence":
+            if content.keys() - {"feature", "length"}:
+                raise InputError(f"{where}, {field}: must contain feature and length, got {quoted(sorted(content))}")
+            pending.append((f"{name}, {field}", content.get("feature")))
 
 
 def _label_names(builder: Any) -> tuple[str, ...]:
-    """Returns the names of the classes; refuses a set without boxes, or with boxes of another kind."""
+    """Returns the class names; raises InputError for a data set without boxes or with another box format."""
     features, path = builder.info.features, builder.data_path
     objects = getattr(features["objects"], "feature", {}) if "objects" in features else {}
     if "image" not in features or not {"bbox", "label"} <= set(objects) or not hasattr(objects["label"], "names"):
         got = ", ".join(sorted(features)) + (f" with objects of {', '.join(sorted(objects))}" if objects else "")
-        raise InputError(
-            f"{path}: must have the features image and objects with bbox and a label of classes, got {got}"
-        )
+        raise InputError(f"{path}: must have the features image and objects with bbox and a class label, got {got}")
     form = getattr(objects["bbox"], "bbox_format", None)
     form = str(getattr(form, "value", form))
     if form != "REL_YXYX":
@@ -186,7 +224,7 @@ def _label_names(builder: Any) -> tuple[str, ...]:
 
 
 def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
-    """Returns the examples of a split with encoded images, and "SHARD[POSITION]" of each."""
+    """Returns the examples of a split with encoded images, and the place "SHARD[POSITION]" of each example."""
     tfds = import_tfds()
     path, names = builder.data_path, ", ".join(builder.info.splits)
     features = builder.info.features
@@ -196,17 +234,17 @@ def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
         instructions = builder.info.splits[split].file_instructions
         outside = [item.filename for item in instructions if not _is_inside(item.filename, path)]
         if outside:
-            raise InputError(f"{outside[0]} is not inside the folder")
+            raise InputError(f"{outside[0]} is outside the folder")
         source = builder.as_data_source(split=split, decoders=decoders)
     except Exception as error:
         raise InputError(
-            f"{path}: split {split!r} cannot be read: {first_sentence(error)}; there are {names}"
+            f"{path}: split {split!r} cannot be read: {first_sentence(error)}; the splits are {names}"
         ) from error
     places = [
         f"{item.filename}[{position}]" for item in instructions for position in range(item.skip, item.skip + item.take)
     ]
     if not places:
-        raise InputError(f"{path}: split {split!r} holds 0 images")
+        raise InputError(f"{path}: split {split!r} has no images")
     return source, places
 
 
@@ -218,7 +256,7 @@ def _example(source: Sequence[Any], index: int, place: str) -> dict[str, Any]:
     try:
         return source[index]
     except Exception as error:
-        raise InputError(f"{place}: cannot be read: {first_sentence(error)}") from error
+        raise InputError(f"{place}: the record cannot be read: {first_sentence(error)}") from error
 
 
 def _image_bytes(source: Sequence[Any], index: int, place: str) -> bytes:
@@ -226,7 +264,7 @@ def _image_bytes(source: Sequence[Any], index: int, place: str) -> bytes:
 
 
 def _record_id(example: dict[str, Any], place: str) -> str:
-    """Returns the set's number of an image, its file name without extension, or its place."""
+    """Returns the image id in the data set, else the file name without extension, else the place."""
     if "image/id" in example:
         return str(example["image/id"])
     name = example.get("image/filename", b"")
@@ -248,16 +286,17 @@ def _label(index: Any, field: str, stored_names: tuple[str, ...], class_names: t
 
 
 def _box(
-    stored: Float[np.ndarray, "4"], field: str, image_hw: tuple[int, int], one_based: bool, found
+    stored: Float[np.ndarray, "4"], field: str, image_hw: tuple[int, int], one_based: bool, found: Found
 ) -> Float[np.ndarray, "4"] | None:
-    """Returns xyxy in continuous pixels, clipped to the image; None where too little is left."""
+    """Returns xyxy in continuous pixels, clipped to the image, or None if the clipped box is too small."""
     if not np.isfinite(stored).all() or (stored[2:] < stored[:2]).any() or (np.abs(stored) > 2).any():
         raise InputError(
-            f"{field}, bbox: must be ymin <= ymax, xmin <= xmax in parts of the image, got {stored.tolist()}"
+            f"{field}, bbox: must be [ymin, xmin, ymax, xmax] in fractions of the image with ymin <= ymax and "
+            f"xmin <= xmax, got {stored.tolist()}"
         )
     sides = np.array([image_hw[1], image_hw[0]] * 2, np.float64)
     box = stored.astype(np.float64)[[1, 0, 3, 2]] * sides
-    # Pixels and hundredths of them come back as they were written: float32 lost less than this of them.
+    # Rounding to hundredths restores the pixels as annotated; the float32 rounding error is less than this bound.
     rounded = np.round(box, 2)
     box = np.where(np.abs(box - rounded) <= sides * 2.0**-24, rounded, box)
     if one_based:
@@ -272,7 +311,7 @@ def _box(
     return inside.astype(np.float32)
 
 
-def _arrays(rows: list[tuple]) -> tuple[np.ndarray, ...]:
+def _arrays(rows: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns boxes, labels, difficult, crowd and area of a record."""
     boxes, labels, difficult, crowd, area = zip(*rows, strict=True) if rows else ((),) * 5
     boxes, area = np.array(boxes, np.float32).reshape(-1, 4), np.array(area, np.float64)
@@ -281,5 +320,5 @@ def _arrays(rows: list[tuple]) -> tuple[np.ndarray, ...]:
 
 
 def first_sentence(error: Exception) -> str:
-    """Returns the first sentence of an error's message, without what ends it."""
+    """Returns the first sentence of an error's message, without the final punctuation."""
     return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(".:")

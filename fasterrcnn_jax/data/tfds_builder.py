@@ -1,13 +1,14 @@
-"""Stores voc/2007, voc/2012 and coco/2017 as TFDS does, without TensorFlow, which TFDS's own builders of them need.
+"""Stores voc/2007, voc/2012 and coco/2017 as TFDS does, but without TensorFlow, which TFDS's own builders need.
 
 Folders, features and the order of the records are those of TFDS's voc 5.0.0 and coco 1.1.0. Nothing is downloaded:
-the archives as they are published are given, or a folder that they were unpacked to. The splits without
-annotations, test of VOC2012 and of COCO, are left out.
+the user gives the published archives, or a folder into which they were unpacked. The splits without annotations (test
+of VOC2012 and of COCO) are not stored.
 """
 
 import contextlib
 import io
 import json
+import stat
 import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -23,17 +24,17 @@ import numpy as np
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.tfds import first_sentence, import_tfds
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 
 _POSES = ("frontal", "rear", "left", "right", "unspecified")
 _VERSIONS = {"voc": "5.0.0", "coco": "1.1.0"}
 
 
 class _Part(NamedTuple):
-    """What one split is made of."""
+    """The source of one split."""
 
-    split: str  # in TFDS's words
-    source: str  # in the publisher's
+    split: str  # name of the split in TFDS
+    source: str  # name of the split in the published archives
     archives: tuple[str, ...]
     listing: str  # file in the archives that names the split's images
 
@@ -67,22 +68,22 @@ _PARTS = {
 
 
 def build(name: str, archives: Path, root: Path) -> tuple[Path, dict[str, int]]:
-    """Stores a set below `root`; returns its folder and the number of images of each split.
+    """Stores a data set below `root`; returns its folder and the number of images of each split.
 
-    Our own reader reads every split first. Splits whose archives are not there are left out.
+    `read_voc` or `read_coco` checks every split first. Splits whose archives are missing are not stored.
 
     Args:
       name: voc/2007, voc/2012 or coco/2017.
-      archives: folder that holds the archives, or what they unpack to.
-      root: what TFDS calls data_dir. The archives are unpacked into it for the while.
+      archives: folder that contains the archives or their unpacked content.
+      root: the folder that TFDS calls data_dir. The archives are unpacked into it temporarily.
 
     Raises:
-      InputError: the name is none of these, the set is stored already, the archives of all its splits are absent,
-        or one holds a fault.
+      InputError: the name is unknown, the data set is already stored, the archives of all its splits are missing,
+        or an archive has a fault.
     """
     tfds = import_tfds()
     if name not in _PARTS:
-        raise InputError(f"{name!r}: must be one of {', '.join(_PARTS)}; other sets are stored by TFDS itself")
+        raise InputError(f"{name!r}: must be one of {', '.join(_PARTS)}; store other data sets with TFDS itself")
     version = _VERSIONS[name.split("/")[0]]
     folder = root / name / version
     if folder.exists():
@@ -90,7 +91,7 @@ def build(name: str, archives: Path, root: Path) -> tuple[Path, dict[str, int]]:
     present = [part for part in _PARTS[name] if _is_present(part, archives)]
     if not present:
         wanted = dict.fromkeys(archive for part in _PARTS[name] for archive in part.archives)
-        raise InputError(f"{archives}: needs {' and '.join(wanted)}, or what they unpack to; docs/data.md says more")
+        raise InputError(f"{archives}: must contain {' and '.join(wanted)}, or their content; see docs/data.md")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unpacked_", dir=root) as unpacked:
         examples = {}
@@ -98,30 +99,34 @@ def build(name: str, archives: Path, root: Path) -> tuple[Path, dict[str, int]]:
             source = _unpacked(part, archives, Path(unpacked))
             examples[part.split] = (_voc_examples if name.startswith("voc") else _coco_examples)(tfds, source, part)
         builder = _builder(tfds, name, version, examples, root)
-        # TFDS announces a download there, which none of this is.
+        # TFDS prints that it downloads the data set; nothing is downloaded, so its output is dropped.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_dir=Path(unpacked) / "downloads")
     return folder, {part.split: builder.info.splits[part.split].num_examples for part in present}
 
 
 def _builder(tfds: Any, name: str, version: str, examples: dict[str, Iterator], root: Path) -> Any:
-    """Returns a builder that was never registered: TFDS has one of the same name."""
+    """Returns a builder that is not registered with TFDS, because TFDS has a builder of the same name."""
     set_name, config = name.split("/")
     features = (_voc_features if set_name == "voc" else _coco_features)(tfds)
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # For a base class that is known at run time alone, pyright assumes that it takes no argument.
+    class Builder(  # pyright: ignore[reportGeneralTypeIssues]
+        tfds.core.GeneratorBasedBuilder,
+        skip_registration=True,  # pyright: ignore[reportCallIssue]
+    ):
         name = set_name
         VERSION = tfds.core.Version(version)
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version=version)]
 
-        def _info(self):
+        def _info(self) -> Any:
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _split_generators(self, dl_manager):
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
             return examples
 
-        def _generate_examples(self):
-            raise NotImplementedError("the splits bring their examples")
+        def _generate_examples(self) -> Iterator:
+            raise NotImplementedError("the split generators give the examples")
 
     return Builder(data_dir=root, file_format="array_record")
 
@@ -131,7 +136,7 @@ def _is_present(part: _Part, archives: Path) -> bool:
 
 
 def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
-    """Returns the folder that holds the part's files: that of the archives, or the other one after unpacking."""
+    """Returns the folder with the part's files: `archives` if it has them, else `unpacked` after unpacking."""
     if (archives / part.listing).is_file():
         return archives
     for name in part.archives:
@@ -139,19 +144,31 @@ def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
         if done.exists():
             continue
         try:
-            # Both keep what they unpack inside the folder.
+            # Both methods refuse or correct paths outside the folder.
             if name.endswith(".zip"):
                 with zipfile.ZipFile(archives / name) as file:
+                    links = [item.filename for item in file.infolist() if stat.S_ISLNK(item.external_attr >> 16)]
+                    _refuse_links(links)
                     file.extractall(unpacked)
             else:
                 with tarfile.open(archives / name) as file:
+                    _refuse_links([item.name for item in file if not (item.isfile() or item.isdir())])
                     file.extractall(unpacked, filter="data")
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error) as error:
-            raise InputError(f"{archives / name}: cannot be unpacked: {first_sentence(error)}") from error
+            raise InputError(f"{archives / name}: the archive cannot be unpacked: {first_sentence(error)}") from error
         done.touch()
     if not (unpacked / part.listing).is_file():
-        raise InputError(f"{archives / part.archives[-1]}: holds no {part.listing}")
+        raise InputError(f"{archives / part.archives[-1]}: the archive does not contain {part.listing}")
     return unpacked
+
+
+def _refuse_links(names: list[str]) -> None:
+    """Raises ValueError if an archive contains links or devices; the published archives contain only files and folders.
+
+    A link longer than PATH_MAX gets past the filter of Python before 3.11.13 and overwrites a file outside.
+    """
+    if names:
+        raise ValueError(f"{quoted(names[0])} is a link or a device")
 
 
 def _voc_features(tfds: Any) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def _voc_features(tfds: Any) -> dict[str, Any]:
 
 
 def _voc_examples(tfds: Any, folder: Path, part: _Part) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Returns pairs of TFDS's key and features; all of the annotations are checked before it returns."""
+    """Returns pairs of TFDS's key and features; checks all annotations before it returns."""
     root = (folder / part.listing).parents[2]
     dataset = voc.read_voc(root, part.source, voc.CLASS_NAMES)
     return (
@@ -190,12 +207,12 @@ def _voc_example(tfds: Any, annotation: Path, image: Path, image_hw: tuple[int, 
     height, width = image_hw
     objects = []
     for element in ElementTree.parse(annotation).getroot().findall("object"):
-        x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{tag}", "")) for tag in ("xmin", "ymin", "xmax", "ymax"))
         pose = (element.findtext("pose") or "").strip().lower()
         objects.append(
             {
-                "label": element.findtext("name").strip(),
-                # VOC's indices as they are: what TFDS stores, and what its reader undoes.
+                "label": element.findtext("name", "").strip(),
+                # VOC's 1-based indices, unconverted: TFDS stores these, and our TFDS reader converts them.
                 "bbox": _parts(tfds, (x1 / width, y1 / height, x2 / width, y2 / height)),
                 "pose": pose if pose in _POSES else "unspecified",
                 "is_truncated": (element.findtext("truncated") or "").strip() == "1",
@@ -229,7 +246,7 @@ def _coco_features(tfds: Any) -> dict[str, Any]:
 
 
 def _coco_examples(tfds: Any, folder: Path, part: _Part) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `_voc_examples`."""
+    """Returns pairs of TFDS's key and features, as `_voc_examples` does."""
     listing = folder / part.listing
     dataset = coco.read_coco(listing, folder / part.source, coco.CLASS_NAMES)
     content = json.loads(listing.read_text("utf-8"))
@@ -263,14 +280,14 @@ def _coco_object(tfds: Any, item: dict[str, Any], names: dict[int, str], image_h
 
 
 def _parts(tfds: Any, corners: tuple[float, float, float, float]) -> Any:
-    """Returns xyxy, as parts of the image, as TFDS writes them; it takes none outside of the image."""
+    """Returns TFDS's box of xyxy in fractions of the image, clipped, because TFDS refuses boxes outside the image."""
     x1, y1, x2, y2 = (float(min(max(corner, 0.0), 1.0)) for corner in corners)
     return tfds.features.BBox(ymin=y1, xmin=x1, ymax=y2, xmax=x2)
 
 
 def _as_stored(dataset: Dataset) -> tuple:
-    """Returns the records; refuses boxes in a turned frame, because TFDS's readers never turn an image."""
+    """Returns the records; refuses boxes of a turned image, because TFDS's readers never apply the orientation."""
     turned = next((record.path for record in dataset.records if record.upright), None)
     if turned is not None:
-        raise InputError(f"{turned}: its boxes are meant after EXIF's rotation, which TFDS does not know")
+        raise InputError(f"{turned}: its boxes refer to the image turned by EXIF, which TFDS does not support")
     return dataset.records

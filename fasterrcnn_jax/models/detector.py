@@ -1,13 +1,15 @@
 """The detector: its layers, its parameters, and the feature maps that RPN and box head share."""
 
 import importlib
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from fasterrcnn_jax.config import BackboneConfig, ModelConfig
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
 from fasterrcnn_jax.models.layers import level_masks, normalised
@@ -20,15 +22,31 @@ from fasterrcnn_jax.structures import Images
 Features = tuple[Float[Array, "b _ _ c"], ...]
 
 
+@runtime_checkable
+class Backbone(Protocol):
+    """The interface of a backbone, an `nnx.Module` that computes feature maps; see docs/backbone.md."""
+
+    @property
+    def channels(self) -> tuple[int, ...]: ...
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"], /
+    ) -> tuple[Float[Array, "b _ _ _"], ...]: ...
+
+
+# A backbone class: it is called with (config, image, *, rng), and pyramid=True with a pyramid.
+BackboneClass = Callable[..., Backbone]
+
+
 class Detector(nnx.Module):
-    """The layers and their configuration; a pytree whose structure carries everything static."""
+    """The layers and their configuration; a pytree whose structure holds everything that is static."""
 
     def __init__(
         self,
         config: ModelConfig,
         class_names: tuple[str, ...],
         *,
-        backbone: type[nnx.Module] | None = None,
+        backbone: BackboneClass | None = None,
         rng: np.random.Generator,
     ):
         self.config = config
@@ -39,28 +57,59 @@ class Detector(nnx.Module):
         self.neck = None if config.fpn is None else Fpn(config.fpn, self.backbone.channels, rng=rng)
         channels = self.backbone.channels[-1] if config.fpn is None else config.fpn.channels
         self.rpn_head = RpnHead(config, channels, rng=rng)
-        # A backbone may bring layers of its own for the box head, as ResNet brings its stage 4.
-        tail = self.backbone.tail(config, rng=rng) if hasattr(self.backbone, "tail") else None
+        # A backbone may provide its own layers for the box head, as ResNet provides its stage 4.
+        make_tail = getattr(self.backbone, "tail", None)
+        tail = None if make_tail is None else make_tail(config, rng=rng)
         self.box_head = BoxHead(config, channels, len(class_names), tail=tail, rng=rng)
 
 
-def backbone_class(config: BackboneConfig) -> type[nnx.Module]:
-    """Returns the class that `config` names; a user's own is imported.
+def backbone_class(config: BackboneConfig) -> BackboneClass:
+    """Returns the class that `config` names, and imports it if it is the user's own.
+
+    Call this only with a configuration that the user wrote; use `given_backbone` for a configuration from a file.
 
     Raises:
       InputError: `config.own` cannot be imported.
     """
     if config.own is None:
         return Vgg16 if config.name == "vgg16" else ResNet
-    module, name = config.own.split(":")
+    return import_class(config.own, "model.backbone.own")
+
+
+def import_class(path: str, field: str) -> BackboneClass:
+    """Returns the class at MODULE:CLASS.
+
+    Args:
+      field: the setting or option that holds `path`, for messages.
+    Raises:
+      InputError: there is no such class.
+    """
+    module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"model.backbone.own = {config.own}: {error}") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{field} = {path}: {error}") from error
+
+
+def given_backbone(config: BackboneConfig, backbone: BackboneClass | None, where: str) -> BackboneClass:
+    """Returns the backbone class for a configuration from a file; it never imports a class that the file names.
+
+    Args:
+      backbone: the class that the caller gave, if any.
+      where: the file, for messages.
+    Raises:
+      InputError: the file names a class and the caller gave none.
+    """
+    if backbone is None and config.own is not None:
+        raise InputError(
+            f"{where}: the model needs the backbone class {quoted(config.own)}, which is not imported because a file "
+            "names it; if you trust it, give it yourself: load(path, backbone=CLASS), or --backbone MODULE:CLASS"
+        )
+    return backbone or backbone_class(config)
 
 
 def create_detector(
-    config: ModelConfig, class_names: tuple[str, ...], *, seed: int, backbone: type[nnx.Module] | None = None
+    config: ModelConfig, class_names: tuple[str, ...], *, seed: int, backbone: BackboneClass | None = None
 ) -> Detector:
     """Returns a detector with random weights.
 
@@ -74,13 +123,14 @@ def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """Returns (structure, trained parameters, everything else): constants and the fixed stages are not trained."""
     fixed = model.config.backbone.fixed_stages
 
-    def is_trained(path, _):
+    def is_trained(path: tuple[Any, ...], _: object) -> bool:
         if path[0] != "backbone" or not fixed:
             return True
         # The stem belongs to the first stage.
         return path[1] == "stages" and path[2] >= fixed
 
-    return nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
+    graphdef, params, rest = nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
+    return graphdef, params, rest
 
 
 def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2"]) -> Features:
@@ -93,7 +143,7 @@ def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2
     pixels = normalised(images, image_hw, config.image)
     maps = model.backbone(pixels.astype(config.compute_dtype), image_hw)
     features = maps if model.neck is None else model.neck(maps, level_masks(config, maps, image_hw))
-    # A map of another stride, from a backbone of the user's own, would put every box in a wrong place.
+    # If a user's own backbone returned a map with another stride, every box would be in a wrong place.
     canvas = np.array(images.shape[1:3])
     for level, stride in zip(features, strides_of(config), strict=True):
         if (np.abs(np.array(level.shape[1:3]) * stride - canvas) >= stride).any():

@@ -1,9 +1,9 @@
-"""Looks for faults in labelled images and describes them: fasterrcnn-jax check configs/voc.py, or check FOLDER
+"""Looks for faults in labelled images and describes the data set: fasterrcnn-jax check configs/voc.py, or check FOLDER
 
-Reads every annotation and decodes every image. With a configuration, any field on the command line overrides the
-file's; of a folder the layout and the classes are found out. Exits with 0 where everything is as it should be, with 1
-where something is odd but is read by a rule, and with 2 where something is a fault that training stops at, or skips
-with --data.faults skip, or where an image is in two splits.
+Reads every annotation and decodes every image. With a configuration file, any field on the command line overrides the
+field in the file. With a folder, the layout and the classes are detected. The exit status is 0 if nothing is wrong, 1
+if something is odd but a rule says how it is read, and 2 if there is a fault that stops training (--data.faults skip
+skips it) or if an image is in two splits.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config import ModelConfig, RpnConfig
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, fit_scales, fit_sizes, size_iou
 from fasterrcnn_jax.data.images import record_pixels
@@ -29,9 +29,9 @@ from fasterrcnn_jax.inference.drawing import draw_boxes
 from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
 from fasterrcnn_jax.scripts import cli
 
-# Of a sheet: images, images in a row, pixels of the longer side of each.
+# A sheet shows at most SHEET images, COLUMNS in a row; the longer side of each has SIDE pixels.
 SHEET, COLUMNS, SIDE = 40, 5, 320
-# No more findings of one kind are printed without --all.
+# Without --all, at most this many findings of one kind are printed.
 SHOWN = 20
 
 
@@ -43,9 +43,16 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", type=Path, metavar="CONFIG_OR_FOLDER")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="write a sheet of images with their boxes")
-    parser.add_argument("--all", action="store_true", help=f"print every finding, not {SHOWN} of a kind")
+    parser.add_argument(
+        "what", type=Path, metavar="CONFIG_OR_FOLDER", help="configuration file (.py) or folder of labelled images"
+    )
+    parser.add_argument(
+        "--sheets",
+        type=Path,
+        metavar="FOLDER",
+        help="write one sheet per split into FOLDER: a JPEG of many images with their boxes",
+    )
+    parser.add_argument("--all", action="store_true", help=f"print every finding, not only {SHOWN} of each kind")
     arguments, rest = parser.parse_known_args(argv)
 
     if arguments.what.suffix == ".py":
@@ -53,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         data, model = sources.with_class_names(config.data), config.model
         splits = dict.fromkeys((data.train_split, config.train.best_split or data.test_split, data.test_split))
     elif rest:
-        raise InputError(f"{rest[0]}: a folder takes no fields of a configuration")
+        raise InputError(f"{rest[0]}: a folder takes no fields; give a configuration file to override its fields")
     else:
         data, splits = guess(arguments.what)
         model = None
@@ -72,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
     print("\n".join(["", *anchor_lines(largest, model)]))
     print("\n".join(["", *finding_lines(findings, SHOWN if not arguments.all else len(findings))]))
-    if arguments.images is not None:
+    if arguments.sheets is not None:
         for name, split in checked.items():
-            print(f"images   {write_sheet(arguments.images, name, split.dataset)}")
+            print(f"sheet    {write_sheet(arguments.sheets, name, split.dataset)}")
     sys.exit(severity(findings))
 
 
@@ -84,7 +91,7 @@ def severity(findings: list[Finding]) -> int:
 
 
 def finding_lines(findings: list[Finding], shown: int) -> list[str]:
-    """Returns faults first, then oddities, a heading with a count for each kind."""
+    """Returns the lines to print: faults first, then notes, with a heading and a count for each kind."""
     lines = []
     for sentence, is_fault in sorted({(f.sentence, f.is_fault) for f in findings}, key=lambda kind: not kind[1]):
         places = list(dict.fromkeys(finding.where for finding in findings if finding.sentence == sentence))
@@ -96,7 +103,10 @@ def finding_lines(findings: list[Finding], shown: int) -> list[str]:
 
 
 def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of splits to compare: not one with those that it is put together from, as trainval is."""
+    """Yields the pairs of splits to compare.
+
+    A split that is the union of other splits, like trainval, is not compared with them.
+    """
     ids = {name: {record.path for record in split.dataset.records} for name, split in checked.items()}
     joined = {
         name
@@ -108,11 +118,14 @@ def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
 
 
 def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
-    """Returns how well anchors fit the boxes: the model's, the best of as many scales, and the best of any shape."""
+    """Returns a table of how well anchors fit the boxes.
+
+    The rows are the model's anchors, the best anchors with the same number of scales, and the best of any shape.
+    """
     name, model = ("default", ModelConfig()) if model is None else ("config", model)
     sizes = check.network_sizes(dataset.records, lambda image_hw: network_size(image_hw, model.image))
     if not len(sizes):
-        return ["anchors    there is no box to fit them to"]
+        return ["anchors    no fit: the data set has no boxes"]
     rpn, strides = model.rpn, strides_of(model)
 
     def anchors_of(scales: Scales) -> list[np.ndarray]:
@@ -140,7 +153,7 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
     ]
 
 
-def _cell_sizes(rpn, base: float, scale: float) -> np.ndarray:
+def _cell_sizes(rpn: RpnConfig, base: float, scale: float) -> np.ndarray:
     boxes = cell_anchors(base, (scale,), rpn.anchor_ratios, rounding=rpn.anchor_rounding).astype(np.float64)
     return boxes[:, 2:] - boxes[:, :2]
 
@@ -150,7 +163,10 @@ def _words(scales: Scales) -> str:
 
 
 def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
-    """Writes one image of many, with their boxes: those with a finding first, the others evenly from the whole."""
+    """Writes one image that shows many images with their boxes.
+
+    Images with a finding come first; the others are spread evenly over the data set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     told = " ".join(finding.where for finding in dataset.findings)
     named = [record for record in dataset.records if f"/{record.path.name}" in told or f"/{record.id}.xml" in told]
@@ -176,4 +192,4 @@ def _shown(record: ImageRecord, class_names: tuple[str, ...]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

@@ -1,7 +1,7 @@
 """Finds objects in a folder of images: fasterrcnn-jax predict --ckpt runs/shapes --images FOLDER --out OUT
 
-OUT gets detections.json, COCO's format of results with the file names as image_id; classes.txt, whose line k is
-category_id k; and each image with its boxes in images/. Images are taken as viewers show them, turned as EXIF says.
+Writes into OUT: detections.json in COCO's result format, with file names as image_id; classes.txt, where line k names
+category_id k; and images/, with the boxes drawn on each image. Images are rotated as their EXIF data says.
 """
 
 import dataclasses
@@ -19,25 +19,28 @@ from fasterrcnn_jax.evaluation.files import write_coco_json
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.drawing import draw
 from fasterrcnn_jax.scripts import cli
-from fasterrcnn_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     ckpt: Path
-    """run folder (its newest checkpoint) or one of its checkpoints/STEP"""
+    """run folder (uses its newest checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
+    backbone: str | None = None
+    """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     images: Path
-    """folder of images, without labels"""
+    """folder of images; no labels are needed"""
     out: Path
-    """folder for the result"""
+    """folder for the results"""
     faults: Literal["error", "skip"] = "error"
-    """at an image that cannot be decoded: stop, or skip it with a warning; skip decodes every image twice"""
+    """what to do with an image that cannot be decoded: stop with an error, or skip it with a warning; skip decodes
+    every image twice"""
     batch_size: int = 1
-    """images detected at once"""
+    """number of images detected at once"""
     score_threshold: float = 0.5
-    """detections below it are not drawn; detections.json has them all"""
+    """detections with a lower score are not drawn; detections.json contains all detections"""
     implementation: Literal["xla", "mosaic"] | None = None
-    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
+    """implementation of NMS and region features: xla: plain JAX; mosaic: GPU kernels; None: GPU kernels where they can
+    run"""
 
 
 @cli.script
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
-    model = checkpoint.load(arguments.ckpt)
+    model = cli.load_model(arguments.ckpt, arguments.backbone)
     dataset = open_images(arguments.images, model.class_names, faults=arguments.faults)
     detections = detect_dataset(
         model, dataset, batch_size=arguments.batch_size, implementation=arguments.implementation
@@ -59,11 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         names = tuple(model.class_names[label - 1] for label in found.labels)
         prediction = Prediction(found.boxes, found.scores, found.labels, names)
         drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
-        # The whole name: a.jpg may lie beside a.png.
+        # Keep the whole file name: the folder may hold both a.jpg and a.png.
         Image.fromarray(drawn).save(drawn_images / f"{record.id}.png")
     print(f"images     {len(dataset.records)}")
     print(f"files      {arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

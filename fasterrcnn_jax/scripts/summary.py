@@ -1,6 +1,6 @@
-"""Prints parameters, cost and shapes of a configuration's model: fasterrcnn-jax summary configs/voc.py
+"""Prints the parameters, cost and shapes of a configuration's model: fasterrcnn-jax summary configs/voc.py
 
-Takes what train.py takes: any field on the command line overrides the file's.
+As in train.py, any field on the command line overrides the field in the file.
 """
 
 import sys
@@ -15,9 +15,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     config = cli.parse_config(argv, description=__doc__)
-    # Without class names there is still a network to look at.
+    # Without class names, show the network for one class.
     print(format_summary(summarize(config.model, max(1, len(config.data.class_names)))))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

@@ -1,7 +1,7 @@
 """Stores voc/2007, voc/2012 or coco/2017 for TFDS, without TensorFlow: fasterrcnn-jax tfds voc/2007 ARCHIVES
 
-ARCHIVES is the folder with the archives as they were downloaded, or with what they unpack to. Training then takes
---data.layout tfds --data.tfds_name voc/2007 --data.root ROOT.
+ARCHIVES is the folder with the downloaded archives, or with their unpacked contents. To train on the stored data set,
+give --data.layout tfds --data.tfds_name voc/2007 --data.root ROOT.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ from fasterrcnn_jax.scripts import cli
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     name: Annotated[Literal["voc/2007", "voc/2012", "coco/2017"], tyro.conf.Positional]
-    """the set"""
+    """data set to store"""
     archives: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVES")]
-    """VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar; VOCtrainval_11-May-2012.tar; train2017.zip,
-    val2017.zip and annotations_trainval2017.zip"""
+    """folder with the archives, or with their unpacked contents; voc/2007: VOCtrainval_06-Nov-2007.tar and
+    VOCtest_06-Nov-2007.tar; voc/2012: VOCtrainval_11-May-2012.tar; coco/2017: train2017.zip, val2017.zip and
+    annotations_trainval2017.zip"""
     root: Path = Path("~/tensorflow_datasets")
-    """TFDS's data_dir; the archives are unpacked into it for the while"""
+    """data_dir of TFDS; the archives are unpacked into it temporarily"""
 
 
 @cli.script
@@ -35,4 +36,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

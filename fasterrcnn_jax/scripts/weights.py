@@ -1,6 +1,6 @@
-"""Weights of other programs: fasterrcnn-jax weights inspect FILE, fasterrcnn-jax weights convert IN OUT
+"""Shows and converts weights files: fasterrcnn-jax weights inspect FILE, fasterrcnn-jax weights convert IN OUT
 
-No code in a file is ever run. A detector takes its weights from any of them with fasterrcnn_jax.load_weights.
+Code in a file is never run. fasterrcnn_jax.load_weights loads any of these files into a detector.
 """
 
 import dataclasses
@@ -11,31 +11,32 @@ import tyro
 
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.scripts import cli
-from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.weights import files, save_weights
 from fasterrcnn_jax.weights.load import FORMAT, formats_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Shows what a file of weights is and what it holds."""
+    """Shows the format and the arrays of a weights file."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """.safetensors, .pth of torch, or .pkl of NumPy arrays"""
+    """weights file: .safetensors, .pth of PyTorch, or .pkl of NumPy arrays"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Writes weights as .safetensors, a format without code.
+    """Writes weights as .safetensors, a format that cannot contain code.
 
-    A detector of ours is written under the names of torchvision, where it has a pyramid, or of faster-rcnn.pytorch.
-    A file of another program keeps its names and arrays.
+    Our own detectors are written with the array names of torchvision if they have a pyramid, otherwise with the names
+    of faster-rcnn.pytorch. A file of another program keeps its array names and arrays.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
-    """run folder (its newest checkpoint), one of its checkpoints/STEP, or a file"""
+    """run folder (uses its newest checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """the .safetensors file"""
+    """.safetensors file to write"""
+    backbone: str | None = None
+    """MODULE:CLASS of the backbone of your own that the model was trained with; the class is imported"""
 
 
 @cli.script
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(arguments, Inspect):
         inspect(arguments.file)
     else:
-        convert(arguments.source, arguments.out)
+        convert(arguments.source, arguments.out, arguments.backbone)
 
 
 def inspect(file: Path) -> None:
@@ -59,19 +60,19 @@ def inspect(file: Path) -> None:
         print(f"{name:{width}}  {array.dtype}  {' x '.join(map(str, array.shape))}")
 
 
-def convert(source: Path, out: Path) -> None:
+def convert(source: Path, out: Path, backbone: str | None = None) -> None:
     if out.suffix != ".safetensors":
-        raise InputError(f"{out}: .safetensors is what is written")
+        raise InputError(f"{out}: the output file must end in .safetensors")
     if source.is_dir():
-        save_weights(checkpoint.load(source), out)
+        save_weights(cli.load_model(source, backbone), out)
     else:
         weights = files.read(source)
         found = formats_of(weights)
         if not found:
-            raise InputError(f"{source}: of no known format; `weights inspect` shows what it holds")
+            raise InputError(f"{source}: the format is unknown; `weights inspect` shows the arrays in the file")
         files.write(out, weights.arrays, weights.metadata | ({FORMAT: found[0].name} if len(found) == 1 else {}))
     print(f"file       {out}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

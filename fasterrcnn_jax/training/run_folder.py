@@ -1,12 +1,48 @@
-"""The folder of one run: where each of its files lies."""
+"""The paths of all files in a run folder."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.text import to_json
+from fasterrcnn_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps other trainings out of a run folder while the body runs.
+
+    The operating system frees the lock when the process ends, however it ends. Of several processes of one run only
+    the first takes it.
+
+    Raises:
+      InputError: another process trains in this folder, or nothing can be written there.
+    """
+    lock = FileLock(run / ".lock")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"--run {run}: another process is training in this run folder; wait for it, or choose another --run"
+        ) from None
+    except NotImplementedError:
+        logger.warning("%s: this file system has no locks; make sure that no other process trains here", run)
+    except OSError as error:
+        raise InputError(f"--run {run}: the run folder cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_config(config: Config, run: Path) -> None:
@@ -15,12 +51,12 @@ def write_config(config: Config, run: Path) -> None:
 
 
 def metrics_path(run: Path) -> Path:
-    """Returns the file of the numbers, one JSON object per line."""
+    """Returns the file of the metrics, one JSON object per line."""
     return run / "metrics.jsonl"
 
 
 def image_path(run: Path, step: int, split: str = "") -> Path:
-    """Returns the image of detections beside ground truth after `step`."""
+    """Returns the file of the image that shows ground truth and detections after `step`."""
     return run / "images" / f"{step:06d}{split and '_'}{split}.png"
 
 
@@ -35,7 +71,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def run_of_checkpoints(folder: Path) -> Path:
-    """Returns the run folder that a folder of checkpoints belongs to; `folder` itself where it has another name."""
+    """Returns the run folder of a checkpoints folder; `folder` itself if it has another name."""
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
@@ -46,7 +82,7 @@ def failed_batch_path(run: Path, step: int, process: int = 0) -> Path:
 
 
 def run_of_failed_batch(path: Path) -> Path:
-    """Returns the run folder of a file that `failed_batch_path` named."""
+    """Returns the run folder of a file whose path came from `failed_batch_path`."""
     return path.resolve().parent.parent
 
 
