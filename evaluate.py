@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python evaluate.py --ckpt runs/shapes
 
-Model and configuration come from the checkpoint alone. Prints average precision per class and writes
-detections as COCO json and as VOC comp4 files. With --proposals: how many objects the RPN's proposals cover.
+The model and the configuration come from the checkpoint. Prints the average precision per class, and writes the
+detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the RPN's proposals cover.
 """
 
 import dataclasses
@@ -22,19 +22,22 @@ from fasterrcnn_jax.training import checkpoint, run_folder
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     ckpt: Path
-    """run folder (its newest checkpoint) or one of its checkpoints/STEP"""
+    """run folder (uses its newest checkpoint), or one checkpoint folder RUN/checkpoints/STEP"""
+    backbone: str | None = None
+    """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     root: Path | None = None
-    """folder laid out as the one trained on; default: that one"""
+    """data set folder with the layout of the training data; None: the folder that the run was trained on"""
     split: str | None = None
-    """split, or several joined by +; default: the configuration's test split"""
+    """split to evaluate, or several joined by +; None: the configuration's test split"""
     batch_size: int | None = None
-    """images detected at once, on one device; default: a device's share of the training batch"""
+    """number of images detected at once, on one device; None: one device's share of the training batch"""
     implementation: Literal["xla", "mosaic"] | None = None
-    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
+    """implementation of NMS and region features: xla: plain JAX; mosaic: GPU kernels; None: GPU kernels where they can
+    run"""
     proposals: bool = False
-    """print the recall of the proposals in place of detecting; what an RPN trained alone is judged by"""
+    """print the recall of the proposals instead of detecting; use it for an RPN that was trained alone"""
     out: Path | None = None
-    """folder for the result files; default: evaluation/SPLIT in the run folder"""
+    """folder for the result files; None: evaluation/SPLIT in the run folder"""
 
 
 @cli.script
@@ -42,22 +45,24 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
-    model = checkpoint.load(arguments.ckpt)
     config = checkpoint.load_run_config(arguments.ckpt)
+    model = cli.load_model(arguments.ckpt, arguments.backbone)
     if config.train.scheme == "rpn" and not arguments.proposals:
-        raise InputError(f"--ckpt {arguments.ckpt}: is an RPN trained alone, whose proposals --proposals evaluates")
+        raise InputError(
+            f"--ckpt {arguments.ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals"
+        )
     split = arguments.split or config.data.test_split
     root = arguments.root or config.data.root
     out = arguments.out or run_folder.evaluation_folder(checkpoint.run_of(arguments.ckpt), split)
 
-    # An evaluation never makes a data set: a relative root may be meant from another folder.
+    # An evaluation never draws the data set: a relative root may belong to another working directory.
     dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
     batch_size = arguments.batch_size or per_device(config.train.batch_size // config.train.accumulate)
-    options = dict(batch_size=batch_size, implementation=arguments.implementation)
-    if arguments.proposals:
-        print(score(model, dataset, of="proposals", **options).table)
+    of = "proposals" if arguments.proposals else "detections"
+    found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    if found.detections is None:  # proposals are not written to files
+        print(found.table)
         return
-    found = score(model, dataset, **options)
 
     out.mkdir(parents=True, exist_ok=True)
     write_coco_json(out / "detections.json", found.detections, dataset)
@@ -67,4 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

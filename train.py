@@ -5,11 +5,13 @@ metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT s
 training with status 75. After a loss that is not finite, --replay FILE shows where it comes from.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
-from fasterrcnn_jax.models.detector import Detector, create_detector
+from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.structures import Batch
 from fasterrcnn_jax.training import (
@@ -67,7 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         check_batch_size(config, stage)
     splits = {name: sources.open_split(config.data, name) for name in split_names(config)}
     train_set = prepare_training_set(splits[config.data.train_split], config.data)
-    with preemption.noted_signals() as asked_to_stop:
+    # A replay writes nothing. Process 0 holds the lock for all processes of the run.
+    locks = processes.is_main() and config.replay is None
+    lock = run_folder.locked(config.run) if locks else contextlib.nullcontext()
+    with lock, preemption.noted_signals() as asked_to_stop:
         for stage in stages:
             result = fit(config, stage, train_set, splits, asked_to_stop)
             if result is not None and processes.is_main():
@@ -110,7 +115,7 @@ def fit(
         say(f"continuing {run} from step {state.step}")
     state, done = replicate(state), int(state.step)
     if config.replay is not None:
-        return replay_step(config, stage, graphdef, state, step, batches)
+        return replay_step(config.replay, stage, graphdef, state, step, batches)
     if processes.is_main():
         run_folder.write_config(config, run)
 
@@ -120,7 +125,7 @@ def fit(
     batch_size = processes.per_device(train.batch_size // train.accumulate)
     evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size, log=done < train.steps)
     result, stop = None, False
-    with checkpoints, metrics, progress:
+    with checkpoint.closing(checkpoints), metrics, progress:
         for number in range(done + 1, train.steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
@@ -181,7 +186,7 @@ def check_batch_size(config: Config, stage: Stage) -> None:
 
 
 def proposals_given_to(stage: Stage, splits: dict[str, Dataset]) -> dict[str, dict[str, ImageProposals]]:
-    """Returns the stored proposals that a stage uses in place of the RPN's, by split and image id."""
+    """Returns the stored proposals that a stage uses instead of the RPN's proposals, by split and image id."""
     if stage.proposals is None:
         return {}
     paths = {name: run_folder.proposals_path(stage.proposals, name) for name in splits}
@@ -195,7 +200,8 @@ def first_model(config: Config, stage: Stage, *, fresh: bool) -> Detector:
       fresh: the stage has no checkpoint yet. Otherwise the weights come from the checkpoint, not from `--init`.
     """
     if stage.first is not None:
-        return checkpoint.load(stage.first)
+        # The configuration is the user's own, so the class that it names may be imported.
+        return checkpoint.load(stage.first, backbone=backbone_class(config.model.backbone))
     model = create_detector(config.model, config.data.class_names, seed=config.train.seed)
     return load_weights(model, config.init) if config.init is not None and fresh else model
 
@@ -221,7 +227,7 @@ def create_training(stage: Stage, model: Detector) -> tuple[nnx.GraphDef, TrainS
 
 
 def replay_step(
-    config: Config,
+    path: Path,
     stage: Stage,
     graphdef: nnx.GraphDef,
     state: TrainState,
@@ -232,10 +238,10 @@ def replay_step(
 
     Nothing is saved.
     """
-    number, ids, batch = replay.read_batch(config.replay)
+    number, ids, batch = replay.read_batch(path)
     if number <= state.step:
         raise InputError(
-            f"--replay {config.replay}: holds step {number}, but the newest checkpoint of {stage.run} is already at "
+            f"--replay {path}: holds step {number}, but the newest checkpoint of {stage.run} is already at "
             f"step {int(state.step)}"
         )
     for _ in tqdm(range(int(state.step) + 1, number), desc="repeating steps", unit="step"):
@@ -249,4 +255,4 @@ def replay_step(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_as_program(main)

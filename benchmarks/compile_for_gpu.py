@@ -1,15 +1,15 @@
-"""Compiles the kernels and whole programs for an H200 on a machine without a GPU, and says what came out.
+"""Compiles the kernels and whole programs for an H200 on a machine without a GPU, and prints what the compiler reports.
 
     python benchmarks/compile_for_gpu.py [--out FILE.json] [WORD ...]
 
-Words choose rows by their names. For every kernel at every production size, reached through the library's
-functions: registers, spilled bytes, stack and shared memory as the assembler reports them, the bytes XLA adds as
-workspace, and how many launches the optimised program holds. What it cannot tell: time, and whether the numbers
-are right on hardware.
+Each WORD selects the rows whose names contain it. For every kernel at every production size, called through the
+library's functions, the table has: registers, spilled bytes, stack and shared memory as the assembler reports them,
+the workspace bytes that XLA adds, and the number of launches in the optimised program. It cannot tell the time, or
+whether the results are right on hardware.
 
 Needs JAX 0.11 or newer, its CUDA plugin (`jax-cuda13-plugin`, `jax-cuda13-pjrt`, of JAX's version, installed without
-their dependencies) and `ptxas` with libdevice (`nvidia-cuda-nvcc`, `nvidia-nvvm`, or a CUDA 13 toolkit). Exits with
-77 where one is missing, and says which.
+their dependencies) and `ptxas` with libdevice (`nvidia-cuda-nvcc`, `nvidia-nvvm`, or a CUDA 13 toolkit). If one is
+missing, it says which one and exits with status 77.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from fasterrcnn_jax.training.step import make_train_step
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# What a test harness reads as "skipped".
+# Exit status that test harnesses read as "skipped".
 UNAVAILABLE = 77
 PLUGIN = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 
 
 def toolkit() -> Path | None:
-    """Returns the CUDA toolkit to compile with: the wheels', that of $CUDA_HOME, or the one of `ptxas` in PATH."""
+    """Returns the CUDA toolkit to compile with: from the wheels, from $CUDA_HOME, or from the `ptxas` in PATH."""
     candidates = [Path(entry) / "nvidia" / "cu13" for entry in sys.path]
     if home := os.environ.get("CUDA_HOME"):
         candidates.append(Path(home))
@@ -94,7 +94,7 @@ def toolkit() -> Path | None:
 
 
 def unavailable() -> str | None:
-    """Returns what is missing here to compile for a GPU; None if nothing is."""
+    """Returns a sentence about what is missing to compile for a GPU, or None if nothing is missing."""
     jax_version = importlib.metadata.version("jax")
     if tuple(map(int, jax_version.split(".")[:2])) < (0, 11):
         return f"JAX {jax_version} is older than 0.11, the first with these kernels"
@@ -250,7 +250,7 @@ def kernel_programs() -> Iterator[Program]:
 
 
 def forward_and_gradient(name: str, operator: Callable, arguments: tuple, pooled: Any) -> Iterator[Program]:
-    """Yields an operator on feature maps, and its gradient with as much of the forward pass as that needs."""
+    """Yields an operator on feature maps, and its gradient with the part of the forward pass that it needs."""
     import jax
 
     yield Program(f"{name} forward", operator, arguments)
@@ -262,7 +262,7 @@ def forward_and_gradient(name: str, operator: Callable, arguments: tuple, pooled
 
 
 def whole_programs(mesh) -> Iterator[Program]:
-    """Yields detection and the training step of published detectors, at their canvas."""
+    """Yields detection and the training step of published detectors, each at its own canvas."""
     from dataclasses import replace
 
     from flax import nnx
@@ -355,8 +355,8 @@ def train_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="WORD", help="compile only rows with any of these in their name")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the table as JSON")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="compile only rows whose name contains any WORD")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write the table to, as JSON")
     arguments = parser.parse_args()
     if reason := unavailable():
         print(f"cannot compile for a GPU: {reason}", file=sys.stderr)

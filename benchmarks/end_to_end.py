@@ -7,8 +7,8 @@ of a case run in one process and take turns: ours (with the GPU kernels where th
 torchvision's as it is and with torch.compile and channels_last; in bfloat16 cases torchvision runs under autocast and
 our model has `compute_dtype="bfloat16"`; weights are float32 on both sides. Random weights and images, 90 classes.
 
-Each case has a process of its own, so its peak memory is its own. What fails or is not reached in time is an entry of
-the report; the cases that the goals are about come first.
+Each case runs in its own process, so that its peak memory can be measured. The report also lists cases that failed or
+were not reached in time. The cases with goals come first.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Steps of a configuration on one repeated batch: compilation, seconds per step, memory, and whether losses fall.
+"""Trains a configuration on one repeated batch and prints compile time, seconds per step, memory, and the losses.
 
     python benchmarks/full_size.py --config configs/voc.py --data.root FOLDER --train.steps 6
 
-Takes every argument of train.py, from which it differs in that the batch never changes and nothing is saved.
+Takes every argument of train.py. Unlike train.py, it repeats one batch and saves nothing.
 """
 
 import resource

@@ -1,8 +1,8 @@
-"""Cases in a child process, so that one that crashes, hangs or breaks the device costs itself and not the run.
+"""Runs cases in a child process, so that a case that crashes, hangs or breaks the device does not stop the others.
 
-A case has sides (an implementation, the other library). The child writes one JSON line whenever it turns to a
-side and whenever a case is done. When it dies, or is silent for too long, the side it was at is blamed; a new child
-takes up the case without that side, and the cases after it.
+A case has sides, for example one of our implementations and the other library. The child writes one JSON line when it
+starts a side and when a case is done. If the child dies, or writes nothing for too long, its current side has failed.
+A new child then continues with the same case without that side, and with the later cases.
 """
 
 import json
@@ -19,11 +19,11 @@ NO_TIME = "no time left"
 
 
 class DeviceLost(Exception):
-    """Ends a child whose device answers no more."""
+    """Ends a child whose device does not answer any more."""
 
 
 class Journal:
-    """What a child has to say, line by line: it may be killed at any time."""
+    """The lines that a child writes. It writes each line at once, because it may be killed at any time."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
@@ -71,11 +71,12 @@ def run_isolated(
 
     Args:
       path: the journal; written anew by each child.
-      seconds: for all cases; what is not reached then has the error `NO_TIME`.
-      silence: seconds without a new line after which a child is taken to hang.
-      each_alone: one child per case, whose peak memory is then that case's.
-      done: called with a case, its result and the child's environment, as soon as they are there.
-        `result["failed"]` gives sides and why they have no figures, `result["error"]` why the whole case has none.
+      seconds: time limit for all cases; cases that are not reached have the error `NO_TIME`.
+      silence: seconds without a new line after which a child counts as hanging.
+      each_alone: use one child per case, so that its peak memory belongs to that case.
+      done: called with a case, its result and the child's environment, as soon as they are known.
+        `result["failed"]` gives the reason for each side without times, `result["error"]` the reason if the whole case
+        has none.
     """
     end = time.monotonic() + seconds
     waiting, blamed, environment, at = list(cases), {}, {}, None
@@ -114,7 +115,7 @@ def run_isolated(
 
 
 def _events(child: subprocess.Popen, path: Path, end: float, silence: float) -> Iterator[dict]:
-    """Yields what the child writes, and at its end why it ended, unless it said so itself."""
+    """Yields the lines of the child, and at the end the reason why it ended, unless the child wrote it itself."""
     heard, part, lost = time.monotonic(), "", None
     with path.open(encoding="utf-8") as journal:
         while True:
@@ -138,6 +139,6 @@ def _events(child: subprocess.Popen, path: Path, end: float, silence: float) -> 
 
 
 def one_line(error: BaseException) -> str:
-    """Returns kind and first line of an error, short enough for a table."""
+    """Returns the type and the first line of an error, short enough for a table."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

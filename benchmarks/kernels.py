@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--out FILE.json] [--minutes 8] [--only WORD ...] [--tiny] [--no_compile]
 
-All sides of an operation run in one process on the same inputs and take turns. First their results are compared;
-where ours differs from torchvision's, or one of ours breaks, the report says so and the script exits with 1. Prints
-per operation the best of our times, how many times as fast as the fastest of torchvision's it is beside the goal for an
-H200, and how many times its floor it takes: the time that moving the bytes or doing the arithmetic takes at the rates
-measured here. `part_of_floor` in the report is the inverse.
+All sides of an operation run in one process on the same inputs and take turns. First their results are compared. If
+one of our results differs from torchvision's, or one of our sides fails, the report says so and the script exits with
+status 1. For each operation it prints our best time, its speed relative to torchvision's best time, the goal for an
+H200, and the ratio of our time to the floor. The floor is the time for moving the bytes or for doing the arithmetic,
+at the rates measured on this device. `part_of_floor` in the report is the inverse of that ratio.
 """
 
 import sys

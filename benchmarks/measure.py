@@ -1,7 +1,8 @@
-"""What the benchmarks share: interleaved timing, the device's own ceilings, the report, and torchvision where it is.
+"""Shared parts of the benchmarks: interleaved timing, the ceilings of the device, the report, optional torchvision.
 
-Times are wall clock around a run of calls, each on the next of several input sets, with one wait at its end: what
-a loop that keeps the device busy pays per call. Both libraries are timed alike and take turns.
+A time is the wall-clock time of a run of calls, divided by their number. Each call uses the next of several input sets,
+and there is one wait at the end of the run. This is the cost per call in a loop that keeps the device busy. Both
+libraries are timed in the same way and take turns.
 """
 
 import collections
@@ -35,7 +36,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", 
 
 
 class Effort(NamedTuple):
-    """How long timing takes."""
+    """Limits of the time that a measurement takes."""
 
     rounds: int  # medians are over these; sides take turns in each
     seconds: float  # of a run of calls
@@ -71,7 +72,7 @@ def block(result: Any) -> None:
 
 
 def interleaved(sides: dict[str, Side], effort: Effort, turn: Callable[[str], None]) -> tuple[dict, dict]:
-    """Returns the times of each side that ran to the end, and why the others did not.
+    """Returns the times of each side that finished, and the reason for each side that did not.
 
     Args:
       turn: called with a side's name before each of its turns.
@@ -120,7 +121,7 @@ def _run(side: Side, count: int) -> float:
 
 
 def require_device() -> None:
-    """Raises DeviceLost where an error has left a device that computes no more."""
+    """Raises DeviceLost if the device does not compute any more after an error."""
     gc.collect()
     try:
         block(jnp.zeros(8) + 1)
@@ -132,7 +133,7 @@ def require_device() -> None:
 
 
 class Ceilings(NamedTuple):
-    """What this device reaches, measured: for floors under a time."""
+    """Measured rates of this device, used for the floors of the times."""
 
     bytes_per_second: float  # of a large copy, read and written bytes counted
     flops_per_second: float  # of float32 multiply-adds outside of the matrix units
@@ -166,7 +167,7 @@ def measure_ceilings(*, tiny: bool) -> Ceilings:
 
 @functools.cache
 def peer() -> tuple[Any, Any]:
-    """Returns (torch, torchvision), or (None, why they cannot be used)."""
+    """Returns (torch, torchvision), or (None, the reason why they cannot be used)."""
     try:
         import torch
         import torchvision
@@ -189,13 +190,13 @@ def torch_device() -> str:
 
 
 def torch_wait(_: Any = None) -> None:
-    """Waits for all that torch has started."""
+    """Waits for all work that torch has started."""
     if on_gpu():
         peer()[0].cuda.synchronize()
 
 
 def environment() -> dict:
-    """Returns where and with what this runs, precision settings included."""
+    """Returns the device, the versions and the precision settings of this process."""
     torch, reason = peer()
     device = jax.devices()[0]
     versions = {}
@@ -254,7 +255,7 @@ def compiled_kernels(optimised: str) -> int:
 
 
 def write_report(path: Path, report: dict) -> None:
-    """Writes a report as JSON, at once: a benchmark that is cut short leaves what it has."""
+    """Writes the report as JSON now, so that an interrupted benchmark keeps its results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **report}
     part = path.with_suffix(".part")
@@ -269,7 +270,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints rows in columns; None is a dash."""
+    """Prints rows in columns, with a dash for None."""
     cells = [["-" if cell is None else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -1,8 +1,8 @@
 """The operations that `kernels.py` times: inputs, our call, torchvision's, and how the two results compare.
 
-B images, N boxes, R regions. Inputs are drawn as NumPy arrays, one set after another, and reach both libraries with
-the same values. Whatever torchvision offers for one image alone is called in a loop over the images, as its
-detectors do.
+B is the number of images, N of boxes, R of regions. Inputs are drawn as NumPy arrays, one set after another, and both
+libraries get the same values. Functions that torchvision has only for one image are called in a loop over the images,
+as its detectors do.
 """
 
 import functools
@@ -115,7 +115,7 @@ def clustered_boxes(
 
 
 def kept_differently(ours: tuple, theirs: list) -> float:
-    """Returns the part of all kept boxes that only one side kept, of the image where it is largest."""
+    """Returns the fraction of all kept boxes that only one side kept, for the image where it is largest."""
     indices, valid = (np.asarray(x) for x in ours)
     parts = []
     for row, kept in enumerate(theirs):
@@ -509,7 +509,7 @@ def decode_case(*, tiny: bool) -> Operation:
 
 
 def assignment_case(*, tiny: bool) -> Operation:
-    """Which ground truth every anchor stands for: IoU of all pairs, best of each anchor and of each box."""
+    """The ground-truth box of every anchor: IoU of all pairs, best box of each anchor and best anchor of each box."""
     batch, boxes = (2, 5) if tiny else (8, 100)
     canvas, grids = pyramid(tiny)
     anchors = anchors_of(resnet_fpn(50), grids).anchors

@@ -1,10 +1,11 @@
-"""Two runs that differ in `model.compute_dtype`: their loss curves, and how small gradients get.
+"""Compares two runs that differ in `model.compute_dtype`: their loss curves and their smallest gradients.
 
     python benchmarks/precision.py RUN_FLOAT32 RUN_BFLOAT16
 
-Both runs need their data still in place. Gradients are those of the newest checkpoint's weights on the first
-batch of the run, in the run's own type. Loss scaling is for types whose range is too small: printed is how many
-gradients fall under the smallest value of float16 and of bfloat16, and how many are zero where float32 has a value.
+Both runs need their data. The gradients are computed with the weights of the newest checkpoint on the first batch of
+the run, in the run's own data type. Loss scaling is only needed for types with too small a range. The script therefore
+prints how many gradients are below the smallest value of float16 and of bfloat16, and how many are zero in bfloat16
+but not in float32.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `kernels.py` and `end_to_end.py` share: the command line and the loop from cases to table and JSON report."""
+"""Shared parts of `kernels.py` and `end_to_end.py`: the command line, the loop over cases, the table and the report."""
 
 import argparse
 import functools
@@ -28,14 +28,16 @@ class Suite(NamedTuple):
 
 
 def run(suite: Suite, argv: list[str] | None = None) -> int:
-    """Runs what the command line says; returns the exit status: 1 where one of our sides is wrong or broken."""
+    """Runs the cases that the command line selects; the exit status is 1 if one of ours is wrong or fails."""
     parser = argparse.ArgumentParser(
         description=suite.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / suite.report, help="the report")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what is not reached then is left out")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names hold every WORD")
-    parser.add_argument("--tiny", action="store_true", help="sizes that tell nothing about speed, in seconds")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / suite.report, help="file for the JSON report")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; later cases are left out")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="only cases whose names contain every WORD"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes for a quick test; the times mean nothing")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="*", default=[], help=argparse.SUPPRESS)
@@ -79,7 +81,7 @@ def run(suite: Suite, argv: list[str] | None = None) -> int:
 
 
 def _fault(result: dict) -> str | None:
-    """Returns what is wrong with a result on our side; torchvision's failures and lack of time are no faults."""
+    """Returns what is wrong with our side of a result. Failures of torchvision and lack of time are not faults."""
     if result.get("error", NO_TIME) != NO_TIME:
         return result["error"]
     ours = {side: reason for side, reason in result["failed"].items() if not side.startswith("torchvision")}

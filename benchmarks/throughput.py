@@ -1,12 +1,12 @@
-"""Measures how many training images a core makes: decoded, mirrored, resized to 600 x 800, normalised, batched.
+"""Measures how many training images one core prepares: decode, mirror, resize to 600 x 800, normalise, batch.
 
     python benchmarks/throughput.py --data FOLDER [--split train] [--out FILE.json]
 
-FOLDER is in VOC layout. Ours is the loader of train.py, with float32 images and with uint8 ones that are normalised
-on the device; theirs a PyTorch DataLoader with the same decoder, the same batches and the same operations in the order
-of torchvision's detectors: normalise, then resize without antialias. All are held to one thread and one core, take
-turns round by round, and begin with a comparison of their images. Seconds of the core are reported beside those of
-the clock: they count what a side used, whatever else the machine does. Exits with 1 where images differ.
+FOLDER is in VOC layout. Our sides are the loader of train.py, with float32 images and with uint8 images that are
+normalised on the device. Their side is a PyTorch DataLoader with the same decoder, the same batches and the same
+operations in the order of torchvision's detectors: normalise, then resize without antialias. All sides use one thread
+and one core and take turns. Their images are compared first; if they differ, the script exits with status 1. The
+report has the seconds of the clock and the seconds of the core, which do not count other work of the machine.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def timed(start: Start, seed: int, steps: int) -> tuple[float, float]:
 
 
 def difference(dataset: Dataset, data: DataConfig, sides: dict[str, Start]) -> float | None:
-    """Returns how far our float images are from theirs, none mirrored; None without theirs."""
+    """Returns the difference between our float images and theirs, without mirroring; None without torchvision."""
     if THEIRS not in sides:
         return None
     ours, theirs = next(iter(sides[FLOAT](0, 1))), next(iter(sides[THEIRS](0, 1)))

@@ -1,8 +1,9 @@
-"""torchvision's Faster R-CNN with the sizes and thresholds of one of our configurations, on preprocessed batches.
+"""Builds torchvision's Faster R-CNN with the sizes and thresholds of one of our configurations.
 
-On a pyramid it is torchvision's own detector. It has none on conv4_x (C4): there its `FasterRCNN` class is put around
-the layers of its ResNet, stages 1-3 as the backbone and stage 4 with a mean over the cells as the box head. Its
-Matcher, sampler, losses and transforms are its own; the resize and the normalisation are left out on both sides.
+With a pyramid it is torchvision's own detector. torchvision has no detector on conv4_x (C4), so its `FasterRCNN` class
+gets the layers of its ResNet: stages 1-3 as the backbone, and stage 4 with a mean over the cells as the box head.
+Matcher, sampler, losses and transforms are torchvision's. Both libraries get preprocessed batches, without resizing
+and normalisation.
 """
 
 import collections
@@ -24,7 +25,7 @@ def create(config: ModelConfig, num_classes: int) -> Any:
     """Returns a `FasterRCNN` with random weights on the device.
 
     Args:
-      num_classes: without background.
+      num_classes: number of classes without background.
     """
     from torchvision.models import resnet
     from torchvision.models.detection import faster_rcnn, rpn
@@ -105,7 +106,7 @@ def forward(model: Any, images: Any, image_hw: list[tuple[int, int]], targets: l
 
 
 def compile_parts(model: Any) -> Any:
-    """Compiles in place what has fixed shapes, backbone and heads: the rest breaks into graphs that recompile."""
+    """Compiles the backbone and the heads in place. The other parts have changing shapes and would recompile."""
     for part in (model.backbone, model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor):
         part.compile()
     return model.to(memory_format=torch.channels_last)

@@ -1,13 +1,13 @@
-"""Trains our detector and torchvision's on a folder of images for the same minutes each, both from nothing.
+"""Trains our detector and torchvision's on a folder of images for the same time, both from random weights.
 
     python benchmarks/train_minutes.py --data FOLDER [--minutes 1.2] [--config FILE.py] [--out FILE.json]
 
-Ours is a configuration, configs/folder.py by default; theirs torchvision's ResNet-18-FPN with group norm and random
-weights on images of the same size, with anchors half as large as its own because the images are small. Both
-read the same batches from our loader and have the same optimizer, learning rates over the run, and clipping; both
-are measured by our evaluator. The minutes are those of the steps and their data: compiling and evaluating stop the
-clock, the first step of each canvas with them. How many steps fit is found first by a few steps that are thrown away.
-The report holds loss and AP50 on the way. Exits with 1 where our side fails.
+Our detector is a configuration, configs/folder.py by default. Their detector is torchvision's ResNet-18-FPN with group
+norm and random weights on images of the same size; its anchors are half as large as by default, because the images are
+small. Both read the same batches from our loader, have the same optimizer, learning-rate schedule and clipping, and are
+evaluated by our evaluator. The clock counts only the steps and their data. It stops for compilation (the first step of
+each canvas) and evaluation. A few trial steps, which are discarded, determine how many steps fit. The report has the
+loss and AP50 during training. The script exits with status 1 if our side fails.
 """
 
 import argparse
@@ -56,7 +56,7 @@ POINTS = 4  # of the curve
 
 
 class Trainer(NamedTuple):
-    """A detector that learns."""
+    """A detector and its training step."""
 
     step: Callable[[Batch], Callable[[], float]]  # starts a step; what it returns waits for the loss
     detect: Callable[[Dataset], list[ImageDetections]]
@@ -84,7 +84,7 @@ def our_trainer(config: Config) -> Trainer:
 
 
 def their_config(config: Config) -> Config:
-    """Returns the configuration of torchvision's detector: its own, but for images, anchors and normalisation."""
+    """Returns the configuration of torchvision's detector, with our image size, smaller anchors and group norm."""
     image = config.model.image
     canvases = tuple(tuple(-(-side // 32) * 32 for side in canvas) for canvas in image.canvases)
     model = resnet_fpn(18, norm="group")
@@ -146,7 +146,7 @@ def their_trainer(config: Config) -> Trainer:
 
 
 def train_for(make: Callable[[Config], Trainer], config: Config, *, seconds: float, turn: Callable[[], None]) -> dict:
-    """Returns what came of training for `seconds`; `turn` is called now and then."""
+    """Returns the results of training for `seconds`; `turn` is called from time to time."""
     train_split, test_split = (
         sources.open_split(config.data, name) for name in (config.data.train_split, config.data.test_split)
     )
@@ -211,9 +211,9 @@ def train_for(make: Callable[[Config], Trainer], config: Config, *, seconds: flo
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder in VOC layout with the splits train and test")
-    parser.add_argument("--config", type=Path, default=FOLDER_CONFIG, help="of our detector and of the training")
-    parser.add_argument("--minutes", type=float, default=1.2, help="of training, for each of the two")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "train.json", help="the report")
+    parser.add_argument("--config", type=Path, default=FOLDER_CONFIG, help="configuration of our detector and training")
+    parser.add_argument("--minutes", type=float, default=1.2, help="training time of each of the two detectors")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "train.json", help="file for the JSON report")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--without", nargs="*", default=[], help=argparse.SUPPRESS)

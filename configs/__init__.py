@@ -1,1 +1,1 @@
-"""The configurations that ship with the package: `python train.py --config configs/NAME.py`."""
+"""The configurations that come with the package: `python train.py --config configs/NAME.py`."""

@@ -2,12 +2,13 @@
 
     python train.py --config configs/coco.py --data.root data/coco
 
-The res101_ls.yml of faster-rcnn.pytorch: four anchor scales from 64 pixels up, short side 800, long side at most
-1200, 1000 proposals in detection, 16 images over 8 devices, 6 epochs with mirrored copies, learning rate 1e-2 and
-a tenth of it after 4. Published there, for the sets trainval35k and minival of 2014, which are almost these: AP
-36.2 in 6 x 6.0 hours on 8 GPUs, 11 GB each.
-The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
-random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
+This is res101_ls.yml of faster-rcnn.pytorch: four anchor scales from 64 pixels up, short side 800, long side at most
+1200, and 1000 proposals in detection. It trains 16 images over 8 devices for 6 epochs of the images and their mirrored
+copies. The learning rate is 1e-2, and 1e-3 after 4 epochs.
+Published by faster-rcnn.pytorch: AP 36.2 in 6 x 6.0 hours on 8 GPUs, 11 GB each. It uses trainval35k and minival of
+2014, which are almost the same images.
+The reference starts from Caffe's ImageNet weights: give that file with --init. Without it, training starts from random
+weights and will not reach the published result. We have measured neither the result nor the time.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
 from fasterrcnn_jax.config.families import RESNET_TRAINING, coco_scales, resnet_c4
 from fasterrcnn_jax.data.coco import CLASS_NAMES
 
-# train2017 holds 118,287 images, 117,266 of them with objects; each once more mirrored, 16 in a batch.
+# train2017 has 118,287 images, 117,266 of them with objects. Each is used twice (also mirrored), 16 per batch.
 EPOCH = 2 * 117_266 // 16
 
 config = Config(

@@ -2,11 +2,12 @@
 
     python train.py --config configs/coco_resnet101_fpn.py --data.root data/coco
 
-faster_rcnn_R_101_FPN_3x of detectron2: Caffe-style network, 16 images over 8 devices, 270,000 steps, learning rate
-0.02 with 1000 steps of warm-up and a tenth of it after 210,000 and 250,000, short sides of 640, 672, 704, 736, 768 or
-800 in training and 800 in testing. Published there: AP 42.0, 0.286 s per step on 8 V100.
-Give weights trained on ImageNet with --init; without them no such figure is to be expected.
-We have not measured it: neither the figure nor the time.
+This is faster_rcnn_R_101_FPN_3x of detectron2: a Caffe-style network, 16 images over 8 devices, 270,000 steps. The
+learning rate is 0.02 after 1000 steps of warm-up, and falls to a tenth after 210,000 and again after 250,000 steps.
+The short side is 640, 672, 704, 736, 768 or 800 in training and 800 in testing.
+Published by detectron2: AP 42.0, 0.286 s per step on 8 V100.
+Give ImageNet weights with --init; without them, training will not reach the published result.
+We have measured neither the result nor the time.
 """
 
 from pathlib import Path

@@ -2,11 +2,11 @@
 
     python train.py --config configs/coco_resnet50_fpn.py --data.root data/coco
 
-fasterrcnn_resnet50_fpn of torchvision: short side 800, long side at most 1333, 16 images over 8 devices, 26 epochs,
-learning rate 0.02 with 1000 steps of warm-up and a tenth of it after 16 and 22. Published there: AP 37.0, 0.2288 s per
-step of 2 images per V100.
-Give weights trained on ImageNet with --init; without them no such figure is to be expected.
-We have not measured it: neither the figure nor the time.
+This is fasterrcnn_resnet50_fpn of torchvision: short side 800, long side at most 1333, 16 images over 8 devices, 26
+epochs. The learning rate is 0.02 after 1000 steps of warm-up, and falls to a tenth after 16 and again after 22 epochs.
+Published by torchvision: AP 37.0, 0.2288 s per step of 2 images per V100.
+Give ImageNet weights with --init; without them, training will not reach the published result.
+We have measured neither the result nor the time.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
 from fasterrcnn_jax.config.families import FPN_TRAINING, resnet_fpn
 from fasterrcnn_jax.data.coco import CLASS_NAMES
 
-# 117,266 images of train2017 have objects; 16 in a batch.
+# 117,266 images of train2017 have objects; 16 per batch.
 EPOCH = 117_266 // 16
 
 config = Config(

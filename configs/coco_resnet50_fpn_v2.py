@@ -2,12 +2,13 @@
 
     python train.py --config configs/coco_resnet50_fpn_v2.py --data.root data/coco
 
-fasterrcnn_resnet50_fpn_v2 of torchvision: normalisation in the pyramid, two convolutions in the RPN, four and one fully
-connected layer in the box head. Published there: AP 46.7, trained 400 epochs with large-scale jitter on 32 GPUs, which
-is not this schedule: here it is that of the first version. The jitter is here, onto our canvases and not 1024 x 1024;
---data.augment.scale_jitter None leaves it out. Batch norm is fixed here, in the heads too.
-Give weights trained on ImageNet with --init; without them no such figure is to be expected.
-We have not measured it: neither the figure nor the time.
+This is fasterrcnn_resnet50_fpn_v2 of torchvision: normalisation in the pyramid, two convolutions in the RPN, and four
+convolutions and one fully connected layer in the box head. It differs from torchvision in three points. It has the
+schedule of the first version, not 400 epochs on 32 GPUs. Large-scale jitter goes onto our canvases, not 1024 x 1024;
+--data.augment.scale_jitter None turns it off. Batch normalisation is fixed, also in the heads.
+Published by torchvision: AP 46.7 with its own schedule.
+Give ImageNet weights with --init; without them, training will not reach such a result.
+We have measured neither the result nor the time.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from fasterrcnn_jax.config.families import FPN_TRAINING, resnet_fpn
 from fasterrcnn_jax.data.coco import CLASS_NAMES
 
-# 117,266 images of train2017 have objects; 16 in a batch.
+# 117,266 images of train2017 have objects; 16 per batch.
 EPOCH = 117_266 // 16
 
 config = Config(

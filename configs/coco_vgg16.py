@@ -2,11 +2,12 @@
 
     python train.py --config configs/coco_vgg16.py --data.root data/coco
 
-Four anchor scales from 64 pixels up, short side 800, 16 images over 8 devices, 6 epochs with mirrored copies,
-learning rate 1e-2 and a tenth of it after 4. Published by faster-rcnn.pytorch, for the sets trainval35k and
-minival of 2014, which are almost these: AP 29.2 in 6 x 4.9 hours on 8 GPUs, 7.2 GB each.
-The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
-random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
+Four anchor scales from 64 pixels up, short side 800. It trains 16 images over 8 devices for 6 epochs of the images and
+their mirrored copies. The learning rate is 1e-2, and 1e-3 after 4 epochs.
+Published by faster-rcnn.pytorch: AP 29.2 in 6 x 4.9 hours on 8 GPUs, 7.2 GB each. It uses trainval35k and minival of
+2014, which are almost the same images.
+The reference starts from Caffe's ImageNet weights: give that file with --init. Without it, training starts from random
+weights and will not reach the published result. We have measured neither the result nor the time.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
 from fasterrcnn_jax.config.families import VGG16_TRAINING, coco_scales, vgg16
 from fasterrcnn_jax.data.coco import CLASS_NAMES
 
-# train2017 holds 118,287 images, 117,266 of them with objects; each once more mirrored, 16 in a batch.
+# train2017 has 118,287 images, 117,266 of them with objects. Each is used twice (also mirrored), 16 per batch.
 EPOCH = 2 * 117_266 // 16
 
 config = Config(

@@ -1,8 +1,8 @@
-"""Your own images in a VOC folder, trained from nothing on a CPU or a GPU: 320 x 240 pixels, a thin ResNet-18.
+"""Your own images in a VOC folder: a thin ResNet-18 at 320 x 240 pixels, trained from random weights on a CPU or GPU.
 
     python train.py --config configs/folder.py --data.root FOLDER --data.class_names NAME NAME --run runs/NAME
 
-For images whose objects are roughly 15 to 200 pixels once the shorter side is 240.
+It suits objects of roughly 15 to 200 pixels in an image whose shorter side is resized to 240 pixels.
 """
 
 from pathlib import Path

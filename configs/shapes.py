@@ -1,4 +1,4 @@
-"""Four kinds of shapes on textured ground, drawn on first use: trains from nothing on two CPU cores.
+"""Four classes of shapes on textured backgrounds, drawn on first use. Trains from random weights on two CPU cores.
 
 python train.py --config configs/shapes.py
 """

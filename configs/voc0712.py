@@ -2,12 +2,13 @@
 
     python train.py --config configs/voc0712.py --data.root data/VOCdevkit
 
-The schedule of tf-faster-rcnn: batch size 1, 110,000 steps, learning rate 1e-3 and a tenth of it after 80,000, weight
-decay 1e-4, 256 cropped regions per image. Published there: mAP 79.8 (VOC 2007 metric, "best of 2-3 attempts"). It
-differs in one thing: it does not add the ground truth to the regions. faster-rcnn.pytorch publishes no figure for
-both years; the paper of ResNet has 76.4.
-The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
-random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
+This is the schedule of tf-faster-rcnn: batch size 1, 110,000 steps, learning rate 1e-3 and 1e-4 after 80,000 steps,
+weight decay 1e-4, 256 cropped regions per image.
+Published by tf-faster-rcnn: mAP 79.8 (VOC 2007 metric, "best of 2-3 attempts"). It differs in one point: it does not
+add the ground-truth boxes to the regions. faster-rcnn.pytorch publishes no result for both years; the ResNet paper
+reports 76.4.
+The reference starts from Caffe's ImageNet weights: give that file with --init. Without it, training starts from random
+weights and will not reach the published result. We have measured neither the result nor the time.
 """
 
 from dataclasses import replace

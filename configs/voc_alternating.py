@@ -2,12 +2,16 @@
 
     python train.py --config configs/voc_alternating.py --data.root data/VOCdevkit
 
-An RPN for 80,000 steps of one image, a detector from the first weights again for 40,000 steps of two on the 2,000
-proposals of each image, an RPN on its fixed layers for 80,000, its head on the new proposals for 40,000; learning
-rate 1e-3 and a tenth of it after three quarters of each. The stages lie in RUN/stages, the last one and its detector
-in RUN. Published by the paper: mAP 69.9 (VOC 2007 metric), from Caffe's weights trained on ImageNet: give the file
-with --init. Without it this starts from random ones, and no such figure is to be expected. Unlike py-faster-rcnn, box
-targets are divided by fixed deviations, not by those of the data. We have not measured it: neither figure nor time.
+The four stages:
+  1. an RPN, 80,000 steps of one image;
+  2. a detector, again from the initial weights, 40,000 steps of two images, on 2,000 stored proposals per image;
+  3. an RPN on the fixed shared layers of stage 2, 80,000 steps;
+  4. the box head of stage 2 on the new proposals, 40,000 steps.
+The learning rate is 1e-3, and 1e-4 after three quarters of each stage. The first three stages are written to
+RUN/stages; the last stage, with the final detector, is written to RUN.
+Published by the paper: mAP 69.9 (VOC 2007 metric), from Caffe's ImageNet weights: give that file with --init. Without
+it, training starts from random weights and will not reach the published result. Unlike py-faster-rcnn, box targets are
+divided by fixed standard deviations, not by those of the data. We have measured neither the result nor the time.
 """
 
 from dataclasses import replace
@@ -25,7 +29,7 @@ from fasterrcnn_jax.config import (
 from fasterrcnn_jax.config.families import vgg16
 from fasterrcnn_jax.data.voc import CLASS_NAMES
 
-# Of the largest canvas: before the best 2,000 are taken py-faster-rcnn drops none.
+# Number of anchors on the largest canvas. All of them enter NMS, because py-faster-rcnn drops none before NMS here.
 ANCHORS = 38 * 63 * 9
 
 config = Config(

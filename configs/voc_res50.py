@@ -2,10 +2,10 @@
 
     python train.py --config configs/voc_res50.py --data.root data/VOCdevkit
 
-Regions are cropped and max-pooled, 256 of them per image; the schedule is that of ResNet-101. The reference
-publishes no figure for it, and its later branch has lost the crop operator that this file of its asks for.
-The reference starts from Caffe's weights trained on ImageNet: give the file with --init. Without it this starts from
-random ones, and no such figure is to be expected. We have not measured it: neither the figure nor the time.
+Regions are cropped and max-pooled, 256 per image. The schedule is the schedule of ResNet-101. The reference publishes
+no result for this file, and its later branch no longer has the crop operator that the file asks for.
+The reference starts from Caffe's ImageNet weights: give that file with --init. Without it, training starts from random
+weights. We have measured neither the result nor the time.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from fasterrcnn_jax.config import Config, DataConfig, TrainConfig
 from fasterrcnn_jax.config.families import resnet_c4, voc_schedule
 from fasterrcnn_jax.data.voc import CLASS_NAMES
 
-# Every image with an object that is not difficult, and its mirrored copy: 2 x 5,011 at most.
+# Every image with an object that is not difficult, and its mirrored copy: at most 2 x 5,011.
 IMAGES = 10022
 
 config = Config(

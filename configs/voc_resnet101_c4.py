@@ -2,10 +2,10 @@
 
     python train.py --config configs/voc_resnet101_c4.py --data.root data/VOCdevkit --init resnet101-63fe2227.pth
 
-The detector of configs/voc0712.py on the ResNet whose weights are easily had: stride in the 3x3, padded pooling, RGB.
-Published for ResNet-101-C4 on these sets: mAP 76.4 (He et al. 2015, table 7), 79.8 (tf-faster-rcnn), both from
-Caffe's weights.
-We have not measured it: neither the figure nor the time.
+This is the detector of configs/voc0712.py, but with torchvision's ResNet, whose weights are easy to get: the stride is
+in the 3x3 convolution, the pooling is padded, and the channels are RGB. Regions use RoIAlign.
+Published for ResNet-101-C4 on these data sets: mAP 76.4 (He et al. 2015, table 7) and 79.8 (tf-faster-rcnn), both from
+Caffe's weights. We have measured neither the result nor the time.
 """
 
 from dataclasses import replace

@@ -2,10 +2,10 @@
 
     python train.py --config configs/voc_resnet50_fpn.py --data.root data/VOCdevkit
 
-torchvision's detector at VOC's usual size, short side 600 and long side at most 1000, 16 images, 12 epochs. mmdetection
-publishes mAP 79.5 (VOC 2007 metric) for ResNet-50-FPN on these sets with a schedule of its own.
-Give weights trained on ImageNet with --init; without them no such figure is to be expected.
-We have not measured it: neither the figure nor the time.
+This is torchvision's detector at VOC's usual size: short side 600, long side at most 1000, batch size 16, 12 epochs.
+mmdetection publishes mAP 79.5 (VOC 2007 metric) for ResNet-50-FPN on these data sets, with its own schedule.
+Give ImageNet weights with --init; without them, training will not reach such a result.
+We have measured neither the result nor the time.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from fasterrcnn_jax.config.families import FPN_TRAINING, resnet_fpn
 from fasterrcnn_jax.data.voc import CLASS_NAMES
 
 MODEL = resnet_fpn(50)
-# 16,551 images in both sets; 16 in a batch.
+# 16,551 images in both data sets; 16 per batch.
 EPOCH = 16_551 // 16
 
 config = Config(

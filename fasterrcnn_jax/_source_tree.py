@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 TOP = Path(__file__).parents[1]
 BESIDE = {
@@ -22,7 +23,7 @@ BESIDE = {
 class SourceTreeFinder(importlib.abc.MetaPathFinder):
     """Finds what `BESIDE` names. Python asks it last, after a wheel's own folders."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         file = BESIDE.get(fullname)
         if file is None or not file.is_file():
             return None

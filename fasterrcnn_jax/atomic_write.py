@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes a file completely or not at all."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ from fasterrcnn_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file beside `path` and renames it to `path`, so that no reader sees half of it.
+    """Writes a temporary file next to `path` and renames it to `path`, so that no reader sees an incomplete file.
 
     Args:
       content: text is written as UTF-8 with a line feed at the end of each line.
     Raises:
-      InputError: the file cannot be written; names it.
+      InputError: the file cannot be written; the message names it.
     """
-    # The tempfile module would make a file that only its owner can read.
+    # The tempfile module would create a file that only its owner can read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

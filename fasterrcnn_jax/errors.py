@@ -1,19 +1,19 @@
-"""The errors that are meant for the person at the keyboard.
+"""Errors whose message is written for the user.
 
-The scripts print their message without a traceback and exit with status 2; everything else is a defect
-and keeps its traceback.
+The scripts print the message of these errors without a traceback and exit with status 2. Any other exception is a
+defect and keeps its traceback.
 """
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; one sentence that names the file, the field and the value."""
+    """An input of the user cannot be used; the message is one sentence with the file, the field and the value."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Training diverged; one sentence that names the step, the loss and the images."""
+    """Training diverged; the message is one sentence with the step, the loss and the images."""
 
 
 def quoted(value: object) -> str:
-    """Returns a value for a message, cut where it is long."""
+    """Returns the `repr` of a value for a message, cut after 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]} ..."

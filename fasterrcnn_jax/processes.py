@@ -1,7 +1,7 @@
-"""One run on several devices of several processes. The only module that knows how a step is mapped over them.
+"""Communication between the processes of one run.
 
-Every process runs the same program on its local devices. Arrays are local: a state has a copy on each local
-device, a batch the rows of this process. What must not differ between processes is gathered here.
+Every process runs the same program on its local devices. Arrays are local: each local device has a copy of the state,
+and a batch has only the rows of this process. This module gathers the values that must be the same in all processes.
 """
 
 import socket
@@ -21,24 +21,24 @@ TIMEOUT = 300  # seconds that processes wait for one another at the start
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Joins the other processes of the run; call it before anything asks JAX for its devices.
+    """Connects this process to the other processes of the run. Call it before anything asks JAX for its devices.
 
     Raises:
-      InputError: no cluster is found, the coordinator cannot be reached, or this process is no part of it.
+      InputError: no cluster is found, the coordinator cannot be reached, or this process does not belong to it.
     """
     if config.coordinator is None:
         return
-    # Its handler of SIGTERM would take the place of ours; `preemption` and `any_process` do its work.
+    # JAX's handler of SIGTERM would replace ours. `preemption` and `any_process` do the same work.
     jax.config.update("jax_enable_preemption_service", False)
     explicit = config.coordinator != "detect"
-    if explicit and config.process_id > 0:
+    if explicit and config.process_id:
         _wait_for(config.coordinator)
     try:
         jax.distributed.initialize(
             coordinator_address=config.coordinator if explicit else None,
             num_processes=config.num_processes,
             process_id=config.process_id,
-            # Otherwise the environment of a cluster would be asked for what is missing: the local devices.
+            # Otherwise JAX would take the local devices, which we do not give, from the cluster's environment.
             cluster_detection_method="deactivate" if explicit else None,
             initialization_timeout=TIMEOUT,
         )
@@ -47,7 +47,10 @@ def initialize(config: DistributedConfig) -> None:
 
 
 def _wait_for(coordinator: str) -> None:
-    """Returns when process 0 answers; of one that never does, JAX would end the program with a stack trace."""
+    """Returns when process 0 answers, and raises InputError after TIMEOUT.
+
+    Without this check, JAX would end the program with a stack trace if process 0 never answers.
+    """
     host, _, port = coordinator.rpartition(":")
     until = time.monotonic() + TIMEOUT
     while True:
@@ -57,7 +60,7 @@ def _wait_for(coordinator: str) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise InputError(
-                    f"distributed.coordinator = {coordinator!r} is not reached within {TIMEOUT} seconds "
+                    f"distributed.coordinator = {coordinator!r} did not answer within {TIMEOUT} seconds "
                     f"({error.strerror or error})"
                 ) from error
             time.sleep(0.2)
@@ -66,43 +69,43 @@ def _wait_for(coordinator: str) -> None:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "coordinator_address should be defined" in text:
-        return "none of SLURM, Open MPI, Kubernetes or Cloud TPU is found around this process; give HOST:PORT"
+        return "this process does not run under SLURM, Open MPI, Kubernetes or Cloud TPU; give HOST:PORT"
     return text
 
 
 def process() -> tuple[int, int]:
-    """Returns (index, count) of this process; (0, 1) where there is one alone."""
+    """Returns (index of this process, number of processes); (0, 1) in a run of one process."""
     return jax.process_index(), jax.process_count()
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and prints."""
+    """Returns True in the one process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def per_device(batch_size: int) -> int:
-    """Returns how many images of a batch one device gets, at least one."""
+    """Returns the number of images of a batch that one device gets, at least one."""
     return max(1, batch_size // jax.device_count())
 
 
 def check_batch_size(batch_size: int, *, accumulate: int = 1, field: str = "train.batch_size") -> None:
-    """Raises InputError unless every device gets the same number of images in each of `accumulate` parts.
+    """Raises InputError unless every device gets the same number of images in each of `accumulate` micro-batches.
 
     Args:
-      field: of the configuration that says `batch_size`.
+      field: configuration field that holds `batch_size`, for the message.
     """
     devices, processes = jax.device_count(), jax.process_count()
     if batch_size % (devices * accumulate):
         among = "" if processes == 1 else f" of {processes} processes"
-        parts = "" if accumulate == 1 else f" times {accumulate} parts"
+        parts = "" if accumulate == 1 else f" times {accumulate} micro-batches"
         raise InputError(f"{field} is {batch_size}, not a multiple of the {devices} devices{among}{parts}")
 
 
 def any_process(flag: bool) -> bool | jax.Array:
-    """Returns, as a bool scalar, whether `flag` is true in any process; the same in all of them.
+    """Returns a bool scalar: whether `flag` is true in any process. The result is the same in all processes.
 
-    All processes must call it, in the same place among their steps. It is queued behind the step before it
-    like any work of the device: only who reads the result waits.
+    All processes must call this at the same point between their steps. The device runs it after the step before it,
+    so the caller waits only when it reads the result.
     """
     if jax.process_count() == 1:
         return flag
@@ -117,11 +120,11 @@ def _any(flags: Shaped[jax.Array, "n"]) -> Shaped[jax.Array, ""]:
 
 
 def gather_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
-    """Returns the rows of all processes, those of process 0 first; each may have another number of them."""
+    """Returns the rows of all processes, in the order of the processes. Their numbers of rows may differ."""
     if jax.process_count() == 1:
         return rows
     counts = multihost_utils.process_allgather(np.int32(len(rows)))
-    # Rounded up: evaluations that find about as much share one program.
+    # Rounded up to a power of two, so that evaluations with similar numbers of rows share one compiled program.
     slots = 1 << int(counts.max() - 1).bit_length()
     padded = np.zeros((slots, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows

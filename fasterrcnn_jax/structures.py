@@ -1,11 +1,11 @@
 """The pytrees that flow from stage to stage.
 
 B images, A anchors, P proposals, R sampled RoIs, D detections, G ground-truth slots, K classes,
-S pool size. Functions below `models/` see one image, so they see these without the leading B.
+S pool size. The functions of `ops/` take one image, so their arrays do not have the leading B axis.
 
 Boxes are float32 xyxy, continuous, in pixels of the padded network input: a box covers
-[x1, x2) x [y1, y2). Label 0 is background, 1..K are the classes. A bool `valid` beside the data is
-the only definition of padding; padded payload is zero and finite.
+[x1, x2) x [y1, y2). Label 0 is background, 1..K are the classes. Only the bool array `valid` next to
+the data tells which entries are padding; padded entries are zero and finite.
 """
 
 import math
@@ -22,7 +22,7 @@ PerDelta = tuple[float, float, float, float]  # one value for each of dx, dy, dw
 # 1000 px image.
 MAX_LOG_SCALE = math.log(1000.0 / 16.0)
 
-# Canvases from the host: normalised, or whole grey levels (`ImageConfig.pixel_dtype`); zero beyond the image.
+# Canvases from the host: normalised float32, or unnormalised uint8 (`ImageConfig.pixel_dtype`); zero beyond the image.
 Images = Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]
 
 
@@ -41,17 +41,17 @@ class Proposals(NamedTuple):
 class Batch(NamedTuple):
     images: Images
     image_hw: Float[Array, "*b 2"]  # (height, width) of the image inside the canvas
-    scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the stored image; they differ after rounding
-    image_index: Int[Array, "*b"]  # position in the data set; seeds what is random for the image
+    scale: Float[Array, "*b 2"]  # (y, x) network pixels per pixel of the original image; y and x differ by rounding
+    image_index: Int[Array, "*b"]  # position in the data set; seeds the random choices for the image
     image_valid: Bool[Array, "*b"]  # False for rows that only fill the batch
     ground_truth: GroundTruth
-    proposals: Proposals | None = None  # stored ones, for the box head alone; None: the RPN makes them
+    proposals: Proposals | None = None  # stored proposals, to train the box head alone; None: the RPN makes them
 
 
 class AnchorTargets(NamedTuple):
-    labels: Int[Array, "*b a"]  # -1 ignored, 0 background, 1 foreground; what was not sampled is -1
-    deltas: Float[Array, "*b a 4"]  # zero unless foreground, sampled or not
-    foreground: Bool[Array, "*b a"]  # before the sample was drawn
+    labels: Int[Array, "*b a"]  # -1 ignored or not sampled, 0 background, 1 foreground
+    deltas: Float[Array, "*b a 4"]  # zero unless the anchor is foreground, whether sampled or not
+    foreground: Bool[Array, "*b a"]  # which anchors are foreground, whether sampled or not
 
 
 class RoiTargets(NamedTuple):
@@ -69,10 +69,10 @@ class Detections(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A mean that is not divided yet: a mean of per-device means is not the global mean."""
+    """A mean before the division: sum and count are kept, because a mean of per-device means is not the global mean."""
 
     sum: Float[Array, "*b"]
-    count: Float[Array, "*b"]
+    count: Float[Array, "*b"]  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's count, which nobody calls
 
 
 class LossTerms(NamedTuple):
@@ -85,31 +85,34 @@ class LossTerms(NamedTuple):
 
     @property
     def total(self) -> Float[Array, ""]:
-        """The training loss. Ren et al. 2015 (arXiv:1506.01497), eq. 1, and Girshick 2015 (arXiv:1504.08083), eq. 1."""
+        """Returns the training loss.
+
+        Ren et al. 2015 (arXiv:1506.01497), eq. 1, and Girshick 2015 (arXiv:1504.08083), eq. 1.
+        """
         return self.rpn_objectness + self.rpn_box + self.box_class + self.box_delta
 
 
 class Losses(NamedTuple):
-    """The four losses of a batch, or of each of its images, not divided yet."""
+    """The four losses of a batch, or of each image of a batch, as sums and counts."""
 
     rpn_objectness: Mean
     rpn_box: Mean
     box_class: Mean
     box_delta: Mean
-    # How many of each sample are foreground: a loss over background alone says nothing about objects.
+    # Numbers of sampled anchors and RoIs that are foreground: a loss over background alone says nothing about objects.
     rpn_foreground: Float[Array, "*b"]
     box_foreground: Float[Array, "*b"]
 
     @property
     def means(self) -> dict[str, Mean]:
-        """The four losses by name, without the foreground counts."""
+        """Returns the four losses by name, without the foreground counts."""
         return {name: getattr(self, name) for name in LossTerms._fields}
 
     def terms(self, global_count: Callable[[Array], Array] = lambda count: count) -> LossTerms:
-        """Returns each sum over its count, or over 1 where nothing was counted.
+        """Returns each sum divided by its count, or by 1 where the count is 0.
 
         Args:
-          global_count: from the count of this device to the count over all devices.
+          global_count: maps the count of this device to the count over all devices.
         """
 
         def divided(mean: Mean) -> Array:

@@ -1,1 +1,1 @@
-"""Pallas kernels for NVIDIA GPUs (Mosaic), and what decides between them and plain JAX: README.md beside this file."""
+"""Pallas kernels for NVIDIA GPUs (Mosaic) and the choice between them and plain JAX; see README.md in this folder."""

@@ -1,7 +1,8 @@
-"""`vmap` of a kernel: one launch over all mapped axes in place of one launch mapped."""
+"""Makes `vmap` of a kernel one launch over all mapped axes instead of a mapped launch."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.custom_batching import custom_vmap
 
 
 def fold_mapped_axes(launch: Callable) -> Callable:
-    """Returns `launch`, but `vmap` lengthens the leading axis that its arguments and results share.
+    """Returns `launch` with another `vmap`: it folds mapped axes into the leading axis of arguments and results.
 
     Args:
       launch: takes and returns pytrees of arrays, each with the same leading axis of problems.
@@ -17,8 +18,8 @@ def fold_mapped_axes(launch: Callable) -> Callable:
     folded = custom_vmap(launch)
 
     @folded.def_vmap
-    def rule(axis_size, is_mapped, *arguments):
-        def fold(mapped, x):
+    def rule(axis_size: int, is_mapped: list[Any], *arguments: Any) -> tuple[Any, Any]:
+        def fold(mapped: bool, x: jax.Array) -> jax.Array:
             if not mapped:
                 x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])

@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: plain JAX ("xla") or the kernel of this package ("mosaic").
+"""Chooses the implementation of an operation: plain JAX ("xla") or the kernel of this package ("mosaic").
 
-Decided while tracing, from the device that programs go to by default. A program that is exported for another
-one must name its implementation.
+The choice is made while tracing and depends on JAX's default device. If you export a program for another device,
+name the implementation.
 """
 
 import functools
@@ -17,30 +17,31 @@ Implementation = Literal["xla", "mosaic"] | None
 logger = logging.getLogger(__name__)
 
 OLDEST_JAX = (0, 11)
-# Compute capabilities: the kernels are written for the first, and compile from the second on.
+# Compute capabilities: the kernels are written for Hopper, and they compile for Ampere and later.
 HOPPER, AMPERE = (9, 0), (8, 0)
-# Beyond the data centre's Blackwell a multiprocessor has less shared memory again, and nobody has compiled for it.
+# GPUs newer than data-centre Blackwell have less shared memory per multiprocessor; the kernels were never compiled for
+# them.
 NEWEST = (11, 0)
 
 
 def choose(operation: str, implementation: Implementation, *, unsupported: str | None) -> Literal["xla", "mosaic"]:
-    """Returns the implementation that is named, or, for None, the kernel where it can run.
+    """Returns the named implementation or, for None, the kernel if it can run and plain JAX otherwise.
 
     Args:
-      operation: its name, for messages.
-      unsupported: what the kernel cannot do in the arguments at hand; None: it can.
+      operation: name of the operation, for messages.
+      unsupported: why the kernel cannot take the arguments of this call; None: it can.
     Raises:
-      NotImplementedError: the kernel is named and cannot run; the message says why.
-      ValueError: `implementation` is none of the three.
+      NotImplementedError: the kernel is named and cannot run; the message states the reason.
+      ValueError: `implementation` is not one of these three values.
     """
     if implementation not in (None, "xla", "mosaic"):
         raise ValueError(f"implementation must be None, 'xla' or 'mosaic', got {implementation!r}")
     if implementation == "xla":
         return "xla"
-    # From Ampere to Hopper, and on what is newer than both, nobody has run them: there a user must ask.
+    # The kernels were never run on GPUs from Ampere up to Hopper or on the newest ones: users must name them there.
     reason = unsupported or unsupported_here(HOPPER if implementation is None else AMPERE)
     if reason is None and implementation is None and device()[1] >= NEWEST:
-        reason = "on compute capability {}.{} nobody has run it".format(*device()[1])
+        reason = "it was never run on compute capability {}.{}".format(*device()[1])
     if implementation == "mosaic":
         if reason:
             raise NotImplementedError(f"the Mosaic kernel of {operation} was asked for, but {reason}")
@@ -51,29 +52,30 @@ def choose(operation: str, implementation: Implementation, *, unsupported: str |
 
 
 def unsupported_here(oldest: tuple[int, int]) -> str | None:
-    """Returns why no kernel can run here: JAX, platform or a capability below `oldest`; None if they can."""
+    """Returns why no kernel can run here: JAX, platform, or a compute capability below `oldest`; None if they can."""
     if jax.__version_info__[:2] < OLDEST_JAX:
-        return f"it needs JAX {OLDEST_JAX[0]}.{OLDEST_JAX[1]} or newer and this is {jax.__version__}"
+        return f"it needs JAX {OLDEST_JAX[0]}.{OLDEST_JAX[1]} or newer and the installed JAX is {jax.__version__}"
     platform, capability = device()
     if platform != "cuda":
-        return f"it runs on CUDA devices and this one's platform is {platform}"
+        return f"it runs on CUDA devices and the platform of this device is {platform}"
     if capability < oldest:
         return "it needs compute capability {}.{} or newer and this device has {}.{}".format(*oldest, *capability)
     return None
 
 
 def unsupported_features(dtype: DTypeLike, channels: int) -> str | None:
-    """Returns why the kernels on feature maps cannot take these; None if they can."""
+    """Returns why the kernels cannot take feature maps with this type and these channels; None if they can."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"it takes float32 and bfloat16 features and these are {jnp.dtype(dtype).name}"
+        return f"it takes float32 and bfloat16 features and these features are {jnp.dtype(dtype).name}"
     if channels % 128:
-        return f"it takes channels in multiples of 128 and there are {channels}"
+        return f"it takes channels in multiples of 128 and the features have {channels}"
     return None
 
 
 def device() -> tuple[str, tuple[int, int]]:
-    """Returns platform ("cuda", "rocm", "cpu", ...) and compute capability of the default device."""
-    default = jax.config.jax_default_device
+    """Returns the platform ("cuda", "rocm", "cpu", ...) and the compute capability of the default device."""
+    # JAX adds its options to the class while it is imported.
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if default is None or isinstance(default, str):
         default = jax.devices(default)[0]
     if default.platform != "gpu":

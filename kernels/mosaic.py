@@ -1,14 +1,14 @@
-"""The one door to Pallas' Mosaic GPU back end, opened when the first kernel is traced."""
+"""The only access to the Mosaic GPU back end of Pallas, which is imported when the first kernel is traced."""
 
 from collections.abc import Callable
 from typing import Any
 
-# A test sets it to `plgpu.InterpretGPUParams(...)`: kernels then run step by step on a CPU, watched for races.
+# Tests set this to `plgpu.InterpretGPUParams(...)`: kernels then run step by step on a CPU, with a check for races.
 INTERPRET: Any = None
 
 
 def kernel(body: Callable, **options: Any) -> Callable:
-    """Returns `plgpu.kernel(body, **options)`, where `body` takes references to inputs, outputs and scratch."""
+    """Returns `plgpu.kernel(body, **options)`; `body` takes references to inputs, outputs and scratch memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if INTERPRET is not None:

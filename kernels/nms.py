@@ -1,11 +1,11 @@
 """Greedy non-maximum suppression for Mosaic GPU, in two designs.
 
-Bit mask and sweep: many blocks write down, one bit per pair, which boxes suppress each other; then one block per
-problem walks the bits, a tile of boxes at a time. Kept list: one block per problem compares each tile of boxes with
-every box kept so far and needs no workspace. Both visit the boxes in the order given and stop once enough are kept.
+Bit mask and sweep: many blocks write, one bit per pair, which boxes suppress each other; then one block per problem
+reads the bits, a tile of boxes at a time. Kept list: one block per problem compares each tile of boxes with every box
+kept so far and needs no workspace. Both designs visit the boxes in the given order and stop when enough are kept.
 
-In pairs, with n boxes of which k are kept: n^2 / 2 to n^2 over the whole device for the mask, up to n * k / 2 on
-one of its multiprocessors for the list. So the mask is for few large problems, the list for many.
+If k of n boxes are kept, the mask compares n^2 / 2 to n^2 pairs, spread over the whole device, and the list compares
+up to n * k / 2 pairs on one multiprocessor. So the mask is for few large problems, the list for many problems.
 """
 
 import functools
@@ -21,31 +21,34 @@ from jax import lax
 
 THREADS = 128
 WORD = 32
-# Boxes whose bits fill one word of every thread: the mask's columns come in such chunks.
+# The number of boxes whose bits fill one word of every thread: the mask's columns come in chunks of this size.
 CHUNK = WORD * THREADS
-# Rows of the mask that one block finds from each reading of the columns, and rows that the sweep reads at once. More
-# of either hides more latency and takes more registers.
+# Rows of the mask that one block computes each time it reads the columns, and rows that the sweep reads at once. Larger
+# values hide more latency and take more registers.
 MASK_ROWS, SWEPT_ROWS = 8, 16
-# Boxes decided at a time. Four per thread in the list: independent comparisons hide each other's latency.
+# Boxes decided at a time. The list has four per thread, because independent comparisons hide each other's latency.
 SWEEP_TILE, LIST_TILE = 128, 512
 TILE_WORDS = SWEEP_TILE // WORD
-# The sweep holds SWEPT_ROWS rows in registers, 8 words of each per thread.
+# The sweep holds SWEPT_ROWS rows in registers, 8 words of each row per thread.
 MOST_MASKED = 8 * CHUNK
 MOST_MASK_BYTES = 1 << 28
-# Six numbers per kept box in the 227 KiB of shared memory that a block can have.
+# Each kept box takes six numbers in the 227 KiB of shared memory that a block can have.
 MOST_LISTED = 9000
-# An H200 has 132, an H100 up to as many. With that many problems the list has the whole device at work, too.
+# An H200 has 132 multiprocessors, an H100 at most 132. With this many problems the list, too, uses the whole device.
 MULTIPROCESSORS = 128
+
+# Boxes from `with_area`: x1, y1, x2, y2 and area, along the first axis or one by one.
+Box = jax.Array | list[jax.Array]
 
 
 def design(problems: int, boxes: int, max_output: int) -> Literal["mask", "list"]:
-    """Returns which design suits these static sizes.
+    """Returns the faster design for these static sizes.
 
-    The mask's p * n^2 pairs (n in whole chunks) are shared by all multiprocessors; the list's n * k / 2 of a
-    problem keep one of them about half busy. So the mask wins while p * n <= 128 * k: for 1 or 8 images of 12,000
-    boxes with 2,000 kept, and of the 8,768 boxes of five pyramid levels with 1,000. The list takes what has many
-    problems, 8 images x 90 classes of 1,000 boxes, and what keeps few of many: 90,000 boxes of all classes with
-    100 kept, where a mask would take 1 GB per image.
+    All multiprocessors share the mask's p * n^2 pairs (n rounded up to whole chunks); the list's n * k / 2 pairs of a
+    problem keep one multiprocessor about half busy. So the mask is faster while p * n <= 128 * k. It is used for 1 or
+    8 images of 12,000 boxes with 2,000 kept, and of the 8,768 boxes of five pyramid levels with 1,000 kept. The list
+    is used for many problems (8 images x 90 classes of 1,000 boxes) and if few of many boxes are kept (100 of the
+    90,000 boxes of all classes, where a mask would take 1 GB per image).
     """
     n = boxes + -boxes % CHUNK
     fits = n <= MOST_MASKED and problems * n * n // 8 <= MOST_MASK_BYTES
@@ -53,9 +56,9 @@ def design(problems: int, boxes: int, max_output: int) -> Literal["mask", "list"
 
 
 def unsupported(boxes: int, max_output: int) -> str | None:
-    """Returns why the kernels cannot take these static sizes; None if they can, however many problems there are."""
+    """Returns why the kernels cannot take these static sizes; None if they can, with any number of problems."""
     if min(boxes, max_output) > MOST_LISTED:
-        return f"it keeps at most {MOST_LISTED} boxes and up to {min(boxes, max_output)} are asked for"
+        return f"it keeps at most {MOST_LISTED} boxes and the call asks for up to {min(boxes, max_output)}"
     return None
 
 
@@ -63,13 +66,14 @@ def unsupported(boxes: int, max_output: int) -> str | None:
 def keep_first(threshold: np.float32, max_output: int) -> Callable:
     """Returns the launch (boxes [p n 4], groups [p n], num_valid [p]) -> (positions [p k], count [p]).
 
-    The boxes are float32, sorted by descending score, valid ones first; the first `count` of the `k` positions
-    are those of kept boxes, ascending, the others unwritten. Boxes of different groups never suppress each other.
+    The boxes are float32 and sorted by descending score, valid ones first. The first `count` of the `k` positions
+    are the ascending positions of the kept boxes; the others are not written. Boxes of different groups never
+    suppress each other.
     """
 
-    def launch(boxes, groups, num_valid):
-        n = groups.shape[1]
-        masked = design(*groups.shape, max_output) == "mask"
+    def launch(boxes: jax.Array, groups: jax.Array, num_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        problems, n = groups.shape
+        masked = design(problems, n, max_output) == "mask"
         padding = -n % (CHUNK if masked else LIST_TILE)
         planes = jnp.pad(with_area(boxes), ((0, 0), (0, 0), (0, padding)))
         groups = jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))
@@ -82,41 +86,44 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
     return fold_mapped_axes(launch)
 
 
-def with_area(boxes):
+def with_area(boxes: jax.Array) -> jax.Array:
     """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4]."""
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    # See `suppresses`.
+    # `suppresses` tells why there is a maximum.
     area = jnp.maximum(area, jnp.finfo(jnp.float32).min)
     return jnp.concatenate([jnp.moveaxis(boxes, -1, 0), area[None]])
 
 
-def suppresses(box, group, other, other_group, threshold):
-    """Returns where float32 `intersection / union > threshold` and the groups are equal; boxes from `with_area`.
+def suppresses(box: Box, group: jax.Array, other: Box, other_group: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns where float32 `intersection / union > threshold` and the groups are equal.
 
-    Every operation is rounded on its own. Compilers make one operation of a product and the sum that it goes into,
-    which rounds once, so a maximum stands between each area and the union.
+    Every operation must be rounded separately. Compilers fuse a product and a sum into one operation that rounds only
+    once; a maximum between each area and the union prevents this.
+
+    Args:
+      box: x1, y1, x2, y2 and area, from `with_area`; `other` likewise.
     """
     x1, y1, x2, y2, area = box
     other_x1, other_y1, other_x2, other_y2, other_area = other
     width = jnp.maximum(jnp.minimum(x2, other_x2) - jnp.maximum(x1, other_x1), jnp.float32(0))
     height = jnp.minimum(y2, other_y2) - jnp.maximum(y1, other_y1)
-    # Not the product of two maxima: the second one is the one between.
+    # The maximum is taken of the product instead of the height: it is the one that prevents the fusion.
     intersection = jnp.maximum(width * height, jnp.float32(0))
     union = area + other_area - intersection
     return _ratio_exceeds(intersection, union, threshold) & (group == other_group)
 
 
-def _ratio_exceeds(numerator, denominator, threshold):
-    """Returns `numerator / denominator > threshold` as of a correctly rounded division, without dividing.
+def _ratio_exceeds(numerator: jax.Array, denominator: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns `numerator / denominator > threshold` as with a correctly rounded division, without dividing.
 
-    The quotient rounds to more than the threshold t where it exceeds t + ulp / 2, which has 25 bits and is no
-    quotient of two 24-bit numbers. So numerator > (t + ulp / 2) * denominator decides, if it is exact. It is:
-    split into halves of 12 bits, t and the denominator have four exact products, and subtracting them in this
-    order rounds nothing while the sign is still open. Both XLA and Mosaic divide on GPUs with an error of up to
-    2 ulp.
+    XLA and Mosaic divide on GPUs with an error of up to 2 ulp. The correctly rounded quotient is larger than the
+    threshold t if the exact quotient exceeds t + ulp / 2. That bound has 25 bits, so no quotient of two 24-bit numbers
+    equals it, and numerator > (t + ulp / 2) * denominator decides if it is computed exactly. It is: t and the
+    denominator are split into halves of 12 bits, their four products are exact, and subtracting the products in this
+    order does not round while the sign is undecided.
 
-    Exact for denominators from 1e-25 to 1e38. NaN exceeds nothing, and neither does a numerator of 0, as boxes with
-    a negative area have.
+    The result is exact for denominators from 1e-25 to 1e38. It is False for NaN and for a numerator of 0, which boxes
+    with a negative area have.
     """
     t = np.float32(threshold)
     t_high = (t.view(np.int32) & np.int32(-4096)).view(np.float32)
@@ -129,16 +136,16 @@ def _ratio_exceeds(numerator, denominator, threshold):
     return (rest > half_ulp * denominator) & (numerator > jnp.float32(0))
 
 
-def _by_word(x):
-    """Returns [... 32 n/32] of [... n]: what the same bit of neighbouring words stands for lies side by side."""
+def _by_word(x: jax.Array) -> jax.Array:
+    """Returns `x` [... n] as [... 32 n/32]: the boxes at the same bit of neighbouring words become neighbours."""
     return x.reshape(*x.shape[:-1], -1, WORD).swapaxes(-1, -2)
 
 
-def _mask(planes, groups, num_valid, threshold):
+def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
     """Returns bits [p n w] for boxes [5 p 32 w] and their groups.
 
-    Bit j of word c in row i tells whether boxes i and 32 c + j suppress each other. Chunks of columns wholly before
-    the row, and those without a valid box, stay unwritten.
+    Bit j of word c in row i tells whether boxes i and 32 c + j suppress each other. Chunks of columns that end before
+    the row, and chunks without a valid box, are not written.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -178,8 +185,8 @@ def _mask(planes, groups, num_valid, threshold):
     )(planes, groups, num_valid)
 
 
-def _diagonal(planes, groups, num_valid, threshold):
-    """Returns bits [p t 512] of t tiles for boxes [5 p n] and their groups, to decide each tile with.
+def _diagonal(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns the bits [p t 512] that decide each of t tiles, for boxes [5 p n] and their groups.
 
     Bit j of word 128 c + i of a tile of 128 tells whether its boxes i and 32 c + j suppress each other.
     """
@@ -217,8 +224,8 @@ def _diagonal(planes, groups, num_valid, threshold):
     )(planes, groups, num_valid)
 
 
-def _sweep(mask, diagonal, num_valid, max_output):
-    """Returns what `keep_first` does."""
+def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_output: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the result of `keep_first`: positions [p k] and count [p]."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     bits_layout = plgpu.Layout.WG_STRIDED((TILE_WORDS * SWEEP_TILE,), vec_size=TILE_WORDS)
@@ -239,13 +246,13 @@ def _sweep(mask, diagonal, num_valid, max_output):
             tile, count, tile_bits = state
             first = tile * SWEEP_TILE
             bits[...] = tile_bits
-            # Read long before it is needed.
+            # The next tile's bits are read long before they are needed.
             next_bits = diagonal[problem, jnp.minimum(tile + 1, tiles - 1), :]
             dead = [removed[tile * TILE_WORDS + word] for word in range(TILE_WORDS)]
             found = jnp.int32(0)
             for word in range(TILE_WORDS):
                 real = jnp.clip(num_boxes - first - word * WORD, 0, WORD)
-                # An int32 shifted by 32 is anything.
+                # The result of shifting an int32 by 32 is undefined.
                 some = lax.shift_left(jnp.int32(1), real) - jnp.int32(1)
                 alive = ~dead[word] & jnp.where(real == 32, jnp.int32(-1), some)
 
@@ -267,7 +274,7 @@ def _sweep(mask, diagonal, num_valid, max_output):
                 _, dead[word + 1 :], count, found = lax.while_loop(any_alive, keep_next, state)
 
             def remove(step, gone):
-                # Beyond the last one, the last one again: it removes nothing new.
+                # After the last kept row, the last row is read again: it removes nothing new.
                 rows = [kept[jnp.minimum(step * SWEPT_ROWS + i, found - 1)] for i in range(SWEPT_ROWS)]
                 return functools.reduce(jnp.bitwise_or, [mask[problem, row, :] for row in rows], gone)
 
@@ -294,8 +301,10 @@ def _sweep(mask, diagonal, num_valid, max_output):
     )(mask, diagonal, num_valid)
 
 
-def _kept_list(planes, groups, num_valid, threshold, max_output):
-    """Returns what `keep_first` does."""
+def _kept_list(
+    planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32, max_output: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the result of `keep_first`: positions [p k] and count [p]."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -316,11 +325,12 @@ def _kept_list(planes, groups, num_valid, threshold, max_output):
             boxes = [planes[c, problem, columns] for c in range(5)]
             box_groups = groups[problem, columns]
             offsets = plgpu.broadcasted_iota(jnp.int32, (LIST_TILE,), 0, layout=layout)
-            # Alive boxes count down from the tile's first, dead ones are 0: the next to keep is the maximum.
+            # Alive boxes have numbers that fall from the first box of the tile on, dead boxes have 0: the maximum is
+            # the next box to keep.
             alive = jnp.where(first + offsets < num_boxes, LIST_TILE - offsets, jnp.int32(0))
 
             def compare(step, alive):
-                # Two at a time hide the latency of shared memory; the last one twice kills nothing new.
+                # Two comparisons at a time hide the latency of shared memory; a repeated last one removes nothing new.
                 for k in (2 * step, jnp.minimum(2 * step + 1, count - 1)):
                     other = [listed[c, k] for c in range(5)]
                     hit = suppresses(other, listed_groups[k], boxes, box_groups, threshold)
@@ -361,7 +371,7 @@ def _kept_list(planes, groups, num_valid, threshold, max_output):
     )(planes, groups, num_valid)
 
 
-def _outputs(problems, max_output):
+def _outputs(problems: int, max_output: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     return (
         jax.ShapeDtypeStruct((problems, max_output), jnp.int32),
         jax.ShapeDtypeStruct((problems,), jnp.int32),

@@ -1,14 +1,15 @@
-"""RoIAlign for Mosaic GPU, of all images and levels in one launch, and a gradient that is gathered, not scattered.
+"""RoIAlign for Mosaic GPU: one launch for all images and levels, and a gradient that is gathered, not scattered.
 
-Samples on a regular grid, averaged per bin, are separable: a cell weighs in a bin what its row does times what its
-column does. XLA writes these weights, and which cells a bin holds along an axis, to small tables. Forward: one block
-per region and block of channels sums the cells of every bin. Backward: one block per tile of cells and block of
-channels visits the regions that meet its tile in ascending order, sums what their bins there hand back, and writes
-each gradient once. Nothing is added atomically: two runs give the same bits. Sums are float32 for every feature type.
+The mean of samples on a regular grid is separable: the weight of a cell in a bin is the weight of its row times the
+weight of its column. XLA writes these weights, and the range of cells of each bin along an axis, to small tables.
+Forward: one block per region and block of channels sums the cells of every bin. Backward: one block per tile of cells
+and block of channels visits the regions that overlap its tile in ascending order, sums the gradients of their bins in
+the tile, and writes each gradient once. There are no atomic additions, so two runs give the same bits. Sums are
+float32 for every feature type.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,23 @@ from fasterrcnn_jax.kernels import mosaic
 from jax import lax
 
 THREADS = 128
-# Cells per side of the backward's tile: 16 sums of up to 4 channels per thread. A larger one meets a region less
-# often, but leaves registers for fewer blocks, and it is other blocks that hide the latency of one's loads.
+# Cells per side of a tile in the backward pass: 16 sums of up to 4 channels per thread. Larger tiles would visit each
+# region less often but leave registers for fewer blocks, and other blocks are what hides the latency of loads.
 TILE = 4
-# Cells (forward) or bins (backward) of a row whose loads are under way together.
+# Cells (forward) or bins (backward) of a row that are loaded at once.
 AT_ONCE = 4
-# Where a bin takes several adaptive samples they lie more than half a cell apart: at most four between the two
-# neighbours of a cell, and one more at each end for rounding.
+# If a bin takes several adaptive samples, they are more than half a cell apart: at most four are between the two
+# neighbours of a cell; one more at each end allows for rounding.
 ADAPTIVE_SAMPLES_OF_A_CELL = 6
 
 
 class SampleGrid(NamedTuple):
-    """Where the r regions of n images are sampled; axes in the order (x, y), in cells of the region's level."""
+    """The sample points of r regions of n images; axes are in the order (x, y), in cells of the region's level."""
 
     level: jax.Array  # [n r] int32
     bin_start: jax.Array  # [n r 2 s] float32
-    step: jax.Array  # [n r 2] float32, from sample to sample; the first lies half a step behind the bin's start
-    samples: jax.Array  # [n r 2] float32, a whole number: of one bin along the axis
+    step: jax.Array  # [n r 2] float32, from sample to sample; the first is half a step after the bin's start
+    samples: jax.Array  # [n r 2] float32, a whole number: samples of one bin along the axis
 
 
 def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio: int) -> jax.Array:
@@ -41,14 +42,14 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
 
     Args:
       features: [n h w c] of every level, float32 or bfloat16, c a multiple of 128.
-      sampling_ratio: the number of samples if all regions take the same; 0 if not.
+      sampling_ratio: the number of samples per bin and axis if it is the same for all regions; otherwise 0.
     """
     from jax.experimental import pallas as pl
 
     problems, *_, channels = features[0].shape
     _, regions, _, bins = grid.bin_start.shape
     block = _block(channels)
-    weights = _weights(grid, [level.shape[1:3] for level in features], sampling_ratio)
+    weights = _weights(grid, [(level.shape[1], level.shape[2]) for level in features], sampling_ratio)
     first, end = _cells_of_bins(weights)
 
     def roi_align_forward(*refs):
@@ -67,7 +68,7 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
 
                     def columns(i, total):
                         k = [first_column + i * AT_ONCE + near for near in range(AT_ONCE)]
-                        # Behind a bin's last cell its weights are zero.
+                        # The weights after a bin's last cell are zero.
                         weights_x = [weights[n, r, 0, q, k_] for k_ in k]
                         k = [jnp.minimum(k_, cells.shape[2] - 1) for k_ in k]
 
@@ -145,7 +146,7 @@ def backward(
 
         def visit_block(i, sums):
             here = pl.ds(pl.multiple_of(i * roi_block, roi_block), roi_block)
-            # A region's rank falls from the size of the block to 1; 0: it does not meet the tile.
+            # Ranks fall from the size of the block to 1; rank 0: the region does not overlap the tile.
             meets = jnp.minimum(columns[n, 1, column_tile, here], rows[n, 1, row_tile, here]) > 0
             ranks = jnp.where(meets, roi_block - lax.iota(jnp.int32, roi_block), 0)
 
@@ -177,8 +178,8 @@ def backward(
 def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: int) -> jax.Array:
     """Returns the weight [n r 2 s cells] of every cell in every bin along each axis, column by column and row by row.
 
-    There are as many cells as the longest side has, and zeros behind them for who reads AT_ONCE from the last one on;
-    together whole tiles.
+    The last axis has as many cells as the longest side of a map. Zeros follow, because AT_ONCE cells are read from the
+    last cell on, and they complete the last tile.
     """
     sizes = jnp.array([(width, height) for height, width in maps], jnp.float32)[grid.level][..., None, None]
     cells = max(map(max, maps)) + AT_ONCE - 1
@@ -202,8 +203,8 @@ def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: 
     return total / jnp.maximum(samples, 1.0)
 
 
-def _cells_of_bins(weights):
-    """Returns the first cell [n r 2 s] with a weight of every bin and the one after its last; none in an empty bin."""
+def _cells_of_bins(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns for every bin the first cell with a weight and the one after the last, [n r 2 s]; empty: end <= first."""
     cells = weights.shape[-1]
     numbers = jnp.arange(cells, dtype=jnp.int32)[None, None, None, None]
     first = jnp.where(weights > 0.0, numbers, cells).min(axis=-1)
@@ -211,10 +212,10 @@ def _cells_of_bins(weights):
     return first, end
 
 
-def _bins_of_tiles(first, end, level, sizes):
-    """Returns [n 2 t r], along one axis: a region's first bin that meets a tile and the one after the last, or 0.
+def _bins_of_tiles(first: jax.Array, end: jax.Array, level: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Returns [n 2 t r] along one axis: the first bin of a region in a tile, and the one after its last, or 0 if none.
 
-    The t tiles are those of all levels, one after another. Regions are padded to what a block of threads reads.
+    The t tiles are the tiles of all levels in sequence. Regions are padded to the number that a block of threads reads.
     """
     starts = np.concatenate([np.arange(0, size, TILE, dtype=np.int32) for size in sizes])[None, :, None, None]
     levels = np.repeat(np.arange(len(sizes), dtype=np.int32), [-(-size // TILE) for size in sizes])
@@ -226,10 +227,10 @@ def _bins_of_tiles(first, end, level, sizes):
     return jnp.pad(jnp.stack([begin, stop], axis=1), ((0, 0), (0, 0), (0, 0), (0, -first.shape[2] % THREADS)))
 
 
-def _tiles(maps):
-    """Returns [t 5] of every tile: level, number along y and x among all levels' tiles, and among its own level's.
+def _tiles(maps: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns [t 5] for every tile: its level, its numbers along y and x in all levels, and those in its own level.
 
-    Coarse levels come first: their tiles meet the most regions and must not start last.
+    Coarse levels come first: their tiles overlap the most regions and must not start last.
     """
     tiles, row_tiles, column_tiles = [], 0, 0
     for level, (height, width) in enumerate(maps):
@@ -240,19 +241,19 @@ def _tiles(maps):
 
 
 def _block(size: int) -> int:
-    """Returns into how large blocks a multiple of 128 is cut: up to 4 elements per thread."""
+    """Returns the size of the blocks that a multiple of 128 is split into: up to 4 elements per thread."""
     return next(block for block in (4 * THREADS, 2 * THREADS, THREADS) if size % block == 0)
 
 
-def _kernel(body, **options):
+def _kernel(body: Callable, **options: Any) -> Callable:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    # Threads hand each other nothing through memory: their stores need no barriers around them.
+    # Threads do not exchange data through memory, so their stores need no barriers.
     return mosaic.kernel(body, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **options)
 
 
-def _zeros(block):
-    """Returns a vector of zeros, laid out over the threads as one that is read from memory."""
+def _zeros(block: int) -> jax.Array:
+    """Returns a vector of zeros, in the same layout over the threads as a vector that is read from memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.layout_cast(jnp.zeros(block), plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS))

@@ -1,9 +1,9 @@
 """RoI pooling for Mosaic GPU: maxima of bins of cells, and a gradient that is gathered, not scattered.
 
-Forward: one block per region, row of bins and block of channels walks the cells of its bins in row-major order
-and keeps the largest and where it was. Backward: one block per tile of cells and block of channels walks the bins
-that meet its tile, region by region, takes the cotangents whose maximum lies on one of its cells, and writes each
-gradient once. Nothing is added atomically: two runs give the same bits. Sums are float32 for every feature type.
+Forward: one block per region, row of bins and block of channels visits the cells of its bins in row-major order and
+keeps the maximum and its place. Backward: one block per tile of cells and block of channels visits the bins that
+overlap its tile, region by region, adds the cotangents whose maximum is one of its cells, and writes each gradient
+once. There are no atomic additions, so two runs give the same bits. Sums are float32 for every feature type.
 """
 
 import functools
@@ -16,34 +16,37 @@ from fasterrcnn_jax.kernels import mosaic
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from jax import lax
 
-# Cells per side of the backward's tile. A larger one reads fewer cotangents twice and leaves fewer registers for
-# other blocks: with 4 channels per thread 3 x 3 sums take 90 to 114 of them, 4 x 4 take 182.
+# Cells per side of a tile in the backward pass. A larger tile reads fewer cotangents twice and leaves fewer registers
+# for other blocks: with 4 channels per thread, 3 x 3 sums take 90 to 114 registers and 4 x 4 sums take 182.
 TILE = 3
 THREADS = 128
+
+# Places of the maxima, first and end of the bins, and an empty array [h w 0].
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @jax.custom_vjp
 def roi_pool(features: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
     """Returns the maxima [r s s c] of the bins of r regions, in the type of the features; 0 in empty bins.
 
-    NaN is larger than nothing: a bin without a number is the lowest float32 and gives no gradient.
+    NaN never is a maximum: a bin in which every cell is NaN gives the lowest float32 and no gradient.
 
     Args:
       features: [h w c], float32 or bfloat16, c a multiple of 128.
       first: [r 2 s] int32, the first column and the first row of every bin; inside the map.
-      end: [r 2 s] int32, the column and the row after its last. Neither falls from bin to bin.
+      end: [r 2 s] int32, the column and the row after the last ones. From bin to bin, `first` and `end` never decrease.
     """
     (pooled,) = _forward(False)(features[None], first[None], end[None])
     return pooled[0]
 
 
-def _roi_pool_forward(features, first, end):
+def _roi_pool_forward(features: jax.Array, first: jax.Array, end: jax.Array) -> tuple[jax.Array, Residuals]:
     pooled, argmax = _forward(True)(features[None], first[None], end[None])
     # An empty array carries the static size of the map to the backward pass.
     return pooled[0], (argmax[0], first, end, jnp.zeros((*features.shape[:2], 0)))
 
 
-def _roi_pool_backward(residuals, cotangent):
+def _roi_pool_backward(residuals: Residuals, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
     argmax, first, end, cells = residuals
     height, width, _ = cells.shape
     columns = _bins_of_tiles(first[:, 0], end[:, 0], width)
@@ -55,8 +58,8 @@ def _roi_pool_backward(residuals, cotangent):
 roi_pool.defvjp(_roi_pool_forward, _roi_pool_backward)
 
 
-def _bins_of_tiles(first, end, size):
-    """Returns [r t 2] int32: along one axis, the first bin of a region that meets a tile and the one after the last."""
+def _bins_of_tiles(first: jax.Array, end: jax.Array, size: int) -> jax.Array:
+    """Returns [r t 2] int32: along one axis, the first bin of a region in a tile, and the one after its last."""
     starts = jnp.arange(0, size, TILE, dtype=jnp.int32)[None, :, None]
     begin = (end[:, None] <= starts).sum(axis=-1, dtype=jnp.int32)
     stop = (first[:, None] < starts + TILE).sum(axis=-1, dtype=jnp.int32)
@@ -64,18 +67,18 @@ def _bins_of_tiles(first, end, size):
 
 
 def _channel_block(channels: int) -> int:
-    """Returns how many channels one block takes: up to 4 per thread."""
+    """Returns the number of channels of one block: up to 4 per thread."""
     return next(size for size in (4 * THREADS, 2 * THREADS, THREADS) if channels % size == 0)
 
 
 @functools.cache
 def _forward(with_argmax: bool) -> Callable:
-    """Returns the launch ([n h w c], [n r 2 s], [n r 2 s]) -> ([n r s s c],) and, if asked for, [n r s s c] int32.
+    """Returns the launch ([n h w c], [n r 2 s], [n r 2 s]) -> ([n r s s c],), or a second output with `with_argmax`.
 
-    These are the places row * w + column of the first maxima, -1 where a bin has none.
+    The second output, [n r s s c] int32, holds the places row * w + column of the first maxima; -1 if a bin has none.
     """
 
-    def launch(features, first, end):
+    def launch(features: jax.Array, first: jax.Array, end: jax.Array) -> tuple[jax.Array, ...]:
         from jax.experimental import pallas as pl
 
         problems, _, width, channels = features.shape
@@ -114,7 +117,7 @@ def _forward(with_argmax: bool) -> Callable:
         return mosaic.kernel(
             roi_pool_forward,
             out_type=tuple(outputs[: 1 + with_argmax]),
-            # The last axis may have 2^31 - 1 blocks, the one before 65,535, and so the others multiplied.
+            # The last axis may have 2^31 - 1 blocks, the one before 65,535, and the product of the others 65,535.
             grid=(channels // block, bins, problems, regions),
             grid_names=("channels", "row", "problem", "region"),
         )(features, first, end)
@@ -124,9 +127,9 @@ def _forward(with_argmax: bool) -> Callable:
 
 @functools.cache
 def _backward(height: int, width: int) -> Callable:
-    """Returns the launch that gathers the gradient [n h w c] from argmax, cotangent [n r s s c] and bins of tiles."""
+    """Returns the launch that gathers gradients [n h w c] from argmax, cotangent [n r s s c] and the bins of tiles."""
 
-    def launch(argmax, cotangent, rows, columns):
+    def launch(argmax: jax.Array, cotangent: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         from jax.experimental import pallas as pl
 
         problems, regions, _, _, channels = argmax.shape
@@ -168,8 +171,8 @@ def _backward(height: int, width: int) -> Callable:
     return fold_mapped_axes(launch)
 
 
-def _spread(value, block):
-    """Returns a vector of `block` equal values, thread by thread beside each other as it is read from memory."""
+def _spread(value: jax.Array, block: int) -> jax.Array:
+    """Returns a vector of `block` equal values, in the same layout over the threads as one that is read from memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS)

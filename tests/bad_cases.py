@@ -1,7 +1,7 @@
-"""103 ways for labelled images to be wrong, or odd: each a healthy set of two images of which one is spoilt.
+"""Builds 103 faulty or irregular data sets: each is a healthy set of two images in which one image is changed.
 
-A VOC folder holds `ok` and `odd`; a COCO file holds the images 10 and 11, and 10 is the odd one. What must come of
-each is in `CASES`, by the words of `outcome`; docs/bad_inputs.md is made from it.
+A VOC folder contains `ok` and `odd`; a COCO file contains the images 10 and 11, and 10 is the changed image. `CASES`
+has the expected result of each case, in the words of `outcome`; docs/bad_inputs.md is generated from it.
 """
 
 import json
@@ -38,7 +38,7 @@ def annotation(filename="odd.png"):
 
 
 def instances():
-    """Two healthy images, 10 and 11, of two objects each; category ids 3 and 7."""
+    """Returns a healthy COCO file: images 10 and 11 with two objects each; category ids 3 and 7."""
     annotations = [
         {"id": n, "image_id": image, "category_id": category, "bbox": bbox, "area": area, "iscrowd": 0}
         for n, image, category, bbox, area in (
@@ -79,7 +79,7 @@ def xml_of(root):
 
 
 def replace(old, new):
-    """A fault: `old` in the odd annotation becomes `new`, once."""
+    """Returns a fault: the first `old` in the changed annotation becomes `new`."""
 
     def spoil(root):
         text = xml_of(root).read_text()
@@ -90,12 +90,12 @@ def replace(old, new):
 
 
 def content(new):
-    """A fault: the odd annotation is these bytes."""
+    """Returns a fault: the changed annotation has these bytes."""
     return lambda root: xml_of(root).write_bytes(new)
 
 
 def listing(new):
-    """A fault: the list of split train is these bytes."""
+    """Returns a fault: the list of split train has these bytes."""
     return lambda root: (root / "ImageSets/Main/train.txt").write_bytes(new)
 
 
@@ -104,13 +104,13 @@ def with_first_object(xml):
 
 
 def edges(xmin, ymin, xmax, ymax):
-    """A fault: the first box of the odd annotation has these edges."""
+    """Returns a fault: the first box of the changed annotation has these edges."""
     old = "<xmin>10</xmin><ymin>10</ymin><xmax>39</xmax><ymax>39</ymax>"
     return replace(old, f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>")
 
 
 def odd_image(image, name="odd.jpg", **options):
-    """A fault: the odd image is this one, in this file."""
+    """Returns a fault: the changed image has these pixels and this file name."""
 
     def spoil(root):
         (root / "JPEGImages/odd.png").unlink()
@@ -120,7 +120,7 @@ def odd_image(image, name="odd.jpg", **options):
 
 
 def pixels(new, name="odd.jpg"):
-    """A fault: the odd image is a file of these bytes."""
+    """Returns a fault: the changed image is a file with these bytes."""
 
     def spoil(root):
         (root / "JPEGImages/odd.png").unlink()
@@ -130,7 +130,7 @@ def pixels(new, name="odd.jpg"):
 
 
 def of_size(width, height):
-    """A fault: the odd image has this size, its first object covers it, and there is no other."""
+    """Returns a fault: the changed image has this size, and its only object covers it."""
 
     def spoil(root):
         odd_image(Image.new("RGB", (width, height), COLOUR), "odd.png")(root)
@@ -162,7 +162,7 @@ def cut_jpeg(root):
 
 
 def png(width, height, depth, colour, rows):
-    """Returns the bytes of a PNG file, from its header's fields and what is to be compressed."""
+    """Returns the bytes of a PNG file with the given header fields and uncompressed data."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = b"\x89PNG\r\n\x1a\n"
     for kind, payload in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
@@ -200,7 +200,7 @@ def listed_outside(root):
 
 
 def renamed(new):
-    """A change: the odd image and its annotation are called otherwise, and the list says so."""
+    """Returns a change: the image and its annotation have another name, also in the list."""
 
     def spoil(root):
         replace("<filename>odd", f"<filename>{new}")(root)
@@ -221,7 +221,7 @@ def no_objects_at_all(root):
 
 
 def changed(path, value):
-    """Returns the content in which the item at `path`, as ("images", 0, "id"), is `value`; None deletes it."""
+    """Returns the content with `value` at `path`, for example ("images", 0, "id"); None deletes the item."""
     content = instances()
     *way, last = path
     item = content
@@ -249,7 +249,7 @@ def of_image(key, value):
 
 
 def holding(new):
-    """A fault: the COCO file holds this, as JSON or as bytes."""
+    """Returns a fault: the COCO file has this content, given as JSON or as bytes."""
     text = new if isinstance(new, bytes) else json.dumps(new).encode()
     return lambda root: (root / "instances.json").write_bytes(text)
 
@@ -259,7 +259,7 @@ def crowd(segmentation):
 
 
 def with_items(key, change):
-    """Returns the content in which every item of a list is `change(item)`, and is left out where that is None."""
+    """Returns the content with every item of a list replaced by `change(item)`; None removes the item."""
     items = [change(item) for item in instances()[key]]
     return instances() | {key: [item for item in items if item is not None]}
 
@@ -279,7 +279,7 @@ class Case(NamedTuple):
     spoil: Callable[[Path], None]
     strict: str
     lenient: str
-    says: tuple[str, ...] = ()  # parts of what is said, strict and lenient
+    says: tuple[str, ...] = ()  # parts of the message, strict and lenient
 
 
 READ, NOTED, ERROR = "read", "read, noted", "error"
@@ -377,7 +377,7 @@ CASES = {
     "voc_class_name_missing": bad_object(replace("<name>square</name>", ""), XML, "object 1, name"),
     "voc_missing_size": fine(replace(SIZE, "")),
     "voc_size_zero": noted(
-        replace(SIZE, "<size><width>0</width><height>0</height></size>"), XML, "<size>", "image's own"
+        replace(SIZE, "<size><width>0</width><height>0</height></size>"), XML, "<size>", "size of the image"
     ),
     "voc_size_mismatch": bad_image(
         replace(SIZE, f"<size><width>{HEIGHT}</width><height>{WIDTH}</height></size>"),
@@ -420,7 +420,7 @@ CASES = {
     "voc_list_class_style": noted(listing(b"ok  1\nodd -1\n"), "train.txt line 1", "second column"),
     "voc_list_with_extension": fine(listing(b"ok.jpg\nodd.jpg\n")),
     "voc_list_duplicate_id": noted(listing(b"ok\nodd\nodd\n"), "train.txt line 3", "odd", "Repeated"),
-    "voc_list_empty": refused(listing(b""), "train.txt", "0 images"),
+    "voc_list_empty": refused(listing(b""), "train.txt", "is empty"),
     "voc_list_missing": refused(
         lambda root: (root / "ImageSets/Main/train.txt").unlink(), "ImageSets/Main/train.txt", "no such list"
     ),
@@ -429,7 +429,7 @@ CASES = {
     "coco_missing_category": bad_object(
         holding(of_annotation("category_id", 99)), ANNOTATION_1, "category_id", "99"
     ),
-    "coco_no_categories_key": refused(holding(changed(("categories",), None)), "instances.json, categories", "absent"),
+    "coco_no_categories_key": refused(holding(changed(("categories",), None)), "instances.json, categories", "missing"),
     "coco_category_id_zero": fine(
         holding(
             with_items("annotations", lambda a: a | {"category_id": {3: 0, 7: 7}[a["category_id"]]})
@@ -458,7 +458,7 @@ CASES = {
     "coco_bbox_beyond_image": noted(
         holding(changed(("annotations", 1, "bbox"), [60, 25, 80, 60])), "annotation 2, bbox", "clipped"
     ),
-    "coco_missing_bbox_key": bad_object(holding(of_annotation("bbox", None)), ANNOTATION_1, "bbox", "absent"),
+    "coco_missing_bbox_key": bad_object(holding(of_annotation("bbox", None)), ANNOTATION_1, "bbox", "missing"),
     "coco_missing_area": noted(holding(of_annotation("area", None)), "annotation 1", "area"),
     "coco_missing_iscrowd": fine(holding(of_annotation("iscrowd", None))),
     "coco_crowd_rle_uncompressed": fine(crowd({"segmentation": {"counts": [3000, 3144], "size": [64, 96]}})),
@@ -470,7 +470,7 @@ CASES = {
         holding(with_items("annotations", lambda a: None if a["image_id"] == 10 else a))
     ),
     "coco_no_annotations_key": refused(
-        holding(changed(("annotations",), None)), "instances.json, annotations", "absent"
+        holding(changed(("annotations",), None)), "instances.json, annotations", "missing"
     ),
     "coco_annotation_of_unknown_image": bad_object(
         holding(of_annotation("image_id", 999)), ANNOTATION_1, "image_id", "999"
@@ -501,19 +501,19 @@ CASES = {
     ),
     "coco_results_list": refused(holding([{"image_id": 10, "score": 0.5}]), "instances.json", "list"),
     "coco_utf8_bom": fine(holding(b"\xef\xbb\xbf" + json.dumps(instances()).encode())),
-    "coco_empty_lists": refused(holding(instances() | {"images": [], "annotations": []}), "instances.json", "0 images"),
+    "coco_empty_lists": refused(holding(instances() | {"images": [], "annotations": []}), "instances.json", "is empty"),
     "coco_ids_beyond_int32": fine(holding(long_ids())),
 }  # fmt: skip
 
 
 def build(name: str, root: Path) -> None:
-    """Writes the case of that name into the folder `root`, which is not there yet."""
+    """Writes the named case into the new folder `root`."""
     (write_voc if name.startswith("voc") else write_coco)(root)
     CASES[name].spoil(root)
 
 
 def read(root: Path, *, faults="error"):
-    """Reads a case, here or in the collection it is modelled on, down to the pixels."""
+    """Reads a case, ours or of the shared collection, and decodes its images."""
     if (root / "ImageSets").exists() or (root / "JPEGImages").exists():
         dataset = read_voc(root, "train", CLASSES, faults=faults)
     else:
@@ -528,7 +528,7 @@ def read(root: Path, *, faults="error"):
 
 
 def outcome(root: Path, *, faults="error") -> tuple[str, str]:
-    """Returns what comes of a case in a word or two, and what is said about it."""
+    """Returns the outcome of a case, as in docs/bad_inputs.md, and the message."""
     try:
         dataset = read(root, faults=faults)
     except InputError as error:

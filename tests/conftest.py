@@ -5,6 +5,7 @@ Everything here happens before the package or JAX is imported.
 
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 # Four CPU devices, so that code for several devices meets several. Harmless where JAX finds a GPU.
@@ -26,8 +27,10 @@ install_import_hook("fasterrcnn_jax", "beartype.beartype(conf=beartype.BeartypeC
 # Implicit promotion hides mistakes: an int32 times a float32 raises, and so does [n 4] times [4].
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A program from an earlier run would not be the one under test.
-jax.config.update("jax_enable_compilation_cache", False)
+# Most of the time of the suite is compilation, and many tests compile the same program. Each session has a cache of its
+# own, which its processes share: a program from an earlier session would not be the one under test.
+_CACHE = os.environ.setdefault("FASTERRCNN_TEST_CACHE", tempfile.mkdtemp(prefix="fasterrcnn_tests_"))
+jax.config.update("jax_compilation_cache_dir", _CACHE)
 
 # Examples share one compiled program per test, but the first one pays for it: no deadline.
 # Derandomised: a red test is red for everybody.

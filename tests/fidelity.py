@@ -49,12 +49,12 @@ def compare(concept, reference, name, ours, theirs, *, atol=0.0, rtol=0.0) -> No
 
 
 def continuous(inclusive) -> np.ndarray:
-    """Returns boxes [x1, x2], whose corners are pixels inside them (width x2 - x1 + 1), as ours."""
+    """Converts boxes with inclusive corners (width x2 - x1 + 1) to our continuous boxes."""
     return np.asarray(inclusive, np.float32) + np.float32([0, 0, 1, 1])
 
 
 def inclusive(continuous) -> np.ndarray:
-    """Returns our boxes as inclusive corners."""
+    """Converts our boxes to boxes with inclusive corners."""
     return np.asarray(continuous, np.float32) - np.float32([0, 0, 1, 1])
 
 

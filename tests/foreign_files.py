@@ -1,4 +1,4 @@
-"""Files of weights as torch and Python 2 write them, made without either."""
+"""Writes weights files as torch and Python 2 do, without either of them."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ STORAGES = {
 
 
 class Global(NamedTuple):
-    """Pickles as the name of something that need not exist."""
+    """Pickles as a global name, which need not exist."""
 
     module: str
     name: str
@@ -46,7 +46,7 @@ class Storage(NamedTuple):
 
 
 class Pickler(pickle._Pickler):
-    """Writes `Global` and `Call` as what they say, arrays as torch's tensors, all of `storages` outside the pickle."""
+    """Pickles `Global` and `Call` as opcodes and arrays as torch tensors; `storages` are outside of the pickle."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -87,7 +87,7 @@ class Pickler(pickle._Pickler):
 
 
 class Python2Pickler(pickle._Pickler):
-    """Text and bytes are one type; arrays as NumPy before its version 2 wrote them."""
+    """Writes as Python 2: text and bytes are one type, and arrays are written as by NumPy before version 2."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 

@@ -1,9 +1,8 @@
-"""Spoils annotations and lets the readers read them: python tests/fuzz_readers.py --minutes 10
+"""Changes annotations at random and reads them: python tests/fuzz_readers.py --minutes 10
 
-From a healthy VOC annotation, its list, or a COCO file, one to six changes are made: of the tree (an element or
-item removed, doubled, moved, given another value) and of the bytes. Whatever comes of it, a reader returns records
-that training can use, or raises InputError with one sentence that names the folder; strict and lenient, within
-seconds.
+A healthy VOC annotation, its list, or a COCO file gets one to six changes of the tree (an element or item is removed,
+duplicated, moved, or gets another value) and of the bytes. In every case the strict and the lenient reader must, within
+seconds, return records that training can use, or raise InputError with one sentence that names the folder.
 """
 
 import argparse
@@ -75,7 +74,7 @@ def spoil_tree(rng: random.Random, root: ElementTree.Element) -> None:
 
 
 def spoil_json(rng: random.Random, content):
-    """Returns the content with one item, somewhere, removed, doubled, or of another value."""
+    """Returns the content with one random item removed, duplicated or replaced by another value."""
     places, stack = [], [content]
     while stack:
         item = stack.pop()
@@ -123,7 +122,7 @@ def spoiled_json(rng: random.Random) -> bytes:
 
 
 def check(read, folder: Path) -> bool:
-    """Returns whether `read` returned records; raises AssertionError where it did neither as it should."""
+    """Returns whether `read` returned records; AssertionError: it gave neither valid records nor a valid error."""
     started = time.process_time()
     try:
         dataset = read()
@@ -144,7 +143,7 @@ def check(read, folder: Path) -> bool:
 
 
 def attempt(folder: Path, seed: int) -> bool:
-    """Spoils one thing by `seed` and reads it, strict and lenient; returns whether the lenient reading went through."""
+    """Changes a set at random by `seed`, reads it strict and lenient; returns whether lenient reading succeeded."""
     rng = random.Random(seed)
     kind = rng.randrange(5)
     if kind < 2:

@@ -1,4 +1,4 @@
-"""Records and detections written down by hand, for the tests of the metrics."""
+"""Makes records and detections by hand, for the tests of the metrics."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, b
 
 
 def record(*objects, image_id="0", crowd=None, area=None):
-    """An image with objects (box, label, difficult); none is a crowd, and areas are the boxes', unless given."""
+    """Returns an image with objects (box, label, difficult); by default without crowds and with the box areas."""
     boxes = np.array([o[0] for o in objects], np.float32).reshape(-1, 4)
     return ImageRecord(
         id=image_id,
@@ -23,7 +23,7 @@ def record(*objects, image_id="0", crowd=None, area=None):
 
 
 def found(*rows):
-    """The detections (box, score, label) of one image."""
+    """Returns the detections (box, score, label) of one image."""
     return ImageDetections(
         np.array([r[0] for r in rows], np.float32).reshape(-1, 4),
         np.array([r[1] for r in rows], np.float32),

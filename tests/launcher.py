@@ -1,11 +1,11 @@
-"""Starts train.py in processes of their own that can be killed: forked from one that has imported everything.
+"""Starts train.py in child processes that can be killed. They are forked from a process that has imported everything.
 
     with Launcher(environment) as launcher:
         run = launcher.start(["--config", ...], log=path)
         launcher.status(run)  # None while it runs
         launcher.wait(run)
 
-Importing takes seconds, and a kill test starts many runs. Nothing of JAX is set up before the fork.
+Importing takes seconds, and a kill test starts many runs. JAX is not initialised before the fork.
 """
 
 import json
@@ -38,9 +38,9 @@ class Launcher:
         """Returns the process id of `train.py argv`, whose output goes to the file `log`.
 
         Args:
-          threads: of the loader.
-          file_limit: bytes a file may have, as on a disk that is full.
-          plain_user: take from root that no permission binds it.
+          threads: threads of the loader.
+          file_limit: largest size of a file in bytes; imitates a full disk.
+          plain_user: file permissions bind the process even if it runs as root.
         """
         argv = [str(argument) for argument in argv]
         return self._ask(argv=argv, log=str(log), threads=threads, file_limit=file_limit, plain_user=plain_user)
@@ -71,7 +71,7 @@ class Launcher:
 
 
 def drop_capabilities():
-    """Root keeps its id and loses its right to pass over permissions, as Linux has it."""
+    """Drops the Linux capabilities of root, so that file permissions bind the process. The user id stays."""
     import ctypes
 
     words = (ctypes.c_uint32 * 2)(0x20080522, 0)

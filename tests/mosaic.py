@@ -1,4 +1,4 @@
-"""What tests of the Mosaic kernels share: interpret mode, a pretended device, and lowering for CUDA on a CPU."""
+"""Helpers for tests of the Mosaic kernels: interpret mode, a pretended device, and lowering for CUDA on a CPU."""
 
 import jax
 import pytest
@@ -11,12 +11,12 @@ needs_mosaic = pytest.mark.skipif(
 
 
 def pretend(monkeypatch, platform="cuda", capability=choice.HOPPER):
-    """Makes the library choose as if it ran on such a device."""
+    """Makes the library choose as if it ran on this device."""
     monkeypatch.setattr(choice, "device", lambda: (platform, capability))
 
 
 def interpret(monkeypatch, *, detect_races=True):
-    """Runs kernels on the CPU, as if on a Hopper GPU, step by step; traces made before do not notice."""
+    """Runs kernels step by step on the CPU as if on a Hopper GPU; this does not change traces made before."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     pretend(monkeypatch)

@@ -1,4 +1,4 @@
-"""What the library computes, written again as plain NumPy loops, one pair and one sample at a time."""
+"""The computations of the library as plain NumPy loops over single pairs and single samples."""
 
 import math
 
@@ -10,7 +10,7 @@ f32 = np.float32
 
 
 def arrays(dtype, shape, *, elements=None):
-    """Arrays whose every element is drawn. By default Hypothesis fills most with one value: equal boxes."""
+    """Draws arrays element by element. By default Hypothesis fills most elements with one value: equal boxes."""
     return hypothesis_numpy.arrays(dtype, shape, elements=elements, fill=st.nothing())
 
 
@@ -47,7 +47,7 @@ def greedy_nms(boxes, scores, valid, *, iou_threshold, max_output=None, groups=N
 
 
 def cell_anchors(base, scales, ratios, *, rounding) -> np.ndarray:
-    """Sides in whole pixels before scaling, half sides in whole pixels after it, or neither."""
+    """Rounds the sides before scaling, or half the sides after scaling, or nothing."""
     cells = []
     for ratio in ratios:
         width, height = base / math.sqrt(ratio), base * math.sqrt(ratio)
@@ -163,7 +163,7 @@ def roi_align(features, boxes, levels, **options) -> np.ndarray:
 
 
 def roi_align_gradient(cotangent, sizes, boxes, levels, **options) -> list[np.ndarray]:
-    """Of the features of every level: the transposed matrices."""
+    """Returns the gradients of the features of every level, with the transposed matrices."""
     gradients = [np.zeros((*size, cotangent.shape[-1])) for size in sizes]
     matrices = roi_align_matrices(sizes, boxes, levels, **options)
     for matrix, level, bins in zip(matrices, levels, np.float64(cotangent), strict=True):

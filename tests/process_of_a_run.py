@@ -1,6 +1,6 @@
 """One process of a run: python process_of_a_run.py OUT ARGUMENTS-OF-train.py
 
-Trains, detects once more with the newest checkpoint, and writes what this process then holds to OUT.
+Trains, detects once more with the newest checkpoint, and writes the values of this process to OUT.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Names and shapes of the arrays in files of other programs, for networks of any width, apart from our tables.
+"""Lists the names and shapes of the arrays in files of other programs, for any width, independently of our tables.
 
-Shapes are those of torch: (out, in, rows, columns) and (out, in).
+Shapes are in torch's order: (out, in, rows, columns) and (out, in).
 """
 
 import itertools
@@ -12,7 +12,7 @@ BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 def by_rule(shapes):
-    """Returns the arrays that the rule of tests/golden/README.md makes of {name: shape}."""
+    """Returns the arrays for {name: shape} by the rule in tests/golden/README.md."""
     return {name: rule_weight(name, list(shape), 0) for name, shape in shapes.items()}
 
 
@@ -25,11 +25,12 @@ def detectron_norm(name, channels):
 
 
 def resnet(depth, width, *, conv, norm, names):
-    """Convolutions and normalisations of a ResNet.
+    """Returns the convolutions and norms of a ResNet.
 
     Args:
-      conv: (name, shape) -> its arrays; norm: (name, channels) -> its arrays.
-      names: (stem, its norm, of a block: convolution k, its norm, shortcut, its norm), each a format string.
+      conv: function from (name, shape) to the arrays of a convolution.
+      norm: function from (name, channels) to the arrays of a norm.
+      names: format strings for the stem, its norm, and in a block: convolution k, its norm, shortcut, its norm.
     """
     stem, stem_norm, block_conv, block_norm, shortcut, shortcut_norm = names
     arrays = conv(stem, (width, 3, 7, 7)) | norm(stem_norm, width)
@@ -64,7 +65,7 @@ def torchvision_resnet(depth, width, prefix=""):
 
 
 def faster_rcnn_pytorch_c4(depth, width, *, classes, anchors, rpn_channels):
-    """Objectness has two logits per anchor; layer 4 is the head."""
+    """Returns the arrays; objectness has two logits per anchor, and layer 4 is the head."""
     block = "RCNN_base.{jw}.{block}."
     names = "RCNN_base.0", "RCNN_base.1", *(block + end for end in ("conv{k}", "bn{k}", "downsample.0", "downsample.1"))
     found = resnet(depth, width, conv=torch_conv, norm=torch_norm, names=names)
@@ -138,7 +139,7 @@ def detectron_backbone(depth, width):
 
 
 def detectron2_fpn(depth, width, *, channels, fc, classes):
-    """No class of its own for background in the box deltas."""
+    """Returns the arrays; the box deltas have no background class."""
     prefix = "backbone.bottom_up."
     block = prefix + "res{res}.{block}."
     names = "stem.conv1", "stem.conv1.norm"
@@ -165,6 +166,6 @@ def detectron2_fpn(depth, width, *, channels, fc, classes):
 
 
 def numbers_of_batches(arrays):
-    """What torch counts in training beside each normalisation."""
+    """Returns torch's training counters, one per norm."""
     norms = [name.removesuffix("running_var") for name in arrays if name.endswith("running_var")]
     return {f"{norm}num_batches_tracked": np.array(7, np.int64) for norm in norms}

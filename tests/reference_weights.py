@@ -1,4 +1,4 @@
-"""Weights made by rule in place of stored ones, and where each of a reference's stands in our detector.
+"""Makes weights by rule instead of storing them, and maps the weights of a reference to our detector.
 
 tests/golden/README.md states the rule.
 """
@@ -57,7 +57,7 @@ def rule_weight(key: str, shape: list[int], salt: int) -> np.ndarray:
 
 
 def rule_weights(golden) -> dict[str, np.ndarray]:
-    """Returns every weight of a model's golden file, its checksum compared."""
+    """Returns every weight of a model's golden file; checks the checksums."""
     weights = {}
     for key, shape, checksum in zip(golden["state_keys"], golden["state_shapes"], golden["state_crc32"]):
         weights[str(key)] = rule_weight(str(key), json.loads(str(shape)), int(golden["salt"]))
@@ -71,7 +71,7 @@ class Source(NamedTuple):
 
 
 def _of_two_logits(gradient: np.ndarray) -> np.ndarray:
-    """The gradient of the one logit is that of the foreground logit, and minus that of the other."""
+    """The gradient of our logit equals that of the foreground logit and minus that of the background logit."""
     gradient = np.split(TWO_LOGITS.theirs(gradient), 2)[1]
     return np.concatenate([-gradient, gradient])
 
@@ -82,7 +82,7 @@ def _gradient_of(layout: Layout) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def table(format: Format, config: ModelConfig) -> dict[str, Source]:
-    """Returns our names of a detector's weights, and each one's source."""
+    """Returns our names of a detector's weights, each with its source."""
     _, state = nnx.split(jax.eval_shape(lambda: create_detector(config, ("class1",), seed=0)))
     found = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(state):
@@ -106,7 +106,7 @@ def torchvision_fpn_table(config: ModelConfig) -> dict[str, Source]:
 
 
 def load(builder: Callable[[], nnx.Module], table: dict[str, Source], weights: dict[str, np.ndarray]) -> nnx.Module:
-    """Returns the module with every weight taken from the reference, none left over on either side."""
+    """Returns the module with all weights of the reference; checks that no weight is missing or unused."""
     read = Weights(weights, {}, sha256="")
     (format,) = formats_of(read)
     model, report = assign(jax.eval_shape(builder), read, format, where="rule weights")

@@ -81,7 +81,7 @@ def test_a_pyramid_has_anchors_twice_as_large_on_every_level(apart, last):
     np.testing.assert_allclose(sides, levels, rtol=0.03)  # ratios are rounded
     firsts = np.cumsum([0, *grid.level_sizes[:-1]])
     np.testing.assert_array_equal(grid.anchors[firsts, :2], -grid.anchors[firsts, 2:])
-    # Two rows and columns on P6, so that there is something between them.
+    # Two rows and columns on P6, so that neighbouring anchors have a distance.
     assert grid_strides(ModelConfig(rpn=rpn, **FPN), (*PYRAMID[:4], (2, 2))) == [(4, 4), last]
 
 
@@ -112,7 +112,7 @@ def test_cell_anchors_equal_the_loop(rounding, bases_scales_and_ratios):
         ("none", 2 * 512**0.5, 512**0.5),
     ],
 )
-def test_rounding_says_what_becomes_whole_pixels(rounding, width, height):
+def test_rounding_decides_which_lengths_are_whole_pixels(rounding, width, height):
     cell = cell_anchors(16.0, (2.0,), (0.5,), rounding=rounding)
     np.testing.assert_allclose(cell, [[-width / 2, -height / 2, width / 2, height / 2]], rtol=1e-6)
 
@@ -126,7 +126,7 @@ def test_the_detectors_anchors_are_rounded_as_its_configuration_says():
 
 
 def test_rpn_channels_go_in_the_order_of_the_anchors():
-    """One anchor of one cell fires and moves; the box that comes out is its own, moved its own way."""
+    """One anchor of one cell gets a high score and deltas; the proposal is this anchor, moved by these deltas."""
     config = ModelConfig(
         rpn=RpnConfig(anchor_scales=(1, 2), anchor_ratios=(0.5, 2.0), anchor_rounding="none", channels=1)
     )

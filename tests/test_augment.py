@@ -1,4 +1,4 @@
-"""Augmentation: boxes stay on painted objects to half a pixel; what is drawn follows seed, epoch and image alone."""
+"""Tests augmentation: boxes stay on painted objects to half a pixel; draws depend only on seed, epoch and image."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def varied(data=OFF, **fields):
 
 
 def shown(pixels, boxes, data, *, image=PLAIN, stream=(0, 0, 0)):
-    """Returns an image as training sees it: a batch of one. The label of a box is its number from 1."""
+    """Returns a training batch with one image; the label of a box is its number, from 1."""
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     labels, flags = np.arange(1, len(boxes) + 1, dtype=np.int32), np.zeros(len(boxes), bool)
     record = ImageRecord("a", Path("a"), pixels.shape[:2], boxes, labels, flags, flags, np.zeros(len(boxes)))
@@ -48,7 +48,7 @@ def shown(pixels, boxes, data, *, image=PLAIN, stream=(0, 0, 0)):
 
 
 def extent(canvas):
-    """Returns xyxy of what is brighter than half of white."""
+    """Returns xyxy of the pixels brighter than half of white."""
     rows, columns = (np.flatnonzero((canvas[..., 0] > 127.5).any(axis)) for axis in (1, 0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
@@ -69,7 +69,7 @@ PART = st.tuples(st.floats(0, 0.6), st.floats(0.35, 1.0))
 @pytest.mark.parametrize("kind", GEOMETRY)
 @given(st.integers(20, 150), st.integers(20, 150), PART, PART, st.integers(0, 1000))
 def test_boxes_lie_on_the_object_to_half_a_pixel(kind, height, width, across, down, epoch):
-    """Interpolated, a pixel is brighter than half where its centre lies in the object: an edge is half off at most."""
+    """After interpolation a pixel is bright if its centre is in the object, so an edge is at most half a pixel off."""
     data = dataclasses.replace(OFF, **GEOMETRY[kind])
     x1, y1 = int(across[0] * width), int(down[0] * height)
     x2, y2 = (min(low + max(int(part[1] * side), 6), side) for low, part, side in
@@ -90,8 +90,8 @@ def test_boxes_lie_on_the_object_to_half_a_pixel(kind, height, width, across, do
 
 
 @pytest.mark.parametrize("kind", GEOMETRY)
-def test_what_is_tested_above_does_happen(kind):
-    """Over some epochs the image is mirrored, cut, small and large, and sometimes a box goes."""
+def test_all_kinds_of_augmentation_occur(kind):
+    """Over several epochs the image is mirrored, cropped, shrunk and enlarged, and sometimes loses a box."""
     data = dataclasses.replace(OFF, **GEOMETRY[kind])
     pixels = tiny.rectangle_image((60, 90), (4, 6, 24, 30), colour=(255, 255, 255))
     boxes = set()
@@ -120,7 +120,7 @@ def test_the_long_side_bounds_a_drawn_short_side_too():
     assert tuple(batch.image_hw[0]) == network_size((30, 90), PLAIN) == (32, 96)
 
 
-def test_jitter_draws_its_factor_evenly_from_its_range_and_the_place_of_a_cut_from_all_there_are():
+def test_jitter_draws_the_scale_and_the_place_of_the_crop_uniformly():
     rng = np.random.default_rng(0)
     augment = AugmentConfig(scale_jitter=(0.1, 2.0))
     drawn = [draw_placement((64, 96), (64, 96), PLAIN, augment, rng) for _ in range(8000)]
@@ -138,7 +138,7 @@ def test_jitter_draws_its_factor_evenly_from_its_range_and_the_place_of_a_cut_fr
     assert all(placement.origin == (0, 0) for placement in drawn if placement.size[0] < 64)
 
 
-def test_boxes_of_which_less_than_two_pixels_are_left_go_with_their_labels():
+def test_boxes_with_less_than_two_pixels_left_are_dropped_with_their_labels():
     boxes = np.float32([[0, 0, 20, 20], [0, 0, 11.9, 20], [0, 0, 12, 20], [30, 30, 31.9, 60], [95, 0, 120, 50]])
     # 10 pixels are cut on the left, and the canvas ends at 10 + 96.
     placed, stay = place_boxes(boxes, (64, 200), (64, 96), Placement((64, 200), (0, 10)))
@@ -184,7 +184,7 @@ def test_saturation_stretches_away_from_grey_and_none_leaves_the_luma():
 
 @pytest.mark.parametrize("degrees", [-18.0, 7.0, 90.0])
 def test_hue_turns_colours_about_grey(degrees):
-    """Luma and distance from grey stay, and the hue of red moves towards yellow by a positive angle."""
+    """Luma and distance from grey do not change; a positive angle moves red towards yellow."""
     angle = np.radians(degrees)
     # Not so far from grey that a turned colour leaves the range.
     soft = (128 + (COLOURS.astype(float) - 128) / 3).round().astype(np.uint8)
@@ -232,7 +232,7 @@ def dataset(tmp_path_factory):
 
 
 def by_image(dataset, *, batch_size, threads=2, processes=1, epochs=3, seed=0, augment=EVERYTHING):
-    """Returns {(epoch, image): its rows of all arrays}."""
+    """Returns {(epoch, image): the image's rows of all arrays}."""
     data = DataConfig(
         root=Path("unused"), class_names=tiny.CLASS_NAMES, max_boxes=2, flip="random", crop_aspect=1.8,
         threads=threads, augment=augment,
@@ -259,11 +259,11 @@ def by_image(dataset, *, batch_size, threads=2, processes=1, epochs=3, seed=0, a
 @pytest.mark.parametrize(
     "other", [dict(threads=1), dict(threads=4), dict(batch_size=1), dict(batch_size=2, processes=2)]
 )
-def test_what_is_drawn_depends_on_neither_threads_nor_batch_mates_nor_processes(dataset, other):
+def test_random_draws_depend_on_neither_threads_nor_batch_mates_nor_processes(dataset, other):
     assert by_image(dataset, **(dict(batch_size=4) | other)) == by_image(dataset, batch_size=4)
 
 
-def test_what_is_drawn_differs_over_epochs_images_and_seeds(dataset):
+def test_random_draws_differ_over_epochs_images_and_seeds(dataset):
     found = by_image(dataset, batch_size=4)
     for image in range(7):
         assert len({found[epoch, image] for epoch in range(3)}) == 3
@@ -271,8 +271,8 @@ def test_what_is_drawn_differs_over_epochs_images_and_seeds(dataset):
     assert all(other[key] != value for key, value in found.items())
 
 
-def test_one_kind_of_change_does_not_move_what_another_draws():
-    """With mirror images, crops and colours too, sizes are those without."""
+def test_one_augmentation_does_not_change_the_draws_of_another():
+    """The sizes are the same with and without flips, crops and colour changes."""
     pixels, jitter = tiny.rectangle_image((64, 90), (40, 6, 50, 30)), AugmentConfig(scale_jitter=(0.3, 2.0))
     everything = DataConfig(
         root=Path("unused"),
@@ -304,6 +304,6 @@ def test_a_short_side_beyond_the_models_is_refused(tmp_path):
         (dict(scale_jitter=(0.5, float("inf"))), "scale_jitter must be 0 < low <= high"),
     ],
 )
-def test_a_range_that_cannot_be_meant_is_refused(fields, message):
+def test_an_invalid_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**fields)

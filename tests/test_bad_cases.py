@@ -1,4 +1,4 @@
-"""103 ways to be wrong, built here, each strict and lenient; and the collection that they are modelled on."""
+"""Tests 103 bad inputs, strict and lenient, and the shared collection that they are modelled on."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ ALLOWED = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every case, in a folder of its own below one of its own, so that there is an outside."""
+    """Builds every case in a subfolder of its own folder, so that paths outside of the data exist."""
     root = tmp_path_factory.mktemp("cases")
     for name in CASES:
         bad_cases.build(name, root / name / "set")
@@ -79,8 +79,8 @@ def test_lenient_reading_skips_counts_and_lists(folders, name):
     assert counts == ([2] if CASES[name].lenient == NO_IMAGE else [1, 2])
 
 
-def test_boxes_of_what_is_read_are_those_of_the_healthy_set_beside_what_was_changed(folders):
-    """Reading on after an oddity moves no box."""
+def test_unchanged_boxes_are_those_of_the_healthy_set(folders):
+    """An irregularity does not change the boxes that are read after it."""
     changed = {
         "voc_image_1x1", "voc_panorama_6000x40", "voc_tall_40x6000", "voc_xml_no_objects", "voc_all_images_no_objects",
         "voc_box_zero_area", "voc_box_partly_outside", "voc_box_float", "voc_duplicate_box", "voc_box_covers_image",
@@ -105,7 +105,7 @@ IMAGE = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
 
 @pytest.fixture(scope="module")
 def batches(folders, tmp_path_factory):
-    """Whatever lenient reading lets through: one pixel, 6000 x 40, no box, 500 boxes, a box over all of the image."""
+    """Returns batches of all images that lenient reading keeps: one pixel, 6000 x 40, no box, 500 boxes, a full box."""
     different = {}
     for name, case in CASES.items():
         if case.lenient != ERROR:
@@ -142,7 +142,7 @@ def test_all_the_cases_together_train_with_a_finite_loss(batches):
 
 
 def test_a_split_is_opened_as_the_configuration_says(folders, caplog):
-    """Down to the pixels: what a run is planned from has no image that it would stop at."""
+    """Images that cannot be decoded are skipped too, so that a run does not stop at one of them."""
     data = DataConfig(root=folders["voc_truncated_jpeg"], class_names=bad_cases.CLASSES)
     assert [record.id for record in open_split(data, "train").records] == ["ok", "odd"]
     with caplog.at_level(logging.WARNING, logger="fasterrcnn_jax"):
@@ -162,17 +162,17 @@ def test_a_split_is_opened_as_the_configuration_says(folders, caplog):
     assert len(open_split(dataclasses.replace(data, faults="skip"), "train").records[0].boxes) == 1
 
 
-def test_a_set_of_which_faults_leave_nothing_is_an_error_in_lenient_reading_too(tmp_path):
+def test_a_set_with_nothing_left_is_an_error_in_lenient_reading_too(tmp_path):
     bad_cases.write_voc(tmp_path / "images")
     for name in ("ok", "odd"):
         (tmp_path / f"images/JPEGImages/{name}.png").write_bytes(b"")
-    with pytest.raises(InputError, match="faults leave no image: 2, the first in .*ok.png: not an image"):
+    with pytest.raises(InputError, match="no image is left because .*: 2, the first in .*ok.png: not an image"):
         bad_cases.read(tmp_path / "images", faults="skip")
     bad_cases.write_voc(tmp_path / "objects")
     bad_cases.no_objects_at_all(tmp_path / "objects")
     odd = "<object><name>square</name></object></annotation>"
     bad_cases.replace("</annotation>", odd)(tmp_path / "objects")
-    with pytest.raises(InputError, match="faults leave no object of its images: 1, the first in .*odd.xml, object 1"):
+    with pytest.raises(InputError, match="no object in its images is left .*: 1, the first in .*odd.xml, object 1"):
         bad_cases.read(tmp_path / "objects", faults="skip")
 
 
@@ -181,7 +181,7 @@ WATCHED = {"folder": None, "opened": []}
 
 
 def watch(event, arguments):
-    # Where the system's own files are read (fonts, modules), no case is being read in this thread.
+    # Files of the system (fonts, modules) are read while no case is being read.
     if event == "open" and WATCHED["folder"] is not None and isinstance(arguments[0], str | bytes):
         WATCHED["opened"].append(os.fsdecode(arguments[0]))
     elif WATCHED["folder"] is not None and event.split(".")[0] in ("subprocess", "socket", "urllib"):
@@ -189,7 +189,7 @@ def watch(event, arguments):
 
 
 def test_no_case_reads_outside_its_folder_or_takes_long(folders):
-    """By Python's own audit of every file that is opened, in whatever thread and by whatever module."""
+    """Uses Python's audit hook, which sees every opened file in all threads and modules."""
     bad_cases.outcome(folders["coco_healthy_sparse_ids"], faults="skip")  # modules that are loaded late
     sys.addaudithook(watch)
     for name, folder in folders.items():
@@ -206,8 +206,8 @@ def test_no_case_reads_outside_its_folder_or_takes_long(folders):
                 assert Path(path).resolve().is_relative_to(folder.resolve()), (name, path)
 
 
-def test_what_grows_when_it_is_read_is_refused_before_it_does(tmp_path):
-    """400 million pixels, 10^9 characters of entities and lists in lists, in a program of its own: below 200 MB."""
+def test_inputs_that_would_expand_are_refused_before_they_use_memory(tmp_path):
+    """400 million pixels, 10^9 characters of entities, deeply nested lists: a new process uses less than 200 MB."""
     for name in ("voc_png_bomb_20000x20000", "voc_xml_billion_laughs"):
         bad_cases.build(name, tmp_path / name)
     bad_cases.write_coco(tmp_path / "nested")
@@ -232,7 +232,7 @@ def test_what_grows_when_it_is_read_is_refused_before_it_does(tmp_path):
 
 
 def test_the_page_is_what_the_readers_say(folders):
-    """`python tests/write_bad_inputs.py` writes it anew."""
+    """`python tests/write_bad_inputs.py` writes the page again."""
     assert write_bad_inputs.PAGE.read_text() == write_bad_inputs.page(folders)
 
 
@@ -251,7 +251,7 @@ def test_the_collection_ends_as_our_own_cases_and_as_it_expects(name):
 
 
 def test_spoiled_annotations_give_records_or_one_sentence(tmp_path):
-    """The short form of `python tests/fuzz_readers.py --minutes 10`."""
+    """A short version of `python tests/fuzz_readers.py --minutes 10`."""
     fuzz_readers.prepare(tmp_path)
     read = sum(fuzz_readers.attempt(tmp_path, seed) for seed in range(300))
     assert 50 < read < 280

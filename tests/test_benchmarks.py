@@ -1,4 +1,4 @@
-"""The benchmarks on whatever device is here, at tiny sizes, as if there were no torchvision: figures mean nothing."""
+"""The benchmarks on any device, at tiny sizes, as if torchvision were not installed: the times mean nothing."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def benchmark(script, *arguments, folder):
     planted = folder / "planted"
     planted.mkdir(exist_ok=True)
     (planted / "torch.py").write_text("raise ImportError('planted')\n")
-    # One device, and quick to compile; what a process compiles twice comes from its cache.
+    # One device and fast compilation; a process takes a repeated program from its cache.
     env = os.environ | {
         "PYTHONPATH": str(planted),
         "XLA_FLAGS": "",
@@ -44,7 +44,7 @@ def benchmark(script, *arguments, folder):
     return done, json.loads((folder / "report.json").read_text())
 
 
-def test_every_operation_is_timed_without_torchvision_which_the_report_says(tmp_path):
+def test_every_operation_is_timed_without_torchvision_and_the_report_says_so(tmp_path):
     done, report = benchmark("kernels.py", "--tiny", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report["torchvision"] == "absent: ImportError: planted"
@@ -77,7 +77,7 @@ def test_detection_and_training_of_a_whole_model_are_timed(tmp_path):
         assert (side["kernels_compiled"] or 0) > 10 or name.endswith("training")
 
 
-def test_cases_of_the_goals_come_first_and_a_cut_reaches_every_kind(importable):
+def test_cases_with_goals_come_first_and_the_first_cases_cover_every_kind(importable):
     import end_to_end
 
     listed = list(end_to_end.cases(tiny=False).values())
@@ -115,7 +115,7 @@ config = dataclasses.replace(config, train=dataclasses.replace(config.train, opt
 
 
 @pytest.mark.slow
-def test_training_for_some_seconds_makes_a_curve(tmp_path):
+def test_training_for_some_seconds_gives_a_curve(tmp_path):
     tiny.write_voc(tmp_path / "voc", train=6, test=4, image_hw=((48, 72),))
     (tmp_path / "config.py").write_text(CONFIG.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     arguments = ("--data", tmp_path / "voc", "--config", tmp_path / "config.py", "--minutes", 0.02)
@@ -139,7 +139,7 @@ def test_the_clock_of_training_stops_for_compilation_and_evaluation(tmp_path, im
         stepped.append(0)
 
         def step(batch):
-            # Its compilation; later slower than the trial promised.
+            # The first step compiles; later steps are slower than the trial promised.
             time.sleep(0.01 * len(made) ** 2 if batch.images.shape in shapes else 0.5)
             shapes.add(batch.images.shape)
             stepped[-1] += 1
@@ -155,18 +155,18 @@ def test_the_clock_of_training_stops_for_compilation_and_evaluation(tmp_path, im
     turns = []
     config = tiny.config(tmp_path, warmup_steps=3, steps=1000, batch_size=2)
     result = train_minutes.train_for(make, config, seconds=0.4, turn=lambda: turns.append(1))
-    # The trial is thrown away, and the schedule is made for the steps that fit.
+    # The trial steps are discarded, and the schedule has the number of steps that fit.
     assert len(made) == 2 and stepped[0] == 11
     assert made[1].steps == result["planned_steps"] and made[1].warmup_steps == min(3, made[1].steps // 10)
     assert 4 <= stepped[1] == result["steps"] < result["planned_steps"] <= 40
     assert result["seconds"] < 0.6 and 1.0 <= result["compile_seconds"] < 1.5
-    # Its time was over before its last quarter.
+    # The time ended before the last quarter.
     assert 2 <= len(result["curve"]) <= 3 and {point["loss"] for point in result["curve"]} == {1.5}
     assert result["curve"][-1]["steps"] == result["steps"]
     assert result["AP50"] == 0.0 and len(turns) == 1 + len(result["curve"])
 
 
-# The child processes, with cases that misbehave.
+# Child processes with cases that fail in different ways.
 
 CHILD = """
 import argparse, os, pathlib, sys, time
@@ -233,7 +233,7 @@ def isolated(tmp_path, importable):
     ("case", "reason"),
     [("crash", "the process ended with status 7"), ("hang", "silent for 1 s"), ("lost", "illegal address")],
 )
-def test_a_side_that_takes_the_process_with_it_costs_itself_alone(isolated, case, reason):
+def test_a_side_that_ends_the_process_loses_only_its_own_result(isolated, case, reason):
     results = isolated("good", case, "later", silence=1.0)
     assert results[case]["failed"] == {"second": reason}
     assert list(results[case]["sides"]) == ["first", "third"]
@@ -242,7 +242,7 @@ def test_a_side_that_takes_the_process_with_it_costs_itself_alone(isolated, case
         assert results[other]["failed"] == {} and results[other]["environment"] == {"device": "here"}
 
 
-def test_a_case_without_a_side_to_blame_is_given_up(isolated):
+def test_a_case_that_fails_outside_any_side_is_given_up(isolated):
     results = isolated("its own error", "before any side", "good")
     assert results["its own error"]["error"] == "ValueError: no such thing"
     assert results["before any side"]["error"] == "the process ended with status 5"
@@ -255,7 +255,7 @@ def test_a_child_that_cannot_start_ends_the_run(isolated):
     assert list(results["good"]["sides"]) == ["first", "second", "third"]
 
 
-def test_what_is_not_reached_in_time_is_named(isolated):
+def test_cases_that_are_not_reached_in_time_are_named(isolated):
     results = isolated("good", "at the end", "later", seconds=1.5)
     assert "error" not in results["good"]
     assert results["at the end"]["error"] == results["later"]["error"] == "no time left"
@@ -271,7 +271,7 @@ def test_cases_share_a_process_unless_each_has_its_own(isolated):
 # Measuring.
 
 
-def test_sides_take_turns_and_one_that_fails_leaves_the_others(importable):
+def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(importable):
     import measure
 
     called = []
@@ -310,7 +310,7 @@ def test_times_are_medians_of_one_call(importable, monkeypatch):
     assert times["a"] == pytest.approx((3.0, 2.0, 10.0, 3.0))
 
 
-def test_a_floor_is_the_longer_of_moving_and_computing(importable):
+def test_a_floor_is_the_longer_of_memory_time_and_compute_time(importable):
     import measure
 
     ceilings = measure.Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
@@ -358,7 +358,7 @@ def test_kernels_of_a_program_are_those_outside_of_fusions(importable):
     assert measure.compiled_kernels(HLO) == 3  # the fusion in the loop, the sort, the custom call
 
 
-# Comparing with torchvision, whose results are put in by hand.
+# Comparison with torchvision, whose results are given by hand.
 
 
 def load(name):
@@ -369,7 +369,7 @@ def load(name):
 
 
 class Tensor(np.ndarray):
-    """As much of a torch tensor as comparisons use."""
+    """The parts of a torch tensor that the comparisons use."""
 
     def cpu(self):
         return self
@@ -404,7 +404,7 @@ def test_a_result_unlike_torchvisions_is_reported_and_fails(importable, monkeypa
     assert wrong["differences"]["xla"] > 0.01
 
 
-def test_faults_are_ours_alone(importable):
+def test_only_faults_of_our_sides_count(importable):
     import suite
 
     assert suite._fault({"failed": {"torchvision compiled": "out of memory"}}) is None

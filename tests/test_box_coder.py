@@ -1,4 +1,4 @@
-"""Boxes to deltas and back."""
+"""Encoding of boxes as deltas and decoding."""
 
 import functools
 
@@ -15,7 +15,7 @@ from fasterrcnn_jax.structures import MAX_LOG_SCALE
 
 UNIT = dict(means=(0.0, 0.0, 0.0, 0.0), stds=(1.0, 1.0, 1.0, 1.0))
 HEAD = dict(means=(0.0, 0.0, 0.0, 0.0), stds=(0.1, 0.1, 0.2, 0.2))
-UNEVEN = dict(means=(0.1, -0.2, 0.3, -0.4), stds=(1.0, 0.5, 0.3, 0.25))  # shows an exchanged coordinate
+UNEVEN = dict(means=(0.1, -0.2, 0.3, -0.4), stds=(1.0, 0.5, 0.3, 0.25))  # differ, to show exchanged ones
 
 jitted_encode = functools.partial(jax.jit, static_argnames=("means", "stds"))(encode)
 jitted_decode = functools.partial(jax.jit, static_argnames=("means", "stds", "max_log_scale", "far_corner_offset"))(
@@ -24,7 +24,7 @@ jitted_decode = functools.partial(jax.jit, static_argnames=("means", "stds", "ma
 
 
 def boxes(n):
-    """Sides from 1 to 60 pixels: within the clamp of each other."""
+    """Returns boxes with sides from 1 to 60 pixels, so that no ratio of two sides reaches the limit of log scales."""
     corner = arrays(np.float32, (n, 2), elements=st.floats(-50, 50, width=32))
     side = arrays(np.float32, (n, 2), elements=st.floats(1, 60, width=32))
     return st.tuples(corner, side).map(lambda cs: np.concatenate([cs[0], cs[0] + cs[1]], axis=1))
@@ -78,7 +78,7 @@ def test_very_negative_log_scale_gives_an_empty_finite_box():
 
 
 def test_without_a_limit_large_log_scales_are_not_cut_and_may_overflow():
-    """The Caffe line decodes so; e^4.5 is beyond the usual limit of log(1000 / 16)."""
+    """The Caffe implementations decode without a limit; 4.5 is above the usual limit of log(1000 / 16)."""
     deltas, anchor = np.float32([[0, 0, 4.5, 0], [0, 0, 100, 0]]), np.float32([[0, 0, 16, 16]] * 2)
     decoded = np.asarray(jitted_decode(deltas, anchor, max_log_scale=None))
     assert decoded[0, 2] - decoded[0, 0] == pytest.approx(16 * np.exp(4.5), rel=1e-5)

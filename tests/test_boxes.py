@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
+from fasterrcnn_jax.data.records import box_iou
 from fasterrcnn_jax.ops.boxes import area, clip, larger_than, min_side, pairwise_iou
 
 iou = jax.jit(pairwise_iou)
@@ -20,7 +21,7 @@ jitted_larger_than = functools.partial(jax.jit, static_argnames="min_size")(larg
 
 
 def corners(n):
-    """Boxes on half pixels, many of them touching, equal or empty."""
+    """Returns boxes on half pixels; many of them touch, are equal or are empty."""
     points = arrays(np.int32, (n, 2, 2), elements=st.integers(-4, 24))
     return points.map(lambda p: (np.sort(p, axis=1) / 2).reshape(n, 4).astype(np.float32))
 
@@ -65,7 +66,7 @@ def test_clip_limits_x_by_the_width_and_y_by_the_height(offset, boxes, height, w
 
 
 def test_clip_with_an_offset_is_the_clip_of_inclusive_corners():
-    """[x1, x2] cut to [0, side - 1], as pixels; one pixel at least remains of a box beyond the image."""
+    """Inclusive corners are clipped to [0, side - 1]; a box beyond the image keeps at least one pixel."""
     inclusive = np.float32([[-5, -5, 2, 3], [-9, 30, -4, 40], [50, -7, 60, -1]])
     expected = np.clip(inclusive, 0, np.float32([19, 9, 19, 9]))
     far = np.float32([0, 0, 1, 1])
@@ -75,7 +76,7 @@ def test_clip_with_an_offset_is_the_clip_of_inclusive_corners():
 
 
 @given(corners(7))
-def test_clip_leaves_boxes_inside_alone(boxes):
+def test_clip_does_not_change_boxes_inside_the_image(boxes):
     boxes = np.abs(boxes)
     np.testing.assert_array_equal(jitted_clip(boxes, np.array([12.0, 12.0], np.float32)), boxes)
 
@@ -87,8 +88,20 @@ def test_iou_of_single_boxes_keeps_its_shape(n, m):
 
 
 @given(corners(7), st.sampled_from([0.0, 2.0, 3.5]), st.sampled_from([(1.0, 1.0), (2.0, 0.5), (0.5, 2.0)]))
-def test_larger_than_measures_each_axis_in_the_stored_image(boxes, min_size, scale):
+def test_larger_than_measures_each_axis_in_the_original_image(boxes, min_size, scale):
     found = jitted_larger_than(boxes, min_size, np.float32(scale))
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     expected = (width / scale[1] >= min_size) & (height / scale[0] >= min_size)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_iou_of_the_data_tools_is_the_same_in_float64():
+    known = box_iou(np.array([[0.0, 0, 4, 4], [0, 0, 0, 0]]), np.array([[2.0, 0, 6, 4], [4, 0, 6, 4], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(known, [[8 / 24, 0, 0], [0, 0, 0]], rtol=1e-15)
+    corners = np.random.default_rng(0).uniform(0, 100, (2, 50, 2, 2))
+    boxes, others = np.concatenate([corners.min(axis=2), corners.max(axis=2)], axis=-1).astype(np.float32)
+    found = box_iou(boxes, others)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(
+        found, pairwise_iou(jax.numpy.asarray(boxes), jax.numpy.asarray(others)), rtol=1e-4, atol=1e-6
+    )

@@ -1,4 +1,4 @@
-"""`check` finds what was planted, and what is known to be wrong with a real set."""
+"""Tests `check`: it finds planted faults and the known faults of a real data set."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 
 
 def run(*arguments):
-    """Returns the exit status."""
+    """Runs `check` and returns the exit status."""
     with tiny.restored_logging(), pytest.raises(SystemExit) as ended:
         program.main(["check", *map(str, arguments)])
     return ended.value.code
@@ -32,13 +32,13 @@ def run(*arguments):
 
 @pytest.fixture
 def clean(tmp_path):
-    """Five images to train on and three to test on, all different."""
+    """Writes five training and three test images, all different."""
     tiny.write_voc(tmp_path / "voc", train=5, test=3)
     return tmp_path / "voc"
 
 
 def xml(root, name, *objects):
-    """Puts (class, xmin, ymin, xmax, ymax) objects into an annotation in place of its own."""
+    """Replaces the objects of an annotation with the given (class, xmin, ymin, xmax, ymax) objects."""
     path = root / f"Annotations/{name}.xml"
     lines = "".join(
         f"<object><name>{kind}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
@@ -67,7 +67,7 @@ PLANTED = {
     ),
     "a box nearly twice": (
         lambda root: xml(root, "train0", ("ring", 3, 3, 42, 42), ("ring", 4, 3, 42, 42)),
-        1, ["nearly cover one another", "Boxes of one class", "train0.png", "IoU 0.975"],
+        1, ["Boxes of the same class almost coincide", "train0.png", "IoU 0.975"],
     ),
     "an object of two classes": (
         lambda root: xml(root, "train0", ("ring", 3, 3, 42, 42), ("disc", 4, 3, 42, 42)),
@@ -96,17 +96,17 @@ PLANTED = {
     ),
     "an image in two splits under two names and formats": (
         lambda root: Image.open(root / "JPEGImages/train0.png").save(root / "JPEGImages/test0.png", "BMP"),
-        2, ["FAULT", "Images of the same pixels are in both splits: 1", "test0.png and ", "train0.png"],
+        2, ["FAULT", "Images with the same pixels are in both splits: 1", "test0.png and ", "train0.png"],
     ),
     "an image twice in a split": (
         lambda root: shutil.copy(root / "JPEGImages/train0.png", root / "JPEGImages/train2.png"),
-        1, ["same pixels are in a split more than once: 1", "train2.png and ", "train0.png"],
+        1, ["same pixels appear more than once in a split: 1", "train2.png and ", "train0.png"],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_what_is_planted_is_found_with_its_file_and_sets_the_exit_status(clean, fault, capsys):
+def test_a_planted_fault_is_found_with_its_file_and_sets_the_exit_status(clean, fault, capsys):
     plant, status, parts = PLANTED[fault]
     plant(clean)
     assert run(clean) == status
@@ -115,7 +115,7 @@ def test_what_is_planted_is_found_with_its_file_and_sets_the_exit_status(clean, 
     assert said.count("FAULT:") + said.count("note:") == 1
 
 
-def test_names_that_the_output_cannot_spell_are_escaped(clean, monkeypatch):
+def test_names_that_the_output_cannot_encode_are_escaped(clean, monkeypatch):
     xml(clean, "train0", ("größe", 3, 3, 30, 30))
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
@@ -124,7 +124,7 @@ def test_names_that_the_output_cannot_spell_are_escaped(clean, monkeypatch):
     assert b"gr\\xf6\\xdfe " in output.buffer.getvalue()
 
 
-def test_every_fault_is_printed_where_all_are_asked_for(clean, capsys):
+def test_every_fault_is_printed_with_all(clean, capsys):
     xml(clean, "train0", *[("ring", 300, 3, 310, 30)] * 25, ("ring", 3, 3, 30, 30))
     assert run(clean) == 2
     assert "and 5 more; --all prints them" in capsys.readouterr().out
@@ -143,17 +143,17 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
     assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
 
 
-def test_a_folder_takes_no_fields_and_what_is_neither_is_named(clean, capsys):
+def test_a_folder_takes_no_fields_and_other_paths_are_refused(clean, capsys):
     assert run(clean, "--data.root", "x") == 2
     assert "takes no fields" in capsys.readouterr().err
     assert run(clean / "nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(clean / "JPEGImages") == 2
-    assert "holds neither" in capsys.readouterr().err
+    assert "unknown layout" in capsys.readouterr().err
 
 
 def test_a_sheet_shows_images_with_boxes_where_they_are(clean, tmp_path):
-    assert run(clean, "--images", tmp_path / "sheets") == 0
+    assert run(clean, "--sheets", tmp_path / "sheets") == 0
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["test.jpg", "train.jpg"]
     sheet = np.array(Image.open(tmp_path / "sheets/train.jpg"))
     assert sheet.shape == (320, 1600, 3)
@@ -178,8 +178,8 @@ def test_layouts_are_guessed(clean, tmp_path):
     assert len(sources.read(data, "a").records) == 2
 
 
-def test_a_list_that_others_make_up_is_not_compared_with_them(clean, capsys):
-    """trainval is train and val; train and test that share an image are compared all the same."""
+def test_a_list_that_joins_other_lists_is_not_compared_with_them(clean, capsys):
+    """trainval joins train and val; train and test, which share an image, are still compared."""
     names = (clean / "ImageSets/Main/train.txt").read_text().split()
     for split, part in (("train", names[:3]), ("val", names[3:]), ("trainval", names)):
         (clean / f"ImageSets/Main/{split}.txt").write_text("\n".join(part))
@@ -191,7 +191,7 @@ def test_a_list_that_others_make_up_is_not_compared_with_them(clean, capsys):
 
 
 def field(seed, height=400, width=600):
-    """An image with structure at every scale, so that parts of it look alike only where they are the same."""
+    """Returns an image with structure at every scale, so that only identical parts of it are similar."""
     rng = np.random.default_rng(seed)
     blobs = [
         Image.fromarray(rng.normal(0, 2 * cell, (height // cell, width // cell)).astype(np.float32))
@@ -203,7 +203,7 @@ def field(seed, height=400, width=600):
 
 @pytest.mark.parametrize("x, y", [(0, 0), (60, 0), (-30, 45), (120, -90)])
 def test_a_shifted_view_is_found_with_its_shift(x, y):
-    """By its definition: a part of one field, and another part of it."""
+    """Two overlapping parts of one large image are shifted views."""
     whole = field(1)
     one = whole[100:340, 130:450]
     other = whole[100 + y : 340 + y, 130 + x : 450 + x] if (x, y) != (0, 0) else one // 2 + 40
@@ -233,16 +233,16 @@ def test_many_pairs_are_compared_by_their_pixels_only(monkeypatch, clean):
     monkeypatch.setattr(check, "MOST_PAIRS", 14)
     data = DataConfig(root=clean, class_names=tiny.CLASS_NAMES)
     one, other = (check.check_split(sources.read(data, name)) for name in ("train", "test"))
-    assert check.shared_images(one, other)[1].endswith("for the same pixels only: too many for shifted views")
+    assert check.shared_images(one, other)[1].endswith("only for the same pixels: too many for shifted views")
 
 
-def test_sizes_overlap_as_boxes_of_one_centre():
+def test_size_iou_is_the_iou_of_boxes_with_one_centre():
     got = size_iou(np.float64([[10, 20], [4, 4]]), np.float64([[10, 10], [20, 40]]))
     np.testing.assert_allclose(got, [[0.5, 0.25], [0.16, 16 / 800]])
 
 
-def test_scales_are_found_again_that_the_boxes_were_made_with():
-    """Boxes of three scales, some wide and some high, each a little off."""
+def test_fit_finds_the_scales_that_the_boxes_were_made_with():
+    """The boxes have three scales, are wide or high, and vary a little."""
     rng = np.random.default_rng(0)
     scale, ratio = rng.choice([3.0, 8.0, 20.0], 600), rng.choice([0.5, 1.0, 2.0], 600)
     sizes = np.stack([16 * scale / np.sqrt(ratio), 16 * scale * np.sqrt(ratio)], axis=1)
@@ -278,7 +278,7 @@ def test_crowds_may_lie_over_objects(tmp_path):
 
 @pytest.fixture(scope="module")
 def cells():
-    """The splits of the set of blood cells, not decoded."""
+    """Returns the splits of the blood cell data set, not decoded."""
     if not BCCD.is_dir():
         pytest.skip(f"{BCCD.name} is not in the folder {BCCD.parents[1].name} beside the repository")
     data, splits = guess(BCCD)
@@ -286,8 +286,8 @@ def cells():
     return {name: sources.read(dataclasses.replace(data, faults="skip"), name) for name in ("train", "val", "test")}
 
 
-def test_cells_have_the_boxes_of_one_pixel_and_the_doubled_boxes_that_are_known(cells):
-    """SOURCE.md of the set."""
+def test_known_tiny_and_duplicate_boxes_of_the_cells_are_found(cells):
+    """The expected findings are from SOURCE.md of the data set."""
     findings = [finding for dataset in cells.values() for finding in dataset.findings]
     findings += [f for dataset in cells.values() for record in dataset.records for f in check.box_findings(record)]
     assert not any(finding.is_fault for finding in findings)
@@ -298,8 +298,8 @@ def test_cells_have_the_boxes_of_one_pixel_and_the_doubled_boxes_that_are_known(
 
 
 @pytest.mark.slow
-def test_cells_have_the_fields_in_two_splits_that_are_known(cells):
-    """extra/overlapping_fields.tsv of the set."""
+def test_known_shared_views_of_the_cells_are_found(cells):
+    """The expected pairs are from extra/overlapping_fields.tsv of the data set."""
     checked = {name: check.check_split(dataset) for name, dataset in cells.items()}
     known = {
         tuple(sorted(line.split("\t")[1:3]))

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits back, alone enough to detect with, never half there, faults in one sentence."""
+"""Checkpoints: same bits after reading, detection from a checkpoint alone, no partial checkpoints, clear errors."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from fasterrcnn_jax.training.state import TrainState
 from fasterrcnn_jax.training.step import create_state
 
 ROOT = Path(__file__).parents[1]
-# What Orbax leaves behind when its reading fails: coroutines, and answers to a loop that is gone.
+# When reading fails, Orbax leaves coroutines that were never awaited and callbacks to a closed event loop.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings(
@@ -42,7 +42,7 @@ pytestmark = [
 def environment():
     with tiny.quick_compilation():
         yield
-    # All of it is to come to light here, and not in the tests of another file.
+    # Collect garbage here, so that these warnings do not appear in another test module.
     time.sleep(0.1)
     gc.collect()
 
@@ -55,7 +55,7 @@ def model(random_weights):
 
 @pytest.fixture(scope="module")
 def state(model):
-    """A state in the middle of a run: nothing in it is zero that training would have moved."""
+    """Returns a state in the middle of a run: every value that training changes is non-zero."""
     optimizer = create_optimizer(tiny.config(Path("x")).train)
     _, state = create_state(model, optimizer, seed=5)
     generator = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def at(state, step, *, shift=0.0):
 
 
 def blank_state():
-    """A state of one weight, for what does not depend on a detector."""
+    """Returns a state with one weight, for tests that need no detector."""
     key = jnp.zeros(2, jnp.uint32)
     return TrainState(step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=key)
 
@@ -100,7 +100,7 @@ def save(run, state, config, *, keep=2, ap50s):
 
 @pytest.fixture(scope="module")
 def run(config, state):
-    """A run folder with the steps 1 (not shifted) and 2."""
+    """Returns a run folder with checkpoints of step 1 (not shifted) and step 2."""
     save(config.run, state, config, ap50s={1: 0.5, 2: 0.25})
     return config.run
 
@@ -168,7 +168,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, config, keep, ap50s, kept):
     assert steps_in(tmp_path) == kept
 
 
-def test_the_best_is_remembered_when_a_run_goes_on(tmp_path, config):
+def test_the_best_checkpoint_is_remembered_when_a_run_continues(tmp_path, config):
     tiny_state = blank_state()
     save(tmp_path, tiny_state, config, keep=1, ap50s={1: 0.9, 2: 0.1})
     save(tmp_path, tiny_state, config, keep=1, ap50s={3: 0.2, 4: None})
@@ -233,15 +233,15 @@ def test_a_fresh_process_detects_the_same_bits(run, model, tmp_path):
     assert tuple(found["names"]) == expected.class_names
 
 
-def test_an_interrupted_save_leaves_the_one_before_usable(copied, state, config):
-    """What a killed process leaves: a folder under a temporary name, with part of its content."""
+def test_an_interrupted_save_leaves_the_previous_checkpoint_usable(copied, state, config):
+    """A killed process leaves a folder under a temporary name with part of the content."""
     half = copied / "checkpoints" / "3.orbax-checkpoint-tmp"
     shutil.copytree(copied / "checkpoints" / "2", half)
     shutil.rmtree(half / "train")
     newest = parameters(checkpoint.load(copied / "checkpoints" / "2"))
     for name, leaf in parameters(checkpoint.load(copied)).items():
         np.testing.assert_array_equal(leaf, newest[name])
-    assert half.exists()  # reading a run of somebody else changes nothing in it
+    assert half.exists()  # loading does not change a run folder
     restored, _ = restore(copied, state, config)
     assert restored.step == 2 and not half.exists()
     save(copied, state, config, ap50s={3: None})
@@ -250,7 +250,7 @@ def test_an_interrupted_save_leaves_the_one_before_usable(copied, state, config)
 
 @contextlib.contextmanager
 def full_disk(bytes_per_file):
-    """A file cannot grow beyond this; what fails is the write, as on a disk that is full."""
+    """Limits the size of files, so that a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, before[1]))
     try:
@@ -272,7 +272,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_before_it(copied, state
     assert [path.name for path in (copied / "checkpoints").iterdir()] == ["3"]
 
 
-def test_what_is_no_checkpoint_is_passed_over(copied):
+def test_files_that_are_not_checkpoints_are_ignored(copied):
     (copied / "checkpoints" / "9").write_text("")
     (copied / "checkpoints" / "7.damaged").mkdir()
     expected = parameters(checkpoint.load(copied / "checkpoints" / "2"))
@@ -286,7 +286,7 @@ def test_an_absent_or_empty_folder_is_named(tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for path in (tmp_path / "empty", tmp_path / "empty" / "checkpoints"):
         for function in (checkpoint.load, checkpoint.load_run_config, checkpoint.run_of):
-            with pytest.raises(InputError, match=f"{path}: holds no checkpoint"):
+            with pytest.raises(InputError, match=f"{path}: contains no checkpoint"):
                 function(path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: no such folder"):
@@ -306,7 +306,7 @@ def cut(part):
 
 
 def flip_bit(part):
-    """Of a value in the middle of the largest file, where no structure is that would not fit any more."""
+    """Flips a bit in the middle of the largest file, in a value, so that the file can still be parsed."""
 
     def damage(step):
         path = largest_file(step / part)
@@ -325,29 +325,29 @@ def rewrite(name, change):
     return damage
 
 
-# What may happen to a checkpoint, and what is said about it.
+# Kinds of damage to a checkpoint, and the error message of each.
 DAMAGE = {
     "model removed": (lambda step: shutil.rmtree(step / "model"), "incomplete or damaged"),
     "meta removed": (lambda step: shutil.rmtree(step / "meta"), "incomplete or damaged"),
     "nothing left": (lambda step: [shutil.rmtree(part) for part in step.iterdir() if part.is_dir()], "incomplete"),
     "model cut": (cut("model"), "incomplete or damaged"),
     "meta is no json": (rewrite("meta/_strings.json", lambda text: "{]" + text), "incomplete or damaged"),
-    "model flipped": (flip_bit("model"), "damaged: model is not what was saved"),
+    "model flipped": (flip_bit("model"), "damaged: model differs from what was saved"),
     "field renamed": (
         rewrite("meta/_strings.json", lambda text: text.replace("short_side", "shirt_side")),
-        "damaged: meta is not what was saved",
+        "damaged: meta differs from what was saved",
     ),
     "digit changed": (
         rewrite("meta/_strings.json", lambda text: text.replace("64", "65", 1)),
-        "damaged: meta is not what was saved",
+        "damaged: meta differs from what was saved",
     ),
 }
 DAMAGE_TO_TRAINING = {
-    "optimizer flipped": (flip_bit("train"), "damaged: train is not what was saved"),
+    "optimizer flipped": (flip_bit("train"), "damaged: train differs from what was saved"),
     "optimizer cut": (cut("train"), "incomplete or damaged"),
     "metric changed": (
         rewrite("metrics/metrics", lambda text: text.replace("0.25", "0.75")),
-        "damaged: metrics is not what was saved",
+        "damaged: metrics differs from what was saved",
     ),
     "metric is no json": (rewrite("metrics/metrics", lambda text: "{]"), "incomplete or damaged"),
 }
@@ -358,7 +358,7 @@ def kinds(damage):
 
 
 @kinds(DAMAGE)
-def test_a_damaged_checkpoint_is_refused_in_one_line_where_it_was_named(copied, damage, message):
+def test_a_damaged_checkpoint_that_was_named_is_refused_in_one_line(copied, damage, message):
     named = copied / "checkpoints" / "2"
     damage(named)
     with pytest.raises(InputError, match=f"checkpoints/2: .*{message}") as caught:
@@ -375,9 +375,9 @@ def test_a_run_with_a_damaged_checkpoint_is_loaded_from_the_one_before_with_a_wa
         np.testing.assert_array_equal(leaf, expected[name])
     (record,) = [record for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
     assert record.levelname == "WARNING" and re.search(
-        f"checkpoints/2: .*{message}.*; the one before it is used", record.getMessage()
+        f"checkpoints/2: .*{message}.*; the checkpoint before it is used", record.getMessage()
     )
-    assert sorted(copied.rglob("*")) == before  # reading a run of somebody else changes nothing in it
+    assert sorted(copied.rglob("*")) == before  # loading does not change a run folder
 
 
 @kinds(DAMAGE | DAMAGE_TO_TRAINING)
@@ -391,7 +391,8 @@ def test_training_sets_a_damaged_checkpoint_aside_and_goes_on_from_the_one_befor
     assert position == {"next_index": 10}
     (record,) = [record for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
     assert record.levelname == "WARNING" and re.search(
-        f"checkpoints/2: .*{message}.*; it is now 2.damaged, the run goes on from .*/1$", record.getMessage()
+        f"checkpoints/2: .*{message}.*; it is renamed to 2.damaged, and the run continues from .*/1$",
+        record.getMessage(),
     )
     assert {path.name for path in (copied / "checkpoints" / "2.damaged").rglob("*")} == left
     save(copied, state, config, ap50s={2: None})
@@ -408,17 +409,17 @@ def test_a_checkpoint_damaged_twice_is_set_aside_under_another_name(copied, stat
 
 
 def test_a_damaged_metric_of_an_older_checkpoint_is_set_aside_too(copied, state, config):
-    """The storage could not be opened with it."""
+    """Orbax could not open the folder with such a checkpoint in it."""
     (copied / "checkpoints" / "1" / "metrics" / "metrics").write_text("{]")
     assert restore(copied, state, config)[0].step == 2
     assert (copied / "checkpoints" / "1.damaged").is_dir()
 
 
-def test_where_no_checkpoint_is_whole_nothing_starts_and_nothing_is_renamed(copied, state, config):
+def test_without_an_intact_checkpoint_nothing_starts_and_nothing_is_renamed(copied, state, config):
     flip_bit("model")(copied / "checkpoints" / "2")
     cut("model")(copied / "checkpoints" / "1")
     before = sorted(copied.rglob("*"))
-    message = "no checkpoint is whole.*checkpoints/2: .*model is not.*checkpoints/1: .*incomplete"
+    message = "no checkpoint is intact.*checkpoints/2: .*model differs.*checkpoints/1: .*incomplete"
     with pytest.raises(InputError, match=message) as caught:
         restore(copied, state, config)
     assert "\n" not in str(caught.value) and sorted(copied.rglob("*")) == before
@@ -426,7 +427,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_and_nothing_is_renamed(copi
         checkpoint.load(copied / "checkpoints")
 
 
-def test_averaged_weights_are_kept_and_detected_with(tmp_path, state, config, model):
+def test_averaged_weights_are_saved_and_used_for_detection(tmp_path, state, config, model):
     averaged = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
     moving = state._replace(averaged=averaged)
     save(tmp_path, moving, config, ap50s={1: None})
@@ -449,15 +450,15 @@ def test_values_that_do_not_fit_the_model_are_named(copied, state, config):
 @pytest.mark.parametrize(
     "part, values, message",
     [
-        ("data", {"class_names": ("ring", "disc", "cube")}, r"data.class_names = \['ring', 'disc'\] .*'cube'"),
+        ("data", {"class_names": ("ring", "disc", "cube")}, r"data.class_names = \['ring', 'disc'\], .*'cube'"),
         ("data", {"class_names": ("disc", "ring")}, r"data.class_names"),
-        ("train", {"optimizer": "adamw"}, "train.optimizer = sgd where adamw"),
-        ("train", {"steps": 9}, "train.steps = 6 where 9"),
+        ("train", {"optimizer": "adamw"}, "train.optimizer = sgd, but adamw"),
+        ("train", {"steps": 9}, "train.steps = 6, but 9"),
     ],
 )
 def test_another_configuration_is_refused_by_field_and_values(run, state, config, part, values, message):
     other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
-    with pytest.raises(InputError, match=f"checkpoints/2 is of a run with .*{message}"):
+    with pytest.raises(InputError, match=f"checkpoints/2 is from a run with .*{message}"):
         restore(run, state, other)
 
 
@@ -467,6 +468,6 @@ def test_a_run_may_be_moved(copied, state, config):
 
 
 def test_meta_is_plain_text(run):
-    """A reader without this package finds the configuration."""
+    """The configuration can be read without this package."""
     text = json.loads((run / "checkpoints" / "1" / "meta" / "_strings.json").read_text())
     assert json.loads(text["config"])["data"]["class_names"] == list(tiny.CLASS_NAMES)

@@ -1,4 +1,4 @@
-"""The command line: overrides, help, and faults as one line with exit status 2."""
+"""The command line: overrides, help, and errors as one line with exit status 2."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ def parse(*argv):
 
 
 def refused(capsys, *argv):
-    """Returns what is printed about arguments that end the program with status 2."""
+    """Returns the text that is printed for arguments that end the program with status 2."""
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
     assert caught.value.code == 2
@@ -63,7 +63,7 @@ def test_overrides_change_their_field_and_nothing_else():
     assert parsed == expected
 
 
-def test_a_value_that_nothing_reads_is_warned_of(caplog):
+def test_a_value_without_effect_gives_a_warning(caplog):
     parse("--model.box_head.dropout", "0.1")
     assert caplog.messages == ["model.box_head.dropout = 0.1 changes nothing with resnet18"]
     caplog.clear()
@@ -111,7 +111,7 @@ def test_help_lists_every_field_with_its_default(capsys, argv):
         cli.parse_config(argv, description="Trains.")
     assert not caught.value.code
     text = capsys.readouterr().out
-    # A part that a configuration does without, as one feature map does without a pyramid, has no fields there.
+    # A part that is None, such as the pyramid of a network with one feature map, has no fields in the help text.
     absent = {"model.fpn."} if "coco_resnet50_fpn.py" not in str(argv) else {"data.shapes."}
     names = [name for name in fields_of(Config) if not name.startswith(tuple(absent))]
     assert len(names) > 50
@@ -120,7 +120,7 @@ def test_help_lists_every_field_with_its_default(capsys, argv):
         options = (f"--{name} ", f"--{name},", name.replace(leaf, f"no_{leaf}"))
         assert any(option in text for option in options), name
     assert text.count("(default: ") >= len(names)
-    assert "of steps: optimizer steps made before each fall" in text
+    assert "schedule steps: numbers of optimizer steps after which" in text
 
 
 def test_a_shipped_config_is_found_by_name_without_a_checkout(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_shipped_config_is_found_by_name_without_a_checkout(tmp_path, monkeypa
             assert cli.parse_config(argv, description="") == load_config(SHAPES)
 
 
-def test_a_file_that_exists_goes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
+def test_an_existing_file_wins_over_a_shipped_config_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes.py").write_text(
         f"{SHAPES.read_text()}\nimport dataclasses\nconfig = dataclasses.replace(config, run=Path('mine'))\n"
@@ -139,14 +139,14 @@ def test_a_file_that_exists_goes_before_a_shipped_one_of_its_name(tmp_path, monk
 
 
 @pytest.mark.parametrize("name", ["elsewhere/shapes.py", "/shapes.py", "shape.py", "configs", "."])
-def test_a_config_that_is_no_file_is_never_another_one(tmp_path, monkeypatch, name):
+def test_a_missing_config_file_is_not_replaced_by_a_shipped_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         cli.parse_config(["--config", name], description="")
 
 
 @pytest.mark.parametrize("argv", [[], ["--train.steps", "3"], ["--config"]])
-def test_a_missing_config_is_asked_for(argv):
+def test_a_missing_config_argument_is_an_error(argv):
     with pytest.raises(InputError, match="--config FILE is missing"):
         cli.parse_config(argv, description="")
 
@@ -169,7 +169,7 @@ def test_expected_errors_end_a_script_with_one_line(capsys, restored_logging, er
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_a_defect_keeps_its_traceback(restored_logging):
+def test_an_unexpected_error_keeps_its_traceback(restored_logging):
     @cli.script
     def main(argv=None):
         raise KeyError("a defect")
@@ -183,7 +183,7 @@ def test_a_defect_keeps_its_traceback(restored_logging):
     [
         (["train.py", "--config", "absent.py"], "error: --config absent.py: no such file"),
         (["train.py", "--config", "folder.py", "--data.root", "nowhere", "--data.class_names", "a"], "error: nowhere"),
-        (["evaluate.py", "--ckpt", "nowhere"], "error: nowhere: no such folder"),
+        (["evaluate.py", "--ckpt", "nowhere"], "error: nowhere: no such f"),
         (["-m", "fasterrcnn_jax", "train", "--config", "bad.py"], "error: --config bad.py: SyntaxError"),
     ],
     ids=["config", "root", "checkpoint", "verb"],

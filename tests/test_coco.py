@@ -1,4 +1,4 @@
-"""The COCO reader: right to the pixel and to the official metric, one clear sentence on every fault."""
+"""Tests the COCO reader: exact pixels, the official metric, and one clear sentence for every fault."""
 
 import contextlib
 import io
@@ -51,29 +51,29 @@ FAULTS = {
     "not UTF-8": (json.dumps(instances()).encode("utf-16"), ["instances.json", "UTF-8"]),
     "nested without end": (b"[" * 100_000, ["instances.json"]),
     "results": ([{"image_id": 10}], ["instances.json", "list"]),
-    "no images": (changed(("images",), None), ["images", "absent"]),
+    "no images": (changed(("images",), None), ["images", "missing"]),
     "images are a number": (changed(("images",), 3), ["images", "got 3"]),
     "image is a number": (changed(("images", 0), 3), ["images", "list of objects"]),
-    "0 images": ({"images": [], "annotations": [], "categories": instances()["categories"]}, ["0 images"]),
-    "no annotations": (changed(("annotations",), None), ["annotations", "absent"]),
-    "no categories": (changed(("categories",), None), ["categories", "absent"]),
+    "0 images": ({"images": [], "annotations": [], "categories": instances()["categories"]}, ["images is empty"]),
+    "no annotations": (changed(("annotations",), None), ["annotations", "missing"]),
+    "no categories": (changed(("categories",), None), ["categories", "missing"]),
     "image twice": (twice("images"), ["images", "id 10", "twice"]),
     "annotation twice": (twice("annotations"), ["annotations", "id 1", "twice"]),
     "category twice": (twice("categories"), ["categories[2]", "id 3"]),
     "category name twice": (changed(("categories", 1, "name"), "square"), ["categories[1]", "'square'"]),
-    "category without a name": (changed(("categories", 1, "name"), None), ["categories[1], name", "absent"]),
+    "category without a name": (changed(("categories", 1, "name"), None), ["categories[1], name", "missing"]),
     "category name half a character": (changed(("categories", 1, "name"), "\ud800"), ["categories[1], name", "text"]),
-    "category without an id": (changed(("categories", 1, "id"), None), ["categories[1], id", "absent"]),
+    "category without an id": (changed(("categories", 1, "id"), None), ["categories[1], id", "missing"]),
     "image id is text": (of_image("id", "10"), ["images[0], id", "'10'"]),
     "image id is true": (of_image("id", True), ["images[0], id", "True"]),
-    "no image id": (of_image("id", None), ["images[0], id", "absent"]),
-    "no annotation id": (of_annotation("id", None), ["annotations[0], id", "absent"]),
-    "no image_id": (of_annotation("image_id", None), ["annotation 1, image_id", "absent"]),
+    "no image id": (of_image("id", None), ["images[0], id", "missing"]),
+    "no annotation id": (of_annotation("id", None), ["annotations[0], id", "missing"]),
+    "no image_id": (of_annotation("image_id", None), ["annotation 1, image_id", "missing"]),
     "unknown image": (of_annotation("image_id", 999), ["annotation 1, image_id", "999"]),
     "image_id is text": (of_annotation("image_id", "10"), ["annotation 1, image_id", "'10'"]),
-    "no category_id": (of_annotation("category_id", None), ["annotation 1, category_id", "absent"]),
+    "no category_id": (of_annotation("category_id", None), ["annotation 1, category_id", "missing"]),
     "unknown category": (of_annotation("category_id", 99), ["annotation 1, category_id", "99"]),
-    "no bbox": (of_annotation("bbox", None), ["annotation 1, bbox", "absent"]),
+    "no bbox": (of_annotation("bbox", None), ["annotation 1, bbox", "missing"]),
     "three numbers": (of_annotation("bbox", [9, 9, 30]), ["annotation 1, bbox", "[9, 9, 30]"]),
     "numbers as text": (of_annotation("bbox", ["9", "9", "30", "30"]), ["annotation 1, bbox", "'9'"]),
     "nan": (of_annotation("bbox", [9, float("nan"), 30, 30]), ["annotation 1, bbox", "nan"]),
@@ -94,9 +94,9 @@ FAULTS = {
         ["image 10", "64 x 96", "96 x 64", "10.png", "swapped"],
     ),
     "size wrong": (of_image("width", 97), ["image 10", "97 x 64", "96 x 64", "10.png"]),
-    "size half there": (of_image("width", None), ["image 10, width", "absent"]),
+    "size half there": (of_image("width", None), ["image 10, width", "missing"]),
     "size is text": (of_image("width", "96"), ["image 10, width", "'96'"]),
-    "no file_name": (of_image("file_name", None), ["image 10, file_name", "absent"]),
+    "no file_name": (of_image("file_name", None), ["image 10, file_name", "missing"]),
     "file absent": (of_image("file_name", "12.png"), ["12.png", "no such image"]),
     "file_name outside": (of_image("file_name", "../outside.png"), ["image 10, file_name", "'../outside.png'"]),
     "file_name turns outside": (of_image("file_name", "a/../../outside.png"), ["image 10, file_name"]),
@@ -117,7 +117,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_named_in_one_sentence(folder, fault):
     content, parts = FAULTS[fault]
-    # What a careless join would load is there.
+    # The file that a careless join of paths would load exists.
     shutil.copy(folder / "images/10.png", folder / "outside.png")
     with pytest.raises(InputError) as caught:
         read(folder, content)
@@ -127,7 +127,7 @@ def test_fault_is_named_in_one_sentence(folder, fault):
 
 
 def test_file_that_is_absent_or_a_folder_is_named(folder):
-    for name, said in (("nowhere.json", "no such annotation file"), ("images", "cannot be read")):
+    for name, said in (("nowhere.json", "no such annotation file"), ("images", "the file cannot be read")):
         with pytest.raises(InputError, match=f"{name}: {said}"):
             read_coco(folder / name, folder / "images", CLASSES)
 
@@ -161,7 +161,7 @@ def test_labels_follow_class_names_and_category_ids_come_along(folder):
     assert dataset.category_ids == (7, 3)
 
 
-def test_category_zero_is_no_background(folder):
+def test_category_id_zero_is_not_background(folder):
     content = json.loads(json.dumps(instances()).replace('"id": 3, "name"', '"id": 0, "name"'))
     for item in content["annotations"]:
         item["category_id"] = {3: 0, 7: 7}[item["category_id"]]
@@ -176,7 +176,7 @@ def test_object_of_a_class_that_is_not_asked_for_is_named(folder):
 
 
 def test_class_that_the_file_does_not_have_is_named(folder):
-    with pytest.raises(InputError, match="instances.json, categories: none is named 'Disc'; there are square, disc"):
+    with pytest.raises(InputError, match="categories: no category is named 'Disc'; the file has square, disc"):
         read(folder, instances(), ("square", "Disc"))
 
 
@@ -255,7 +255,7 @@ def test_file_in_a_subfolder_is_read(folder):
 
 @pytest.mark.parametrize("stated", ["stored", "shown"])
 def test_object_is_on_its_pixels_whichever_frame_of_an_exif_image_the_size_states(folder, stated):
-    """White object in columns 20..49 and rows 12..40 of the frame that is stated; to be turned right to be seen."""
+    """White object in columns 20..49 and rows 12..40 of the image with the stated size; viewers rotate it clockwise."""
     height, width = (HEIGHT, WIDTH) if stated == "stored" else (WIDTH, HEIGHT)
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[12:41, 20:50] = 255
@@ -278,7 +278,7 @@ def test_crowd_is_kept_with_its_flag(folder):
     np.testing.assert_array_equal(read(folder, of_annotation("iscrowd", 1)).records[0].crowd, [True, False])
 
 
-def test_long_ids_stay_whole(folder):
+def test_long_ids_are_not_truncated(folder):
     text = json.dumps(instances()).replace('_id": 10', f'_id": {2**40}').replace('"id": 10,', f'"id": {2**40},')
     dataset = read(folder, text.encode())
     assert [r.id for r in dataset.records] == ["11", str(2**40)]  # in the order of the ids
@@ -298,7 +298,7 @@ def official(annotation_path, result_path):
 
 
 def detections_near(dataset, seed=0):
-    """Returns detections as of a middling detector: moved, missed, twice, of another class, inside crowds."""
+    """Returns detections with typical errors: moved, missed, duplicate, of another class, inside crowds."""
     rng = np.random.default_rng(seed)
     result = []
     for record in dataset.records:
@@ -330,7 +330,7 @@ def assert_metric_is_official(dataset, annotation_path, tmp_path):
 
 
 def test_metric_of_a_drawn_set_is_pycocotools_on_the_files(folder):
-    """With crowds, areas on the other side of 32^2 than the boxes', and result files in the set's own numbers."""
+    """The set has crowds, areas on the other side of 32^2 than the box areas, and its own category ids."""
     rng = np.random.default_rng(3)
     content = instances() | {"annotations": []}
     for n in range(12, 30):

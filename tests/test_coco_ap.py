@@ -1,4 +1,4 @@
-"""COCO average precision against pycocotools' numbers and cases done by hand."""
+"""Tests COCO average precision against the numbers of pycocotools and cases computed by hand."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ BOX, FAR_BOX = (10, 10, 60, 60), (100, 100, 150, 150)
 
 
 def golden_case(crowds=False):
-    """The golden's boxes, which its COCO run took as continuous, none of them difficult; or those as crowds."""
+    """Returns the golden file's boxes, continuous as in its COCO run; difficult ones are ordinary or crowds."""
     gt, det = GOLDEN["gt"], GOLDEN["det"]
     records, detections = [], []
     for image in range(GOLDEN["num_images"]):
@@ -77,7 +77,7 @@ def test_crowd_and_difficult_object_of_one_class_keep_their_own_overlap():
     assert coco_ap([found((small_too, 0.9, 1), (last, 0.7, 1))], data).ap50 == pytest.approx(0.5)
 
 
-def test_difficult_objects_are_nothing_to_be_found():
+def test_difficult_objects_do_not_count_for_recall():
     data = dataset(record((BOX, 1, True), (BOX, 2, False)), classes=2)
     got = coco_ap([found((BOX, 0.9, 2))], data)
     np.testing.assert_allclose(got.class_ap50, [np.nan, 1.0])

@@ -1,8 +1,8 @@
-"""Every kernel at the sizes it is made for, compiled to the machine code of an H200 on whatever machine this is.
+"""Compiles every kernel at its intended sizes to the machine code of an H200, on any machine.
 
-Runs of benchmarks/compile_for_gpu.py, which needs JAX's CUDA plugin and ptxas but no GPU: `pytest -m aot`, without
-the whole programs `pytest -m "aot and not slow"`.
-Ceilings stand a little above what came out when they were written: more is a change that somebody should explain.
+The tests run benchmarks/compile_for_gpu.py, which needs JAX's CUDA plugin and ptxas but no GPU: `pytest -m aot`, or
+`pytest -m "aot and not slow"` without the whole programs.
+The ceilings are slightly above the results at the time of writing; a result above its ceiling needs an explanation.
 """
 
 import importlib.metadata
@@ -17,8 +17,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_for_gpu.py"
 MB, GB = 1e6, 1e9
 
-# Launches of our kernels, registers per thread of the largest, workspace in MB; for a gradient with what the forward
-# pass leaves to it.
+# Launches of our kernels, registers per thread of the largest kernel, workspace in MB. The workspace of a gradient
+# includes what the forward pass stores for it.
 KERNELS = {
     "nms proposals 1": (3, 112, 21),
     "nms proposals 8": (3, 112, 164),
@@ -42,7 +42,7 @@ KERNELS = {
     "roi_pool vgg16 bfloat16 forward": (1, 64, 1),
     "roi_pool vgg16 bfloat16 gradient": (2, 120, 309),
 }
-# Launches of our kernels, launches in all, peak memory in GB; without what cuDNN takes for itself.
+# Launches of our kernels, all launches, peak memory in GB without the memory that cuDNN allocates for itself.
 PROGRAMS = {
     "detect resnet101-c4 batch 1": (7, 310, 0.35),
     "train step resnet101-c4 batch 1": (5, 1400, 1.8),
@@ -160,7 +160,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_what_a_program_launches_is_counted_in_loops_too_and_not_inside_of_fusions(script):
+def test_launches_are_counted_inside_loops_and_not_inside_fusions(script):
     opcodes = sorted(line.split()[0] for line in script.launched(HLO))
     assert opcodes == ["copy", "custom-call", "custom-call", "fusion", "sort"]
 

@@ -1,4 +1,4 @@
-"""Settings: valid or refused with field and value, the same after JSON, checked wherever they come from."""
+"""Settings: invalid values are refused with field and value; JSON keeps every value; all sources are checked."""
 
 import dataclasses
 import inspect
@@ -58,7 +58,7 @@ def test_json_keeps_what_differs_from_the_defaults():
 
 
 def test_every_field_has_its_help_text_in_the_source():
-    """tyro shows the docstring under a field; `--help` is only as good as these."""
+    """tyro shows the docstring under a field as its help text."""
     for cls in vars(config_module).values():
         if dataclasses.is_dataclass(cls) and cls not in (Config, ModelConfig):
             lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
@@ -76,7 +76,7 @@ INVALID = [
     (lambda: ImageConfig(std=(1.0, 0.0, 1.0)), "std must be positive, got 0.0"),
     (lambda: BackboneConfig(width=12), "width must be .*8, got 12"),
     (lambda: BackboneConfig(width=0), "width .* got 0"),
-    (lambda: BackboneConfig(norm="none"), "norm none is for vgg16, a resnet101"),
+    (lambda: BackboneConfig(norm="none"), "norm none is for vgg16, resnet101"),
     (lambda: BackboneConfig(fixed_stages=5), r"fixed_stages must be in 0..4 for resnet101, got 5"),
     (
         lambda: ModelConfig(backbone=BackboneConfig(fixed_stages=4)),
@@ -122,7 +122,7 @@ INVALID = [
     (lambda: ShapesConfig(num_test=0), "num_test must be positive, got 0"),
     (lambda: DataConfig(root=Path("x"), max_boxes=0), "max_boxes must be positive, got 0"),
     (lambda: DataConfig(root=Path("x"), crop_aspect=0.5), "crop_aspect must be at least 1, got 0.5"),
-    (lambda: DataConfig(root=Path("x"), class_names=("a", "b", "a")), r"class_names holds \['a'\]"),
+    (lambda: DataConfig(root=Path("x"), class_names=("a", "b", "a")), r"class_names contains \['a'\]"),
     (lambda: TrainConfig(**TRAIN | {"steps": 0}), "steps must be positive, got 0"),
     (lambda: TrainConfig(**TRAIN | {"learning_rate": float("nan")}), "learning_rate .* got nan"),
     (lambda: TrainConfig(**TRAIN | {"learning_rate": float("inf")}), "learning_rate .* got inf"),
@@ -162,7 +162,7 @@ UNREAD = [
 
 
 @pytest.mark.parametrize("parts, said", UNREAD, ids=[said for _, said in UNREAD])
-def test_a_value_that_nothing_reads_is_named(parts, said):
+def test_a_value_without_effect_is_named(parts, said):
     model = ModelConfig()
     for part, fields in parts.items():
         model = replace(model, **{part: replace(getattr(model, part), **fields)})
@@ -182,7 +182,7 @@ def test_a_setting_of_another_optimizer_or_schedule_is_named(fields, said):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_set_nothing_in_vain(path):
+def test_shipped_configs_set_no_value_without_effect(path):
     assert unread_fields(load_config(path)) == []
 
 
@@ -239,7 +239,7 @@ FILES = [
     (fault("data", class_names="['a']"), "data.class_names must be tuple[str, ...], got ['a']"),
     (fault("data", class_names="'abc'"), "data.class_names must be tuple[str, ...], got 'abc'"),
     (fault("data", class_names="('a', 3)"), "data.class_names must be tuple[str, ...], got ('a', 3)"),
-    (fault("data", shapes="4"), "data.shapes must be fasterrcnn_jax.config.ShapesConfig | None, got 4"),
+    (fault("data", shapes="4"), "data.shapes must be fasterrcnn_jax.config.data.ShapesConfig | None, got 4"),
     (fault("train", learning_rate="'1'"), "'str'"),
     (fault("train", warmup_steps="1.5"), "train.warmup_steps must be <class 'int'>, got 1.5"),
     (fault("train", optimizer="'sdg'"), "train.optimizer must be typing.Literal['sgd', 'adam', 'adamw'], got 'sdg'"),
@@ -282,7 +282,7 @@ def write(path, text):
 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory):
-    """What is said about every faulty text, by a process whose annotations nobody enforces but the code."""
+    """Returns the error message of every faulty text, from a process without the tests' type checker."""
     folder = tmp_path_factory.mktemp("faulty")
     paths = [write(folder / f"{number:02d}.py", text) for number, (text, _) in enumerate(FILES)]
     for number, (text, _) in enumerate(JSONS):
@@ -305,7 +305,7 @@ def test_a_bad_config_file_is_named_with_field_and_value(messages, number):
 
 
 @pytest.mark.parametrize("number", range(len(JSONS)))
-def test_json_that_is_no_configuration_names_place_and_field(messages, number):
+def test_an_error_in_json_names_place_and_field(messages, number):
     name = f"{number:02d}.json"
     assert name in messages[name] and JSONS[number][1] in messages[name], messages[name]
 

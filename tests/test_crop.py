@@ -1,4 +1,4 @@
-"""Crops of long images: the reference's case analysis, branch by branch, and what holds for all of them."""
+"""Tests crops of long images: every case of the reference, and properties of all crops."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ from fasterrcnn_jax.data.records import MIN_SIDE
 
 
 def crop(pixels, boxes, labels, *, aspect, rng):
-    """The image, its boxes and their labels, cropped as `training_example` does it."""
+    """Returns the image, its boxes and their labels, cropped as in `training_example`."""
     window = crop_window(pixels.shape[:2], boxes, aspect=aspect, rng=rng)
     boxes, stay = crop_boxes(boxes, window)
     return crop_pixels(pixels, window), boxes[stay], labels[stay]
 
 
 def starts(edges, length, kept, draws=400):
-    """Returns the set of places that many draws give."""
+    """Returns the set of crop positions over many draws."""
     low, high = np.float32(edges).reshape(-1, 2).T
     rng = np.random.default_rng(0)
     return {crop_start(low, high, length, kept, rng) for _ in range(draws)}
@@ -127,7 +127,7 @@ def test_nothing_is_drawn_for_an_image_that_is_not_cropped():
 
 
 def test_no_box_may_be_left_when_the_crop_falls_between_them():
-    """As in the reference; what trains then is background alone."""
+    """As in the reference; the image then trains as background."""
     pixels, boxes = np.zeros((600, 50, 3), np.uint8), np.float32([[5, 10, 40, 15], [5, 500, 40, 505]])
     left = {
         len(crop(pixels, boxes, np.int32([1, 2]), aspect=2.0, rng=np.random.default_rng(seed))[1]) for seed in range(50)

@@ -1,4 +1,4 @@
-"""The whole path: what an image's result depends on, and what it does not."""
+"""The whole detector: what the result of an image depends on, and what does not change it."""
 
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ def test_detections_have_their_shapes_and_lie_in_their_images(found):
         assert not np.asarray(found.boxes[row])[~valid].any()
 
 
-def test_detections_of_an_image_are_the_same_bits_in_any_company(model, found):
+def test_detections_of_an_image_are_the_same_bits_in_any_batch(model, found):
     batch = make_batch()
     alone_images, alone_hw = np.zeros_like(batch.images), np.zeros_like(batch.image_hw)
     alone_images[2], alone_hw[2] = batch.images[2], batch.image_hw[2]
@@ -147,7 +147,7 @@ def test_reversing_the_batch_reverses_the_detections(model, found):
 
 
 def test_detect_maps_over_a_leading_axis(model):
-    """Traced only: one more compilation would cost more than it shows."""
+    """Only traces, because one more compilation would take long and show little."""
     images = jax.ShapeDtypeStruct((2, B, H, W, 3), jnp.float32)
     image_hw = jax.ShapeDtypeStruct((2, B, 2), jnp.float32)
     mapped = jax.eval_shape(jax.vmap(detect, in_axes=(None, 0, 0, 0)), model, images, image_hw, image_hw)
@@ -177,7 +177,7 @@ def losses_of(gradients_of):
 
 @pytest.fixture(scope="module")
 def gradients_of(model):
-    """Returns a function: (batch, key) -> (losses, gradients by parameter path). One program for all."""
+    """Returns a compiled function: (batch, key) -> (losses, gradients by parameter path)."""
     graphdef, params, frozen = split(model)
 
     @jax.jit
@@ -205,7 +205,7 @@ def test_every_parameter_is_trained(gradients_of):
         assert np.isfinite(gradient).all() and np.any(gradient), name
 
 
-def test_losses_without_ground_truth_are_finite_and_teach_no_box(gradients_of):
+def test_losses_without_ground_truth_are_finite_and_train_no_box_deltas(gradients_of):
     batch = make_batch()
     empty = GroundTruth(*(np.zeros_like(leaf) for leaf in batch.ground_truth))
     losses, gradients = gradients_of(batch._replace(ground_truth=empty))
@@ -218,7 +218,7 @@ def test_losses_without_ground_truth_are_finite_and_teach_no_box(gradients_of):
 
 
 def test_filling_rows_change_nothing(losses_of):
-    """Whatever they hold: images, sizes, ground truth."""
+    """Their images, sizes and ground truth do not matter."""
     batch = make_batch()
     garbage = make_batch(seed=3, image_hw=((64, 96),) * 4)
     image_valid = np.array([True, False, True, False])
@@ -234,7 +234,7 @@ def test_filling_rows_change_nothing(losses_of):
 
 
 def test_only_anchors_whose_cell_holds_image_are_trained(losses_of):
-    """One row of five cells, two sizes, three ratios; without objects all 30 are background."""
+    """One row of five cells with two sizes and three ratios; without objects all 30 anchors are background."""
     batch = make_batch(image_hw=((16, 80),) * B)
     empty = GroundTruth(*(np.zeros_like(leaf) for leaf in batch.ground_truth))
     counts = losses_of(batch._replace(ground_truth=empty))[:, 1]
@@ -248,7 +248,7 @@ def test_losses_do_not_depend_on_the_order_of_the_batch(losses_of):
     np.testing.assert_allclose(shuffled, expected, rtol=1e-5)
 
 
-def test_randomness_of_an_image_follows_its_index_alone(losses_of):
+def test_randomness_of_an_image_depends_only_on_its_index(losses_of):
     batch = rows_of(make_batch(), [0, 0, 0, 0])
 
     def run(*image_index, key=KEY):
@@ -300,7 +300,7 @@ def test_vgg_trains_every_parameter_but_those_of_its_fixed_stages(random_weights
 
 
 @pytest.mark.parametrize("fixed_stages", [0, 1, 3])
-def test_fixed_stages_of_a_resnet_are_the_stem_and_so_many_stages(fixed_stages):
+def test_fixed_stages_of_a_resnet_are_its_stem_and_its_first_stages(fixed_stages):
     model = abstract(altered("backbone", fixed_stages=fixed_stages))
     _, params, frozen = split(model)
     everything, fixed = set(paths(nnx.state(model, nnx.Param))), set(paths(frozen))
@@ -351,7 +351,7 @@ OPERATORS = {
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_the_configured_operator_sees_boxes_without_the_far_corners_offset(monkeypatch, random_weights, name, offset):
+def test_the_far_corner_offset_is_subtracted_before_the_configured_operator(monkeypatch, random_weights, name, offset):
     fields, operator, options = OPERATORS[name]
     config = dataclasses.replace(
         CONFIG,
@@ -393,7 +393,7 @@ def test_a_fixed_number_of_rois_is_divided_over_the_images_of_all_devices(random
         valid_rois(3)
 
 
-def test_locations_are_the_feature_cells_that_hold_image(random_weights):
+def test_locations_are_the_feature_cells_that_contain_image(random_weights):
     model = build(random_weights, altered("loss", rpn_box_normalizer="locations"))
     counts = losses_with(model)(make_batch(image_hw=((64, 96), (60, 80), (17, 16), (48, 1))))[:, 1]
     assert counts[1] == 4 * 6 + 4 * 5 + 2 * 1 + 3 * 1
@@ -405,8 +405,8 @@ def test_weighted_box_losses_are_multiplied(random_weights, losses_of):
     np.testing.assert_allclose(losses_with(model)(batch)[:, 0], losses_of(batch)[:, 0] * [1, 10, 1, 3], rtol=1e-5)
 
 
-def test_small_proposals_are_told_by_the_pixels_of_the_stored_image(model):
-    """15 of its pixels are 30 of an image enlarged twice: the same boxes stay, and fewer than without a limit."""
+def test_small_proposals_are_measured_in_pixels_of_the_original_image(model):
+    """15 original pixels are 30 in an image enlarged twice: the same boxes stay, fewer than without a limit."""
     batch = make_batch()
 
     def found(min_size, scale):
@@ -420,7 +420,7 @@ def test_small_proposals_are_told_by_the_pixels_of_the_stored_image(model):
 
 
 def test_a_canvas_without_an_anchor_inside_the_border_is_refused():
-    """Otherwise the RPN would train on nothing, with losses of 0."""
+    """Otherwise the RPN would have no anchor to train on and losses of 0."""
     config = replaced(CONFIG, "rpn", anchor_scales=(16.0,), allowed_border=4.0)
     with pytest.raises(InputError, match="every anchor reaches more than .* = 4.0 pixels .* 64 x 96 .* is 256 pixels"):
         jax.eval_shape(training_losses, abstract(config), make_batch(), KEY)
@@ -428,13 +428,13 @@ def test_a_canvas_without_an_anchor_inside_the_border_is_refused():
 
 
 def test_each_image_trains_on_rois_per_image(losses_of):
-    """Eight of its sixteen proposals and two objects, whatever the number of images."""
+    """Eight RoIs are sampled from sixteen proposals and two objects, for any number of images."""
     assert CONFIG.roi_sampling.rois_per_image == 8
     np.testing.assert_array_equal(losses_of(make_batch())[2:, 1], [8 * B] * 2)
 
 
 def test_anchors_end_at_the_border_of_their_own_image(random_weights):
-    """Not at that of the first image of the batch, nor at the canvas."""
+    """Not at the border of the first image of the batch, and not at the border of the canvas."""
     config = replaced(CONFIG, "rpn", allowed_border=0.0, anchors_per_image=1000)
     sizes = ((64, 96), (60, 80), (40, 50), (64, 70))
     anchors = anchors_of(config, ((H // 16, W // 16),)).anchors
@@ -445,12 +445,12 @@ def test_anchors_end_at_the_border_of_their_own_image(random_weights):
     assert len(set(within)) > 2
     batch = make_batch(image_hw=sizes)
     batch = batch._replace(ground_truth=GroundTruth(*(np.zeros_like(leaf) for leaf in batch.ground_truth)))
-    # Without objects every anchor that takes part is background, and more may be drawn than there are.
+    # Without objects every anchor that takes part is background, and all of them are sampled.
     assert losses_with(build(random_weights, config))(batch)[0, 1] == sum(within)
 
 
-def test_heads_start_with_the_references_spreads():
-    """Normal with 0.01, of the head's deltas with 0.001; one objectness logit is the difference of two."""
+def test_heads_start_with_the_stds_of_the_reference():
+    """The std is 0.01, and 0.001 for the deltas of the box head; one objectness logit is the difference of two."""
     rpn = RpnHead(dataclasses.replace(CONFIG, rpn=RpnConfig(channels=256)), 32, rng=np.random.default_rng(0))
     head = BoxHead(CONFIG, 32, 200, rng=np.random.default_rng(0))
     layers = [

@@ -1,7 +1,7 @@
-"""Several processes: what each reads, and two real ones whose run is that of one process with their devices.
+"""Several processes: each reads its share, and a run of two processes equals a run of one with as many devices.
 
-The processes are started by the test, talk over this machine's network and end within a time limit: a deadlock
-is a red test.
+The test starts the processes. They communicate over this machine's network and have a time limit, so a deadlock
+is a failed test.
 """
 
 import dataclasses
@@ -69,13 +69,13 @@ config = dataclasses.replace(config, model=models[{network!r}])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Portraits and landscapes in turn, five and four: neither doubled fills its last batch."""
+    """Five portraits and four landscapes in turn: doubled, neither fills its last batch."""
     folder = tmp_path_factory.mktemp("work")
     tiny.write_voc(folder / "voc", train=11, test=7)
     values = dict(tests=str(TESTS), folder=str(folder), steps=STEPS, batch_size=BATCH_SIZE)
     for network in ("own", "square", "resnet18"):
         (folder / f"{network}.py").write_text(CONFIG.format(**values, network=network))
-    # Three convolutions, with dropout behind them: a fraction of a ResNet's time to compile.
+    # Three convolutions with dropout, which compile much faster than a ResNet.
     text = (TESTS.parent / "docs" / "backbone.md").read_text()
     (folder / "my_nets.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
     return folder
@@ -108,7 +108,7 @@ def started(folder, run, network, *, processes, devices, options=()):
 
 
 def ended(processes, status=0):
-    """Returns what each printed; a process that does not end, or with another status, is a failure."""
+    """Returns the output of each process. Fails if a process does not end or has another exit status."""
     until = time.monotonic() + LIMIT
     try:
         printed = [process.communicate(timeout=max(1.0, until - time.monotonic()))[0] for process in processes]
@@ -120,7 +120,7 @@ def ended(processes, status=0):
     return printed
 
 
-# By default everything is on one canvas: half as many programs.
+# By default all images use one canvas, so half as many programs are compiled.
 SPLITS = [
     pytest.param(("square", 1), id="one-canvas"),
     pytest.param(("own", 1), id="two-canvases", marks=pytest.mark.slow),
@@ -131,9 +131,9 @@ SPLITS = [
 
 @pytest.fixture(scope="module", params=SPLITS)
 def runs(folder, request):
-    """Returns (run folder, what each process printed, what it held) of one process and of two.
+    """Returns (run folder, output of each process, contents of each process) for one process and for two.
 
-    Of the same number of devices altogether.
+    Both have the same total number of devices.
     """
     network, devices = request.param
     found = []
@@ -170,12 +170,12 @@ def test_two_processes_end_with_the_parameters_of_one(runs):
 
 
 def test_each_process_trains_on_its_share_of_every_batch(runs):
-    """All rows in both would give the same numbers, for twice the work."""
+    """If both processes had all rows, the numbers would be the same, for twice the work."""
     for count, (_, _, held) in zip((1, 2), runs):
         assert [of["rows"].tolist() for of in held] == [[BATCH_SIZE // count] * STEPS] * count
 
 
-def test_every_image_is_looked_at_once_and_both_processes_hold_all(runs):
+def test_every_image_is_evaluated_once_and_both_processes_have_all_detections(runs):
     (_, _, (one,)), (_, _, two) = runs
     (local, everywhere), *others = (held["devices"].tolist() for held in (one, *two))
     assert local == everywhere and others == [[local // 2, everywhere]] * 2
@@ -246,7 +246,7 @@ def test_processes_read_their_rows_of_the_same_batches(folder):
         filling += not two.image_valid.any()
         for leaf, *parts in zip(*(jax.tree.leaves(of) for of in (batch, one, two)), strict=True):
             np.testing.assert_array_equal(np.concatenate(parts), leaf)
-    assert len(shapes) == 2 and filling > 0  # a process whose rows only fill the batch takes part
+    assert len(shapes) == 2 and filling > 0  # a process with only empty rows takes part too
     assert whole.get_state() == second.get_state()
 
 
@@ -261,13 +261,13 @@ def test_each_image_is_evaluated_by_one_process_even_when_some_have_none(folder,
 
 
 def found_in(position):
-    """Returns the detections of an image, as many as its position tells, told apart by their numbers."""
+    """Returns the detections of an image: their number and values depend on its position."""
     rows = np.arange(position % 3, dtype=np.float32)
     return ImageDetections(position + rows[:, None] + np.float32([0, 1, 2, 3]), rows / 4, rows.astype(np.int32) + 1)
 
 
-def test_what_processes_found_is_put_into_the_order_of_the_data_set(monkeypatch):
-    """Two shares, one after the other, as `gather_rows` puts them; one may be empty."""
+def test_detections_of_all_processes_are_in_the_order_of_the_data_set(monkeypatch):
+    """Two shares, one after the other, as `gather_rows` returns them; one may be empty."""
     for shares in ([[4, 0, 3], [1, 2]], [[0, 1, 2], []]):
         sent = []
         with monkeypatch.context() as patch:
@@ -284,7 +284,7 @@ def test_what_processes_found_is_put_into_the_order_of_the_data_set(monkeypatch)
                 assert leaf.dtype == expected.dtype
 
 
-def test_one_process_gathers_what_it_has():
+def test_one_process_gathers_its_own_rows():
     rows = np.arange(6, dtype=np.int32).reshape(3, 2)
     np.testing.assert_array_equal(gather_rows(rows), rows)
     assert [bool(any_process(flag)) for flag in (False, True)] == [False, True]
@@ -307,7 +307,7 @@ def test_one_process_gathers_what_it_has():
         (dict(process_id=0), "process_id is for coordinator HOST:PORT, got 0 with None"),
     ],
 )
-def test_processes_that_cannot_be_told_apart_are_refused(fields, said):
+def test_invalid_process_settings_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         DistributedConfig(**fields)
 
@@ -321,16 +321,16 @@ def test_a_run_continues_with_another_number_of_processes(tmp_path):
 
 def test_a_coordinator_that_does_not_answer_is_an_error_of_one_sentence(monkeypatch):
     monkeypatch.setattr(processes, "TIMEOUT", 0)
-    monkeypatch.setattr(jax.distributed, "initialize", None)  # of which it would be the end
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # JAX would end the process
     address = f"127.0.0.1:{free_port()}"
-    with pytest.raises(InputError, match=rf"distributed\.coordinator = '{address}' is not reached within 0 seconds"):
+    with pytest.raises(InputError, match=rf"distributed\.coordinator = '{address}' did not answer within 0 seconds"):
         initialize(DistributedConfig(coordinator=address, num_processes=2, process_id=1))
 
 
-def test_a_cluster_that_is_not_there_is_an_error_of_one_sentence(monkeypatch):
+def test_a_missing_cluster_is_an_error_of_one_sentence(monkeypatch):
     def initialize(**_):
-        raise ValueError("coordinator_address should be defined.")  # JAX's words, held to in a process of its own
+        raise ValueError("coordinator_address should be defined.")  # JAX says this
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(InputError, match="none of SLURM, Open MPI, Kubernetes or Cloud TPU is found"):
+    with pytest.raises(InputError, match="does not run under SLURM, Open MPI, Kubernetes or Cloud TPU"):
         processes.initialize(DistributedConfig(coordinator="detect"))

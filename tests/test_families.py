@@ -1,4 +1,4 @@
-"""The reference's detectors and schedules: the numbers of its cfgs/*.yml, and of its README for each batch size."""
+"""The detectors and schedules have the numbers of the reference's cfgs/*.yml and of the tables in its README."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ STEPS_PER_EPOCH = {1: 10022, 4: 2506, 16: 627, 24: 418}
 
 
 def caffe_line(model):
-    """What all of them share."""
+    """Checks the values that all detectors of the reference share."""
     assert model.image.channel_order == "bgr" and model.image.std == (1.0, 1.0, 1.0)
     assert model.image.mean == (102.9801, 115.9465, 122.7717)
     assert (model.backbone.stride, model.rpn.channels, model.rpn.anchor_rounding) == (16, 512, "base")
@@ -90,7 +90,7 @@ def test_schedules_are_the_rows_of_the_references_table(
         assert (train.optimizer, train.momentum) == ("sgd", 0.9)
 
 
-def test_vgg16_trains_with_double_biases_and_a_limit_on_gradients_and_resnets_with_neither():
+def test_vgg16_doubles_bias_rates_and_clips_gradients_and_resnets_do_neither():
     vgg = TrainConfig(**voc_schedule(1, images=10022, backbone="vgg16"))
     resnet = TrainConfig(**voc_schedule(1, images=10022, backbone="resnet101"))
     for train, fields in ((vgg, VGG16_TRAINING), (resnet, RESNET_TRAINING)):
@@ -99,7 +99,7 @@ def test_vgg16_trains_with_double_biases_and_a_limit_on_gradients_and_resnets_wi
     assert (resnet.weight_decay, resnet.double_bias, resnet.bias_decay, resnet.clip_norm) == (1e-4, False, False, None)
 
 
-def test_the_other_normalisation_is_torchvisions_in_0_to_255():
+def test_imagenet_rgb_is_torchvisions_normalisation_for_0_to_255():
     for name, published in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         assert IMAGENET_RGB[name] == pytest.approx([255 * value for value in published], rel=1e-6)
     assert IMAGENET_RGB["channel_order"] == "rgb"

@@ -1,4 +1,4 @@
-"""From another program's weights to a detector of other classes: train, save, load, out and in again."""
+"""Fine-tuning another program's weights to other classes: train, save, load, convert, and load again."""
 
 import dataclasses
 
@@ -14,14 +14,14 @@ from test_weights import CHANNELS, FC, WIDTH, thin
 import fasterrcnn_jax
 from fasterrcnn_jax import __main__ as entry
 from fasterrcnn_jax.config.families import IMAGENET_RGB, resnet_fpn
-from fasterrcnn_jax.config.text import load_config, to_json
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.scripts import train
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a function that trains on two classes, started from a file with four; and the configuration."""
+    """Returns a function that trains on two classes from a weights file with four, and the configuration."""
     tiny.write_voc(tmp_path / "voc", train=4, test=2)
     shapes = published_names.torchvision_fpn(50, WIDTH, version=1, channels=CHANNELS, fc=FC, classes=4)
     init = tmp_path / "published.safetensors"
@@ -38,10 +38,7 @@ def run(tmp_path):
         postprocess=dataclasses.replace(model.postprocess, score_threshold=0.0, max_detections=10),
     )
     config = dataclasses.replace(config, model=model)
-    path = tmp_path / "fine.py"
-    path.write_text(
-        f"from fasterrcnn_jax.config.text import from_json\nconfig = from_json({to_json(config)!r}, 'test')\n"
-    )
+    path = tiny.write_config(tmp_path / "fine.py", config)
 
     def start(*arguments):
         with tiny.restored_logging(), tiny.quick_compilation():
@@ -50,17 +47,17 @@ def run(tmp_path):
     return start, load_config(path), init
 
 
-def test_a_run_starts_from_another_programs_weights_and_its_own_go_out_and_in_again(run, tmp_path, capsys):
+def test_a_run_starts_from_another_programs_weights_and_its_own_are_saved_and_loaded(run, tmp_path, capsys):
     start, config, init = run
     start("--init", str(init))
-    assert "it is for 4 classes, the model for 2" in capsys.readouterr().err
+    assert "the file has 4 classes, the model 2" in capsys.readouterr().err
     trained = fasterrcnn_jax.load(config.run)
     began = fasterrcnn_jax.load_weights(create_detector(config.model, tiny.CLASS_NAMES, seed=config.train.seed), init)
     stages = [[stage.blocks[0].convs[0].kernel[...] for stage in model.backbone.stages] for model in (trained, began)]
     np.testing.assert_array_equal(stages[0][0], stages[1][0])  # the first stage is fixed
     assert 0 < np.abs(stages[0][2] - stages[1][2]).max() < 0.1
 
-    # Out and in again, into a model with other random weights: nothing of them is left.
+    # Convert and load into a model with other random weights: every weight is replaced.
     out = tmp_path / "ours.safetensors"
     assert entry.main(["weights", "convert", str(config.run), str(out)]) == 0
     again = fasterrcnn_jax.create(config.model, tiny.CLASS_NAMES, weights=out, seed=99)
@@ -76,7 +73,7 @@ def test_a_run_starts_from_another_programs_weights_and_its_own_go_out_and_in_ag
                 np.testing.assert_array_equal(values, others)
 
 
-def test_a_run_that_goes_on_does_not_ask_for_the_weights_it_began_with(run):
+def test_a_continued_run_does_not_need_its_initial_weights_file(run):
     start, config, init = run
     start("--init", str(init), "--train.steps", "2")
     before = fasterrcnn_jax.load(config.run)
@@ -92,5 +89,5 @@ def test_weights_that_do_not_fit_end_the_run_before_it_begins(run, capsys):
     with pytest.raises(SystemExit) as caught:
         start("--init", str(init))
     assert caught.value.code == 2
-    assert "published.safetensors: neither" in capsys.readouterr().err
+    assert "published.safetensors: must be .safetensors" in capsys.readouterr().err
     assert not (config.run / "config.json").exists()

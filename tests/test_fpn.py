@@ -1,4 +1,4 @@
-"""The feature pyramid: its levels, what the heads read of them, and a detector that stands on one."""
+"""The feature pyramid: its levels, the maps that the heads read, and a detector with a pyramid."""
 
 import dataclasses
 
@@ -56,14 +56,14 @@ def batch(count=2, seed=0):
 
 
 def conv3x3(x, kernel):
-    """By its definition: nine shifted products."""
+    """Computes a 3 x 3 convolution by its definition: nine shifted products."""
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows, columns = x.shape[1:3]
     return sum(padded[:, dy : dy + rows, dx : dx + columns] @ kernel[dy, dx] for dy in range(3) for dx in range(3))
 
 
 def test_levels_equal_their_definition(random_weights):
-    """Lateral plus the coarser level, every cell of it four times; then a 3 x 3 convolution; P6 is every second P5."""
+    """Lateral map plus the coarser level with every cell repeated, then a 3 x 3 convolution; P6 subsamples P5."""
     net = random_weights(lambda: Fpn(FpnConfig(channels=8), CHANNELS, rng=np.random.default_rng(0)))
     maps = [normal(2, *grid, channels, seed=i) for i, (grid, channels) in enumerate(zip(GRIDS, CHANNELS))]
     inner, expected = None, []
@@ -91,7 +91,7 @@ def test_levels_have_their_strides_and_the_pyramids_channels(name, multiple):
 
 
 @pytest.mark.parametrize("convs", [1, 2])
-def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs):
+def test_masked_levels_and_their_rpn_do_not_depend_on_the_canvas(random_weights, convs):
     model = detector(random_weights, dataclasses.replace(tiny.FPN, rpn=dataclasses.replace(tiny.FPN.rpn, convs=convs)))
     image = normal(40, 50, 3, seed=5)
 
@@ -128,18 +128,18 @@ def test_masked_levels_and_their_rpn_do_not_see_the_canvas(random_weights, convs
     [(1, 41_755_286, False, 1, 0, 2), (2, 43_712_278, True, 2, 4, 1)],
 )
 def test_the_second_version_has_its_convolutions_and_norms(version, published, counts_norms, rpn, convs, layers):
-    """torchvision's figures for fasterrcnn_resnet50_fpn and _v2; scale and bias of a norm count in the second."""
+    """Numbers of torchvision for fasterrcnn_resnet50_fpn and _v2; the second counts scales and biases of norms."""
     config, names = resnet_fpn(50, version=version), tuple(f"class{i}" for i in range(90))
     model = nnx.eval_shape(lambda: Detector(config, names, rng=np.random.default_rng(0)))
     head = model.box_head.tail
     assert (len(model.rpn_head.convs), len(head.convs), len(head.fcs)) == (rpn, convs, layers)
     trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    norms = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, Constant)))  # of which half are statistics
+    norms = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, Constant)))  # half of them are statistics
     assert trained + counts_norms * norms // 2 == published
 
 
 def test_the_rpn_reads_the_levels_in_the_order_of_their_anchors(random_weights):
-    """One cell of one level fires; the anchor in its place is the cell's."""
+    """One cell of one level gets a high score; the best anchor belongs to this cell."""
     model = detector(random_weights)
     head = model.rpn_head
     for conv in head.convs:
@@ -159,7 +159,7 @@ def test_the_rpn_reads_the_levels_in_the_order_of_their_anchors(random_weights):
 
 
 def test_regions_are_taken_from_the_level_of_their_size(random_weights):
-    """Each level constant and another constant: what a region holds tells where it is from."""
+    """Each level has another constant value, so the features of a region show its level."""
     model, pooled = detector(random_weights), []
     levels = tuple(
         jnp.full((1, 2048 // stride, 2048 // stride, 16), 1.0 + level)
@@ -177,12 +177,12 @@ def test_regions_are_taken_from_the_level_of_their_size(random_weights):
     model.box_head = Spy()
     valid = jnp.ones((1, 8), bool)
     detections_in_regions(model, levels, Proposals(boxes, jnp.ones((1, 8)), valid), jnp.float32([[2048, 2048]]))
-    # No region is taken from P6.
+    # No region takes its features from P6.
     values = np.broadcast_to(np.float32([1, 1, 2, 2, 3, 3, 4, 4])[:, None, None, None], pooled[0].shape[1:])
     np.testing.assert_allclose(pooled[0][0], values, rtol=1e-5)
 
 
-def test_anchors_in_the_padding_take_part_where_the_configuration_says_so():
+def test_anchors_in_the_padding_take_part_if_configured():
     grid = anchors_of(tiny.FPN, GRIDS)
     image_hw = jnp.float32([[40, 50]])
     rows, columns = np.float32([[40], [50]])
@@ -216,7 +216,7 @@ def test_every_weight_of_a_pyramid_learns(random_weights):
     assert silent == []
 
 
-def test_an_image_of_a_batch_is_found_as_it_is_alone(random_weights):
+def test_detections_of_an_image_do_not_depend_on_its_place_in_the_batch(random_weights):
     model, both = detector(random_weights), batch(2, seed=3)
     run = jax.jit(detect)
     together = run(model, both.images, both.image_hw, both.scale)
@@ -229,18 +229,18 @@ def test_an_image_of_a_batch_is_found_as_it_is_alone(random_weights):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(backbone=BackboneConfig(name="vgg16", norm="none")), "stands on a resnet of stride 16, got vgg16"),
+        (dict(backbone=BackboneConfig(name="vgg16", norm="none")), "needs a resnet backbone of stride 16, got vgg16"),
         (dict(backbone=BackboneConfig(stride=8)), "resnet101 of stride 8"),
         (dict(roi_features=dataclasses.replace(tiny.FPN.roi_features, operator="pool")), "must be align .* got pool"),
-        (dict(image=ModelConfig().image), r"multiples of 32, got \(608, 1008\)"),
+        (dict(image=ModelConfig().image), r"multiples of 32 with a pyramid, got \(608, 1008\)"),
     ],
 )
-def test_what_no_pyramid_can_stand_on_is_refused(change, message):
+def test_a_configuration_that_no_pyramid_can_use_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny.FPN, **change)
 
 
-def test_the_implementation_that_is_named_reaches_every_operation(monkeypatch, random_weights):
+def test_the_named_implementation_reaches_every_operation(monkeypatch, random_weights):
     asked = []
 
     def spy(module, name):
@@ -266,7 +266,7 @@ def test_the_implementation_that_is_named_reaches_every_operation(monkeypatch, r
 
 
 def test_detection_is_exported_for_a_cpu_and_a_gpu_at_once(monkeypatch, random_weights):
-    """Who exports names plain JAX: what None finds is true for the machine that traces, here one with kernels."""
+    """An export names plain JAX, because None decides for the machine that traces, and this one pretends a GPU."""
     mosaic.pretend(monkeypatch)
     graphdef, state = nnx.split(detector(random_weights))
     images = batch(1)
@@ -280,4 +280,4 @@ def test_detection_is_exported_for_a_cpu_and_a_gpu_at_once(monkeypatch, random_w
     exported = jax.export.export(run, platforms=("cpu", "cuda"))(*arguments)
     assert exported.platforms == ("cpu", "cuda") and b"mosaic" not in exported.mlir_module_serialized
     for one, other in zip(exported.call(*arguments), run(*arguments), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)  # another compilation rounds otherwise
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)  # another compilation rounds differently

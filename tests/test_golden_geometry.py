@@ -1,7 +1,7 @@
 """Anchors, box coding and intersections over union, against the reference implementations.
 
-Arrays and what produced them: tests/golden/README.md. Tolerances were fixed first: whole-pixel results are
-identical; a corner near 1000 has a spacing of 6e-5, deltas divide it by a side.
+tests/golden/README.md describes the arrays and their origin. Tolerances were fixed before the comparison: whole-pixel
+results are identical; float32 values near 1000 are 6e-5 apart, and deltas divide this by a side.
 """
 
 import functools
@@ -52,7 +52,7 @@ def test_chenyuntcs_cells_and_grid():
     tolerance = dict(rtol=1e-5, atol=1e-4)
     theirs = GOLDEN["cy_cells_yxyx"]
     compare("anchors", "simple-faster-rcnn-pytorch", "cells", swapped(cells + 8), theirs, **tolerance)
-    # The whole grid, rebuilt from the reference's own cells and held against its checksum.
+    # The whole grid is rebuilt from the reference's cells and compared with the reference's checksum.
     height, width = GOLDEN["grid_hw"].tolist()
     y, x = np.mgrid[0:height, 0:width] * 16
     shifts = np.stack([y, x, y, x], axis=-1).reshape(-1, 1, 4)
@@ -102,13 +102,13 @@ def test_faster_rcnn_pytorchs_and_py_faster_rcnns_decoding_and_clipping():
         ("py-faster-rcnn", "pf_decode_clipped"),
     ):
         compare("decode and clip", reference, name, inclusive(clipped), GOLDEN[name], **CORNERS)
-    # The case reaches what it is for.
+    # The case contains log scales above the limit.
     assert (GOLDEN["deltas"][..., 2:] > MAX_LOG_SCALE).any()
 
 
 @pytest.mark.parametrize("name, stds", [("1111", ONES), ("10_10_5_5", STDS)])
 def test_torchvisions_coder(name, stds):
-    """Its weights are our reciprocal stds; log scales are cut after they are taken out."""
+    """Its weights are the reciprocals of our stds; log scales are limited after denormalisation."""
     anchors, weights = GOLDEN["anchors"], np.float32(1) / np.float32(stds)
     ours = jitted_encode(GOLDEN["boxes"], anchors, stds=stds)
     compare("encode", "torchvision", f"weights {name}", ours, GOLDEN[f"tv_encode_{name}"], **DELTAS)
@@ -130,7 +130,7 @@ def test_torchvisions_clipping_and_size_filter():
 
 
 def test_chenyuntcs_coder():
-    """Rows, then columns, and no clamp; its decoder read the deltas of image 0 as (dy, dx, dh, dw)."""
+    """It puts y before x and has no limit; its decoder read the deltas of image 0 as (dy, dx, dh, dw)."""
     anchors = GOLDEN["anchors"][0]
     ours = swapped(jitted_encode(GOLDEN["boxes"][0], anchors))
     compare("encode", "simple-faster-rcnn-pytorch", "image 0", ours, GOLDEN["cy_encode_yxyx"], **DELTAS)
@@ -140,9 +140,9 @@ def test_chenyuntcs_coder():
 
 
 def test_iou_of_three_implementations():
-    """Whole-pixel corners: areas are exact, one division remains, so the float32 results are identical.
+    """With whole-pixel corners areas are exact and only one division rounds, so the float32 results are identical.
 
-    Two boxes without area at one point are 0 / 0: NaN there, 0 here.
+    For two boxes without area at one point, 0 / 0, the references give NaN and our function gives 0.
     """
     boxes, others = GOLDEN["iou_boxes"], GOLDEN["iou_others"]
     ours = iou(continuous(boxes), continuous(others))
@@ -157,9 +157,9 @@ def test_iou_of_three_implementations():
 
 @pytest.mark.parametrize("name", ["jw_iou_batch", "jw_iou_batch_rois"])
 def test_faster_rcnn_pytorchs_iou_with_padding(name):
-    """A ground truth of one pixel counts as padding there and gives 0, an anchor or RoI of one -1.
+    """The reference takes boxes of one pixel for padding: its IoU is 0 for ground truth and -1 for anchors and RoIs.
 
-    Here only `valid` says what padding is, and padding gives 0; a box of one pixel is a box of area 1.
+    Here only `valid` marks padding, and padding gives 0; a box of one pixel is a box of area 1.
     """
     for image in range(2):
         boxes = GOLDEN["iou_rois"][image] if name.endswith("rois") else GOLDEN["iou_boxes"]

@@ -1,9 +1,10 @@
 """The four losses and their gradients, against the reference implementations.
 
-Arrays and what produced them: tests/golden/README.md; each gradient there is of its own loss alone. Their
-maps are laid out by anchor, row and column, and so are ours here: no loss depends on the order. Ours are sums
-and counts, from which each reference's mean is formed. Tolerances, fixed first: a hundred float32 roundings
-for sums of thousands of terms, 1e-7 for gradients, which are divided by hundreds.
+tests/golden/README.md describes the arrays and their origin; each gradient there is the gradient of one loss alone. The
+maps of the references are ordered by anchor, row and column. Here ours are, too, because no loss depends on the order.
+Our losses are sums and counts; the tests form the mean of each reference from them. Tolerances were fixed before the
+comparison: a hundred float32 roundings for sums of thousands of terms, and 1e-7 for gradients, which are divided by
+hundreds.
 """
 
 import functools
@@ -26,7 +27,7 @@ JW, TV = "faster-rcnn.pytorch", "torchvision"
 
 
 def with_gradients(function):
-    """Returns both (sum, count) pairs, the first's gradient by scores and the second's by deltas."""
+    """Returns both (sum, count) pairs, the gradient of the first sum by scores and of the second by deltas."""
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(scores, deltas, targets, *, config=LossConfig()):
@@ -49,13 +50,13 @@ def anchor_targets(labels, deltas) -> AnchorTargets:
 
 
 def by_anchor(values, image) -> np.ndarray:
-    """[36, 6, 8], four channels per anchor, as rows of four."""
+    """Returns [36, 6, 8], four channels per anchor, as rows of four."""
     return values[image].reshape(9, 4, 48).transpose(0, 2, 1).reshape(-1, 4)
 
 
 @pytest.mark.parametrize("sigma", [3, 1])
 def test_faster_rcnn_pytorchs_box_loss_of_the_rpn(sigma):
-    """Every image is divided by the sample of the last one; then the mean over the images is taken."""
+    """The reference divides each image by the sample size of the last image, then takes the mean over the images."""
     loss, outside = 0.0, GOLDEN["rpn_outside_w"].max()
     for image in range(2):
         foreground = by_anchor(GOLDEN["rpn_inside_w"], image)[:, 0] > 0
@@ -79,7 +80,7 @@ def test_faster_rcnn_pytorchs_box_loss_of_the_rpn(sigma):
 
 
 def test_faster_rcnn_pytorchs_objectness_loss():
-    """Two logits there, one here: their difference. The gradient of one is ours, of the other minus ours."""
+    """The reference has two logits; ours is their difference. Its gradients are our gradient and its negative."""
     total, count, gradients = 0.0, 0.0, []
     for image in range(2):
         background, foreground = GOLDEN["rpn_cls_score"][image].reshape(2, -1)
@@ -100,7 +101,7 @@ def test_faster_rcnn_pytorchs_objectness_loss():
 
 
 def test_faster_rcnn_pytorchs_box_loss_of_the_head():
-    """One set of deltas per RoI, that of its class."""
+    """The reference has one set of deltas per RoI, the set of its class."""
     foreground = GOLDEN["roi_inside_w"][:, 0] > 0
     targets = RoiTargets(
         np.zeros((64, 4), np.float32),
@@ -116,7 +117,7 @@ def test_faster_rcnn_pytorchs_box_loss_of_the_head():
 
 
 def test_torchvisions_losses_of_the_rpn():
-    """Over both images at once; beta 1/9 there is sigma 3 here."""
+    """The reference takes both images at once; its beta 1/9 is our sigma 3."""
     targets = anchor_targets(GOLDEN["tvr_labels"], GOLDEN["tvr_targets"].reshape(-1, 4))
     losses, d_objectness, d_deltas = rpn(GOLDEN["tvr_objectness"][:, 0], GOLDEN["tvr_deltas"], targets)
     count = float(losses[0].count)

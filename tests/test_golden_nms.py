@@ -1,6 +1,6 @@
-"""Non-maximum suppression keeps what the reference implementations keep, index for index.
+"""Non-maximum suppression keeps the same indices as the reference implementations.
 
-Arrays and what produced them: tests/golden/README.md. A digit T in a name is a threshold of T tenths.
+tests/golden/README.md describes the arrays and their origin. A digit T in a name is a threshold of T tenths.
 """
 
 import functools
@@ -24,7 +24,7 @@ jitted_nms = functools.partial(jax.jit, static_argnames=("iou_threshold", "max_o
 
 
 def kept(boxes, scores, threshold, *, groups=None) -> list[int]:
-    """The kept indices by descending score; behind the boxes there are invalid copies of the first."""
+    """Returns the kept indices by descending score; invalid copies of the first box follow the boxes as padding."""
     count = len(boxes)
     size = next(size for size in SIZES if size >= count)
     source = np.minimum(np.arange(size), max(count - 1, 0))
@@ -44,7 +44,7 @@ def kept(boxes, scores, threshold, *, groups=None) -> list[int]:
 
 @functools.cache
 def case(name):
-    """(boxes, scores); the 12000 are drawn again, as the golden's README describes."""
+    """Returns (boxes, scores); the 12000 boxes are drawn again as tests/golden/README.md describes."""
     if name != "n12000":
         return GOLDEN[f"{name}_boxes"], GOLDEN[f"{name}_scores"]
     n, generator = 12000, np.random.default_rng(int(GOLDEN["n12000_seed"]))
@@ -76,14 +76,14 @@ def test_torchvisions_kept_indices(name, digit):
     compare("NMS", "torchvision", f"{name} at {threshold:g}", ours, theirs)
 
 
-def test_nothing_is_kept_of_nothing():
+def test_no_boxes_keep_nothing():
     nothing = np.zeros((0, 4), np.float32)
     assert kept(nothing, nothing[:, 0], 0.5) == []
 
 
 @pytest.mark.parametrize("name", ["bat_tv_keep_5", "bat_tv_vanilla_5"])
 def test_torchvisions_kept_indices_by_class(name):
-    """It moves the classes apart, or runs once per class: the same here."""
+    """torchvision offsets the classes or runs once per class; both give our result."""
     ours = kept(GOLDEN["bat_boxes"], GOLDEN["bat_scores"], 0.5, groups=GOLDEN["bat_idxs"])
     compare("NMS", "torchvision", name, ours, GOLDEN[name])
 
@@ -100,7 +100,7 @@ def test_py_faster_rcnns_kept_indices(name, digit):
 
 @pytest.mark.parametrize("name, digit", list(itertools.product(["n1", "n40", "n40tie", "n300", "n2000"], DIGITS)))
 def test_faster_rcnn_pytorchs_kept_boxes(name, digit):
-    """Its C++ suppresses at the threshold too, where no pair here lies; it lists ascending indices."""
+    """Its C++ code also suppresses at exactly the threshold, where no pair is; it returns ascending indices."""
     boxes, scores = case(name)
     ours = sorted(kept(continuous(boxes), scores, digit / 10))
     compare("NMS", "faster-rcnn.pytorch", f"{name} at 0.{digit}", ours, GOLDEN[f"{name}_jwcpp_keep_{digit}"])
@@ -108,19 +108,19 @@ def test_faster_rcnn_pytorchs_kept_boxes(name, digit):
 
 @pytest.mark.parametrize("digit", DIGITS)
 def test_faster_rcnn_pytorchs_choice_among_equal_scores_is_one_of_many(digit):
-    """Its sort is not stable: only what any order gives can be held against it; ours takes lower indices."""
+    """Its sort is not stable, so only order-independent results are compared; ours prefers lower indices."""
     boxes, scores = case("n200alleq")
     iou = iou_matrix(continuous(boxes), continuous(boxes))
     for chosen in (kept(continuous(boxes), scores, digit / 10), GOLDEN[f"n200alleq_jwcpp_keep_{digit}"]):
         chosen = np.asarray(chosen)
         among = iou[np.ix_(chosen, chosen)] > digit / 10
-        assert among.sum() == len(chosen)  # nobody but itself
+        assert among.sum() == len(chosen)  # a box overlaps only itself
         assert (iou[chosen] > digit / 10).any(axis=0).all()
 
 
 @pytest.mark.parametrize("digit, at_threshold", [(3, (0, 1)), (5, (2, 3)), (7, (4, 5))])
 def test_edge_pairs_are_the_only_difference(digit, at_threshold):
-    """Pairs of IoU 3/10, 1/2, 7/10: float32(.3) exceeds .3, so the first goes at .3, the others stay."""
+    """Pairs of IoU 3/10, 1/2, 7/10: float32(.3) is above .3, so the first is suppressed at .3; the others are not."""
     boxes, scores = continuous(GOLDEN["edge_boxes_p1"]), GOLDEN["edge_scores"]
     iou = [iou_matrix(boxes[i : i + 1], boxes[i + 1 : i + 2])[0, 0] for i in (0, 2, 4)]
     np.testing.assert_array_equal(iou, np.float32([0.3, 0.5, 0.7]))

@@ -1,9 +1,9 @@
 """The proposals of the reference implementations: the same boxes in the same order.
 
-Arrays and what produced them: tests/golden/README.md. Inputs are drawn again from their seed and held against
-their checksums. faster-rcnn.pytorch ranks probabilities, we rank logits, which order the same; its boxes are
-inclusive corners. torchvision works per pyramid level, which is composed here from the library's parts.
-Tolerance, fixed first: ten spacings of float32 near 1000 for boxes that float32 exp() moves differently.
+tests/golden/README.md describes the arrays and their origin. Inputs are drawn again from their seed and compared with
+their checksums. faster-rcnn.pytorch ranks probabilities and we rank logits, which have the same order; its boxes have
+inclusive corners. torchvision works per pyramid level; the tests build this from the library's functions. The tolerance
+was fixed before the comparison: ten float32 spacings near 1000, because implementations of exp() differ.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""What RPN and box head are trained towards, against the reference implementations: labels are identical.
+"""Training targets of RPN and box head, against the reference implementations: labels are identical.
 
-Arrays and what produced them: tests/golden/README.md. faster-rcnn.pytorch reads boxes as inclusive corners
-and lays its maps out by anchor, row and column; torchvision's are in our order, its grid is moved here.
-Deltas: 1e-5 plus 1e-4 of the value, fixed first; normalised ones are up to ten times as large.
+tests/golden/README.md describes the arrays and their origin. faster-rcnn.pytorch reads boxes as inclusive corners and
+orders its maps by anchor, row and column; torchvision has our order, and its grid is shifted here. The tolerance of
+deltas, fixed before the comparison, is 1e-5 plus 1e-4 of the value; normalised deltas are up to ten times as large.
 """
 
 import functools
@@ -49,12 +49,12 @@ TV_ANCHORS = np.concatenate([grid_anchors(*level, centre="corner") for level in 
 
 
 def everything(count, **options):
-    """Every labelled anchor is in the sample."""
+    """Returns a configuration whose sample contains every labelled anchor."""
     return RpnConfig(anchors_per_image=count, fg_fraction=1.0, **options)
 
 
 def jw_map(values, depth) -> np.ndarray:
-    """A map [anchors x depth, rows, columns] of the reference as [rows x columns x anchors, depth]."""
+    """Returns a map [anchors x depth, rows, columns] of the reference as [rows x columns x anchors, depth]."""
     height, width = GOLDEN["grid_hw"]
     return values.reshape(9, depth, height, width).transpose(2, 3, 0, 1).reshape(-1, depth)
 
@@ -104,7 +104,7 @@ def test_faster_rcnn_pytorchs_anchor_labels_and_targets(image):
         **DELTAS,
     )
     assert not ours[~foreground].any()
-    # Theirs has targets for every anchor inside the image, read or not.
+    # The reference has targets for every anchor inside the image, even for unused ones.
     corners = inclusive(JW_ANCHORS)
     within = (corners[:, :2] >= 0).all(axis=1) & (corners[:, 2:] < image_hw[::-1]).all(axis=1)
     overlaps = iou(JW_ANCHORS[within], gt.boxes)
@@ -126,7 +126,7 @@ def test_faster_rcnn_pytorchs_outside_weight_is_one_over_the_sample_of_the_last_
 
 @pytest.mark.parametrize("image", [0, 1])
 def test_faster_rcnn_pytorchs_sample_of_256_anchors(image):
-    """All foreground is in (73 and 18 of at most 128); which background anchors is drawn differently."""
+    """All foreground is sampled (73 and 18 of at most 128); the background is drawn differently."""
     found = run_anchors(JW_ANCHORS, GOLDEN["image_hw"][image], jw_ground_truth(image), RpnConfig())
     ours = np.asarray(found.labels)
     theirs = jw_map(GOLDEN["jw_rpn_labels_256"][image], 1)[:, 0]
@@ -142,7 +142,7 @@ def test_faster_rcnn_pytorchs_sample_of_256_anchors(image):
 
 @pytest.mark.parametrize("image", [0, 1, 2])
 def test_torchvisions_anchor_labels_and_targets(image):
-    """Of all five levels, those over the border included; image 2 holds nothing."""
+    """Compares all five levels, including anchors over the border; image 2 has no objects."""
     rows = GOLDEN[f"tv_gt{image}"]
     gt = padded(rows[:, :4], rows[:, 4])
     config = everything(len(TV_ANCHORS), allowed_border=None)
@@ -174,7 +174,7 @@ def test_torchvisions_matcher_with_ties(name, fg_iou, bg_iou, low_quality):
 
 
 def every_roi(boxes, valid, gt):
-    """The candidates, proposals before ground truth, with labels and deltas of all."""
+    """Returns the candidates, proposals before ground truth, with the labels and deltas of all."""
     found = jitted_roi_targets(
         KEY,
         Proposals(boxes, np.zeros(PROPOSALS, np.float32), valid),
@@ -195,7 +195,7 @@ def test_faster_rcnn_pytorchs_rois(image):
     reference, gt = "faster-rcnn.pytorch", jw_ground_truth(image)
     rois = GOLDEN["rois"][image]
     valid = rois.any(axis=1)
-    # What it samples from: proposals and all rows of the ground truth, padding rows with overlap -1.
+    # The reference samples from the proposals and all rows of the ground truth; padding rows have overlap -1.
     boxes = np.where(valid[:, None], continuous(rois), np.float32(0))
     candidates = np.concatenate([boxes, gt.boxes])
     overlaps = np.asarray(iou(candidates, gt.boxes))
@@ -208,7 +208,7 @@ def test_faster_rcnn_pytorchs_rois(image):
     matches = jitted_match(overlaps, gt.valid, fg_iou=0.5, bg_iou=(0.0, 0.5), low_quality=False)
     assigned, theirs = np.asarray(matches.matched_gt_indices), GOLDEN["jw_ptl_gt_assign"][image]
     compare("RoI targets", reference, f"image {image}, assignment", assigned[is_real], theirs[is_real])
-    # What it makes of those it sampled, background drawn with replacement; ours without, so box by box.
+    # The reference draws background with replacement, and we do not, so sampled RoIs are compared box by box.
     candidates, labels, deltas = every_roi(boxes, valid, gt)
     rows = {tuple(box): i for i, box in enumerate(candidates.tolist())}
     sampled = [rows[tuple(box)] for box in continuous(GOLDEN["jw_ptl_rois"][image, :, 1:]).tolist()]
@@ -218,7 +218,7 @@ def test_faster_rcnn_pytorchs_rois(image):
     compare("RoI targets", reference, f"image {image}, inside", inside, GOLDEN["jw_ptl_inside_w"][image])
     theirs = GOLDEN["jw_ptl_targets"][image]
     compare("RoI targets", reference, f"image {image}, deltas", deltas[sampled], theirs, **HEAD_DELTAS)
-    # A sample of our own has the same quota.
+    # Our sample has the same quota.
     proposals = Proposals(boxes, boxes[:, 0], valid)
     own = jitted_roi_targets(KEY, proposals, gt, rois_per_image=128, config=RoiSamplingConfig())
     count = (np.asarray(own.labels) > 0).sum()
@@ -237,10 +237,10 @@ def test_torchvisions_rois(image):
     compare("RoI targets", "torchvision", f"image {image}, labels", labels, expected)
     overlaps = iou(candidates, gt.boxes)
     matches = jitted_match(overlaps, gt.valid, fg_iou=0.5, bg_iou=(0.0, 0.5), low_quality=False)
-    # Its index is that of the box only where there is one at .5; 0 elsewhere.
+    # The reference has the index of the matched box only if an IoU reaches .5; otherwise 0.
     matched = np.where(matches.labels == 1, matches.matched_gt_indices, 0)
     compare("matching", "torchvision", f"image {image}, RoIs", matched, GOLDEN[f"tv_roi_matched{image}"])
-    # Ours has none for background, where they are never read.
+    # We have no deltas for background, because they are never read.
     foreground = expected > 0
     theirs = GOLDEN[f"tv_roi_targets{image}"]
     name = f"image {image}, foreground deltas"

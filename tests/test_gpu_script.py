@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh on whatever device is here, with four tests of its own in place of the suite."""
+"""benchmarks/gpu.sh on any device, with four small tests instead of the whole test suite."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_failed_stage_does_not_stop_the_next(tmp_path, selection, stub):
     assert e2e.startswith(f"benchmarks/end_to_end.py --out {out}/e2e.json --minutes ")
     assert train.startswith(f"benchmarks/train_minutes.py --out {out}/train.json --data {tmp_path}/cells --minutes ")
     assert "tiny" not in ops + e2e
-    # Without one from outside, the stages share a folder of their own.
+    # Without a given cache folder, the stages share a folder of their own.
     caches = (tmp_path / "caches").read_text().split()
     assert len(caches) == 3 and len(set(caches)) == 1 and not Path(caches[0]).exists()
 
@@ -124,7 +124,7 @@ def test_training_without_images_fails_and_tiny_reaches_the_benchmarks(tmp_path,
     assert (tmp_path / "calls").read_text().rstrip().endswith("--tiny --no_compile")
 
 
-def test_stages_end_before_their_limits_and_those_in_time():
+def test_benchmarks_end_before_the_limit_of_their_stage_and_all_stages_in_22_minutes():
     text = SCRIPT.read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", text)}
     assert list(limits) == ["tests", "ops", "e2e", "train"]

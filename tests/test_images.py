@@ -1,4 +1,4 @@
-"""Image files of every kind come back as uint8 [H, W, 3], or are refused by name."""
+"""Tests decoding: every kind of image file gives uint8 [H, W, 3] or an error with the file name."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpa
 
 @pytest.fixture
 def rgb():
-    """uint8 [20, 30, 3], every pixel different from its neighbours."""
+    """Returns uint8 [20, 30, 3] in which every pixel differs from its neighbours."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return np.stack([x * 8, y * 12, (x + y) * 5], axis=2).astype(np.uint8)
 
@@ -119,7 +119,7 @@ def test_exif_orientation_is_applied_where_asked_for_as_viewers_do(tmp_path, rgb
 
 
 def block(order, *, entries=1, tag=0x0112, kind=3, count=1, value=6, start=8):
-    """Returns an EXIF block of one directory of one entry, as it is laid out in TIFF."""
+    """Returns an EXIF block with one directory of one entry, in TIFF layout."""
     mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
     body = struct.pack(f"{order}HHHIHH", entries, tag, kind, count, value, 0) + bytes(4)
     return b"Exif\0\0" + mark + struct.pack(f"{order}I", start) + body
@@ -145,13 +145,13 @@ def block(order, *, entries=1, tag=0x0112, kind=3, count=1, value=6, start=8):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, when it opens the file
-def test_broken_exif_is_no_orientation_and_no_fault(tmp_path, rgb, exif, turned):
+def test_broken_exif_is_ignored(tmp_path, rgb, exif, turned):
     Image.fromarray(rgb).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg", upright=True).shape[:2] == ((WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH))
 
 
 def test_tiff_is_turned_by_its_own_orientation_once(tmp_path, rgb):
-    """Pillow turns it: to whoever reads it, the turned frame is the stored one."""
+    """Pillow turns it while reading, so the turned pixels count as the stored pixels."""
     Image.fromarray(rgb).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
     turned = np.rot90(rgb, -1)
     for upright in (False, True):
@@ -175,7 +175,7 @@ def test_truncated_file_is_refused_by_name(tmp_path, rgb, name):
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, of TIFF
 def test_every_truncation_gives_pixels_or_an_input_error(tmp_path, rgb):
-    """A cut may fall behind the last pixel; nothing but InputError may come out."""
+    """The cut can be after the last pixel; no other error than InputError is allowed."""
     for image_format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
         buffer = io.BytesIO()
         Image.fromarray(rgb).save(buffer, format=image_format)
@@ -191,7 +191,7 @@ def test_every_truncation_gives_pixels_or_an_input_error(tmp_path, rgb):
 @pytest.mark.parametrize("read", [read_image, image_size])
 @pytest.mark.parametrize(
     "content, reason",
-    [(b"", "empty"), (b"<html>404</html>", "no known image format"), (EPS, "no known image format")],
+    [(b"", "empty"), (b"<html>404</html>", "none of the formats JPEG"), (EPS, "none of the formats JPEG")],
 )
 def test_file_that_is_no_image_is_refused_by_name(tmp_path, read, content, reason):
     (tmp_path / "a.jpg").write_bytes(content)
@@ -217,6 +217,6 @@ def test_decompression_bomb_is_refused_and_the_limit_stays(tmp_path, read):
     for kind, payload in chunks:
         content += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
     (tmp_path / "bomb.png").write_bytes(content)
-    with pytest.raises(InputError, match="bomb.png: refused as too large"):
+    with pytest.raises(InputError, match="bomb.png: the image is refused because it is too large"):
         read(tmp_path / "bomb.png")
     assert limit == Image.MAX_IMAGE_PIXELS and limit is not None

@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "structures",
     "atomic_write",
+    "regular_files",
     "config",
     "processes",
     "ops",

@@ -1,4 +1,4 @@
-"""From images of any size to boxes in their own pixels, and to images with boxes on them."""
+"""Detection in images of any size, with boxes in pixels of the original image, and drawing of boxes."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def model(random_weights):
-    # The least size is meant in the image's own pixels: an enlarged one would have more proposals.
+    # No minimum size: it counts in pixels of the original image, so an enlarged image would have more proposals.
     proposals = dataclasses.replace(tiny.MODEL.test_proposals, min_size=0.0)
     config = dataclasses.replace(tiny.MODEL, test_proposals=proposals)
     return random_weights(lambda: Detector(config, tiny.CLASS_NAMES, rng=np.random.default_rng(0)), seed=1)
@@ -55,7 +55,7 @@ def sample_images():
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """What is found in each image by itself, in batches of two: one filling row."""
+    """Returns the predictions of each image alone, in a batch of two with one empty row."""
     return [predict(model, image, batch_size=2) for image in sample_images()]
 
 
@@ -74,10 +74,10 @@ def test_a_prediction_is_in_the_pixels_of_its_image_best_first(alone):
         assert (np.diff(found.scores) <= 0).all() and (found.scores > 0).all() and (found.scores <= 1).all()
         assert found.class_names == tuple(tiny.CLASS_NAMES[label - 1] for label in found.labels)
     widest = max(found.boxes[:, 2].max() for found in alone)
-    assert widest > 96  # of the image that was shrunk
+    assert widest > 96  # a box of the image that was shrunk
 
 
-def test_predictions_do_not_depend_on_company(model, alone):
+def test_predictions_do_not_depend_on_the_other_images(model, alone):
     together = predict(model, sample_images(), batch_size=2)
     backwards = predict(model, sample_images()[::-1], batch_size=2)[::-1]
     for found, other, expected in zip(together, backwards, alone, strict=True):
@@ -96,12 +96,12 @@ def test_one_image_a_list_and_a_batch_array_agree(model, alone):
     assert np.any(stacked[1].scores != alone[0].scores)
 
 
-def test_nothing_to_look_at_gives_an_empty_list(model):
+def test_no_images_give_an_empty_list(model):
     assert predict(model, []) == []
     assert predict(model, np.zeros((0, 20, 30, 3), np.uint8)) == []
 
 
-def test_images_are_left_as_they_are(model):
+def test_predict_does_not_change_its_images(model):
     images = sample_images()[:2]
     copies = [image.copy() for image in images]
     for image in images:
@@ -125,8 +125,8 @@ def test_images_are_left_as_they_are(model):
         ("photo.jpg", "image 0 must be"),
     ],
 )
-def test_what_is_no_image_is_refused_with_its_position_type_and_shape(model, image, said):
-    # Without the annotations' own check, as users run it.
+def test_an_invalid_image_is_refused_with_its_position_type_and_shape(model, image, said):
+    # Without the tests' type checker, as users run it.
     with pytest.raises(ValueError, match=said):
         inspect.unwrap(predict)(model, image)
 
@@ -138,7 +138,7 @@ def test_a_batch_size_below_one_is_refused(model, batch_size):
 
 
 def test_boxes_of_an_enlarged_image_are_enlarged(model):
-    """By repeating columns and rows the resized images are nearly the same; boxes follow the original."""
+    """Columns and rows are repeated, so the resized images are nearly the same; the boxes double."""
     image = np.zeros((64, 96, 3), np.uint8)
     image[:] = np.linspace(40, 200, 96, dtype=np.uint8)[None, :, None]
     small = predict(model, image, batch_size=2)
@@ -149,7 +149,7 @@ def test_boxes_of_an_enlarged_image_are_enlarged(model):
     np.testing.assert_allclose(large.boxes, 2 * small.boxes, atol=1.0)
 
 
-def test_boxes_return_by_both_scales_and_are_cut_at_the_image():
+def test_boxes_are_divided_by_both_scales_and_clipped_to_the_image():
     boxes = jnp.float32([[[10, 20, 30, 40], [0, 0, 64.2, 96], [1, 1, 2, 2]]])
     found = Detections(boxes, jnp.float32([[0.9, 0.8, 0.7]]), jnp.int32([[2, 1, 0]]), jnp.array([[True, True, False]]))
     original = to_original(found, 0, np.float32([4.0, 2.0]), (24, 32))
@@ -172,14 +172,14 @@ def test_preprocess_takes_the_smallest_canvas_that_holds_all():
 
     assert canvas((64, 96)) == (1, 64, 96, 3)
     assert canvas((96, 64), (90, 50)) == (2, 96, 64, 3)
-    # A square image fits both canvases and must not choose for the portrait beside it.
+    # A square image fits both canvases, but the portrait in the same batch fits only one.
     assert canvas((64, 64), (96, 64)) == (2, 96, 64, 3)
     with pytest.raises(ValueError, match="no canvas of .* 96 x 96"):
         canvas((64, 96), (96, 64))
 
 
 @pytest.mark.parametrize("images", [np.zeros((5, 6, 3), np.float32), [np.zeros((5, 6), np.uint8)], []])
-def test_preprocess_refuses_what_predict_refuses_and_nothing_at_all(images):
+def test_preprocess_refuses_invalid_images_and_an_empty_list(images):
     with pytest.raises(ValueError, match="image"):
         fasterrcnn_jax.preprocess(images, tiny.IMAGE)
 
@@ -193,7 +193,7 @@ def test_preprocess_makes_a_batch_of_one_from_a_single_image():
 
 
 def test_detect_runs_inside_a_users_own_jit(model, alone):
-    """The model is an argument, so one program serves any weights; a constant would be in the text."""
+    """The model is an argument, so one program serves any weights; weights as constants would be in its text."""
 
     @jax.jit
     def best_score(model, images, image_hw, scale):
@@ -211,7 +211,7 @@ def test_detect_runs_inside_a_users_own_jit(model, alone):
     assert len(text) < 4 * 10**6 and len(jax.tree.leaves(model)) < text.count("%arg")
 
 
-def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
+def test_detect_under_vmap_equals_detect_row_by_row(model):
     inputs = fasterrcnn_jax.preprocess(sample_images()[:2], tiny.IMAGE)
     together = jax.jit(jax.vmap(detect, in_axes=(None, 0, 0, 0)))(model, *(leaf[:, None] for leaf in inputs))
     alone = jax.jit(detect)(model, *inputs)
@@ -221,7 +221,7 @@ def test_detect_under_vmap_finds_what_it_finds_row_by_row(model):
     np.testing.assert_allclose(together.boxes[:, 0], alone.boxes, atol=1e-2)
 
 
-def test_a_data_set_is_detected_in_its_order_and_as_by_predict(model, alone, tmp_path):
+def test_detections_of_a_data_set_are_in_its_order_and_equal_those_of_predict(model, alone, tmp_path):
     images = [(pixels, [(5, 6, 20, 20)], [1]) for pixels in sample_images()]
     dataset = tiny.dataset(tmp_path / "images", images)
     found = detect_dataset(model, dataset, batch_size=2)
@@ -240,14 +240,14 @@ def found_at(*boxes, scores=None, labels=None):
     )
 
 
-def test_draw_returns_a_new_image_and_leaves_its_own():
+def test_draw_returns_a_new_image_and_does_not_change_its_argument():
     image = tiny.rectangle_image((60, 90), (0, 0, 5, 5))
     before = image.copy()
     image.setflags(write=False)
     drawn = draw(image, found_at((10, 12, 50, 44)))
     np.testing.assert_array_equal(image, before)
     assert drawn.dtype == np.uint8 and drawn.shape == image.shape and np.any(drawn != image)
-    drawn[0, 0] = 0  # it is the caller's
+    drawn[0, 0] = 0  # the caller may write to it
 
 
 def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
@@ -258,7 +258,7 @@ def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
     border[y1:y2, x1:x2] = True
     border[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1] = False
     assert (drawn[border] == label_colour(2)).all()
-    # The (here empty) caption has the rest of its colour at the box's upper left corner.
+    # The caption is empty here, but its background colours the upper left corner of the box.
     changed = drawn.any(axis=2) & ~border
     rows, columns = np.nonzero(changed)
     assert changed.sum() < 60 and rows.max(initial=0) < y1 + 14 and columns.max(initial=0) < x1 + 5
@@ -272,16 +272,16 @@ def test_a_box_is_drawn_on_its_own_outermost_pixels_and_nowhere_else():
         ((10, 2, 80, 50), (0, 22)),  # no room above: inside
     ],
 )
-def test_a_caption_stands_above_its_box_where_there_is_room(box, rows):
+def test_a_caption_is_above_its_box_if_there_is_room(box, rows):
     image = np.zeros((60, 90, 3), np.uint8)
     plain = draw_boxes(image, np.float32([box]), np.int32([1]), [""])
     drawn = draw(image, found_at(box))
     changed_rows, columns = np.nonzero((drawn != plain).any(axis=2))
-    assert len(columns) > 200 and np.ptp(columns) > 30  # all of the caption
+    assert len(columns) > 200 and np.ptp(columns) > 30  # the whole caption is visible
     assert rows[0] <= changed_rows.min() and changed_rows.max() < rows[1]
 
 
-def test_what_is_below_the_threshold_is_not_drawn():
+def test_detections_below_the_threshold_are_not_drawn():
     image = np.zeros((60, 90, 3), np.uint8)
     found = found_at((10, 12, 50, 44), (5, 5, 20, 20), scores=[0.5, 0.49])
     only = found_at((10, 12, 50, 44), scores=[0.5])
@@ -292,7 +292,7 @@ def test_what_is_below_the_threshold_is_not_drawn():
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 60), (89.5, 59.2, 90, 60), (3.2, 4.7, 3.3, 4.8), (0, 0, 0, 0)])
-def test_boxes_at_the_rim_and_without_size_are_drawn_without_complaint(box):
+def test_boxes_at_the_border_and_of_size_zero_are_drawn_without_error(box):
     image = np.zeros((60, 90, 3), np.uint8)
     assert draw(image, found_at(box)).shape == image.shape
 
@@ -303,7 +303,7 @@ def test_neighbouring_labels_have_different_bright_colours():
     assert np.abs(np.diff(colours, axis=0)).max(axis=1).min() > 60
 
 
-def test_pairs_stand_side_by_side_on_white():
+def test_images_of_a_row_are_side_by_side_on_white():
     left, right = np.full((4, 6, 3), 10, np.uint8), np.full((5, 3, 3), 20, np.uint8)
     sheet = side_by_side([(left, right), (right, left)])
     assert sheet.shape == (5 + 5 + 3 * 8, 2 * 6 + 3 * 8, 3)
@@ -312,7 +312,7 @@ def test_pairs_stand_side_by_side_on_white():
     assert (sheet[8:12, 8:14] == 10).all() and (sheet[8:13, 22:25] == 20).all()
 
 
-def test_draw_refuses_a_list_and_what_is_no_image():
+def test_draw_refuses_a_list_and_an_invalid_image():
     image = np.zeros((8, 9, 3), np.uint8)
     with pytest.raises(ValueError, match="one Prediction, got list"):
         fasterrcnn_jax.draw(image, [found_at((1, 1, 4, 4))])

@@ -1,4 +1,4 @@
-"""Who runs an operation: by name, or by JAX's version, platform and capability; the reason is said, once in the log."""
+"""Chooses by name, or by JAX's version, platform and compute capability; logs the reason once."""
 
 import inspect
 import logging
@@ -14,7 +14,7 @@ from fasterrcnn_jax.kernels.choice import choose
 
 @pytest.fixture(autouse=True)
 def newest(monkeypatch):
-    """A JAX that has the kernels, and nothing logged yet."""
+    """Pretends a JAX that has the kernels, and clears what was logged."""
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     choice._log_once.cache_clear()
     yield
@@ -27,12 +27,12 @@ def newest(monkeypatch):
         ("cuda", (9, 0), "mosaic", None),
         ("cuda", (10, 0), "mosaic", None),
         ("cuda", (8, 9), "xla", "needs compute capability 9.0 or newer and this device has 8.9"),
-        ("cuda", (12, 0), "xla", "on compute capability 12.0 nobody has run it"),
-        ("cpu", (0, 0), "xla", "runs on CUDA devices and this one's platform is cpu"),
-        ("rocm", (0, 0), "xla", "this one's platform is rocm"),
+        ("cuda", (12, 0), "xla", "it was never run on compute capability 12.0"),
+        ("cpu", (0, 0), "xla", "runs on CUDA devices and the platform of this device is cpu"),
+        ("rocm", (0, 0), "xla", "the platform of this device is rocm"),
     ],
 )
-def test_nobody_named_is_chosen_by_the_device(monkeypatch, caplog, platform, capability, chosen, reason):
+def test_without_a_named_implementation_the_device_decides(monkeypatch, caplog, platform, capability, chosen, reason):
     mosaic.pretend(monkeypatch, platform, capability)
     with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
         assert choose("pooling", None, unsupported=None) == chosen
@@ -50,7 +50,7 @@ def test_an_older_jax_has_no_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
-def test_who_names_the_kernel_gets_it_from_ampere_on(monkeypatch, capability):
+def test_a_named_kernel_runs_from_ampere_on(monkeypatch, capability):
     mosaic.pretend(monkeypatch, "cuda", capability)
     assert choose("pooling", "mosaic", unsupported=None) == "mosaic"
 
@@ -58,7 +58,7 @@ def test_who_names_the_kernel_gets_it_from_ampere_on(monkeypatch, capability):
 @pytest.mark.parametrize(
     "platform, capability, unsupported, reason",
     [
-        ("cpu", (0, 0), None, "platform is cpu"),
+        ("cpu", (0, 0), None, "platform of this device is cpu"),
         ("cuda", (7, 5), None, "needs compute capability 8.0 or newer and this device has 7.5"),
         ("cuda", (9, 0), "it takes no such thing", "but it takes no such thing"),
     ],
@@ -71,7 +71,7 @@ def test_a_kernel_that_is_named_and_cannot_run_says_why(monkeypatch, platform, c
     assert choose("pooling", "xla", unsupported=unsupported) == "xla"
 
 
-def test_another_name_is_an_error():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="must be None, 'xla' or 'mosaic', got 'triton'"):
         inspect.unwrap(choose)("pooling", "triton", unsupported=None)  # past the types that tests enforce
 
@@ -81,8 +81,8 @@ def test_another_name_is_an_error():
     [
         (jnp.float32, 256, None),
         (jnp.bfloat16, 128, None),
-        (jnp.float16, 128, "it takes float32 and bfloat16 features and these are float16"),
-        (jnp.float32, 96, "it takes channels in multiples of 128 and there are 96"),
+        (jnp.float16, 128, "it takes float32 and bfloat16 features and these features are float16"),
+        (jnp.float32, 96, "it takes channels in multiples of 128 and the features have 96"),
     ],
 )
 def test_features_that_a_kernel_can_take(dtype, channels, reason):
@@ -91,7 +91,7 @@ def test_features_that_a_kernel_can_take(dtype, channels, reason):
 
 @pytest.mark.parametrize("version, expected", [("cuda 13000", ("cuda", (9, 0))), ("rocm 6.2", ("rocm", (0, 0)))])
 def test_the_device_is_the_one_that_programs_go_to(monkeypatch, version, expected):
-    """A machine with a GPU of this driver, on which somebody may still ask for the CPU."""
+    """The machine has a GPU with this driver; the default device may still be set to the CPU."""
     cpu = jax.devices("cpu")[0]
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", client=SimpleNamespace(platform_version=version))
     monkeypatch.setattr(jax, "devices", lambda backend=None: [gpu])

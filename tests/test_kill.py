@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends with the bits of one that never was."""
+"""A run that is killed at any moment and started again ends with the same bits as an undisturbed run."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
 data = dataclasses.replace(config.data, flip="random")
 config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, image=image))
 """
-# What another run of the same steps may write otherwise: how long something took.
+# Logged durations, which may differ between two runs of the same steps.
 TIMES = {"time", "images_per_second", "data_wait", "compilations", "compilation_seconds"}
 
 
@@ -54,7 +54,7 @@ def launcher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(launcher, folder):
-    """Returns (run folder, digests) of the run that nothing happens to."""
+    """Returns (run folder, digests) of the undisturbed run."""
     run = folder / "whole"
     pid = start(launcher, folder, run)
     assert launcher.wait(pid) == 0, log_of(run).read_text()
@@ -75,7 +75,7 @@ def finish(launcher, folder, run, **options):
 
 
 def refused(launcher, folder, run, message, *, quiet=True, **options):
-    """A fault is one line in the log, with exit status 2 and, if `quiet`, no traceback of anybody."""
+    """Checks that an error is one line in the log, with exit status 2 and, if `quiet`, without any traceback."""
     log_of(run).unlink(missing_ok=True)
     status = launcher.wait(start(launcher, folder, run, **options))
     text = log_of(run).read_text()
@@ -125,7 +125,7 @@ def digests(run):
 
 
 def stop(launcher, pid, moment, seconds, number):
-    """Waits until moment() and `seconds` more, sends a signal, returns the status that the process ends with."""
+    """Waits until moment() is true and `seconds` longer, sends a signal, and returns the exit status."""
     deadline = time.monotonic() + 120
     while not moment() and launcher.status(pid) is None:
         assert time.monotonic() < deadline
@@ -137,7 +137,7 @@ def stop(launcher, pid, moment, seconds, number):
 
 
 def moment_of(kind, run, generator):
-    """Returns (condition, seconds to wait after it) of a kill of this kind."""
+    """Returns (condition, seconds to wait after it) for a kill of this kind."""
     if kind == "at the start":
         return (lambda: True), generator.uniform(0.0, 2.0)
     if kind == "while a checkpoint is written":
@@ -150,7 +150,7 @@ KINDS = ("at the start", "between any steps", "while a checkpoint is written", "
 
 
 def killed_and_started_again(launcher, folder, run, kinds, *, seed, threads=2):
-    """Stops a run once per kind, one after the other, then lets it end; returns rows of what happened."""
+    """Stops a run once per kind, one after the other, then lets it finish; returns one row per stop."""
     generator, rows = random.Random(seed), []
     for kind in kinds:
         pid = start(launcher, folder, run, threads=threads)
@@ -166,22 +166,22 @@ def killed_and_started_again(launcher, folder, run, kinds, *, seed, threads=2):
     return rows
 
 
-def test_a_run_that_is_killed_and_asked_to_stop_ends_with_the_same_bits(launcher, folder, whole):
-    """With more threads, too. Killed at its start, stopped after some step, killed while it writes."""
+def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(launcher, folder, whole):
+    """The run is killed at its start, stopped after some step, and killed while it writes; also with more threads."""
     run = folder / "killed"
     kinds = ("at the start", "asked to stop", "while a checkpoint is written")
     rows = killed_and_started_again(launcher, folder, run, kinds, seed=1, threads=3)
     assert [row[1] for row in rows] == [-9, 75, -9], rows
     said = re.search(r"asked to stop: saved step (\d+)", log_of(run).read_text())
     assert rows[1][3][-1] == int(said[1])
-    assert rows[2][4], rows  # a half written checkpoint was there
+    assert rows[2][4], rows  # there was a partially written checkpoint
     assert_same_end(run, whole)
     assert not is_writing(run)
 
 
 @pytest.fixture
 def stopped(launcher, folder, whole, tmp_path):
-    """A run whose newest checkpoint, of the last step, is gone, as if it still had to be made."""
+    """Returns a run without the checkpoint of its last step, so that it still has to be written."""
     run = Path(shutil.copytree(whole[0], tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / str(STEPS))
     return run
@@ -189,9 +189,9 @@ def stopped(launcher, folder, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_is_lost(launcher, folder, whole, stopped):
-    """Files of 200 kB at most: no checkpoint fits, and everything else does."""
+    """Files are limited to 200 kB: no checkpoint fits, everything else does."""
     before = steps_in(stopped)
-    # The storage's threads print that the loop which waited for them is closed; nothing in Python catches that.
+    # Orbax's threads print that their event loop is closed; Python code cannot catch that.
     refused(launcher, folder, stopped, r"checkpoints/12 cannot be written \(.*", quiet=False, file_limit=200_000)
     assert steps_in(stopped) == before
     finish(launcher, folder, stopped)

@@ -1,4 +1,4 @@
-"""Layers and the backbone: their definitions, and that masked padding does not exist for them."""
+"""Layers and backbones: they follow their definitions, and masked padding does not change their results."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-# One program instead of one per operation.
+# Compiles one program instead of one per operation.
 apply = jax.jit(lambda module, *args: module(*args))
 
 
@@ -47,7 +47,7 @@ def rng():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_conv_equals_the_sum_over_its_window(size, stride):
-    """1x1 included, which is written as a matrix product."""
+    """This includes the 1x1 convolution, which is implemented as a matrix product."""
     conv = Conv(3, 4, size, stride=stride, bias=True, rng=rng())
     conv.bias[...] = normal(4)
     x, kernel = np.float64(normal(2, 9, 8, 3)), np.float64(conv.kernel[...])
@@ -119,7 +119,7 @@ def test_masked_group_norm_equals_the_unmasked_one_on_the_crop():
     norm = group_norm(16)
     x = normal(2, 6, 8, 16)
     valid = valid_mask(jnp.array([[6.0, 4.0], [3.0, 8.0]]), (6, 8), 1)
-    found = apply(norm, jnp.where(valid > 0, x, 1e3), valid)  # what padding holds does not matter
+    found = apply(norm, jnp.where(valid > 0, x, 1e3), valid)  # the content of padding does not matter
     for row, (height, width) in enumerate([(6, 4), (3, 8)]):
         crop = apply(norm, x[row : row + 1, :height, :width])
         np.testing.assert_allclose(found[row, :height, :width], crop[0], atol=1e-5)
@@ -164,7 +164,7 @@ def test_max_pool_is_the_largest_of_its_window(height, width, size, near, far):
 
 @pytest.mark.parametrize("side, cells", [(5, 2), (6, 3), (7, 3), (8, 4), (100, 50)])
 def test_stem_pooling_of_the_caffe_style_adds_a_partial_window_at_the_far_border(side, cells):
-    """torch: ceil((side - 3) / 2) + 1 windows, the last one cut."""
+    """torch has ceil((side - 3) / 2) + 1 windows; the last one is partial."""
     x = normal(1, side, side, 1) - 5
     pooled = np.asarray(max_pool(x, size=3, padding=STEM_POOL_PADDING["ceil"]))
     assert pooled.shape == (1, cells, cells, 1)
@@ -172,7 +172,7 @@ def test_stem_pooling_of_the_caffe_style_adds_a_partial_window_at_the_far_border
     assert pooled[0, 0, 0, 0] == np.max(x[0, :3, :3])
 
 
-def test_dropout_zeroes_its_rate_and_keeps_the_mean():
+def test_dropout_zeroes_values_at_its_rate_and_keeps_the_mean():
     ones = jnp.ones((200, 300))
     kept = np.asarray(dropout(jax.random.key(0), ones, rate=0.3))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.7)}
@@ -216,7 +216,7 @@ def test_depth_counts_the_layers_with_weights():
 
 
 def test_published_resnet_50_has_its_number_of_parameters():
-    """25.6 M without the 2.0 M of the classifier and the 0.05 M of the normalisations."""
+    """The published 25.6 M minus 2.0 M of the classifier and 0.05 M of the normalisation layers."""
 
     def build():
         config = BackboneConfig(name="resnet50")
@@ -229,7 +229,7 @@ def test_published_resnet_50_has_its_number_of_parameters():
 
 
 def test_vgg16_has_its_number_of_parameters():
-    """Of its thirteen convolutions, biases included."""
+    """The number counts the thirteen convolutions with their biases."""
     config = BackboneConfig(name="vgg16", norm="none")
     leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: backbone(config))))
     assert sum(np.prod(leaf.shape) for leaf in leaves) == 14_714_688
@@ -237,8 +237,8 @@ def test_vgg16_has_its_number_of_parameters():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_block_with_a_silent_branch_is_the_identity(name):
-    """So are all blocks at first where statistics are fixed: nothing else keeps activations from doubling."""
+def test_a_block_whose_branch_is_zero_is_the_identity(name):
+    """With fixed statistics all blocks start as the identity; otherwise activations would double with every block."""
     config = BackboneConfig(name=name, width=8)
     stage = Stage(1, stride=1, config=config, rng=rng())
     x = jnp.abs(normal(1, 4, 4, stage_channels(config, 1)))
@@ -251,7 +251,7 @@ def test_a_block_with_a_silent_branch_is_the_identity(name):
 
 
 @pytest.mark.parametrize("stride_in, strides", [("1x1", (2, 1, 1)), ("3x3", (1, 2, 1))])
-def test_a_bottleneck_strides_in_the_convolution_that_is_named(stride_in, strides):
+def test_a_bottleneck_strides_in_the_configured_convolution(stride_in, strides):
     config = BackboneConfig(name="resnet50", width=8, stride_in=stride_in)
     blocks = Stage(2, stride=2, config=config, rng=rng()).blocks
     assert tuple(conv.stride for conv in blocks[0].convs) == strides and blocks[0].shortcut.stride == 2
@@ -259,8 +259,8 @@ def test_a_bottleneck_strides_in_the_convolution_that_is_named(stride_in, stride
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vgg16"])
-def test_pixels_that_nothing_divides_start_with_features_of_the_same_size(name):
-    """Caffe's images spread 58 times as widely; the first layer's weights start that much smaller."""
+def test_first_features_are_as_large_for_pixels_that_are_not_divided_by_a_std(name):
+    """The std of Caffe's images is 58 times as large; the weights of the first layer start 58 times as small."""
     config = BackboneConfig(name=name, width=8, norm="group")
     images = normal(1, 32, 32, 3)
     normalised, plain = (backbone(config, image) for image in (IMAGE, ImageConfig()))
@@ -282,8 +282,8 @@ def test_pixels_that_nothing_divides_start_with_features_of_the_same_size(name):
         ("vgg16", 16, "none", "ceil"),
     ],
 )
-def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, norm, stem_pool):
-    """An image that fills its canvas, and one that does not, have the same features on a larger one."""
+def test_features_of_a_masked_backbone_do_not_depend_on_the_canvas(random_weights, name, stride, norm, stem_pool):
+    """An image that fills its canvas and one that does not have the same features on a larger canvas."""
     config = BackboneConfig(name=name, width=8, stride=stride, norm=norm, stem_pool=stem_pool, mask_padding=True)
     net = random_weights(lambda: backbone(config))
     sizes = [(48, 64), (40, 50)]
@@ -305,7 +305,7 @@ def test_masked_backbone_does_not_see_the_canvas(random_weights, name, stride, n
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16"])
-def test_stages_computed_again_give_the_same_gradients_and_keep_less(random_weights, name):
+def test_recomputed_stages_give_the_same_gradients_and_keep_less(random_weights, name):
     images, image_hw = normal(1, 48, 64, 3), jnp.asarray([(40.0, 60.0)])
 
     def measured(remat):
@@ -317,19 +317,19 @@ def test_stages_computed_again_give_the_same_gradients_and_keep_less(random_weig
 
         gradient = jax.jit(jax.grad(lambda params: jnp.square(features(params)).sum()))(params)
         residuals = jax.eval_shape(lambda params: jax.vjp(features, params)[1], params)
-        # Weights are kept in any case.
+        # Weights are kept with and without recomputation.
         weights = sum(leaf.size for leaf in jax.tree.leaves(params))
         return gradient, sum(leaf.size for leaf in jax.tree.leaves(residuals)) - weights
 
     gradients, kept = zip(measured(False), measured(True), strict=True)
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
-    # So are maps between stages and ResNet's stem, which is no stage.
+    # Maps between stages are kept, too, and so is the stem of ResNet, which is not a stage.
     assert kept[1] < 0.6 * kept[0]
 
 
 def test_vgg16_with_batch_norm_normalises_between_each_convolution_and_its_relu(random_weights):
-    """As torchvision's vgg16_bn, the statistics fixed: four constants per convolution and nothing more to train."""
+    """As torchvision's vgg16_bn with fixed statistics: four constants per convolution and no additional parameters."""
     net = random_weights(lambda: backbone(BackboneConfig(name="vgg16", width=8, norm="frozen_batch")))
     assert len(jax.tree.leaves(nnx.state(net, nnx.Param))) == 2 * 13
     assert len(jax.tree.leaves(nnx.state(net))) == (2 + 4) * 13
@@ -344,7 +344,7 @@ def test_vgg16_with_batch_norm_normalises_between_each_convolution_and_its_relu(
 
 @pytest.mark.parametrize("stem_pool, near", [("ceil", 0), ("padded", 1)])
 def test_the_stem_is_pooled_as_configured(stem_pool, near):
-    """Windows start on even cells, or one before them."""
+    """Windows start on even cells or one cell before them."""
     net = backbone(BackboneConfig(name="resnet18", width=8, stem_pool=stem_pool))
     net.stages, net.strides = nnx.List([]), ()
     images = normal(1, 24, 32, 3)

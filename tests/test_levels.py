@@ -28,7 +28,7 @@ def test_a_level_begins_at_its_own_size(side, level):
 
 
 @pytest.mark.parametrize("corner, level", [(np.nan, 2), (np.inf, 5), (-np.inf, 2)])
-def test_a_box_without_a_size_is_on_a_level_that_there_is(corner, level):
+def test_a_box_without_a_size_is_on_an_existing_level(corner, level):
     assert assign_levels(jnp.float32([0.0, 0.0, corner, 9.0]), lowest=2, highest=5) == level
 
 
@@ -38,7 +38,7 @@ def test_levels_out_of_order_are_refused():
 
 
 def test_features_over_levels_and_their_gradients_equal_torchvisions():
-    """Each region from the level it is assigned to, as torchvision: not aligned, two samples per bin and axis."""
+    """As in torchvision, each region is taken from its level, not aligned, with two samples per bin and axis."""
     features = tuple(jnp.asarray(GOLDEN[f"features{level}"]) for level in range(4))
     boxes = jnp.asarray(np.stack([GOLDEN["boxes0"], GOLDEN["boxes1"]]))
     config = RoiFeaturesConfig(sampling_ratio=2)

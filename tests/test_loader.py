@@ -1,4 +1,4 @@
-"""Batches for training: exact resume, flips that take boxes along, faults named, one shape per canvas."""
+"""Tests training batches: exact resume, boxes flipped with the image, named faults, one shape per canvas."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ STEPS, BATCH_SIZE = 20, 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eleven images of many sizes; the box of image i is i pixels from the left."""
+    """Writes eleven images of many sizes; the box of image i is i pixels from the left."""
     images = []
     for index in range(11):
         box = (index, 3, index + 12, 20)
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Without crops and in no order of aspects, so that those who test them turn them on."""
+    """Returns the settings without crops and ranking by aspect; tests of these turn them on."""
     return DataConfig(
         root=tmp_path_factory.mktemp("unused"),
         class_names=tiny.CLASS_NAMES,
@@ -52,12 +52,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(data):
-    """All that is random or ordered at once; half of the images are longer than 1.4."""
+    """Returns settings with every random and ordering option; half of the images have an aspect above 1.4."""
     return dataclasses.replace(data, crop_aspect=1.4, rank_by_aspect=True)
 
 
 def batches_of(dataset, data, *, seed=0, steps=STEPS, batch_size=BATCH_SIZE):
-    """As train.py makes them."""
+    """Returns training batches made as in train.py."""
     return loader.training_batches(
         prepare_training_set(dataset, data), data, tiny.IMAGE, batch_size=batch_size, seed=seed, steps=steps
     )
@@ -106,8 +106,8 @@ def test_batches_do_not_depend_on_the_number_of_threads(dataset, everything, thr
 
 
 @pytest.mark.parametrize("threads", [1, 3, 12])
-def test_so_many_threads_load_and_batches_are_made_ahead(dataset, data, threads, monkeypatch):
-    """Each batch waits until as many others are in the making as there are threads."""
+def test_the_configured_number_of_threads_loads_batches_ahead(dataset, data, threads, monkeypatch):
+    """Each batch waits until as many batches are being loaded as there are threads."""
     barrier, seen, assemble = threading.Barrier(threads), set(), loader.assemble
 
     def waiting(*arguments, **options):
@@ -161,8 +161,8 @@ def test_cached_images_are_decoded_once_and_batches_keep_their_bits(dataset, eve
     assert "data.cache_mb" not in caplog.text
 
 
-def test_a_full_cache_is_said_once_and_keeps_what_fits(tmp_path, data, reads, caplog):
-    """Two of three images of 0.4 MB fit into one megabyte."""
+def test_a_full_cache_is_logged_once_and_keeps_what_fits(tmp_path, data, reads, caplog):
+    """Of three images of 0.4 MB, two fit into one megabyte."""
     box = (3, 3, 200, 200)
     images = [(tiny.rectangle_image((374, 374), box, seed=seed), [box], [1]) for seed in range(3)]
     dataset = tiny.dataset(tmp_path / "large", images)
@@ -170,10 +170,12 @@ def test_a_full_cache_is_said_once_and_keeps_what_fits(tmp_path, data, reads, ca
     list(batches_of(dataset, cached, steps=15, batch_size=1))
     assert sorted(reads.values()) == [1, 1, 5]
     said = [message for message in caplog.messages if "data.cache_mb" in message]
-    assert said == ["data.cache_mb = 1 is full with 2 decoded images; the others are decoded in every epoch"]
+    assert said == [
+        "the image cache (data.cache_mb = 1) is full with 2 images; the other images are decoded in every epoch"
+    ]
 
 
-def test_without_a_cache_every_image_is_decoded_in_every_epoch_and_nothing_is_said(dataset, data, reads, caplog):
+def test_without_a_cache_every_image_is_decoded_in_every_epoch_and_nothing_is_logged(dataset, data, reads, caplog):
     epoch = len(plan_epoch([canvas_for(r.image_hw, tiny.IMAGE) for r in dataset.records], BATCH_SIZE, seed=0, epoch=0))
     list(batches_of(dataset, dataclasses.replace(data, threads=1), steps=3 * epoch))
     assert set(reads.values()) == {3} and len(reads) == 11
@@ -189,7 +191,7 @@ def test_a_cached_image_cannot_be_written_to(dataset):
 
 
 def test_threads_that_share_a_cache_keep_within_it(dataset):
-    """Its images are counted once, however many threads decoded them."""
+    """An image counts once, even if several threads decoded it."""
     read = image_cache.caching_reader(1)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(read, dataset.records * 20))
@@ -199,7 +201,7 @@ def test_threads_that_share_a_cache_keep_within_it(dataset):
 
 
 def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
-    """With the files of the annotations gone, a run goes on."""
+    """A run continues after the annotation files are deleted."""
     tiny.write_voc(tmp_path, train=5, test=1)
     of_folder = dataclasses.replace(data, root=tmp_path, class_names=tiny.CLASS_NAMES)
     prepared = prepare_training_set(sources.open_split(of_folder, "train"), of_folder)
@@ -209,8 +211,8 @@ def test_annotations_are_read_once_for_all_epochs(tmp_path, data):
     assert len(list(batches)) == 9
 
 
-def test_rounded_images_are_shipped_as_bytes(dataset, data):
-    """In training and in evaluation; what is on them is what float images hold, to half a grey level."""
+def test_rounded_images_are_uint8(dataset, data):
+    """In training and evaluation; the values differ from float images by at most half a grey level."""
     image = dataclasses.replace(tiny.IMAGE, pixel_dtype="uint8")
     prepared = prepare_training_set(dataset, data)
     options = dict(batch_size=BATCH_SIZE, seed=0, steps=4)
@@ -244,7 +246,7 @@ def test_batches_follow_the_plan_over_epochs(dataset, data, ranked):
 
 
 def flipped_images(dataset, batches):
-    """Returns {image index: list of whether it was flipped}, judged by the boxes."""
+    """Returns {image index: list of whether it was flipped}, derived from the boxes."""
     found = {}
     for batch in batches:
         for row in np.flatnonzero(batch.image_valid):
@@ -283,7 +285,7 @@ def test_without_flips_nothing_is_mirrored(dataset, data):
     assert not any(any(flips) for flips in flipped_images(dataset, batches_of(dataset, plain)).values())
 
 
-def test_doubled_an_epoch_meets_every_image_plain_and_mirrored(dataset, data):
+def test_with_double_an_epoch_has_every_image_plain_and_mirrored(dataset, data):
     double = dataclasses.replace(data, flip="double")
     records = [r.image_hw for r in dataset.records] * 2
     steps = len(plan_epoch([canvas_for(hw, tiny.IMAGE) for hw in records], BATCH_SIZE, seed=0, epoch=0))
@@ -293,14 +295,14 @@ def test_doubled_an_epoch_meets_every_image_plain_and_mirrored(dataset, data):
 
 
 def test_crops_follow_seed_epoch_and_image_and_not_the_batch(tmp_path, data):
-    """Each image is twice as long as allowed, with a small box in its middle: many places hold it."""
+    """Each image is twice as long as allowed and has a small box in the middle, which many crops contain."""
     box = (50, 8, 54, 20)
     images = [(tiny.rectangle_image((24, 96), box, seed=index), [box], [1]) for index in range(6)]
     dataset = tiny.dataset(tmp_path / "long", images)
     cropping = dataclasses.replace(data, crop_aspect=2.0, flip="none")
 
     def places(batch_size, *, seed=0, epochs=4):
-        """Returns [image, epoch] left edges of the boxes in stored pixels."""
+        """Returns [image, epoch] left edges of the boxes in original pixels."""
         found = {}
         steps = epochs * -(-6 // batch_size)
         for batch in batches_of(dataset, cropping, seed=seed, steps=steps, batch_size=batch_size):
@@ -318,7 +320,7 @@ def test_crops_follow_seed_epoch_and_image_and_not_the_batch(tmp_path, data):
 
 
 def test_the_canvas_is_that_of_the_cropped_image(tmp_path, data):
-    """30 x 70 needs a wide canvas; the square that is left fits any."""
+    """30 x 70 needs a wide canvas; the square after cropping fits any canvas."""
     box = (30, 5, 45, 25)
     dataset = tiny.dataset(tmp_path / "wide", [(tiny.rectangle_image((30, 70), box), [box], [1])])
     square = dataclasses.replace(data, crop_aspect=1.0, flip="none")
@@ -334,7 +336,7 @@ def test_images_of_a_ranked_batch_are_neighbours_in_aspect(dataset, data):
     ranked = dataclasses.replace(data, rank_by_aspect=True)
 
     def spread(options):
-        """Returns the summed range of width / height in the batches."""
+        """Returns the sum over the batches of the range of width / height."""
         total = 0.0
         for batch in batches_of(dataset, options, steps=5):
             sizes = [dataset.records[index].image_hw for index in batch.image_index[batch.image_valid]]
@@ -344,8 +346,8 @@ def test_images_of_a_ranked_batch_are_neighbours_in_aspect(dataset, data):
     assert spread(ranked) < 0.7 * spread(data)
 
 
-def test_ranked_images_are_in_the_order_of_what_the_crop_leaves(tmp_path, data):
-    """Of aspects 1.2, 3 and 5 the last two are alike once cropped to 1.5, and shuffled among themselves."""
+def test_ranking_uses_the_aspect_after_cropping(tmp_path, data):
+    """The aspects are 1.2, 3 and 5; the last two are equal after cropping to 1.5 and are shuffled."""
     box = (2, 2, 12, 12)
     sizes = [(50, 60)] * 2 + [(30, 90), (20, 100)] * 2
     dataset = tiny.dataset(tmp_path / "ranks", [(tiny.rectangle_image(hw, box), [box], [1]) for hw in sizes])
@@ -357,7 +359,7 @@ def test_ranked_images_are_in_the_order_of_what_the_crop_leaves(tmp_path, data):
 
 
 def test_an_evaluation_never_crops_or_mirrors(dataset):
-    """However long the image: its rows are whole, and not even a mirrored record is shown mirrored."""
+    """Long images are not cropped, and mirrored records are not mirrored."""
     records = tuple(record._replace(flipped=True) for record in dataset.records)
     plain = list(loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=4))
     for batch, other in zip(
@@ -369,7 +371,7 @@ def test_an_evaluation_never_crops_or_mirrors(dataset):
 @pytest.mark.parametrize("crop_aspect", [None, 1.4])
 @pytest.mark.parametrize("flip", ["random", "double"])
 def test_boxes_lie_on_the_objects_in_the_pixels(dataset, data, flip, crop_aspect):
-    """In flipped images, in cropped ones and in plain ones: the bright rectangle is where the box says."""
+    """In flipped, cropped and plain images, the bright rectangle is inside its box."""
     seen = set()
     data = dataclasses.replace(data, flip=flip, crop_aspect=crop_aspect)
     for batch in batches_of(dataset, data):
@@ -479,7 +481,7 @@ def test_an_evaluation_meets_every_image_once_in_its_own_pixels(dataset):
 
 
 def test_an_epoch_of_many_sizes_has_one_shape_per_canvas(dataset, data, random_weights, caplog):
-    """And the jitted losses are traced once for each of them: the number of programs in a run."""
+    """The jitted losses are traced once per shape, which is the number of compiled programs in a run."""
     model = random_weights(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
     canvases = {canvas_for(record.image_hw, tiny.IMAGE) for record in dataset.records}
     batches = list(batches_of(dataset, data))

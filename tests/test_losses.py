@@ -16,11 +16,11 @@ from fasterrcnn_jax.structures import AnchorTargets, Mean, RoiTargets
 
 A, R, K = 12, 8, 3
 LOCATIONS = 5
-UNEVEN = (0.5, 1.0, 2.0, 0.0)  # shows an exchanged coordinate
+UNEVEN = (0.5, 1.0, 2.0, 0.0)  # different values, to show exchanged coordinates
 
 
 def with_gradients(function):
-    """(scores, deltas, targets) -> both (sum, count) pairs and each sum's gradients."""
+    """Returns a function: (scores, deltas, targets) -> both (sum, count) pairs and the gradients of each sum."""
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(scores, deltas, targets, *, config=LossConfig()):
@@ -38,7 +38,7 @@ run_box = with_gradients(box_losses)
 
 
 def smooth_l1_of(error, sigma):
-    """Value and derivative of one number."""
+    """Returns the value and the derivative of smooth L1 for one number."""
     if abs(error) < 1 / sigma**2:
         return 0.5 * (sigma * error) ** 2, sigma**2 * error
     return abs(error) - 0.5 / sigma**2, np.sign(error)
@@ -69,7 +69,7 @@ def test_smooth_l1_equals_its_two_pieces(sigma, error):
         dict(rpn_box_anchors="all_positives", rpn_box_normalizer="positives"),
         dict(rpn_positive_weight=0.25, rpn_box_weight=3.0, rpn_box_normalizer="locations"),
         dict(rpn_positive_weight=0.25, rpn_box_anchors="all_positives"),
-        # Those of the box head change nothing here.
+        # The settings of the box head change nothing here.
         dict(roi_sigma=2.0, roi_box_weight=7.0, roi_box_inside_weights=UNEVEN),
     ],
     ids=str,
@@ -82,7 +82,7 @@ def test_smooth_l1_equals_its_two_pieces(sigma, error):
     arrays(bool, A),
 )
 def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas, labels, targets, left_out):
-    """Anchors that are left out were foreground, but not drawn."""
+    """The ignored anchors are foreground that was not sampled."""
     config = LossConfig(**options)
     sampled, foreground = labels >= 0, (labels == 1) | ((labels < 0) & left_out)
     losses, gradients = run_rpn(objectness, deltas, AnchorTargets(labels, targets, foreground), config=config)
@@ -123,7 +123,7 @@ def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas
         {},
         dict(roi_sigma=3.0),
         dict(roi_box_weight=2.0, roi_box_inside_weights=UNEVEN),
-        # Those of the RPN change nothing here.
+        # The settings of the RPN change nothing here.
         dict(rpn_sigma=2.0, rpn_box_weight=7.0, rpn_box_inside_weights=UNEVEN, rpn_positive_weight=0.5),
     ],
     ids=str,
@@ -137,7 +137,7 @@ def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas
     arrays(bool, R),
 )
 def test_box_losses_and_gradients_equal_the_formulas(options, classes, logits, deltas, labels, targets, valid):
-    """With deltas per class, and with one set for all of them."""
+    """Tested with deltas per class and with one set of deltas for all classes."""
     config = LossConfig(**options)
     deltas = deltas[:, :classes]
     roi_targets = RoiTargets(np.zeros((R, 4), np.float32), labels, targets, valid)
@@ -187,7 +187,7 @@ def test_extreme_logits_stay_finite():
 
 
 def rpn_box_loss(**options):
-    """Of 3 foreground anchors in a sample of 4, one more left out, each off by 1 in its x alone."""
+    """Returns the loss for 3 foreground anchors in a sample of 4 and 1 not sampled, each with an error of 1 in x."""
     labels = np.int32([1, 1, 1, 0] + [-1] * (A - 4))
     foreground = (labels == 1) | (np.arange(A) == 4)
     deltas = np.zeros((A, 4), np.float32)
@@ -217,5 +217,5 @@ EACH = 1 - 0.5 / 9  # smooth L1 of 1 at sigma 3
     ],
     ids=str,
 )
-def test_what_each_setting_makes_of_the_rpns_box_loss(options, expected):
+def test_the_rpn_box_loss_follows_each_of_its_settings(options, expected):
     assert rpn_box_loss(**options) == pytest.approx(expected, rel=1e-6)

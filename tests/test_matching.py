@@ -21,7 +21,7 @@ jitted_match = functools.partial(jax.jit, static_argnames=("fg_iou", "bg_iou", "
     match
 )
 
-# Few values, the thresholds among them and their float32 neighbours: ties and equality abound.
+# Few values, including the thresholds and their float32 neighbours, so that many IoUs are equal.
 LEVELS = [np.float32(v) for v in (0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1)]
 LEVELS += [np.nextafter(np.float32(v), np.float32(0)) for v in (0.1, 0.3, 0.5, 0.7)]
 ious = arrays(np.float32, (N, G), elements=st.sampled_from(LEVELS))
@@ -86,8 +86,8 @@ def test_a_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
 
 
 @pytest.mark.parametrize("clobber_positives, labels", [(False, [1, 1, 1, 0]), (True, [0, 0, 1, 0])])
-def test_background_wins_over_a_best_box_only_where_it_clobbers_positives(clobber_positives, labels):
-    """Two boxes tie for ground truth 0 at background's IoU; the best of 1 lies between the thresholds."""
+def test_background_overrides_a_best_box_only_with_clobber_positives(clobber_positives, labels):
+    """Two boxes tie for ground truth 0 with a background IoU; the best IoU with 1 is between the thresholds."""
     iou = jnp.array([[0.2, 0.0], [0.2, 0.0], [0.0, 0.4], [0.1, 0.2]])
     found = match(iou, jnp.ones(2, bool), **RPN, clobber_positives=clobber_positives)
     assert found.labels.tolist() == labels

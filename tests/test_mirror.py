@@ -1,4 +1,4 @@
-"""A network without a left and a right finds in the mirrored image the mirrored boxes."""
+"""A network that is symmetric in left and right finds the mirrored boxes in the mirrored image."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect
 
 H, W, S = 64, 96, 4
-# VGG16, because its poolings meet the mirrored image in the same places; strided convolutions do not.
+# VGG16, because its poolings cover the same places in the mirrored image; strided convolutions do not.
 CONFIG = dataclasses.replace(
     tiny.MODEL,
     backbone=BackboneConfig(name="vgg16", width=8, norm="none", fixed_stages=0),
@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
 
 
 def symmetric(path, leaf):
-    """Convolutions and fc6 equal to their own mirror image; no delta moves a box sideways."""
+    """Returns a model whose convolutions and fc6 equal their mirror image and whose deltas move no box sideways."""
     names = [str(part.key) for part in path if hasattr(part, "key")]
     values = np.array(leaf)
     if values.ndim == 4:
@@ -56,10 +56,10 @@ def test_detection_commutes_with_mirroring(random_weights, seed):
     assert len(scores) == len(mirrored_scores) >= 3
     np.testing.assert_allclose(mirrored_scores, scores, atol=1e-5)
     back = np.stack([W - mirrored_boxes[:, 2], mirrored_boxes[:, 1], W - mirrored_boxes[:, 0], mirrored_boxes[:, 3]], 1)
-    # Equal scores may change places.
+    # Boxes of equal score may change places.
     distance = np.abs(back[:, None] - boxes[None]).max(axis=2).min(axis=1)
     np.testing.assert_allclose(distance, np.zeros(len(distance)), atol=1e-2)
-    # The same network with a left and a right does not.
+    # The same network without the symmetry does not.
     other_scores, _ = scores_and_boxes(state, image)
     other_mirrored, _ = scores_and_boxes(state, image[:, :, ::-1].copy())
     assert len(other_scores) != len(other_mirrored) or np.abs(other_scores - other_mirrored).max() > 1e-3

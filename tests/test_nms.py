@@ -1,6 +1,6 @@
-"""Greedy suppression: the textbook loop, and the promises about padding, groups and ties.
+"""Greedy suppression: comparison with the textbook loop, and the contract about padding, groups and ties.
 
-The kernel runs here step by step, with its races watched; `test_nms_kernel.py` has what plain JAX need not promise.
+The kernel runs here step by step, with a check for races; `test_nms_kernel.py` tests what only the kernel promises.
 """
 
 import functools
@@ -24,13 +24,13 @@ SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
 STATIC = ("iou_threshold", "max_output", "implementation")
 jitted_nms = jax.jit(nms, static_argnames=STATIC)
 
-# So small that a few dozen boxes fill several tiles of either design, and several chunks of the mask.
+# Sizes are so small that a few dozen boxes fill several tiles of both designs and several chunks of the mask.
 SHRUNK = dict(THREADS=4, WORD=8, CHUNK=32, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16)
 
 
 @pytest.fixture(params=["xla", *(pytest.param(design, marks=mosaic.needs_mosaic) for design in ("mask", "list"))])
 def any_nms(request, monkeypatch):
-    """`nms` in plain JAX, and by each design of the kernel."""
+    """Returns `nms` in plain JAX, and with each design of the kernel."""
     if request.param == "xla":
         yield functools.partial(jitted_nms, implementation="xla")
         return
@@ -39,13 +39,13 @@ def any_nms(request, monkeypatch):
     for name, size in SHRUNK.items():
         monkeypatch.setattr(kernel, name, size)
     kernel.keep_first.cache_clear()
-    # A function of its own, for traces of its own.
+    # A new function each time, so that traces are not shared.
     yield jax.jit(functools.partial(nms, implementation="mosaic"), static_argnames=STATIC)
     kernel.keep_first.cache_clear()
 
 
 def corners(n):
-    """Boxes on whole pixels of a small grid: duplicates, exact thresholds and empty boxes abound."""
+    """Returns boxes on whole pixels of a small grid, with many duplicates, exact thresholds and empty boxes."""
     points = arrays(np.int32, (n, 2, 2), elements=st.integers(0, 12))
     return points.map(lambda p: np.sort(p, axis=1).reshape(n, 4).astype(np.float32))
 
@@ -59,7 +59,7 @@ boxes_scores_valid_groups = st.tuples(
 
 
 def kept_of(result) -> list[int]:
-    """The kept indices, after checking how padding must look."""
+    """Returns the kept indices, after checking the padding."""
     indices, valid = map(np.asarray, result)
     assert indices.shape == valid.shape
     count = valid.sum()
@@ -104,7 +104,7 @@ def test_nms_equals_the_greedy_loop(threshold, example):
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_a_batch_of_every_kind_equals_the_greedy_loop(threshold, any_nms):
-    """Clusters with ties and invalid boxes in three groups, a chain, a few valid boxes that fill no tile, none."""
+    """Clusters with ties and invalid boxes in three groups, a chain, fewer valid boxes than a tile, no valid box."""
     n, kept = 60, 24
     x = np.insert(4.0 * np.arange(n - 1), 1, 5000.0)  # an odd number is kept of the list's first tile
     chain = np.stack([x, np.zeros(n), x + 10, np.full(n, 10)], axis=1).astype(np.float32)
@@ -166,7 +166,7 @@ def test_groups_equal_one_nms_per_group():
 
 
 def test_a_chain_through_a_whole_block_alternates():
-    """Every box suppresses the next one only, so every second box survives: the most passes there are."""
+    """Every box suppresses only the next one, so every second box survives; this takes the largest number of passes."""
     x = 4.0 * np.arange(600, dtype=np.float32)
     boxes = np.stack([x, np.zeros(600), x + 10, np.full(600, 10)], axis=1).astype(np.float32)
     scores = -np.arange(600, dtype=np.float32)
@@ -195,7 +195,7 @@ def close_pairs(count, threshold):
 
 
 def check_close_pairs(run, count, threshold):
-    """By pair: the second of a group falls where the rounded quotient exceeds the threshold."""
+    """Checks each pair: the second box is suppressed where the rounded quotient exceeds the threshold."""
     boxes, groups = close_pairs(count, threshold)
     scores, valid = -np.arange(2 * count, dtype=np.float32), np.ones(2 * count, bool)
     ious = np.array([oracles.iou(boxes[i], boxes[count + i]) for i in range(count)], np.float64)
@@ -206,14 +206,14 @@ def check_close_pairs(run, count, threshold):
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_pairs_within_a_few_ulp_of_the_threshold(threshold, any_nms):
+def test_pairs_within_a_few_ulp_of_the_threshold_are_decided_exactly(threshold, any_nms):
     check_close_pairs(any_nms, 32, threshold)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("design", ["mask", "list"])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_on_a_gpu_pairs_within_a_few_ulp_of_the_threshold(threshold, design, monkeypatch):
+def test_on_a_gpu_pairs_within_a_few_ulp_of_the_threshold_are_decided_exactly(threshold, design, monkeypatch):
     monkeypatch.setattr(kernel, "design", lambda *sizes: design)
     kernel.keep_first.cache_clear()
     run = jax.jit(functools.partial(nms, implementation="mosaic"), static_argnames=STATIC)
@@ -245,7 +245,7 @@ def test_invalid_boxes_change_nothing_whatever_they_hold(any_nms):
 
 
 def test_valid_boxes_with_nan_or_without_an_area_suppress_nothing(any_nms):
-    """A box, the same with a NaN, with an infinity, inverted, and empty, twice each: only the first has a victim."""
+    """A box, its copies with NaN, with infinity, inverted and empty, each twice: only the first suppresses a box."""
     box = np.float32([2, 3, 30, 40])
     kinds = [box, [np.nan, 3, 30, 40], [2, 3, np.inf, 40], [30, 40, 2, 3], [30, 3, 2, 40], [7, 7, 7, 9]]
     boxes = np.repeat(np.float32(kinds), 2, axis=0)

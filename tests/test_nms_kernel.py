@@ -1,4 +1,4 @@
-"""The kernels of NMS: what `test_nms.py`, which holds them to the contract, does not ask of plain JAX."""
+"""The kernels of NMS: properties that plain JAX does not have; `test_nms.py` tests the common contract."""
 
 import functools
 
@@ -24,7 +24,7 @@ def rounded_down(threshold):
 
 
 def inputs(*mapped, n=30):
-    """Shapes of boxes, scores and validity of n boxes, with leading axes to map over."""
+    """Returns shapes of boxes, scores and validity of n boxes, with leading axes to map over."""
     return (
         jax.ShapeDtypeStruct((*mapped, n, 4), jnp.float32),
         jax.ShapeDtypeStruct((*mapped, n), jnp.float32),
@@ -64,12 +64,12 @@ def test_the_comparison_without_division_equals_the_rounded_division(threshold):
     expected = numerator / denominator > threshold
     found = jax.jit(functools.partial(kernel._ratio_exceeds, threshold=threshold))(numerator, denominator)
     np.testing.assert_array_equal(found, expected)
-    # There is something to be wrong about: the product, rounded once, decides otherwise somewhere.
+    # The test can fail: the product, rounded once, decides differently for some pairs.
     if threshold not in (0.5, 1.0):
         assert (expected != (numerator > threshold * denominator)).any()
 
 
-def test_the_comparison_of_numbers_that_are_none_or_of_nothing_is_false():
+def test_the_comparison_is_false_for_nan_and_for_boxes_without_an_area():
     nan, inf = np.nan, np.inf
     pairs = f32([(nan, 1), (1, nan), (nan, nan), (0, 0), (inf, inf), (3, inf), (0, -5), (0, inf), (inf, nan)])
     assert not kernel._ratio_exceeds(*jnp.asarray(pairs).T, f32(0.5)).any()
@@ -136,7 +136,7 @@ def test_a_batch_mapped_twice_is_one_launch_of_each_kernel(sizes, max_output, re
 
 @mosaic.needs_mosaic
 def test_boxes_shared_by_all_mapped_problems_are_one_launch(monkeypatch):
-    """As with one set of boxes for all classes."""
+    """One set of boxes for all classes is such a case."""
     mosaic.pretend(monkeypatch)
     boxes, scores, valid = inputs()
     run = functools.partial(nms, **OPTIONS)
@@ -159,8 +159,8 @@ def test_mapped_over_devices_each_launches_its_own_share(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic", marks=mosaic.needs_mosaic)])
-def test_a_gradient_passes_around_it(implementation, monkeypatch):
-    """Through the coordinates that it picks, not through the choice."""
+def test_a_gradient_passes_through_the_coordinates_of_the_kept_boxes(implementation, monkeypatch):
+    """No gradient passes through the selection."""
     mosaic.pretend(monkeypatch)
 
     def picked(boxes, scores, valid):
@@ -178,20 +178,20 @@ def test_a_gradient_passes_around_it(implementation, monkeypatch):
     np.testing.assert_array_equal(of_scores, [0, 0, 1])
 
 
-def test_named_the_kernel_does_not_run_on_a_cpu():
+def test_the_named_kernel_is_refused_on_a_cpu():
     boxes, scores, valid = jnp.zeros((3, 4)), jnp.zeros(3), jnp.ones(3, bool)
     with pytest.raises(NotImplementedError, match="the Mosaic kernel of nms was asked for, but it"):
         nms(boxes, scores, valid, **OPTIONS, implementation="mosaic")
 
 
 @mosaic.needs_mosaic
-def test_more_kept_boxes_than_it_can_list_are_refused_or_left_to_plain_jax(monkeypatch):
+def test_more_kept_boxes_than_the_kernel_can_list_are_refused_or_use_plain_jax(monkeypatch):
     most = kernel.MOST_LISTED
     mosaic.pretend(monkeypatch)
     run = functools.partial(nms, iou_threshold=0.5, max_output=most + 1)
     assert launches(mosaic.lowered_for_cuda(run, *inputs(n=most)))
     assert not launches(mosaic.lowered_for_cuda(run, *inputs(n=most + 1)))
-    with pytest.raises(NotImplementedError, match=f"at most {most} boxes and up to {most + 1}"):
+    with pytest.raises(NotImplementedError, match=f"at most {most} boxes and the call asks for up to {most + 1}"):
         jax.eval_shape(functools.partial(run, implementation="mosaic"), *inputs(n=most + 1))
 
 
@@ -222,7 +222,7 @@ def test_exported_in_plain_jax_it_runs_on_cpu_and_cuda(monkeypatch):
 
 
 def scattered(generator, shape, size):
-    """Float boxes on an image of such a size, several around each centre, and scores with ties."""
+    """Returns float boxes on an image of this size, several around each centre, and scores with ties."""
     *_, n = shape
     centre = generator.uniform(0, size, (*shape[:-1], n // 8 + 1, 2))
     centre = np.take_along_axis(centre, generator.integers(0, n // 8 + 1, shape)[..., None], axis=-2)
@@ -261,7 +261,7 @@ PRODUCTION = {
 
 @pytest.mark.parametrize("name", ["rpn", "classes in groups"])
 def test_the_full_size_loop_equals_plain_jax(name):
-    """A part of each, so that the loop that a GPU is held to is itself held to something."""
+    """Uses a part of each case; it checks the loop that results on a GPU are compared with."""
     shape, max_output, num_groups, size, threshold = PRODUCTION[name]
     generator = np.random.default_rng(4)
     n = min(shape[-1], 2000)

@@ -1,7 +1,7 @@
-"""The step-by-step notebook among the reference documents: its image of 800 x 800, its numbers, its shapes.
+"""The step-by-step notebook of the reference documents: an image of 800 x 800, its numbers and its shapes.
 
 VGG16 with batch norm, 800 x 800 pixels, boxes (y1, x1, y2, x2) = (20, 30, 400, 500) and (300, 400, 500, 600).
-Its anchors are not rounded and lie as ours do; it writes the last axis as channels first.
+Its anchors are not rounded and are placed as ours are; it puts channels first, and we put them last.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def test_anchors_after_sampling():
 
 @pytest.fixture(scope="module")
 def shapes():
-    """Returns the shape of every step; nothing is computed."""
+    """Returns the shape of every step, without computing values."""
 
     def run(images):
         config, model = CONFIG, Detector(CONFIG, tuple(map(str, range(20))), rng=np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""What company and padding do to a trained model's detections; `pytest -m slow -s` prints the shares."""
+"""The effect of other images and of padding on detections of a trained model; `pytest -m slow -s` prints shares."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_share_of_equal_detections_under_32_and_224_pixels_of_padding(run):
     assert equal / total >= 0.99
 
 
-def test_a_trained_model_finds_the_same_bits_alone_and_in_company(run):
+def test_a_trained_model_finds_the_same_bits_alone_and_in_a_batch(run):
     model, images = run
     together = fasterrcnn_jax.predict(model, images, batch_size=4)
     assert sum(len(found.scores) for found in together) >= 30

@@ -1,4 +1,4 @@
-"""The step over 1, 2 and 4 devices, under pmap and under shard_map: the same numbers."""
+"""The training step gives the same numbers on 1, 2 and 4 devices, with pmap and with shard_map."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(jax.local_device_count() < 4, reason="needs four
 
 @pytest.fixture(scope="module")
 def start():
-    """Returns (step of one device, state in NumPy) of the small network of docs/backbone.md."""
+    """Returns (step of one device, state in NumPy) for the small network of docs/backbone.md."""
     text = (Path(__file__).parents[1] / "docs" / "backbone.md").read_text()
     example = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], example)
@@ -50,7 +50,7 @@ def start():
 
 
 def batch_of(step):
-    """Two objects; none; a row that only fills; one object."""
+    """Returns a batch of four rows: two objects; no object; an empty row; one object."""
     generator = np.random.default_rng(step)
     height, width = tiny.IMAGE.canvases[0]
     valid = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]], bool)
@@ -72,7 +72,7 @@ def by_pmap(step, devices):
 
 
 def by_shard_map(step, devices):
-    """What would stand in `data_parallel`. With check_vma the gradients would arrive summed already, and wrong."""
+    """Maps the step with shard_map instead of pmap. With check_vma, JAX would already sum the gradients: wrong here."""
     whole, rows = PartitionSpec(), PartitionSpec(AXIS)
     mesh = Mesh(np.array(devices), (AXIS,))
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole), check_vma=False)
@@ -81,7 +81,7 @@ def by_shard_map(step, devices):
 
 @pytest.fixture(scope="module")
 def trained(start):
-    """Returns {name: (losses of each step, last state)} of each way to map the step."""
+    """Returns {name: (losses of each step, last state)} for each way to map the step."""
     step, state = start
     ways = {"pmap 1": (by_pmap, 1), "pmap 2": (by_pmap, 2), "pmap 4": (by_pmap, 4), "shard_map 4": (by_shard_map, 4)}
     found = {}

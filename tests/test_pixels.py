@@ -1,4 +1,4 @@
-"""Whole grey levels from the host, normalised on the device: the network sees what it would have got in float."""
+"""uint8 images from the host, normalised on the device: the network gets the same input as from float images."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def by_numpy(images, image_hw, config):
 
 
 @pytest.mark.parametrize("config", [BYTES, ImageConfig(pixel_dtype="uint8")])
-def test_bytes_are_normalised_where_there_is_image_and_the_padding_stays_zero(config):
+def test_bytes_are_normalised_in_the_image_and_the_padding_stays_zero(config):
     images, image_hw = on_canvas()
     found = normalised(jnp.asarray(images), jnp.asarray(image_hw), config)
     assert found.dtype == jnp.float32
@@ -44,20 +44,20 @@ def test_bytes_are_normalised_where_there_is_image_and_the_padding_stays_zero(co
     assert not found[0, :, 50:].any() and not found[1, 33:].any()
 
 
-def test_floats_pass_as_they_are():
+def test_float_images_are_not_changed():
     images = jnp.ones((1, 64, 96, 3))
     assert normalised(images, jnp.float32([[64, 96]]), tiny.IMAGE) is images
 
 
 @pytest.mark.parametrize("config, given", [(tiny.IMAGE, np.uint8), (BYTES, np.float32)])
-def test_images_of_the_other_kind_are_refused(config, given):
+def test_images_of_the_other_type_are_refused(config, given):
     with pytest.raises(TypeError, match=f"images must be {config.pixel_dtype} .*got {np.dtype(given).name}"):
         normalised(jnp.zeros((1, 64, 96, 3), given), jnp.float32([[64, 96]]), config)
 
 
 @pytest.fixture(scope="module")
 def models(random_weights):
-    """Two detectors of the same weights, the second of bytes; padding is not masked, so that it would show."""
+    """Returns two detectors with the same weights, the second for bytes; padding is not masked, to show errors."""
     backbone = dataclasses.replace(tiny.MODEL.backbone, mask_padding=False)
     plain = dataclasses.replace(tiny.MODEL, backbone=backbone)
     return [
@@ -66,7 +66,7 @@ def models(random_weights):
     ]
 
 
-def test_features_are_those_of_the_same_levels_in_float(models):
+def test_features_of_bytes_equal_features_of_floats(models):
     images, image_hw = on_canvas()
     stored = by_numpy(images, image_hw, tiny.IMAGE), images
     with tiny.quick_compilation():
@@ -79,7 +79,7 @@ def test_features_are_those_of_the_same_levels_in_float(models):
 
 
 def test_predict_and_preprocess_make_the_images_the_model_asks_for(models, monkeypatch):
-    """Bytes for a model of bytes, and both the same."""
+    """Both make bytes for a model of bytes, and both make the same images."""
     sent = []
 
     def nothing(model, images, image_hw, scale, *, implementation):

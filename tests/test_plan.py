@@ -1,4 +1,4 @@
-"""Which images form which batch: every image once, one canvas per batch, the same everywhere."""
+"""Tests the plan of batches: every image once, one canvas per batch, the same plan in every process."""
 
 import numpy as np
 from hypothesis import given

@@ -79,7 +79,7 @@ def assert_detections(found, expected):
 @pytest.mark.parametrize("coder", [BoxCoderConfig(), CAFFE], ids=["plain", "caffe"])
 @pytest.mark.parametrize("seed", range(3))
 def test_detections_equal_one_nms_per_class_then_the_best(seed, coder, classes):
-    """With deltas per class, and with one set for all of them."""
+    """Tested with deltas per class and with one set of deltas for all classes."""
     logits, deltas, proposals = head_outputs(seed)
     outputs = logits, deltas[:, :classes], proposals
     expected = reference(*outputs, coder=coder)
@@ -98,7 +98,7 @@ ZEROS = (0.0, 0.0, 0.0, 0.0)
 
 
 def one_box_with(deltas, *, classes=K + 1, **options):
-    """The box of one proposal at [10, 10, 30, 40], of class 2."""
+    """Returns the detected box of one proposal at [10, 10, 30, 40] of class 2."""
     logits, _, proposals = one_proposal(0.9)
     every = np.zeros((P, classes, 4), np.float32)
     every[0, min(2, classes - 1)] = deltas
@@ -127,13 +127,13 @@ def test_far_corner_offset_moves_the_far_corners_of_detections(coder, expected):
 
 @pytest.mark.parametrize("coder", [BoxCoderConfig(), CAFFE], ids=["plain", "caffe"])
 def test_detections_end_at_the_image(coder):
-    """Four widths to the right, two heights down, of which half and a third remain."""
+    """The box moves to the right and down; half of its width and a third of its height remain inside the image."""
     found = one_box_with([40.0, 20.0, 0, 0], coder=coder)
     np.testing.assert_allclose(found, [90, 70, 100, 80], atol=1e-4)
 
 
-def test_with_an_offset_one_pixel_at_the_border_remains_of_a_box_beyond_it():
-    """Twenty widths to the left: inclusive corners cut to [0, side - 1] hold a pixel whatever they were."""
+def test_with_an_offset_a_box_beyond_the_image_keeps_one_border_pixel():
+    """The box moves twenty widths to the left; inclusive corners clipped to [0, side - 1] always keep a pixel."""
     found = one_box_with([-200.0, 0, 0, 0], coder=CAFFE)
     np.testing.assert_allclose(found, [0, 10, 1, 41], atol=1e-4)
 
@@ -145,8 +145,8 @@ def test_log_scales_are_cut_to_the_coders_limit(limit, width):
 
 
 @pytest.mark.parametrize("nms_threshold, count", [(0.5, 1), (0.7, 2)])
-def test_overlapping_boxes_of_a_class_are_suppressed_and_those_of_another_are_not(nms_threshold, count):
-    """Two proposals of IoU .6, both of class 2, the second of class 3 too."""
+def test_overlapping_boxes_are_suppressed_only_within_a_class(nms_threshold, count):
+    """Two proposals with an IoU of .6 are both of class 2; the second is of class 3, too."""
     logits = np.full((P, K + 1), -1e3, np.float32)
     logits[0, 2], logits[1, 2], logits[1, 3] = 0.0, 0.0, -0.1
     boxes = np.zeros((P, 4), np.float32)
@@ -178,7 +178,7 @@ def one_proposal(probability):
 
 
 @pytest.mark.parametrize("probability, count", [(0.11, 1), (0.09, 0)])
-def test_score_threshold_decides(probability, count):
+def test_only_scores_above_the_threshold_are_detections(probability, count):
     found = run(*one_proposal(probability), means=ZEROS)
     assert np.asarray(found.valid).sum() == count
     if count:
@@ -193,7 +193,7 @@ def test_padding_of_detections_is_zero():
         assert not np.asarray(leaf)[1:].any()
 
 
-def test_box_moved_out_of_the_image_is_no_detection():
+def test_a_box_moved_out_of_the_image_is_not_a_detection():
     logits, deltas, proposals = one_proposal(0.9)
     deltas[0, 2, 0] = -10 * 5  # five widths to the left
     assert np.any(run(logits, 0 * deltas, proposals).valid)

@@ -1,4 +1,4 @@
-"""bfloat16 in the layers; weights, boxes, losses and whatever decides in float32."""
+"""bfloat16 in the layers; float32 for weights, boxes, losses and every comparison."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from fasterrcnn_jax.config import (
 from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.models.detector import (
     Detector,
-    _roi_features,
     shared_features,
     split,
 )
 from fasterrcnn_jax.models.faster_rcnn import detect, losses_for_targets
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear
+from fasterrcnn_jax.models.roi_heads import batch_roi_features
 from fasterrcnn_jax.models.rpn import rpn_output
 from fasterrcnn_jax.ops.anchors import anchors_of
 from fasterrcnn_jax.ops.targets import anchor_targets
@@ -77,7 +77,7 @@ def test_layers_compute_in_the_configured_type_and_predict_in_float32(random_wei
         assert {level.dtype.name for level in levels} == {dtype}
         predictions = nnx.eval_shape(lambda model, levels: model.rpn_head(levels), model, levels)
         pooled = jax.eval_shape(
-            lambda model, levels: _roi_features(model, levels, jnp.zeros((2, 5, 4)), None), model, levels
+            lambda model, levels: batch_roi_features(model, levels, jnp.zeros((2, 5, 4))), model, levels
         )
         assert pooled.dtype.name == dtype
         predictions += nnx.eval_shape(lambda model, pooled: model.box_head(pooled), model, pooled)
@@ -85,11 +85,11 @@ def test_layers_compute_in_the_configured_type_and_predict_in_float32(random_wei
 
 
 def test_losses_and_gradients_are_float32_and_near_those_of_float32(random_weights):
-    """A loss to 3 %; the gradient's direction to a cosine of 0.99 in heads and pyramid, of 0.95 over all.
+    """Losses agree to 3 %; the cosine between the gradients is at least 0.99 in heads and pyramid, and 0.95 over all.
 
-    Towards the same anchors and regions: which proposals survive is decided by comparisons, and a small change of
-    the network's outputs turns some of them round. Over all 0.99 was asked for at first. It is 0.9999 in the last
-    layer and falls evenly to 0.97 in the stem: each of twenty thin layers rounds, and turns some ReLUs round.
+    Both use the same anchors and regions, because comparisons decide which proposals survive, and small changes of the
+    outputs change some of these decisions. The first requirement over all parameters was 0.99. The cosine is 0.9999 in
+    the last layer and falls evenly to 0.97 in the stem: each of twenty thin layers rounds and switches some ReLUs.
     """
     one = batch()
     keys = jax.random.split(KEY, 2)
@@ -134,7 +134,7 @@ def test_losses_and_gradients_are_float32_and_near_those_of_float32(random_weigh
 
 
 def test_boxes_do_not_drift(random_weights):
-    """With all deltas zero what is found are the anchors themselves, to the bit, far from the origin too.
+    """With zero deltas the detections are exactly the anchors, also far from the origin.
 
     bfloat16 has steps of 4 pixels beyond 512 and of 8 beyond 1024.
     """
@@ -154,7 +154,7 @@ def test_boxes_do_not_drift(random_weights):
     clipped = np.clip(grid.anchors, 0, np.float32([1200, 64, 1200, 64]))
     boxes = np.asarray(found.boxes)[0, np.asarray(found.valid)[0]]
     assert len(boxes) > 800 and (boxes[:, 0] > 1024).sum() > 50
-    # Decoding may round: half a width added to a centre. A bfloat16 anywhere would cost a thousand times more.
+    # Decoding may round when it adds half a width to a centre. A bfloat16 step would give a thousandfold error.
     nearest = np.abs(boxes[:, None] - clipped[None]).max(axis=-1).min(axis=1)
     assert nearest.max() <= 2e-3
 
@@ -168,7 +168,7 @@ def test_scores_are_not_rounded_to_ties(random_weights):
 
 
 def test_sums_over_a_map_are_float32():
-    """The gradient of a bias is a sum over all cells: 4096 of 1 + 1/128 each are not 4096 in bfloat16 steps of 32."""
+    """The gradient of a bias is the sum of 4096 cells of 1 + 1/128, which bfloat16 (steps of 32) cannot represent."""
     x = jnp.full((1, 64, 64, 8), 1.0, jnp.bfloat16)
     for size in (1, 3):
         layer = Conv(8, 8, size, bias=True, rng=np.random.default_rng(0))
@@ -184,7 +184,7 @@ def test_sums_over_a_map_are_float32():
 
 @pytest.mark.parametrize("norm", ["group", "frozen_batch"])
 def test_normalisation_is_float32_inside(random_weights, norm):
-    """Group statistics over large values: of a bfloat16 sum nothing would be left."""
+    """Group statistics of large values: with a bfloat16 sum no digit would be right."""
     layer = random_weights(lambda: NORMS[norm](16))
     x = jnp.asarray(100 + np.random.default_rng(0).standard_normal((1, 32, 32, 16)), jnp.bfloat16)
     found, exact = layer(x), layer(x.astype(jnp.float32))

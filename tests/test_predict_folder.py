@@ -1,4 +1,4 @@
-"""The script that finds objects in a folder of images, with a detector that was never trained."""
+"""The script `predict` on a folder of images, with an untrained detector."""
 
 import json
 
@@ -10,8 +10,8 @@ from PIL import Image
 from fasterrcnn_jax.inference.drawing import draw
 from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.scripts import predict as script
-from fasterrcnn_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,12 @@ def model(random_weights):
 
 @pytest.fixture
 def call(model, tmp_path, monkeypatch):
-    """Returns a function that runs the script on tmp_path/images with more arguments."""
-    monkeypatch.setattr(checkpoint, "load", lambda path: model if path.name == "run" else None)
+    """Returns a function that runs the script on tmp_path/images with further arguments."""
+    monkeypatch.setattr(cli, "load_model", lambda path, backbone: model if path.name == "run" else None)
     images = tmp_path / "images"
     images.mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down: the same canvas, compiled once
+    exif[0x0112] = 3  # upside down, so the canvas stays the same and is compiled once
     pixels = np.random.default_rng(1).integers(0, 255, (48, 72, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(images / "b 1.png")
     Image.fromarray(pixels).save(images / "a.png", exif=exif)
@@ -42,7 +42,7 @@ def call(model, tmp_path, monkeypatch):
 
 
 def test_every_image_gets_its_detections_and_its_image(call, model, tmp_path, capsys):
-    """Detections are those of `predict` on what a viewer shows; boxes are drawn where the score is high enough."""
+    """Detections equal those of `predict` on the image rotated by EXIF; boxes with a high enough score are drawn."""
     out = call("--batch_size", 2, "--score_threshold", 0)
     content = json.loads((out / "detections.json").read_text())
     assert (out / "classes.txt").read_text().splitlines() == list(tiny.CLASS_NAMES)
@@ -83,7 +83,7 @@ def test_a_faulty_image_stops_the_script_or_is_skipped(call, tmp_path, capsys):
     assert len([*(out / "images").iterdir()]) == 2
 
 
-def test_a_batch_of_none_is_refused(call, capsys):
+def test_a_batch_size_of_zero_is_refused(call, capsys):
     with pytest.raises(SystemExit):
         call("--batch_size", 0)
     assert "--batch_size must be positive, got 0" in capsys.readouterr().err

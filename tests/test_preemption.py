@@ -1,4 +1,4 @@
-"""A request to stop is noted, ends nothing by itself, and a second one ends the process."""
+"""A first request to stop is only noted; a second one ends the process."""
 
 import contextlib
 import signal
@@ -26,7 +26,7 @@ def test_signals_sent_to_process_and_group_at_once_are_one_request():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_afterwards_signals_do_what_they_did_before(fails):
+def test_afterwards_the_previous_signal_handlers_are_restored(fails):
     met = []
     before = [signal.signal(number, lambda number, _: met.append(number)) for number in preemption.SIGNALS]
     try:
@@ -40,8 +40,8 @@ def test_afterwards_signals_do_what_they_did_before(fails):
             signal.signal(number, handler)
 
 
-def test_a_handler_that_is_not_pythons_leaves_the_default(monkeypatch):
-    """Such as that of a distributed runtime, which Python cannot put back."""
+def test_a_handler_not_set_from_python_is_replaced_by_the_default(monkeypatch):
+    """For example the handler of a distributed runtime, which Python cannot restore."""
     installed = {}
 
     def install(number, handler):

@@ -1,4 +1,4 @@
-"""Recall of proposals: COCO's, without classes; what is not to be found; the table."""
+"""Tests the recall of proposals: against COCO's recall without classes, ignored objects, and the table."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def proposals(*boxes):
 
 
 def random_case(seed):
-    """Returns (found, data set): integer boxes near crowded objects and elsewhere, with many ties and rivals."""
+    """Returns (proposals, data set): integer boxes near dense objects and elsewhere, with many equal IoUs."""
     generator = np.random.default_rng(seed)
 
     def boxes(count):
@@ -59,7 +59,7 @@ def random_case(seed):
 
 
 def coco_recall(found, data, limits):
-    """Returns [limits, thresholds] recall by pycocotools, useCats 0."""
+    """Returns [limits, thresholds] recall from pycocotools with useCats 0."""
     objects, results = [], []
     for image, (of_image, entry) in enumerate(zip(found, data.records, strict=True), start=1):
         ignored = entry.difficult | entry.crowd
@@ -94,7 +94,7 @@ def coco_recall(found, data, limits):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_recall_equals_pycocotools(seed, monkeypatch):
-    """At small limits as well, so that few proposals tell them apart."""
+    """Small limits are tested too, so that limits differ with few proposals."""
     limits = (1, 3, 10, 40)
     monkeypatch.setattr(recall, "LIMITS", limits)
     found, data = random_case(seed)
@@ -105,7 +105,7 @@ def test_recall_equals_pycocotools(seed, monkeypatch):
     assert result.num_objects == sum(int((~(r.difficult | r.crowd)).sum()) for r in data.records)
 
 
-def test_of_two_objects_that_it_overlaps_alike_a_proposal_takes_the_last():
+def test_a_proposal_takes_the_last_of_two_objects_with_equal_iou():
     left, right, both = (0.0, 0.0, 10.0, 10.0), (10.0, 0.0, 20.0, 10.0), (0.0, 0.0, 20.0, 10.0)
     data = dataset(record("a", [left, right]))
     for second, expected in ((left, 1.0), (right, 0.5)):
@@ -131,7 +131,7 @@ def test_an_object_is_found_once_and_a_proposal_finds_one():
     assert proposal_recall([proposals(UNIT, UNIT)], twice).recall[0, 0] == 1.0
 
 
-def test_difficult_objects_and_crowds_are_not_to_be_found():
+def test_difficult_objects_and_crowds_are_ignored():
     other = (60.0, 60.0, 90.0, 90.0)
     data = dataset(record("a", [UNIT, other, other], difficult=[1], crowd=[2]))
     result = proposal_recall([proposals(UNIT)], data)

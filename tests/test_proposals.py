@@ -40,7 +40,7 @@ def rpn_outputs(seed):
 def reference(
     objectness, deltas, anchor_valid, *, scale=SCALE, config=CONFIG, coder=BoxCoderConfig(), level_sizes=None
 ):
-    """Decode, clip, drop small ones, best of each level by objectness, NMS in each, the best of all levels."""
+    """Decodes, clips, drops small boxes, takes the best of each level, applies NMS per level, takes the best of all."""
     offset = dict(far_corner_offset=coder.far_corner_offset)
     decoded = [
         oracles.decode(d, a, max_log_scale=coder.max_log_scale, **offset) for d, a in zip(deltas, ANCHORS, strict=True)
@@ -109,14 +109,14 @@ def single(delta, anchor, **options):
 
 
 @pytest.mark.parametrize("scale, survives", [((1, 1), True), ((1.1, 1), False), ((1, 1.1), True), ((1, 2.1), False)])
-def test_minimum_size_is_meant_in_the_stored_image(scale, survives):
-    """24 x 12 network pixels are 12 high in the image at scale 1, and less where that was enlarged."""
+def test_minimum_size_is_in_pixels_of_the_original_image(scale, survives):
+    """A height of 12 network pixels is 12 original pixels at scale 1, and fewer in an image that was enlarged."""
     found = single([0, 0, 0, 0], [10, 10, 34, 22], scale=np.float32(scale))
     assert (found is not None) == survives
 
 
 def test_boxes_are_clipped_before_they_are_measured():
-    """Only 11 of the 30 columns lie in the image."""
+    """Only 11 of the 30 columns of the box are inside the image."""
     assert single([0, 0, 0, 0], [-19, 10, 11, 40]) is None
     assert single([0, 0, 0, 0], [-19, 10, 12, 40]) is not None
 
@@ -129,12 +129,12 @@ def test_boxes_are_clipped_before_they_are_measured():
         (BoxCoderConfig(max_log_scale=0.5), [40 - 20 * np.exp(0.5), 0, 40 + 20 * np.exp(0.5), 80]),
     ],
 )
-def test_the_clamp_on_log_scales_is_the_coders(coder, expected):
+def test_the_limit_of_log_scales_comes_from_the_box_coder_config(coder, expected):
     np.testing.assert_allclose(single([0, 0, 2, 2], [20, 5, 60, 75], coder=coder), expected, rtol=1e-6)
 
 
 def test_without_a_clamp_a_proposal_follows_its_log_scale():
-    """A sliver of .1 pixel, stretched by e^5 = 148, the clamp being at 62.5."""
+    """A side of .1 pixel is stretched by e^5 = 148; the limit would stretch it by 62.5."""
     anchor, delta = [50, 20, 50.1, 60], [0, 0, 5, 0]
     for coder, factor in ((BoxCoderConfig(), 62.5), (BoxCoderConfig(max_log_scale=None), np.exp(5))):
         config = ProposalConfig(pre_nms_top_n=100, post_nms_top_n=30, min_size=0.0)
@@ -146,20 +146,20 @@ def test_without_a_clamp_a_proposal_follows_its_log_scale():
     "anchor, expected",
     [
         ([10, 10, 40, 40], [10, 10, 41, 41]),  # one more at the far corners
-        ([70, 50, 100, 80], [70, 50, 100, 80]),  # which the image ends
-        ([-40, -50, -20, -10], [0, 0, 1, 1]),  # beyond: one pixel at the border remains
+        ([70, 50, 100, 80], [70, 50, 100, 80]),  # clipped at the image border
+        ([-40, -50, -20, -10], [0, 0, 1, 1]),  # beyond the image: one pixel at the border remains
         ([120, 90, 150, 110], [99, 79, 100, 80]),
     ],
 )
-def test_far_corner_offset_is_added_when_decoding_and_heeded_when_clipping(anchor, expected):
+def test_far_corner_offset_is_applied_when_decoding_and_when_clipping(anchor, expected):
     config = ProposalConfig(pre_nms_top_n=100, post_nms_top_n=30, min_size=0.0)
     found = single([0, 0, 0, 0], anchor, coder=CAFFE, config=config)
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("pre, post, count", [(4, 4, 2), (8, 8, 4), (8, 3, 3)])
-def test_pre_and_post_top_n_bound_what_enters_and_what_leaves_suppression(pre, post, count):
-    """Pairs of equal boxes: the best 4 anchors hold 2 boxes, the best 8 hold 4."""
+def test_pre_and_post_nms_top_n_limit_the_boxes_before_and_after_nms(pre, post, count):
+    """Boxes come in equal pairs: the best 4 anchors give 2 boxes, the best 8 give 4."""
     boxes = np.repeat(np.float32([[x, 10, x + 20, 60] for x in (0, 20, 40, 60)]), 2, axis=0)
     found = jitted_propose(
         -np.arange(8, dtype=np.float32),
@@ -175,8 +175,8 @@ def test_pre_and_post_top_n_bound_what_enters_and_what_leaves_suppression(pre, p
     np.testing.assert_array_equal(np.asarray(found.boxes)[:count], boxes[: 2 * count : 2])
 
 
-def test_anchors_in_the_padding_never_propose():
-    """However high they score, and wherever their deltas carry them."""
+def test_anchors_in_the_padding_are_never_proposed():
+    """This holds for any score and any deltas."""
     objectness, deltas = rpn_outputs(6)
     clean = run(objectness, deltas, IN_PICTURE)
     objectness, deltas = objectness.copy(), deltas.copy()
@@ -190,7 +190,7 @@ def test_anchors_in_the_padding_never_propose():
 def test_shape_is_fixed_when_few_remain(remaining):
     objectness, _ = rpn_outputs(7)
     anchor_valid = np.zeros(A, bool)
-    # Anchors of one shape in the middle of cells far apart: none suppresses another.
+    # Anchors of one shape in cells far apart: no anchor suppresses another.
     anchor_valid[[(row * 8 + column) * 6 + 3 for row, column in ((1, 1), (1, 4), (3, 2))][:remaining]] = True
     found = run(objectness, np.zeros((A, 4), np.float32), anchor_valid)
     valid = np.asarray(found.valid)
@@ -206,7 +206,7 @@ def test_scores_descend_and_are_probabilities():
 
 
 def test_saturated_objectness_still_orders_the_proposals():
-    """Above a logit of 17 every sigmoid is 1 in float32."""
+    """Every sigmoid of a logit above 17 is 1 in float32."""
     objectness, deltas = rpn_outputs(9)
     plain, saturated = run(objectness, deltas, IN_PICTURE), run(objectness + 64, deltas, IN_PICTURE)
     np.testing.assert_array_equal(plain.boxes, saturated.boxes)
@@ -250,12 +250,12 @@ def test_every_level_has_its_own_best_and_its_own_suppression(seed, pre):
     assert len(boxes) == valid.sum()
     np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3)
     np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, rtol=1e-5)
-    # The levels matter: as one map fewer boxes come out.
+    # The levels matter: treated as one map, the anchors give fewer boxes.
     assert run(*outputs, IN_PICTURE, config=config).valid.sum() < valid.sum()
 
 
-def test_small_boxes_drop_before_or_after_the_best_are_taken():
-    """Ten places among which half of the best are small."""
+def test_small_boxes_are_dropped_before_or_after_the_best_are_taken():
+    """There are ten places, and half of the ten best boxes are small."""
     objectness, deltas = rpn_outputs(3)
     order = np.argsort(-np.where(IN_PICTURE, objectness, -np.inf))
     deltas[order[:20:2], 2:] = -4.0

@@ -1,4 +1,4 @@
-"""docs/reference.md is held to the code: fields and defaults, functions, files and tests exist; none is left out."""
+"""docs/reference.md agrees with the code: its fields, defaults, functions, files and tests exist; none is missing."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ SECTIONS = [
     "Testing",
     "Configurations",
 ]
-# What a run is called, where it lies and how it is kept and judged: no mechanism of a detector.
+# Fields about names, paths, saving and evaluation of a run: they are not part of the method.
 NO_MECHANISM = {
     "data": {"root", "class_names", "test_split", "shapes"},
     "train": {"checkpoint_every", "keep_checkpoints", "evaluate_every", "best_split", "best_metric"},
@@ -39,7 +39,7 @@ class Row(NamedTuple):
     cells: list[str]
 
     def code(self, column: str) -> list[str]:
-        """What stands between backticks in a cell."""
+        """Returns the texts between backticks in a cell."""
         return re.findall(r"`([^`]+)`", self.cells[COLUMNS.index(column)])
 
 
@@ -80,7 +80,7 @@ FIELDS = {
 
 
 def exists(name):
-    """Whether something of ours that is no field goes by that name."""
+    """Returns whether the package has something of that name that is not a field."""
     if name.startswith("configs/"):
         return (ROOT / name).is_file()
     module, _, attribute = name.rpartition(".")
@@ -124,7 +124,7 @@ def test_every_shipped_configuration_is_in_a_row():
 
 
 def test_tests_of_the_tables_exist():
-    """Those of docs/conventions.md too."""
+    """The tests that docs/conventions.md names exist too."""
     names = [name for row in ROWS for name in row.code("test")]
     assert [name for name in names if not re.fullmatch(r"test_\w+\.py::test_\w+", name)] == []
     conventions = (ROOT / "docs" / "conventions.md").read_text()

@@ -1,4 +1,4 @@
-"""Result files read back, the printed table, and numbers for a log."""
+"""Tests result files, the printed table, and the metrics for a log."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CATEGORY_IDS = (3, 7, 90)  # with gaps, as COCO's
 
 
 def dataset(ids=IDS, class_names=("cat", "traffic light", "ox")):
-    """Per image a cat and a difficult traffic light; no ox."""
+    """Returns a data set whose images each have a cat and a difficult traffic light, but no ox."""
     boxes = np.array([[10, 10, 60, 60], [100, 100, 150, 150]], np.float32)
     arrays = boxes, np.array([1, 2], np.int32), np.array([False, True]), np.zeros(2, bool), box_areas(boxes)
     records = tuple(ImageRecord(i, Path(f"{i}.jpg"), (300, 400), *arrays) for i in ids)

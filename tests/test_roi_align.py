@@ -1,6 +1,6 @@
-"""RoIAlign and its older average: the loops over samples, the references' numbers, and symmetries.
+"""RoIAlign and the older average operator: loops over samples, results of the references, and symmetries.
 
-The kernel runs here step by step, with its races watched; on a GPU `pytest -m gpu` runs it as it is.
+The kernel runs here step by step, with a check for races; on a GPU `pytest -m gpu` runs it as it is.
 """
 
 import functools
@@ -37,7 +37,7 @@ jitted = jax.jit(align_on_one_map, static_argnames=STATIC)
 align = functools.partial(jitted, **OPTIONS)
 adaptive = functools.partial(jitted, **(OPTIONS | dict(sampling_ratio=0)))
 average = functools.partial(jax.jit(roi_align_average, static_argnames=("stride", "output_size")), **GRID)
-# What must hold for each of them.
+# Properties that each operator must have.
 OPERATORS = pytest.mark.parametrize("operator", [align, adaptive, average], ids=["align", "adaptive", "average"])
 
 FEATURES = np.random.default_rng(0).normal(size=(6, 7, 3)).astype(np.float32)
@@ -99,7 +99,7 @@ PYRAMID_BOXES = np.float32(
             [7, 3, 60, np.inf],
         ],
     ]
-) + np.float32(0.125)  # no sample lies on the edge of what counts, where rounding would decide
+) + np.float32(0.125)  # no sample is on the edge of the counted range, where rounding would decide
 PYRAMID_LEVELS = np.int32([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]])
 PYRAMID_BOXES[1, 5, 3] = np.inf
 
@@ -115,7 +115,7 @@ def test_roi_align_equals_the_loop_over_samples(sampling_ratio, aligned):
 @pytest.mark.parametrize("sampling_ratio, aligned", [(2, True), (0, True), (0, False)])
 @given(arrays(np.int32, (len(BOXES), 4), elements=st.integers(-30, 90)))
 def test_roi_align_of_any_box_equals_the_loop_over_samples(sampling_ratio, aligned, boxes):
-    """Odd eighths never put a sample on the edge, where rounding would decide."""
+    """Odd eighths never put a sample on the edge of the map, where rounding would decide."""
     boxes = (boxes + 0.375).astype(np.float32)
     options = GRID | dict(sampling_ratio=sampling_ratio, aligned=aligned)
     np.testing.assert_allclose(
@@ -124,7 +124,7 @@ def test_roi_align_of_any_box_equals_the_loop_over_samples(sampling_ratio, align
 
 
 def test_a_bin_of_whole_cells_takes_one_adaptive_sample_per_cell():
-    """Not one more, which a quotient rounded up would give."""
+    """A quotient that is rounded up would give one sample more."""
     features = np.random.default_rng(4).normal(size=(45, 45, 1)).astype(np.float32)
     corner = 3.0 * STRIDE
     boxes = np.float32([[corner, corner] + [corner + 7 * cells * STRIDE] * 2 for cells in range(1, 7)])
@@ -141,7 +141,7 @@ def test_adaptive_samples_of_a_point_are_none_unless_its_sides_count_as_a_cell(a
 
 
 def pool_and_gradient(operator, features, rois, cotangent):
-    """Returns what an operator makes of each roi (image, box), and the gradient of the features."""
+    """Returns the result of an operator for each roi (image, box), and the gradient of the features."""
 
     @jax.jit
     def run(features):
@@ -195,7 +195,7 @@ def test_the_average_of_any_box_equals_the_loop_over_samples(boxes):
 
 
 def test_the_average_extrapolates_in_the_last_cell():
-    """The map whose value is its own x gives the samples' x there too, beyond the last cell's."""
+    """A map whose values are its x coordinates gives the x of the samples, also beyond the last cell."""
     ramp = np.tile(np.float32([[[0], [1], [2], [3], [4], [5], [6]]]), (6, 1, 1))
     x = 5 + np.arange(4) * (1.75 / 3)  # cells; the last is 6.75
     boxes = np.repeat(np.float32([[5 * STRIDE, 8, 5.75 * STRIDE, 24]]), len(BOXES), axis=0)
@@ -224,7 +224,7 @@ def test_roi_align_of_a_constant_is_the_constant_inside_the_map():
 @given(arrays(np.int32, (len(BOXES), 4), elements=st.integers(0, 39)))
 @OPERATORS
 def test_a_constant_stays_itself_in_any_box_inside_the_map(operator, corners):
-    """The average adds a cell to each side, so boxes end one before the map does."""
+    """The average operator adds a cell to each side, so boxes end one cell before the map."""
     low, high = np.minimum(corners[:, :2], corners[:, 2:]), np.maximum(corners[:, :2], corners[:, 2:])
     boxes = np.concatenate([low, high + 0.5], axis=1).astype(np.float32)
     pooled = operator(np.full_like(FEATURES, 2.5), boxes)
@@ -232,7 +232,7 @@ def test_a_constant_stays_itself_in_any_box_inside_the_map(operator, corners):
 
 
 def test_roi_align_of_a_ramp_is_the_position_of_the_bin():
-    """The map whose value is its own x in network pixels gives the x of the bins' centres, likewise y."""
+    """A map whose values are x in network pixels gives the x of the centres of the bins; the same holds for y."""
     y, x = (np.mgrid[0:6, 0:7] + 0.5) * STRIDE
     ramp = np.stack([x, y, 0 * x], axis=-1).astype(np.float32)
     x1, y1, x2, y2 = 10.0, 7.0, 40.0, 31.0
@@ -284,7 +284,7 @@ def test_no_gradient_reaches_the_boxes(operator):
 @OPERATORS
 def test_one_image_of_a_batch_ignores_the_others(operator):
     features = np.stack([FEATURES, np.full_like(FEATURES, np.nan)])
-    # The other image's boxes want many more adaptive samples.
+    # The boxes of the other image take many more adaptive samples.
     pooled = jax.vmap(operator)(features, np.stack([BOXES, 20 * BOXES]))
     np.testing.assert_allclose(pooled[0], operator(FEATURES, BOXES), atol=1e-5)
 
@@ -303,7 +303,7 @@ def test_the_average_of_low_precision_features_is_float32():
         (average, dict(output_size=0), "output_size must be at least 1, got 0"),
     ],
 )
-def test_nothing_to_sample_is_an_error(operator, options, message):
+def test_sizes_and_ratios_out_of_range_are_an_error(operator, options, message):
     with pytest.raises(ValueError, match=message):
         operator(FEATURES, BOXES, **options)
 
@@ -315,7 +315,7 @@ def test_the_average_of_a_single_row_is_an_error():
 
 @functools.partial(jax.jit, static_argnums=0)
 def pull_back_over_levels(align, features, boxes, levels, cotangent):
-    """Returns what `align` makes of every region, and the gradient of the features."""
+    """Returns the result of `align` for every region, and the gradient of the features."""
     pooled, pull_back = jax.vjp(lambda features: align(features, boxes, levels), features)
     return pooled, *pull_back(cotangent)
 
@@ -348,7 +348,7 @@ def test_every_implementation_and_its_gradient_equal_the_loop_over_samples(
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("output_size, channels", [(1, 384), (6, 128)])
 def test_many_cells_in_a_bin_and_many_bins_in_a_cell(implementation, output_size, channels):
-    """More than the kernel loads at once, of either; 384 channels are three blocks."""
+    """Both numbers are larger than what the kernel loads at once; 384 channels are three blocks."""
     features = np.random.default_rng(6).normal(size=(7, 10, channels)).astype(np.float32)
     boxes = np.float32([[0.125, 0.375, 9.625, 6.5], [2.125, 3.375, 4.625, 4.5]])
     options = dict(strides=(1,), output_size=output_size, sampling_ratio=0, aligned=True)
@@ -362,13 +362,13 @@ def test_many_cells_in_a_bin_and_many_bins_in_a_cell(implementation, output_size
     np.testing.assert_allclose(gradient, expected, atol=1e-4)
 
 
-# Boxes of one cell, the centre of which is the one sample.
+# Boxes of one cell, with one sample at its centre.
 CELL = dict(strides=(1,), output_size=1, sampling_ratio=1, aligned=True)
 
 
 @IMPLEMENTATIONS
 def test_gradients_of_bfloat16_features_are_summed_in_float32(implementation):
-    """256 + 1 is 256 in bfloat16: a sum that passed through it would lose every 1."""
+    """256 + 1 is 256 in bfloat16: a bfloat16 sum would lose every 1."""
     features = np.zeros((3, 4, 128), jnp.bfloat16)
     boxes, levels = np.tile(np.float32([[2, 1, 3, 2]]), (9, 1)), np.zeros(9, np.int32)
     cotangent = np.concatenate([np.full((1, 1, 1, 128), 256.0), np.ones((8, 1, 1, 128))]).astype(jnp.bfloat16)
@@ -381,7 +381,7 @@ def test_gradients_of_bfloat16_features_are_summed_in_float32(implementation):
 
 @IMPLEMENTATIONS
 def test_gradients_are_summed_in_the_order_of_the_regions(implementation):
-    """1 before 1e8 is lost in float32, 1 behind -1e8 is not. The kernel takes 300 regions in three blocks."""
+    """In float32 a 1 added before 1e8 is lost, and a 1 added after -1e8 is not. 300 regions are three blocks."""
     boxes = np.full((300, 4), -9, np.float32)
     cotangent = np.zeros((300, 1, 1, 128), np.float32)
     for cell, regions in enumerate([(4, 130, 290), (7, 8, 9), (140, 141, 299)]):
@@ -397,7 +397,7 @@ def test_gradients_are_summed_in_the_order_of_the_regions(implementation):
 
 @IMPLEMENTATIONS
 def test_mapped_twice_over_boxes_alone_it_equals_the_loop(implementation):
-    """Features are mapped by neither axis, levels by the inner one."""
+    """No axis maps the features; the inner axis maps the levels."""
     options = dict(strides=STRIDES, output_size=2, sampling_ratio=0, aligned=False)
     features = tuple(level[0] for level in PYRAMID)
     boxes = np.stack([PYRAMID_BOXES[:, :2], PYRAMID_BOXES[:, 2:4]])
@@ -417,8 +417,8 @@ def test_mapped_twice_over_boxes_alone_it_equals_the_loop(implementation):
 
 
 @IMPLEMENTATIONS
-def test_no_regions_are_no_features_and_no_gradient(implementation):
-    """None of them is a launch: the kernel stands aside where nobody names it."""
+def test_no_regions_give_no_features_and_no_gradient(implementation):
+    """Without regions there is no launch: plain JAX runs unless the kernel is named."""
     options = dict(strides=STRIDES, output_size=2, sampling_ratio=0, aligned=False)
     features = tuple(level[0] for level in PYRAMID)
     boxes, levels, cotangent = np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros((0, 2, 2, 128), np.float32)
@@ -461,7 +461,7 @@ def test_the_plain_form_is_exported_for_cpu_and_cuda():
 
 
 def lowered(channels, dtype=jnp.float32, implementation=None, images=3):
-    """Returns the CUDA program of a gradient over images and levels, with the features it is of."""
+    """Returns the CUDA program of the features and their gradient over images and levels."""
     options = dict(strides=(4, 8, 16), output_size=7, sampling_ratio=2, aligned=False, implementation=implementation)
 
     def features_and_gradient(features, boxes, levels):
@@ -488,11 +488,9 @@ def test_images_and_levels_are_one_launch_forward_and_one_backward(monkeypatch, 
 @mosaic.needs_mosaic
 @pytest.mark.parametrize(
     "channels, dtype, reason",
-    [(96, jnp.float32, "there are 96"), (128, jnp.float16, "these are float16")],
+    [(96, jnp.float32, "the features have 96"), (128, jnp.float16, "these features are float16")],
 )
-def test_what_the_kernel_cannot_take_is_refused_by_name_and_run_without_it_otherwise(
-    monkeypatch, channels, dtype, reason
-):
+def test_unsupported_features_are_refused_by_the_kernel_and_run_in_plain_jax(monkeypatch, channels, dtype, reason):
     mosaic.pretend(monkeypatch)
     with pytest.raises(NotImplementedError, match=f"roi_align was asked for, but .* {reason}"):
         lowered(channels, dtype, "mosaic")
@@ -500,7 +498,7 @@ def test_what_the_kernel_cannot_take_is_refused_by_name_and_run_without_it_other
     assert "mosaic_gpu" not in lowered(128, jnp.float32, "xla")
 
 
-def test_the_kernel_is_refused_by_name_where_it_cannot_run(monkeypatch):
+def test_the_named_kernel_is_refused_where_it_cannot_run(monkeypatch):
     mosaic.pretend(monkeypatch, "cpu", (0, 0))
     with pytest.raises(NotImplementedError, match="roi_align was asked for, but it (runs on CUDA|needs JAX)"):
         lowered(128, implementation="mosaic")
@@ -551,7 +549,7 @@ def test_on_a_gpu_the_kernel_equals_the_plain_form_and_itself_bit_by_bit(name, d
         return jax.tree.map(np.asarray, (pooled, *gradients))
 
     kernel, again, plain = run("mosaic"), run("mosaic"), run("xla")
-    # Either rounds a float32 sum once; two sums may lie on either side of where it does.
+    # Both round a float32 sum once; two sums may be on different sides of a rounding border.
     rtol = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5
     for found, second, expected in zip(kernel, again, plain):
         np.testing.assert_array_equal(found, second)

@@ -1,4 +1,4 @@
-"""Crop and pool: the loop over samples, its geometry, and where the gradient goes."""
+"""Crop and pool: the loop over samples, the geometry, and the gradient."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_roi_crop_of_any_box_equals_the_loop_over_samples(boxes):
 
 
 def test_roi_crop_of_a_ramp_is_the_position_of_the_farther_sample():
-    """Six samples from border to border of the box; each cell keeps the larger of its two."""
+    """Six samples go from border to border of the box; each output cell keeps the larger of its two samples."""
     y, x = np.mgrid[0:6, 0:7] * float(STRIDE)
     ramp = np.stack([x, y, -x], axis=-1).astype(np.float32)
     x1, y1, x2, y2 = 10.0, 7.0, 40.0, 31.0
@@ -55,7 +55,7 @@ def test_roi_crop_of_a_ramp_is_the_position_of_the_farther_sample():
 
 
 def test_cells_outside_the_map_are_zero():
-    """Half a cell before the first one, a constant counts half; from a whole cell on not at all."""
+    """Half a cell outside the map a constant gives half its value; a whole cell outside it gives 0."""
     x = np.float32([-1.5, -1.0, -0.5, 0.0, 6.0, 6.5, 7.0]) * STRIDE
     boxes = np.stack([x, np.full(7, 16), x, np.full(7, 16)], axis=1).astype(np.float32)
     pooled = crop(np.full_like(FEATURES, 2.0), boxes)
@@ -76,13 +76,13 @@ def test_gradient_of_the_features_equals_finite_differences():
     gradient = jax.grad(objective)(jnp.asarray(FEATURES))
     for cell in [(0, 0, 0), (2, 3, 1), (5, 6, 2), (0, 6, 1)]:
         step = np.zeros_like(FEATURES)
-        step[cell] = 1e-3  # smaller than what would make another sample the largest
+        step[cell] = 1e-3  # too small to make another sample the largest
         difference = (objective(FEATURES + step) - objective(FEATURES - step)) / 2e-3
         assert float(difference) == pytest.approx(float(gradient[cell]), abs=1e-2)
 
 
 def test_of_equal_samples_the_first_in_row_major_order_gets_the_gradient():
-    """On a constant all samples are equal: the gradient is that of samples 0, 2, 4 per axis alone."""
+    """On a constant map all samples are equal: only samples 0, 2 and 4 of each axis get a gradient."""
     boxes = np.float32([[8, 8, 48, 48]])  # samples on the cells 1, 2, ..., 6
     features = np.ones((8, 8, 1), np.float32)
     gradient = jax.grad(lambda f: crop(f, boxes).sum())(jnp.asarray(features))
@@ -108,6 +108,6 @@ def test_low_precision_features_are_cropped_in_float32():
     np.testing.assert_allclose(pooled, crop(FEATURES, BOXES), atol=0.05)
 
 
-def test_nothing_to_sample_is_an_error():
+def test_an_output_size_of_0_is_an_error():
     with pytest.raises(ValueError, match="output_size must be at least 1, got 0"):
         crop(FEATURES, BOXES, output_size=0)

@@ -1,4 +1,4 @@
-"""Which operator and which map the features of a region come from."""
+"""The choice of the operator and of the map for the features of a region."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from fasterrcnn_jax.config import RoiFeaturesConfig
 from fasterrcnn_jax.ops.roi_operators import roi_features
 
-# Of every level a map that holds its number.
+# One map per level, filled with the number of the level.
 STRIDES = (4, 8, 16, 32)
 PYRAMID = tuple(jnp.full((512 // stride, 768 // stride, 1), float(number)) for number, stride in enumerate(STRIDES))
 ALIGN = RoiFeaturesConfig(output_size=2, sampling_ratio=2)
@@ -32,11 +32,11 @@ def test_each_box_of_a_pyramid_is_taken_from_the_level_of_its_size():
     assert level_of(boxes_of(1, 111, 113, 223, 225, 447, 449, 1)) == [0, 0, 1, 1, 2, 2, 3, 0]
 
 
-def test_the_levels_are_those_that_the_strides_say():
+def test_the_strides_determine_the_levels():
     assert level_of(boxes_of(1, 223, 225, 449), strides=(8, 16)) == [1, 1, 2, 2]
 
 
-def test_the_level_is_that_of_the_box_without_the_far_corners_offset():
+def test_the_far_corner_offset_is_subtracted_before_the_level_is_chosen():
     assert level_of(boxes_of(112), far_corner_offset=0) == [1]
     assert level_of(boxes_of(112), far_corner_offset=1) == [0]
 
@@ -53,7 +53,7 @@ def test_operators_of_a_single_map_refuse_a_pyramid(operator):
 
 
 @pytest.mark.parametrize("operator", ["align", "pool"])
-def test_the_implementation_is_handed_on(monkeypatch, operator):
+def test_the_implementation_is_passed_on(monkeypatch, operator):
     mosaic.pretend(monkeypatch, platform="cpu")
     options = dict(strides=(16,), far_corner_offset=0, config=RoiFeaturesConfig(operator=operator))
     run = functools.partial(roi_features, PYRAMID[2:3], boxes_of(9), **options)

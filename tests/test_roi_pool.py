@@ -1,6 +1,6 @@
-"""RoI pooling: the loop over cells, torchvision's numbers, and which of equal cells gets the gradient.
+"""RoI pooling: the loop over cells, results of torchvision, and the gradient of equal cells.
 
-The kernel runs here step by step, with its races watched; on a GPU `pytest -m gpu` runs it as it is.
+The kernel runs here step by step, with a check for races; on a GPU `pytest -m gpu` runs it as it is.
 """
 
 import functools
@@ -53,7 +53,7 @@ BOXES = np.float32(
 )
 
 
-# The kernel's channels come in multiples of 128: the three above, and others on every row of threads.
+# The kernel takes channels in multiples of 128: the three above, and other channels on every row of threads.
 WIDE = np.concatenate(
     [FEATURES, np.random.default_rng(4).integers(-9, 10, size=(9, 11, 125)).astype(np.float32)], axis=-1
 )
@@ -119,7 +119,7 @@ def test_corners_on_halves_are_rounded_as_in_torchvision():
 
 @pytest.mark.parametrize("output_size", [7, 13])
 def test_bins_are_those_of_a_float32_quotient(output_size):
-    """A box of 31 cells in 7 bins ends one cell late, in torchvision; exact fractions would not."""
+    """In torchvision a box of 31 cells in 7 bins ends one cell late; with exact fractions it would not."""
     sizes = np.arange(1, 301)
     x = np.arange(305, dtype=np.float32)
     features = np.stack([-x, x], axis=-1)[None]  # the largest are the first and the last cell of a bin
@@ -176,7 +176,7 @@ def test_roi_pool_moves_with_the_features(rows, columns):
 
 
 def test_gradient_of_the_features_equals_finite_differences():
-    """Without ties: a cell moved by less than the gap to its neighbours stays or stays not the largest."""
+    """There are no ties, and a cell changes by less than the gap to the others, so the maximum stays the same cell."""
     cells = np.random.default_rng(2).permutation(FEATURES.size).reshape(FEATURES.shape).astype(np.float32)
     cotangent = np.random.default_rng(3).integers(-9, 10, (len(BOXES), 3, 3, 3)).astype(np.float32)
     objective = jax.jit(lambda f: (rounded(f, BOXES) * cotangent).sum())
@@ -215,7 +215,7 @@ def test_every_implementation_and_its_gradient_equal_the_loop_over_cells(impleme
 
 @IMPLEMENTATIONS
 def test_nan_is_never_a_maximum_and_a_bin_without_a_number_gives_no_gradient(implementation):
-    """torchvision's outcome: the lowest float32."""
+    """As in torchvision, such a bin gives the lowest float32."""
     features = np.zeros((2, 3, 128), np.float32)
     features[0, 0] = features[1, 0] = features[1, 2] = np.nan
     features[0, 2] = 4.0
@@ -231,8 +231,8 @@ def test_nan_is_never_a_maximum_and_a_bin_without_a_number_gives_no_gradient(imp
 
 
 @IMPLEMENTATIONS
-def test_features_of_either_type_keep_it_and_gradients_are_summed_in_float32(implementation):
-    """256 + 1 is 256 in bfloat16: a sum that passed through it would lose every 1."""
+def test_pooled_features_keep_their_type_and_gradients_are_summed_in_float32(implementation):
+    """256 + 1 is 256 in bfloat16: a bfloat16 sum would lose every 1."""
     features = np.zeros((3, 4, 128), np.float32)
     features[1, 2] = 1.0
     boxes = np.tile(np.float32([[0, 0, 3, 2]]), (9, 1))
@@ -298,12 +298,12 @@ def test_without_a_gradient_no_places_are_written(monkeypatch):
 @pytest.mark.parametrize(
     ("features", "regions", "reason"),
     [
-        (jnp.zeros((4, 4, 100)), 2, "channels in multiples of 128 and there are 100"),
-        (jnp.zeros((4, 4, 128), jnp.float16), 2, "float32 and bfloat16 features and these are float16"),
+        (jnp.zeros((4, 4, 100)), 2, "channels in multiples of 128 and the features have 100"),
+        (jnp.zeros((4, 4, 128), jnp.float16), 2, "float32 and bfloat16 features and these features are float16"),
         (jnp.zeros((4, 4, 128)), 0, "at least one region and there is none"),
     ],
 )
-def test_the_kernel_refuses_what_it_cannot_do_and_left_alone_plain_jax_does_it(features, regions, reason, monkeypatch):
+def test_unsupported_inputs_are_refused_by_the_kernel_and_run_in_plain_jax(features, regions, reason, monkeypatch):
     mosaic.pretend(monkeypatch)
     boxes = jnp.zeros((regions, 4))
     options = dict(stride=1, output_size=2, quantisation="rounded")
@@ -318,7 +318,7 @@ def test_the_kernel_refuses_what_it_cannot_do_and_left_alone_plain_jax_does_it(f
 @OPERATORS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_on_a_gpu_the_kernel_equals_plain_jax_and_repeats_its_bits(dtype, quantisation):
-    """At full size. Whole cotangents: their sums are exact in any order, and in float32 before they are rounded."""
+    """At full size. Cotangents are whole numbers, so their float32 sums are exact in any order before rounding."""
     generator = np.random.default_rng(5)
     features = jnp.asarray(generator.standard_normal((8, 38, 63, 512)), dtype)
     corners = generator.uniform(-40, 1040, (8, 128, 2, 2)).astype(np.float32)
@@ -341,7 +341,7 @@ def test_on_a_gpu_the_kernel_equals_plain_jax_and_repeats_its_bits(dtype, quanti
 
 @pytest.mark.parametrize("output_size", [3, 7])
 def test_no_array_of_the_program_grows_with_regions_and_map_together(output_size):
-    """Beside the result: [regions, bins, map] values would be gigabytes at full size."""
+    """Apart from the result; an array of [regions, bins, map] values would take gigabytes at full size."""
     boxes = jnp.zeros((500, 4))
     options = dict(stride=16, output_size=output_size, quantisation="rounded")
     features = jnp.zeros((38, 63, 8))
@@ -354,8 +354,8 @@ def test_no_array_of_the_program_grows_with_regions_and_map_together(output_size
     assert memory.temp_size_in_bytes < 8 * features.nbytes + 2 * cotangent.nbytes
 
 
-def test_a_mistaken_option_is_an_error():
-    """Annotations, where they are enforced, speak first (TypeError)."""
+def test_an_invalid_option_is_an_error():
+    """Enforced type annotations may raise a TypeError first."""
     with pytest.raises(ValueError, match="output_size must be at least 1, got 0"):
         rounded(FEATURES, BOXES, output_size=0)
     with pytest.raises((ValueError, TypeError), match="nearest"):

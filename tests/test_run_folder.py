@@ -1,4 +1,4 @@
-"""The run folder's images."""
+"""The images in a run folder."""
 
 import numpy as np
 import pytest

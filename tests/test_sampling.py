@@ -1,4 +1,4 @@
-"""The random sample: its counts, its uniformity, and what it depends on."""
+"""The random sample: its counts, its uniformity and its dependences."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ sample_6 = functools.partial(jitted, size=6, fg_fraction=0.5)
 
 
 def drawn(result) -> list[int]:
-    """The drawn positions, after checking that the real ones come first."""
+    """Returns the drawn positions, after checking that the valid ones come first."""
     indices, valid = map(np.asarray, result)
     count = valid.sum()
     assert valid[:count].all()
@@ -40,7 +40,7 @@ def test_sample_has_exactly_the_counts_of_the_quota_and_no_repeats(size, fg_frac
     indices = drawn(jitted(key(seed), labels, size=size, fg_fraction=fg_fraction))
     assert len(set(indices)) == len(indices)
     kinds = labels[indices].tolist()
-    # Rounded, as the reference's RoIs, and never none of them.
+    # The quota is rounded, as for RoIs in the reference, and is never 0.
     quota = {(7, 0.25): 2, (2, 0.1): 1}.get((size, fg_fraction), math.floor(size * fg_fraction))
     foreground = min((labels == 1).sum(), quota)
     background = min((labels == 0).sum(), size - foreground)
@@ -58,12 +58,12 @@ def test_fg_only_lifts_the_limit_on_foreground(size, fg_fraction, labels, fg_onl
 
 @pytest.mark.parametrize("kind, count", [(-1, 0), (0, 6), (1, 3)])
 def test_sample_of_one_kind(kind, count):
-    """All ignored: nothing. Only background: all of the sample. Only foreground: its quota, no more."""
+    """Only ignored: an empty sample. Only background: a full sample. Only foreground: the quota of foreground."""
     labels = np.full(N, kind, np.int32)
     assert len(drawn(sample_6(key(0), labels))) == count
 
 
-def test_sample_larger_than_what_there_is_takes_everything_once():
+def test_a_sample_larger_than_its_candidates_takes_each_candidate_once():
     labels = np.int32([1, 0, -1, 0, 1, 0])
     found = jitted(key(0), labels, size=100, fg_fraction=1.0)
     assert found.indices.shape == (6,)
@@ -101,7 +101,7 @@ def test_raw_and_typed_keys_agree():
     assert drawn(sample_6(key(5), labels)) == drawn(sample_6(jax.random.key_data(key(5)), labels))
 
 
-def test_ignored_positions_appended_behind_change_nothing():
+def test_ignored_positions_at_the_end_change_nothing():
     labels = np.arange(2000, dtype=np.int32) % 3 - 1  # jax.random.permutation sorts so many twice
     padded = np.concatenate([labels, np.full(9, -1, np.int32)])
     for seed in range(3):

@@ -1,6 +1,6 @@
-"""train.py and evaluate.py as a user runs them, on a data set and a detector of seconds.
+"""train.py and evaluate.py as a user runs them, on a data set and a detector that take seconds.
 
-One program for the step and one for detection serve all runs, through a compilation cache of this module.
+All runs share one compiled step and one compiled detection, through a compilation cache of this module.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from fasterrcnn_jax.training import checkpoint
 
 STEPS = 6
 LOSSES = ("rpn_objectness", "rpn_box", "box_class", "box_delta")
-# Of the machine, not of the run.
+# Logged numbers that depend on the machine, not on the run.
 TIMINGS = ("time", "images_per_second", "data_wait", "compilations", "compilation_seconds")
 
 CONFIG = """
@@ -85,7 +85,7 @@ def train(folder, *argv):
 
 
 def refused(result, message):
-    """A fault is one line on stderr, after what the log says, with exit status 2."""
+    """Checks that an error is one line on stderr, after the log, with exit status 2."""
     status, out, err = result
     assert status == 2 and "Traceback" not in err and "error: " not in out
     (line,) = [line for line in err.splitlines() if "error: " in line]
@@ -152,7 +152,7 @@ def test_every_step_is_logged_with_its_four_losses(trained):
         assert line["time"] > 1.7e9
 
 
-def test_every_step_is_logged_with_what_a_run_is_watched_by(trained):
+def test_every_step_is_logged_with_learning_rate_counts_and_times(trained):
     steps = lines_of(trained[0], "gradient_norm")
     assert [line["learning_rate"] for line in steps] == pytest.approx([0.01] * STEPS)
     assert any(line["rpn_foreground"] for line in steps) and any(line["box_foreground"] for line in steps)
@@ -171,7 +171,7 @@ def test_every_evaluation_is_made_and_logged_once(trained):
     assert {"test/voc07/ring", "test/AP50/disc", "test/AP"} <= set(evaluations[0])
 
 
-def test_a_finished_run_started_again_evaluates_and_trains_no_more(folder, trained, tmp_path):
+def test_a_finished_run_started_again_evaluates_without_training(folder, trained, tmp_path):
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     before = values_of(run)
     status, out, err = train(folder, "--run", run)
@@ -184,7 +184,7 @@ def test_a_finished_run_started_again_evaluates_and_trains_no_more(folder, train
 
 
 class Poisoned:
-    """An iterator whose batch number `at` (from 1) has a pixel that is not a number."""
+    """An iterator whose batch number `at` (from 1) has a NaN pixel."""
 
     def __init__(self, batches, at):
         self.batches, self.at, self.met = batches, at, 0
@@ -200,7 +200,7 @@ class Poisoned:
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-    """Returns (run folder, result) of a run that meets a loss that is no number in step 5."""
+    """Returns (run folder, result) of a run whose loss is NaN in step 5."""
     run = folder / "stopped"
     original = loader.training_batches
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +208,7 @@ def stopped(folder):
         return run, train(folder, "--run", run)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(stopped, folder):
+def test_a_nan_loss_stops_the_run_and_names_step_loss_and_images(stopped, folder):
     line = refused(stopped[1], r"step 5: .*= nan.* on images train\d, train\d")
     assert any(name in line for name in LOSSES)
     data = dataclasses.replace(tiny.config(folder).data, root=folder / "voc")
@@ -219,8 +219,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_loss_and_images(s
     assert f"on images {', '.join(named)};" in line
 
 
-def test_the_failed_batch_is_written_and_looked_into(stopped, folder):
-    """Another image than the poisoned one is finite to its gradient; nothing is saved."""
+def test_the_failed_batch_is_written_and_replayed(stopped, folder):
+    """Every image without the NaN pixel has finite gradients; nothing is saved."""
     run, (_, _, err) = stopped
     (path,) = (run / "failed").iterdir()
     assert path.name == "step_00000005.npz" and f"--replay {path}" in err
@@ -231,19 +231,19 @@ def test_the_failed_batch_is_written_and_looked_into(stopped, folder):
     rows = out.splitlines()[-4:]
     ids = re.search(r"on images ([^;]*);", stopped[1][2])[1].split(", ")
     assert [row.split()[0] for row in rows] == ids
-    assert rows[0].endswith("not finite first in: pixels") and "nan" in rows[0]
+    assert rows[0].endswith("first not finite: pixels") and "nan" in rows[0]
     assert all("nan" not in row and "finite" not in row for row in rows[1:] if row.split()[0] != ids[0])
 
 
-def test_the_checkpoints_before_it_are_untouched(stopped):
+def test_a_nan_loss_leaves_the_earlier_checkpoints_unchanged(stopped):
     run = stopped[0]
-    # The state after step 4 is not kept: the loss that would have shown it usable was no number.
+    # The state after step 4 is not saved, because the loss of step 5, which would have confirmed it, is NaN.
     assert steps_in(run) == [2]
     assert all(np.isfinite(value).all() for value in values_of(run).values())
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == [1, 2, 3, 4]
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder, trained):
+def test_a_stopped_run_continues_to_the_same_weights(stopped, folder, trained):
     run = stopped[0]
     status, out, err = train(folder, "--run", run)
     assert status == 0 and "from step 2" in out, err
@@ -254,13 +254,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_very_same_weights(stopped, folder
     for line in lines_of(run, "gradient_norm"):
         assert [line[name] for name in LOSSES] == [whole[line["step"]][name] for name in LOSSES]
     assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
-    # Its weights are no longer those that the step failed with.
+    # The newest checkpoint is now later than the failed step.
     replay = train(folder, "--run", run, "--replay", run / "failed" / "step_00000005.npz")
-    refused(replay, r"is of step 5, and the newest checkpoint of .* of step 6")
+    refused(replay, r"holds step 5, but the newest checkpoint of .* is already at step 6")
 
 
 def test_fifty_steps_twice_give_the_same_bits(folder):
-    """Of everything that is saved: weights, optimizer, position in the data, every number of the log."""
+    """Compares everything that is saved: weights, optimizer, position in the data, and every logged number."""
     runs = [folder / "fifty", folder / "fifty again"]
     options = ("--train.steps", 50, "--train.checkpoint_every", 50, "--train.evaluate_every", 0)
     options += ("--data.flip", "random")
@@ -282,14 +282,14 @@ def test_fifty_steps_twice_give_the_same_bits(folder):
 
 
 def test_another_seed_gives_other_weights(folder, trained):
-    """Through the same program: seeds are no part of it."""
+    """The compiled program is the same, because seeds are not part of it."""
     status, _, err = train(folder, "--run", folder / "seed", "--train.seed", "1")
     assert status == 0, err
     expected = values_of(trained[0])
     assert any(np.any(value != expected[name]) for name, value in values_of(folder / "seed").items())
 
 
-def test_evaluate_needs_the_run_alone(trained, folder, tmp_path, monkeypatch):
+def test_evaluate_needs_only_the_run_folder(trained, folder, tmp_path, monkeypatch):
     run = Path(shutil.copytree(trained[0] / "checkpoints", tmp_path / "run" / "checkpoints")).parent
     monkeypatch.chdir(tmp_path)
     status, out, err = called(evaluate_script.main, "--ckpt", run)
@@ -324,7 +324,7 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
         (("--data.root", "nowhere"), "nowhere"),
         (("--data.train_split", "trian"), "trian"),
         (("--data.class_names", "ring"), "disc"),
-        (("--data.layout", "coco"), r"instances_train.json: not found; get images and annotations"),
+        (("--data.layout", "coco"), r"instances_train.json: not found; download images and annotations"),
         (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
         (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ devices"),
         (("--run", "mine.py"), "mine.py"),
@@ -345,12 +345,12 @@ def test_a_typo_names_the_nearest_field(folder):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--train.learning_rate", "0.5"), "train.learning_rate = 0.01 where 0.5 is asked for"),
-        (("--data.class_names", "disc", "ring"), r"data.class_names = \['ring', 'disc'\] where"),
-        (("--data.faults", "skip"), "data.faults = error where skip is asked for"),  # plans other batches
+        (("--train.learning_rate", "0.5"), "train.learning_rate = 0.01, but 0.5 was requested"),
+        (("--data.class_names", "disc", "ring"), r"data.class_names = \['ring', 'disc'\], but"),
+        (("--data.faults", "skip"), "data.faults = error, but skip was requested"),  # plans other batches
     ],
 )
-def test_a_run_is_not_continued_as_another(folder, trained, tmp_path, argv, message):
+def test_a_run_is_not_continued_with_another_configuration(folder, trained, tmp_path, argv, message):
     """Every checkpoint knows its configuration; a refusal changes nothing."""
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     before = (run / "config.json").read_text(), (run / "metrics.jsonl").read_text()
@@ -363,7 +363,7 @@ def test_a_run_is_not_continued_as_another(folder, trained, tmp_path, argv, mess
 
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_weights_that_overflow_are_never_saved(folder, tmp_path, steps):
-    """Not after the last step either, whose weights no later loss tests."""
+    """This includes the weights of the last step, which no later loss checks."""
     fields = ("--train.learning_rate", "1e30", "--train.checkpoint_every", "1", "--train.steps", steps)
     result = train(folder, "--run", tmp_path / "run", *fields)
     refused(result, r"step \d: .*= (inf|nan).* on images train\d")
@@ -371,11 +371,11 @@ def test_weights_that_overflow_are_never_saved(folder, tmp_path, steps):
     assert not [path for path in folder_of_steps.iterdir() if path.name.isdigit()]
 
 
-def test_steps_made_again_are_logged_once(folder, trained, tmp_path):
+def test_repeated_steps_are_logged_once(folder, trained, tmp_path):
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "6")
     with (run / "metrics.jsonl").open("a") as lines:
-        lines.write('{"step": 6, "rpn')  # torn by a kill
+        lines.write('{"step": 6, "rpn')  # an incomplete line, as after a kill
     status, _, err = train(folder, "--run", run)
     assert status == 0, err
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
@@ -384,8 +384,8 @@ def test_steps_made_again_are_logged_once(folder, trained, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--ckpt", "nowhere"), "nowhere: no such folder"),
-        (("--ckpt", "{folder}"), "holds no checkpoint"),
+        (("--ckpt", "nowhere"), "nowhere: no such f"),
+        (("--ckpt", "{folder}"), "contains no checkpoint"),
         (("--ckpt", "{run}", "--root", "nowhere"), "nowhere"),
         (("--ckpt", "{run}", "--split", "tset"), "tset"),
         (("--ckpt", "{run}", "--batch_size", "0"), "--batch_size must be positive, got 0"),
@@ -400,10 +400,10 @@ def test_evaluate_does_not_detect_with_an_rpn_trained_alone(trained, monkeypatch
     config = checkpoint.load_run_config(trained[0])
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, scheme="rpn"))
     monkeypatch.setattr(checkpoint, "load_run_config", lambda path: config)
-    refused(called(evaluate_script.main, "--ckpt", trained[0]), "is an RPN trained alone, .* --proposals")
+    refused(called(evaluate_script.main, "--ckpt", trained[0]), "is an RPN trained alone; add --proposals")
 
 
-def test_evaluate_refuses_what_it_does_not_know(capsys):
+def test_evaluate_refuses_an_unknown_argument(capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate_script.main(["--checkpoint", "x"])
     assert caught.value.code == 2 and "--ckpt" in capsys.readouterr().err

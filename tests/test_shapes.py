@@ -1,4 +1,4 @@
-"""The embedded data set: the same for everybody, labelled to the pixel, and never half there."""
+"""Tests the shapes data set: same bytes on every run, exact boxes, and never written incompletely."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ NUM_PICTURES = 300
 
 @pytest.fixture(scope="module")
 def images():
-    """(pixels, objects, top) of the first images of seed 0, undamaged by JPEG."""
+    """Returns (pixels, objects, top) of the first images of seed 0, before JPEG compression."""
     return [draw_image(0, "train", index) for index in range(NUM_PICTURES)]
 
 
@@ -109,7 +109,7 @@ def test_box_is_the_extent_of_the_pixels_seen_of_an_unhidden_object(images):
 
 @pytest.mark.parametrize("name", CLASS_NAMES)
 def test_coverage_is_none_or_half_and_no_side_is_too_small(name):
-    """A pixel covered by less than half is left alone, so that nothing is coloured outside the box."""
+    """A pixel that is covered by less than half is not painted, so no pixel outside the box is painted."""
     rng = np.random.default_rng(0)
     for _ in range(400):
         coverage = shapes._coverage(rng, name)
@@ -120,7 +120,7 @@ def test_coverage_is_none_or_half_and_no_side_is_too_small(name):
 @pytest.mark.parametrize("name", CLASS_NAMES)
 @pytest.mark.parametrize("difficult", [False, True])
 def test_painting_changes_exactly_the_covered_pixels(name, difficult):
-    """So `top`, from which boxes are checked above, tells the truth about the pixels."""
+    """So `top`, from which boxes are checked above, is correct for the pixels."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         coverage = shapes._coverage(rng, name)
@@ -134,7 +134,7 @@ def test_painting_changes_exactly_the_covered_pixels(name, difficult):
 
 
 def test_annotated_edges_are_where_the_jpeg_pixels_change(folder):
-    """Oracle from the files alone: over many rectangles the colour steps exactly at the annotated edges."""
+    """Uses only the files: over many rectangles, the colour changes exactly at the annotated edges."""
     steps = np.zeros((4, 5))  # left, upper, right, lower; shifted by -2..2 pixels
     for record in read_voc(folder, "train", ("disc", "rectangle", "triangle", "cross")).records:
         pixels = read_image(record.path).astype(float)
@@ -190,7 +190,7 @@ def test_a_few_objects_are_difficult(images):
 
 
 def test_difficult_objects_have_less_contrast():
-    """Distance of the mean colour to an even ground, in grey levels over three channels."""
+    """Measures the distance of the mean colour from a uniform background, in grey levels over three channels."""
 
     def contrast(difficult):
         rng = np.random.default_rng(1)
@@ -208,17 +208,12 @@ def test_difficult_objects_have_less_contrast():
 
 
 def test_overlap_occurs_and_stays_below_half(images):
-    ious = np.array([box_iou(np.array([a.box]), np.array([b.box]))[0, 0] for a, b in pairs(images)])
+    ious = np.array([box_iou(np.array([a.box], float), np.array([b.box], float))[0, 0] for a, b in pairs(images)])
     assert ious.max() <= 0.5 and (ious > 0.2).sum() > 20
 
 
-def test_iou_of_known_boxes():
-    assert shapes._iou((0, 0, 4, 4), (2, 0, 6, 4)) == pytest.approx(8 / 24)
-    assert shapes._iou((0, 0, 4, 4), (4, 0, 6, 4)) == 0
-
-
 def test_less_than_half_of_any_object_is_hidden(images, monkeypatch):
-    """Each object's own pixels are noted when it is painted, apart from the bookkeeping under test."""
+    """Records the pixels of each object when it is painted, independently of the code under test."""
     painted = []
     paint = shapes._paint
 
@@ -274,7 +269,7 @@ def test_other_arguments_are_refused_and_nothing_changes(tmp_path, other):
     arguments = {"seed": 1, "num_train": 2, "num_test": 1}
     make_shapes(tmp_path / "set", **arguments)
     before = contents(tmp_path)
-    with pytest.raises(InputError, match="set: holds shapes made with.*not"):
+    with pytest.raises(InputError, match="set: contains shapes made with.*not with"):
         make_shapes(tmp_path / "set", **{**arguments, **other})
     assert contents(tmp_path) == before
 
@@ -289,7 +284,7 @@ def test_set_of_another_version_is_refused(tmp_path, monkeypatch):
 def test_folder_with_other_things_is_refused_and_kept(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="something other than shapes"):
+    with pytest.raises(InputError, match="not a shapes data set"):
         make_shapes(tmp_path / "set", seed=1, num_train=1, num_test=1)
     assert contents(tmp_path) == {"set/thesis.txt": b"years of work"}
 
@@ -298,7 +293,8 @@ def test_broken_record_and_file_in_place_of_folder_are_refused(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/shapes.json").write_text('{"seed": ')
     (tmp_path / "file").write_text("")
-    for name, reason in (("set", "shapes.json: not readable"), ("file", "something other"), ("file/set", "written")):
+    reasons = {"set": "shapes.json: the file cannot be read", "file": "not a shapes data set", "file/set": "written"}
+    for name, reason in reasons.items():
         with pytest.raises(InputError, match=reason):
             make_shapes(tmp_path / name, seed=1, num_train=1, num_test=1)
 
@@ -322,7 +318,7 @@ def test_failing_run_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_killed_run_does_not_disturb_the_next(tmp_path, monkeypatch):
-    """A killed process cannot clean up: its temporary folder stays, and is nobody's to remove."""
+    """A killed process cannot clean up, so its temporary folder stays and no other process removes it."""
     with monkeypatch.context() as patch:
         patch.setattr(shapes.shutil, "rmtree", lambda *_, **__: None)
         patch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -335,7 +331,7 @@ def test_killed_run_does_not_disturb_the_next(tmp_path, monkeypatch):
     assert left.is_dir() and len(list(tmp_path.iterdir())) == 2
 
 
-def test_second_process_finishing_first_is_no_fault(tmp_path, monkeypatch):
+def test_a_second_process_may_finish_first(tmp_path, monkeypatch):
     arguments = {"seed": 1, "num_train": 1, "num_test": 1}
     write = shapes._write
 
@@ -353,6 +349,6 @@ def test_second_process_finishing_first_is_no_fault(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, value", [("seed", -1), ("num_train", 0), ("num_test", True)])
 def test_argument_out_of_range_is_named(tmp_path, name, value):
-    with pytest.raises(InputError, match=f"{name} of the shapes.*{value}"):
+    with pytest.raises(InputError, match=f"data.shapes.{name} must be .*{value}"):
         make_shapes(tmp_path / "set", **{"seed": 1, "num_train": 1, "num_test": 1, name: value})
     assert list(tmp_path.iterdir()) == []

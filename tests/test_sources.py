@@ -1,4 +1,4 @@
-"""From the configuration to records: layouts, joined splits, where absent data comes from; folders of images."""
+"""Tests opening data: layouts, joined splits, messages for missing data, and folders of images."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def voc(tmp_path):
 
 @pytest.fixture
 def devkit(tmp_path):
-    """VOC2007 and VOC2012 with the lists trainval and, in 2007 alone, test; ids differ by the year."""
+    """Writes VOC2007 with the lists trainval and test, and VOC2012 with trainval; ids contain the year."""
     for year, test in (("2007", 2), ("2012", 0)):
         folder = tmp_path / f"devkit/VOC{year}"
         tiny.write_voc(folder, train=3, test=test, seed=int(year))
@@ -42,7 +42,7 @@ def devkit(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Splits a2017 with images 0, 1 and b2017 with images 2, 3, an object each."""
+    """Writes the splits a2017 with images 0, 1 and b2017 with images 2, 3; every image has one object."""
     root, box = tmp_path / "coco", (3, 4, 23, 28)
     (root / "annotations").mkdir(parents=True)
     for split, first in (("a2017", 0), ("b2017", 2)):
@@ -140,15 +140,15 @@ def test_coco_split_must_be_part_of_a_file_name(coco, split):
 
 @pytest.mark.parametrize("split", ["trainval", "07_trainval", "2007", "2007_", "", "2007_trainval+"])
 def test_devkit_split_without_year_or_list_is_refused(devkit, split):
-    assert "YEAR_NAME, as 2007_trainval" in one_sentence(devkit, split)
+    assert "YEAR_NAME, for example 2007_trainval" in one_sentence(devkit, split)
 
 
 def test_devkit_list_that_is_no_plain_name_is_refused(devkit):
     assert "split must be" in one_sentence(devkit, "2007_../../train")
 
 
-def test_devkit_list_that_nobody_publishes_names_those_that_exist(devkit):
-    assert "exist are: test, trainval" in one_sentence(devkit, "2007_mine")
+def test_unknown_devkit_list_names_the_existing_lists(devkit):
+    assert "existing splits are: test, trainval" in one_sentence(devkit, "2007_mine")
 
 
 VOC_SITE = "http://host.robots.ox.ac.uk/pascal/VOC/"
@@ -200,7 +200,9 @@ def test_absent_voc_folder_says_where_it_is_looked_for(voc):
 def test_without_class_names_those_in_the_data_are_listed(voc, devkit, coco):
     for data, split in ((voc, "train+test"), (devkit, "2007_trainval+2012_trainval"), (coco, "a2017+b2017")):
         message = one_sentence(dataclasses.replace(data, class_names=()), split)
-        assert message == f"data.class_names is empty; the objects in {data.root} are named: disc, ring"
+        assert message == (
+            f"data.class_names is empty; give class names, the objects in {data.root} are named: disc, ring"
+        )
 
 
 def test_class_names_left_empty_are_those_that_coco_declares(voc, devkit, coco):
@@ -215,7 +217,7 @@ def test_class_names_left_empty_are_those_that_coco_declares(voc, devkit, coco):
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of b.png, of 30 x 50 pixels, and A.JPG, stored as 20 x 40 and shown as 40 x 20."""
+    """Writes a folder with b.png of 30 x 50 pixels and A.JPG, stored as 20 x 40 and shown as 40 x 20."""
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(tiny.rectangle_image((30, 50), (10, 5, 20, 15))).save(folder / "b.png")
@@ -235,12 +237,14 @@ def test_a_folder_of_images_is_in_the_order_of_its_names_and_turned_as_viewers_d
     assert all(record.boxes.shape == (0, 4) and not len(record.labels) for record in dataset.records)
 
 
-def test_what_is_no_image_is_passed_over_with_a_note(images, caplog):
+def test_other_files_are_ignored_with_a_note(images, caplog):
     (images / "notes.txt").write_text("no image")
     (images / "more.jpg").mkdir()
     assert ids(open_images(images, tiny.CLASS_NAMES)) == ["A.JPG", "b.png"]
     (said,) = (record.message for record in caplog.records)
-    assert said == f"What has no extension of an image was passed over: 2, the first in {images / 'more.jpg'}."
+    assert said == (
+        f"Subfolders and files without an image extension were ignored: 2, the first in {images / 'more.jpg'}."
+    )
 
 
 @pytest.mark.parametrize("damage", ["no image", "cut short"])
@@ -252,14 +256,14 @@ def test_an_unreadable_image_is_named_or_skipped_with_a_warning(images, caplog, 
     with pytest.raises(InputError, match="b.png"):
         [record_pixels(record) for record in open_images(images, tiny.CLASS_NAMES).records]
     (images / "A.JPG").unlink()
-    with pytest.raises(InputError, match="holds no image that can be read"):
+    with pytest.raises(InputError, match="contains no readable image"):
         open_images(images, tiny.CLASS_NAMES, faults="skip")
 
 
 def test_a_folder_without_images_is_refused(images):
     for path in images.iterdir():
         path.unlink()
-    for folder, said in ((images, "holds no image that can be read"), (images / "absent", "no such folder")):
+    for folder, said in ((images, "contains no readable image"), (images / "absent", "no such folder")):
         with pytest.raises(InputError, match=said) as caught:
             open_images(folder, tiny.CLASS_NAMES)
         assert str(folder) in str(caught.value)

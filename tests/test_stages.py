@@ -1,6 +1,6 @@
-"""Alternating training: what each stage trains, on what, and what comes out of the four of them.
+"""Alternating training: the trained parts and proposals of each stage, and the result of all four stages.
 
-One whole run through train.py serves most of it; programs are compiled once, through a cache of this module.
+Most tests share one whole run of train.py; a compilation cache of this module compiles each program once.
 """
 
 import contextlib
@@ -47,13 +47,14 @@ from fasterrcnn_jax.models.faster_rcnn import (
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.optimizer import create_optimizer
-from fasterrcnn_jax.training.stages import failed_stage, proposals_path, stages_of
+from fasterrcnn_jax.training.run_folder import proposals_path
+from fasterrcnn_jax.training.stages import failed_stage, stages_of
 from fasterrcnn_jax.training.state import PARTS
 from fasterrcnn_jax.training.step import create_state, make_train_step
 
 STEPS = 3
 TRAIN = dict(steps=20, batch_size=2, learning_rate=0.1)
-# Of the backbones the one that compiles soonest; on one canvas, so that each program is compiled once.
+# The backbone that compiles fastest, on one canvas, so that each program is compiled once.
 MODEL = dataclasses.replace(
     tiny.MODEL,
     image=dataclasses.replace(tiny.IMAGE, canvases=((96, 96),)),
@@ -166,11 +167,11 @@ def test_the_shipped_stages_are_those_of_py_faster_rcnn():
     assert unread_fields(config) == []
 
 
-def test_a_failed_batch_is_of_the_stage_in_whose_folder_it_lies(tmp_path):
+def test_the_folder_of_a_failed_batch_selects_its_stage(tmp_path):
     stages = stages_of(alternating(tmp_path))
     for stage in stages:
         assert failed_stage(stages, stage.run / "failed" / "step_00000005.npz") is stage
-    with pytest.raises(InputError, match=r"--replay .*/copied\.npz: lies in the run folder of no stage: .*1_rpn, "):
+    with pytest.raises(InputError, match=r"--replay .*/copied\.npz: .* in the run folder of a stage: .*1_rpn, "):
         failed_stage(stages, tmp_path / "copied.npz")
     (joint,) = stages_of(tiny.config(tmp_path))
     assert failed_stage((joint,), tmp_path / "copied.npz") is joint
@@ -178,12 +179,12 @@ def test_a_failed_batch_is_of_the_stage_in_whose_folder_it_lies(tmp_path):
 
 STAGES = AlternatingConfig(steps=(5, 5, 5, 5), decay_steps=(4, 4, 4, 4))
 INVALID = [
-    (dict(steps=19), r"steps must be those of the four stages together, got 19 and \(5, 5, 5, 5\)"),
-    (dict(warmup_steps=5), r"warmup_steps < steps of each stage, got 5 and \(5, 5, 5, 5\)"),
-    (dict(decay_steps=(3,)), r"decay_steps of scheme alternating are alternating.decay_steps, got \(3,\)"),
+    (dict(steps=19), r"steps must be the sum of alternating.steps, got 19 and \(5, 5, 5, 5\)"),
+    (dict(warmup_steps=5), r"warmup_steps must be less than the steps of each stage, got 5 and \(5, 5, 5, 5\)"),
+    (dict(decay_steps=(3,)), r"scheme alternating uses alternating.decay_steps; .* got \(3,\)"),
     (
         dict(alternating=dataclasses.replace(STAGES, decay_steps=(4, 4, 5, 4))),
-        r"alternating.decay_steps must lie within alternating.steps, got \(4, 4, 5, 4\)",
+        r"each of alternating.decay_steps must be less than .* got \(4, 4, 5, 4\)",
     ),
     (
         dict(alternating=dataclasses.replace(STAGES, rpn_batch_size=3), accumulate=2),
@@ -208,12 +209,12 @@ def test_stages_that_do_not_fit_together_are_refused(fields, message):
         (dict(rpn_batch_size=0), "rpn_batch_size must be positive, got 0"),
     ],
 )
-def test_a_stage_by_itself_is_checked(fields, message):
+def test_values_of_a_single_stage_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         AlternatingConfig(**fields)
 
 
-def test_fields_of_stages_that_nothing_reads_are_named():
+def test_fields_of_stages_without_effect_are_named():
     joint = tiny.config(Path("somewhere"), alternating=STAGES)
     assert [sentence.split(" = ")[0] for sentence in unread_fields(joint)] == [
         "train.alternating.steps",
@@ -238,7 +239,7 @@ def model(random_weights):
 
 @pytest.fixture(scope="module")
 def batch():
-    """The last row only fills the batch."""
+    """Returns a batch whose last row is empty."""
     generator = np.random.default_rng(3)
     corners = generator.uniform(0, 40, (B, G, 2))
     boxes = np.concatenate([corners, corners + generator.uniform(8, 24, (B, G, 2))], axis=2)
@@ -261,13 +262,13 @@ def losses_of(losses, model, batch):
 
 
 def proposed(model, batch):
-    """The proposals that joint training makes of the same batch."""
+    """Returns the proposals that joint training makes from the same batch."""
     found = jax.jit(find_proposals)(model, batch.images, batch.image_hw, batch.scale)
     return batch._replace(proposals=found)
 
 
 def without(model, part):
-    """The same detector, with nothing in place of one part."""
+    """Returns the detector without one of its parts."""
     graphdef, state = nnx.split(model)
     copied = nnx.merge(graphdef, state)
     setattr(copied, part, None)
@@ -279,7 +280,7 @@ def assert_zero(tree):
 
 
 def test_losses_of_the_rpn_alone_are_those_of_joint_training(model, batch):
-    """And the box head is in nothing that is computed."""
+    """The box head takes no part in the computation."""
     joint = losses_of(training_losses, model, batch)
     alone = losses_of(rpn_training_losses, without(model, "box_head"), batch)
     np.testing.assert_allclose(
@@ -292,7 +293,7 @@ def test_losses_of_the_rpn_alone_are_those_of_joint_training(model, batch):
 
 
 def test_losses_of_the_box_head_alone_are_those_of_joint_training_on_the_same_proposals(model, batch):
-    """And the RPN is in nothing that is computed."""
+    """The RPN takes no part in the computation."""
     joint = losses_of(training_losses, model, batch)
     alone = losses_of(box_training_losses, without(model, "rpn_head"), proposed(model, batch))
     np.testing.assert_allclose(
@@ -309,19 +310,19 @@ def test_the_box_head_sees_the_proposals_that_it_is_given(model, batch):
     whole = proposed(model, batch)
     none = whole._replace(proposals=whole.proposals._replace(valid=jnp.zeros_like(whole.proposals.valid)))
     found = losses_of(box_training_losses, model, none)
-    # What is left are the objects themselves.
+    # Only the ground-truth boxes are left as RoIs.
     assert found.box_foreground == found.box_class.count == 2 * G
     assert losses_of(box_training_losses, model, whole).box_class.count > 2 * G
 
 
 def test_a_batch_without_proposals_does_not_train_the_box_head(model, batch):
-    with pytest.raises(ValueError, match="the proposals in the batch, which holds none"):
+    with pytest.raises(ValueError, match="the proposals in the batch, and this batch holds none"):
         jax.eval_shape(box_training_losses, model, batch, KEY)
 
 
 @pytest.mark.parametrize("part", ["rpn_head", "box_head"])
-def test_a_step_moves_the_parts_of_its_stage_alone(model, batch, part):
-    """What does not move keeps its bits, in the averaged weights too, and has no place in the optimizer's state."""
+def test_a_step_changes_only_the_parts_of_its_stage(model, batch, part):
+    """Other parts keep their bits, also in the averaged weights, and have no entries in the optimizer's state."""
     optimizer = create_optimizer(TrainConfig(**TRAIN, weight_decay=0.1))
     graphdef, state = create_state(model, optimizer, seed=0, averages=True, parts=(part,))
     losses = {"rpn_head": rpn_training_losses, "box_head": box_training_losses}[part]
@@ -381,15 +382,15 @@ def same(values, others):
     return values.keys() == others.keys() and all(np.array_equal(values[name], others[name]) for name in values)
 
 
-def test_the_last_stage_holds_trunk_rpn_and_head_of_the_stages_before(trained):
+def test_the_last_stage_has_the_trunk_rpn_and_head_of_the_earlier_stages(trained):
     run = trained[0]
     first, second, third, last = (parts_of(path) for path in (*(run / "stages" / name for name in NAMES), run))
     assert same(last["backbone"], second["backbone"]) and same(last["backbone"], third["backbone"])
     assert same(last["rpn_head"], third["rpn_head"]) and same(third["box_head"], second["box_head"])
-    # A fresh trunk, an RPN and a head that were trained.
+    # The trunk is new; the RPN and the head were trained.
     assert not same(second["backbone"], first["backbone"])
     assert not same(third["rpn_head"], second["rpn_head"]) and not same(last["box_head"], third["box_head"])
-    # The untrained half of each of the first stages is as it was drawn.
+    # The untrained part of each of the first two stages has its initial values.
     assert same(first["box_head"], fresh(run)["box_head"])
     assert same(second["rpn_head"], fresh(run)["rpn_head"])
 
@@ -423,7 +424,7 @@ def test_each_stage_leaves_an_ordinary_run_folder(trained):
         assert checkpoint.load_run_config(path).train.scheme == "alternating"
 
 
-def test_stages_of_the_rpn_tell_their_recall_and_those_of_the_head_their_precision(trained):
+def test_rpn_stages_report_recall_and_box_head_stages_report_precision(trained):
     run, out, err = trained
     for name in ("1_rpn", "3_rpn"):
         (line,) = lines_of(run / "stages" / name, "test/proposal_AR_1000")
@@ -462,7 +463,7 @@ def test_the_run_is_evaluated_like_any_other(trained):
     assert f"AP50 {line['test/AP50']:.2f}" in out
 
 
-def test_a_finished_run_is_only_shown_again(trained, folder):
+def test_a_finished_run_only_prints_its_results_again(trained, folder):
     run = trained[0]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("proposals/*")}
     status, out, err = called(train_script.main, "--config", folder / "mine.py")
@@ -472,7 +473,7 @@ def test_a_finished_run_is_only_shown_again(trained, folder):
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
 
 
-def test_a_step_is_made_again_in_its_stage_alone(folder, monkeypatch):
+def test_replay_repeats_a_step_only_in_its_stage(folder, monkeypatch):
     met = []
     monkeypatch.setattr(train_script, "fit", lambda config, stage, *_: met.append(stage.name))
     batch = folder / "run" / "stages" / "2_detector" / "failed" / "step_00000001.npz"
@@ -481,7 +482,7 @@ def test_a_step_is_made_again_in_its_stage_alone(folder, monkeypatch):
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(trained, folder, tmp_path):
-    """As if killed in the second stage after its checkpoint of step 2: what comes later is not there."""
+    """The run folder is as if killed in stage 2 after the checkpoint of step 2: later files are deleted."""
     run = trained[0]
     again = tmp_path / "again"
     shutil.copytree(run / "stages" / "1_rpn", again / "stages" / "1_rpn")
@@ -495,7 +496,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(trained, folder, tmp_path):
         assert all(same(found[part], expected[part]) for part in expected)
 
 
-def test_stored_proposals_are_used_again_only_if_of_the_same_weights_and_images(trained, tmp_path):
+def test_stored_proposals_are_reused_only_for_the_same_weights_and_images(trained, tmp_path):
     run = trained[0]
     config, model = checkpoint.load_run_config(run), checkpoint.load(run)
     dataset = open_split(config.data, "test")
@@ -505,12 +506,12 @@ def test_stored_proposals_are_used_again_only_if_of_the_same_weights_and_images(
     for found, expected in zip(stored_proposals(path, model, dataset, batch_size=1), first, strict=True):
         np.testing.assert_array_equal(found.boxes, expected.boxes)
     assert path.stat().st_mtime_ns == written
-    path.write_bytes(path.read_bytes()[:100])  # what a fault of the disk leaves
+    path.write_bytes(path.read_bytes()[:100])  # a truncated file, as after a disk fault
     np.testing.assert_array_equal(stored_proposals(path, model, dataset, batch_size=1)[0].boxes, first[0].boxes)
     others = {name: found._replace(boxes=found.boxes + 1) for name, found in read_proposals(path)[0].items()}
     write_proposals(path, others, made_by="other")
     np.testing.assert_array_equal(stored_proposals(path, model, dataset, batch_size=1)[0].boxes, first[0].boxes)
     fewer = dataset._replace(records=dataset.records[1:])
     assert len(stored_proposals(path, model, fewer, batch_size=1)) == len(first) - 1
-    with pytest.raises(InputError, match=r"test.safetensors: holds no proposals of 1 images, the first is test0"):
+    with pytest.raises(InputError, match=r"test.safetensors: has no proposals for 1 images, the first is test0"):
         given_proposals(path, dataset)

@@ -1,4 +1,4 @@
-"""Proposals in files and in batches: the same bits back, faults named, and where the image goes they go."""
+"""Tests stored proposals: exact round trip, named faults, and the same transforms as the image."""
 
 import dataclasses
 import os
@@ -74,7 +74,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, fault):
     arrays, metadata = FAULTS[fault]
     path = tmp_path / "train.safetensors"
     safetensors.numpy.save_file(arrays, path, metadata=metadata or {"ids": '["a"]', "made_by": "w"})
-    with pytest.raises(InputError, match=r"train.safetensors: (its boxes, scores|not a file of proposals)"):
+    with pytest.raises(InputError, match=r"train.safetensors: the (boxes, scores|proposals file is missing, damaged)"):
         read_proposals(path)
 
 
@@ -83,13 +83,13 @@ def test_a_torn_or_missing_file_is_refused(tmp_path):
     write_proposals(path, made_up((3,)), made_by="w")
     path.write_bytes(path.read_bytes()[:-5])
     for broken in (path, tmp_path / "none.safetensors"):
-        with pytest.raises(InputError, match=f"{broken.name}: not a file of proposals, or damaged"):
+        with pytest.raises(InputError, match=f"{broken.name}: the proposals file is missing, damaged"):
             read_proposals(broken)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Two boxes per image; some images are longer than a crop leaves them."""
+    """Returns a data set with two boxes per image; some images are long enough to be cropped."""
     images = []
     for index in range(10):
         height, width = SIZES[index % len(SIZES)]
@@ -114,8 +114,8 @@ VARIED = {
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_proposals_go_where_their_image_goes(dataset, name):
-    """Proposals that are the objects themselves stay the objects, whatever happens to the image."""
+def test_proposals_are_transformed_with_their_image(dataset, name):
+    """Proposals equal to the ground truth stay equal to it after every transform of the image."""
     data = VARIED[name]
     stored = {record.id: ImageProposals(record.boxes, np.array([0.75, 0.25], np.float32)) for record in dataset.records}
     batches = loader.training_batches(

@@ -25,7 +25,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
     ids=["resnet50_fpn", "resnet50_fpn_v2"],
 )
 def test_parameters_are_the_published_ones(config, classes, published, counts_norms):
-    """torchvision counts scale and bias of a batch norm where it can be trained, and never its statistics."""
+    """torchvision counts scale and bias of trainable batch norms and never their statistics."""
     summary = summarize(config, classes)
     model = jax.eval_shape(lambda: create_detector(config, ("a",) * classes, seed=0))
     total = sum(part.trained + part.fixed for part in summary.parts)
@@ -40,17 +40,17 @@ def test_parameters_are_the_published_ones(config, classes, published, counts_no
 
 
 def test_vgg16_has_its_published_parameters():
-    """138,357,544 of the classifier's net, of which 4,097,000 are its last layer."""
+    """The classifier has 138,357,544 parameters, 4,097,000 of them in its last layer."""
     summary = summarize(vgg16(), 20)
     predictors = 4096 * 21 + 21 + 4096 * 84 + 84
     backbone, _, box_head = summary.parts
     assert backbone.trained + backbone.fixed + box_head.trained - predictors == 138_357_544 - 4_097_000
-    # conv1_1 to conv2_2 never learn.
+    # conv1_1 to conv2_2 are fixed.
     assert backbone.fixed == 260_160
 
 
 def test_flops_are_two_per_multiplication():
-    """VGG16 at stride 16: its convolutions on canvas, half of it, ..., and fc6, fc7 on 300 regions."""
+    """VGG16 at stride 16: convolutions on the canvas, on half the canvas and so on, and fc6 and fc7 on 300 regions."""
     config = vgg16()
     summary = summarize(config, 20)
     height, width = summary.canvas
@@ -65,7 +65,7 @@ def test_flops_are_two_per_multiplication():
 
 
 def test_activations_are_what_the_backward_pass_keeps():
-    """About half in bfloat16; and never less than what the stem hands on."""
+    """They are about half as large in bfloat16 and never smaller than the output of the stem."""
     backbone = dataclasses.replace(tiny.FPN.backbone, norm="frozen_batch", mask_padding=False, fixed_stages=0)
     config = dataclasses.replace(tiny.FPN, backbone=backbone, fpn=FpnConfig(channels=16))
     wide, narrow = (
@@ -75,11 +75,11 @@ def test_activations_are_what_the_backward_pass_keeps():
         assert 0.4 < other.activations / one.activations < 0.7
     height, width = config.image.canvases[0]
     assert wide[0].activations > 4 * 8 * height * width // 4
-    # Weights, which the backward pass reads too, are not among them: here they are more than all that is.
+    # Weights, which the backward pass also reads, are not counted: here they are larger than all activations.
     assert wide[0].activations < 4 * wide[0].trained
 
 
-def test_stages_that_are_computed_again_keep_little_of_backbone_and_head():
+def test_recomputed_stages_keep_little_of_backbone_and_head():
     kept, again = (
         summarize(
             dataclasses.replace(tiny.MODEL, backbone=dataclasses.replace(tiny.MODEL.backbone, remat=remat)), 2

@@ -1,4 +1,4 @@
-"""What the two stages are trained towards."""
+"""The training targets of the two stages."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from fasterrcnn_jax.ops.losses import box_losses
 from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets
 from fasterrcnn_jax.structures import GroundTruth, Proposals
 
-# Ratios with whole sides: intersections over union are exact, ties are ties.
+# Ratios with whole sides: IoUs are exact, so ties are exact too.
 ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.25, 1.0, 4.0), rounding="none"), (3, 4), (16, 16))
 A, G, P = len(ANCHORS), 3, 10
-# Less than the 48 x 64 of the grid: each border has anchors of its own over it.
+# Smaller than the 48 x 64 of the grid: some anchors reach over each border.
 IMAGE_HW = np.float32([44, 60])
 
 EVERY_ANCHOR = RpnConfig(anchors_per_image=A, fg_fraction=1.0, allowed_border=None)
@@ -52,7 +52,7 @@ def corners(n):
 
 @st.composite
 def ground_truths(draw):
-    """Boxes of positive area in any of the slots; zeros in the others."""
+    """Returns boxes of positive area in any of the slots and zeros in the other slots."""
     boxes = draw(corners(G))
     valid = draw(arrays(bool, G)) & (oracles.area(boxes) > 0)
     labels = draw(arrays(np.int32, G, elements=st.integers(1, 5)))
@@ -62,7 +62,7 @@ def ground_truths(draw):
 @st.composite
 def all_proposals(draw):
     valid = draw(arrays(bool, P))
-    coarse = arrays(np.int32, (P, 2, 2), elements=st.integers(0, 4))  # many meet a ground truth
+    coarse = arrays(np.int32, (P, 2, 2), elements=st.integers(0, 4))  # many overlap a ground-truth box
     boxes = np.sort(12.0 * draw(coarse), axis=1).reshape(P, 4).astype(np.float32)
     boxes = np.where(valid[:, None], boxes, np.float32(0))
     return Proposals(boxes, np.zeros(P, np.float32), valid)
@@ -103,12 +103,12 @@ def test_anchor_targets_equal_the_loop(allowed_border, clobber_positives, gt, an
 
 @given(ground_truths())
 def test_sampled_anchors_keep_the_label_they_have_without_sampling(gt):
-    """With a low foreground threshold, so that the quota is exceeded now and then."""
+    """The foreground threshold is low, so that foreground sometimes exceeds the quota."""
     iou = oracles.iou_matrix(ANCHORS, gt.boxes)
     _, labels = oracles.match(iou, gt.valid, fg_iou=SOME_ANCHORS.fg_iou, bg_iou=(0, 0.3), low_quality=True)
     targets = some_anchors(KEY, np.ones(A, bool), gt)
     found = np.asarray(targets.labels)
-    # What was foreground before the draw stays known, deltas included.
+    # Foreground before sampling is still reported, with its deltas.
     np.testing.assert_array_equal(targets.foreground, np.array(labels) == 1)
     everything = run_anchors(
         KEY, np.ones(A, bool), gt, config=dataclasses.replace(EVERY_ANCHOR, fg_iou=SOME_ANCHORS.fg_iou)
@@ -165,7 +165,7 @@ def test_ground_truth_is_among_the_rois(proposals, gt):
 
 @given(all_proposals(), ground_truths(), st.integers(0, 9))
 def test_sampled_rois_meet_their_quota(proposals, gt, seed):
-    """Half of six is foreground at most; all of them where nothing is background."""
+    """At most half of six RoIs are foreground; all of them may be if there is no background."""
     found = some_rois(jax.random.key(seed), proposals, gt)
     everything = every_roi(KEY, proposals, gt)
     foreground = int((np.asarray(everything.labels) > 0).sum())
@@ -209,16 +209,16 @@ BORDER_ANCHORS = np.float32([[-6, 10, 10, 26], [0, 10, 16, 26], [20, 10, 36, 26]
 @pytest.mark.parametrize(
     "allowed_border, labels",
     [
-        # The box is the first anchor's twin. Left out, that is not its best either: the second is.
+        # The box equals the first anchor. If that anchor is left out, the second one is the best.
         (0.0, [-1, 1, 0]),
         (5.9, [-1, 1, 0]),
-        # Allowed, it takes part and the second (IoU .45) is neither the best nor background.
+        # If it is allowed, it takes part, and the second (IoU .45) is neither the best nor background.
         (6.0, [1, -1, 0]),
         (None, [1, -1, 0]),
     ],
 )
 @pytest.mark.parametrize("side", ["left", "top", "right", "bottom"])
-def test_allowed_border_decides_who_takes_part(allowed_border, labels, side):
+def test_allowed_border_decides_which_anchors_take_part(allowed_border, labels, side):
     image_hw = np.float32([100, 100])
 
     def turned(boxes):
@@ -234,7 +234,7 @@ def test_allowed_border_decides_who_takes_part(allowed_border, labels, side):
 
 @pytest.mark.parametrize("clobber_positives, label", [(False, 1), (True, 0)])
 def test_all_anchors_that_tie_for_a_box_are_foreground_unless_clobbered(clobber_positives, label):
-    """A small box in the middle of the image: every anchor around it is far below the thresholds."""
+    """The box is small and in the middle of the image, so the IoU of every anchor is far below the thresholds."""
     box = np.float32([30, 22, 34, 26])
     found = run_anchors(
         KEY,
@@ -250,7 +250,7 @@ def test_all_anchors_that_tie_for_a_box_are_foreground_unless_clobbered(clobber_
 
 
 def test_the_default_sample_is_256_with_at_most_half_foreground():
-    """200 copies of the box itself and 400 anchors away from it."""
+    """There are 200 copies of the box and 400 anchors away from it."""
     anchors = np.repeat(np.float32([[10, 10, 50, 50], [60, 60, 90, 90]]), [200, 400], axis=0)
     image_hw, gt = np.float32([100, 100]), one_box([10, 10, 50, 50])
     for count in (600, 250, 220):
@@ -264,7 +264,7 @@ def test_the_default_sample_is_256_with_at_most_half_foreground():
 
 @given(ground_truths(), arrays(bool, A), st.permutations(range(G)), st.integers(0, 9))
 def test_anchor_labels_do_not_depend_on_the_slots_of_the_ground_truth(gt, anchor_valid, order, seed):
-    """Deltas would differ where two boxes tie for an anchor."""
+    """Only labels are compared: deltas may differ if two boxes tie for an anchor."""
     key, order = jax.random.key(seed), np.array(order)
     moved = GroundTruth(*(leaf[order] for leaf in gt))
     for run in (every_anchor, some_anchors):
@@ -284,7 +284,7 @@ def test_targets_do_not_read_what_padding_holds(proposals, gt, garbage):
 
 @given(ground_truths(), arrays(bool, A))
 def test_anchor_targets_do_not_depend_on_where_padding_lies(gt, anchor_valid):
-    """The real boxes moved to the front, in their order."""
+    """The valid boxes are moved to the front, in their order."""
     order = np.argsort(~gt.valid, kind="stable")
     dense = GroundTruth(*(leaf[order] for leaf in gt))
     for run in (every_anchor, some_anchors):
@@ -297,7 +297,7 @@ def proposals_at(*boxes):
 
 
 def test_without_background_all_rois_may_be_foreground():
-    """The limit is a quarter of eight; all proposals, and the ground truth among them, are the box."""
+    """The limit is a quarter of eight; all candidates, including the ground truth, equal the ground-truth box."""
     box = [10, 10, 50, 50]
     found = run_rois(KEY, proposals_at(*[box] * 9), one_box(box), rois_per_image=8, config=RoiSamplingConfig())
     assert found.labels.tolist() == [3] * 8 and found.valid.all()
@@ -308,13 +308,13 @@ def test_with_one_background_the_limit_on_foreground_holds():
     proposals = proposals_at(*[box] * 9, [60, 60, 90, 90])
     found = run_rois(KEY, proposals, one_box(box), rois_per_image=8, config=RoiSamplingConfig())
     assert found.labels[found.valid].tolist() == [3, 3, 0]
-    # The other slots are padding, though foreground is left over that could have filled them.
+    # The other slots are padding, although more foreground is available.
     for leaf in found:
         assert leaf.shape[0] == 8 and not np.asarray(leaf)[3:].any()
 
 
 def test_without_foreground_all_rois_are_background():
-    """Nothing is added where there is no ground truth."""
+    """Without ground truth, no box is added to the proposals."""
     nothing = GroundTruth(np.zeros((2, 4), np.float32), np.zeros(2, np.int32), np.zeros(2, bool))
     proposals = proposals_at(*[[10, 10, 50, 50]] * 9)
     found = run_rois(KEY, proposals, nothing, rois_per_image=8, config=RoiSamplingConfig())
@@ -323,7 +323,7 @@ def test_without_foreground_all_rois_are_background():
 
 @jax.jit
 def box_losses_and_gradients(outputs, targets):
-    """Of logits and deltas that are all the same numbers."""
+    """Returns box losses and gradients for logits and deltas that are all equal."""
 
     def losses(outputs):
         deltas = jnp.broadcast_to(outputs[:, :, None], (*outputs.shape, 4))
@@ -336,7 +336,7 @@ def box_losses_and_gradients(outputs, targets):
 
 @pytest.mark.parametrize("bg_iou", [(0.0, 0.5), (0.1, 0.5)])
 def test_without_foreground_and_background_the_sample_is_empty_and_costs_nothing(bg_iou):
-    """No ground truth, and either no proposals or none that reaches the lower limit of background."""
+    """There is no ground truth, and no proposal reaches the lower limit of background or none exists."""
     nothing = GroundTruth(np.zeros((2, 4), np.float32), np.zeros(2, np.int32), np.zeros(2, bool))
     proposals = proposals_at(*[[10, 10, 50, 50]] * 9)
     if bg_iou[0] == 0.0:
@@ -370,7 +370,7 @@ def test_box_means_and_stds_normalise_the_targets():
     assert {tuple(roi) for roi in np.asarray(found.boxes).tolist()} == {tuple(box), tuple(proposal)}
 
 
-def test_a_raised_foreground_threshold_leaves_a_gap_that_nobody_is_drawn_from():
+def test_a_raised_foreground_threshold_leaves_a_gap_that_no_roi_is_drawn_from():
     """IoU .6 is neither foreground at .7 nor background below .5."""
     proposals = proposals_at([0, 0, 10, 60], [0, 0, 10, 40])
     config = RoiSamplingConfig(fg_fraction=1.0, fg_iou=0.7, bg_iou=(0.0, 0.5))

@@ -1,6 +1,6 @@
-"""The step: schedule, decay, constants that stay, one and four devices alike, the loss falls.
+"""The training step: schedule, weight decay, frozen values, one and four devices, falling loss.
 
-Two programs serve the whole module: the step mapped over four virtual devices and over one.
+All tests share two compiled programs: the step on four virtual devices and on one device.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from fasterrcnn_jax.training.step import (
 
 DEVICES, B, G = 4, 4, 5
 H, W = tiny.IMAGE.canvases[0]
-# A stage that is never trained, and RoIs that the devices must divide between them.
+# The model has a fixed stage, and RoIs per batch that the devices must share.
 MODEL = dataclasses.replace(
     tiny.MODEL,
     backbone=dataclasses.replace(tiny.MODEL.backbone, norm="frozen_batch", fixed_stages=1),
@@ -66,7 +66,7 @@ def test_learning_rate_without_warm_up_starts_at_its_peak(schedule):
     assert float(learning_rate_schedule(config)(0)) == np.float32(0.4)
 
 
-def test_learning_rate_falls_by_its_factor_after_the_steps_that_are_named():
+def test_learning_rate_falls_by_its_factor_after_each_decay_step():
     config = TrainConfig(
         steps=20, batch_size=1, learning_rate=0.4, warmup_steps=4, decay_steps=(8, 15), decay_factor=0.5
     )
@@ -85,7 +85,7 @@ def updated(config, params, gradients, steps=1):
 
 
 PLAIN = dict(steps=10, batch_size=1, learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
-# The names that rates and decay go by.
+# Parameters whose names select learning rates and decay.
 WEIGHTS = {
     "conv": {"kernel": (1, 1, 2, 2), "bias": (2,)},
     "norm": {"scale": (2,), "bias": (2,)},
@@ -94,7 +94,7 @@ WEIGHTS = {
 
 
 def moved(gradient, **fields):
-    """Returns how far each weight, all ones at first, is moved by one step of a constant gradient."""
+    """Returns the change of each weight, initially one, after one step with a constant gradient."""
     params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in WEIGHTS.items()}
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
     after = updated(TrainConfig(**PLAIN | fields), params, gradients)
@@ -107,13 +107,13 @@ def expected(value, **others):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_weight_decay_moves_kernels_alone(optimizer):
+def test_weight_decay_changes_only_kernels(optimizer):
     found = moved(0.0, optimizer=optimizer, double_objectness=False)
     assert found == pytest.approx(expected(0.0, conv__kernel=0.05, objectness__kernel=0.05), abs=1e-6)
 
 
 def test_adam_sees_the_decay_in_the_gradient():
-    """Its first step is the learning rate, whatever the size of what it sees; AdamW adds the decay to that."""
+    """Adam's first step has the size of the learning rate for any gradient; AdamW adds the decay to it."""
     found = moved(0.0, optimizer="adam", double_objectness=False, double_bias=False)
     assert found == pytest.approx(expected(0.0, conv__kernel=0.5, objectness__kernel=0.5), abs=1e-5)
     adamw = moved(1.0, optimizer="adamw", double_objectness=False, double_bias=False)
@@ -134,8 +134,8 @@ def test_biases_learn_at_twice_the_rate_when_asked_to(optimizer):
     assert moved(1.0, **options, double_bias=True) == pytest.approx(twice, abs=1e-5)
 
 
-def test_one_objectness_logit_moves_as_the_difference_of_the_references_two():
-    """Two logits l1 - l0 move by the gradient and by minus the gradient, and each decays by itself."""
+def test_one_objectness_logit_moves_like_the_difference_of_the_references_two():
+    """With two logits, l1 moves by the gradient and l0 by minus the gradient, and each has its own decay."""
     two = [0.3, -0.2]
     for _ in range(3):
         slope = 2.0 * (two[1] - two[0])
@@ -151,7 +151,7 @@ def test_one_objectness_logit_moves_as_the_difference_of_the_references_two():
     assert float(params["objectness"]["kernel"][0, 0]) == pytest.approx(two[1] - two[0], rel=1e-5)
 
 
-def test_the_layer_that_rates_single_out_is_the_objectness_layer():
+def test_names_select_the_objectness_layer_and_the_biases():
     model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(split(model)[1])]
     names = ["/".join(str(part.key) for part in path if hasattr(part, "key")) for path in paths]
@@ -161,7 +161,7 @@ def test_the_layer_that_rates_single_out_is_the_objectness_layer():
     assert biases == [name for name in names if name.endswith("/bias")] and len(biases) > 20
 
 
-def test_what_decays_is_what_is_called_a_kernel():
+def test_the_weights_that_decay_are_those_named_kernel():
     model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
     leaves = jax.tree_util.tree_leaves_with_path(split(model)[1])
     names = {leaf.ndim > 1: set() for _, leaf in leaves}
@@ -208,7 +208,7 @@ def steps(start):
 
 
 def uneven_batch():
-    """Per device: two objects; an empty little image; a row that only fills; a crowded image."""
+    """Returns one image per device: two objects; a small image without objects; an empty row; many objects."""
     generator = np.random.default_rng(0)
     image_hw = np.float32([(64, 96), (12, 14), (0, 0), (60, 90)])
     images = np.zeros((B, H, W, 3), np.float32)
@@ -244,20 +244,20 @@ def test_one_and_four_devices_have_the_same_first_losses(first):
     np.testing.assert_allclose(losses(first[DEVICES][1]), losses(first[1][1]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_mean_of_the_devices_means_would_be_another_number(first, start, steps):
-    """Otherwise the tests beside this one could not tell the two."""
+def test_the_mean_of_the_devices_means_differs_from_the_global_mean(first, start, steps):
+    """Otherwise the neighbouring tests could not detect a wrong mean."""
     means = []
     for row in range(B):
         alone = uneven_batch()._replace(image_valid=uneven_batch().image_valid & (np.arange(B) == row))
         means.append(losses(jax.device_get(steps[1](start[1], alone)[1])))
-    assert not np.any(means[2])  # the filling row
+    assert not np.any(means[2])  # the empty row
     expected = losses(first[1][1])
     for devices in (means, [means[row] for row in (0, 1, 3)]):
         assert (np.abs(np.mean(devices, axis=0) - expected) > 1e-2 * expected).all()
 
 
 def traces(state):
-    """Returns the momentum by parameter path: after the first step, the gradient itself."""
+    """Returns the momentum by parameter path; after the first step it equals the gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if ".trace" in jax.tree_util.keystr(path)}
 
@@ -298,7 +298,7 @@ def test_every_device_holds_the_same_state(start, steps):
         assert len(bits) == 1
 
 
-def test_a_step_takes_over_the_memory_of_the_state_it_is_given(start):
+def test_a_step_donates_the_memory_of_its_state(start):
     graphdef, state = start
     step = make_train_step(graphdef, create_optimizer(TRAIN), axis_name=AXIS)
     devices = jax.local_devices()[:1]
@@ -307,7 +307,7 @@ def test_a_step_takes_over_the_memory_of_the_state_it_is_given(start):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state)))
 
 
-def test_the_same_seed_gives_the_same_bits_and_the_step_other_samples(start, steps, first):
+def test_the_same_seed_gives_the_same_bits_and_another_step_other_samples(start, steps, first):
     again = jax.device_get(steps[DEVICES](start[1], uneven_batch()))
     jax.tree.map(np.testing.assert_array_equal, again, first[DEVICES])
     later = start[1]._replace(step=np.int32(5))
@@ -332,7 +332,7 @@ DECAY = 0.5
 
 @pytest.fixture(scope="module")
 def in_parts(start):
-    """Returns a function (batch) -> (state, metrics) of one device that takes its images in two parts, and averages."""
+    """Returns a function (batch) -> (state, metrics) on one device with two micro-batches and averaged weights."""
     graphdef, state = start
     step = make_train_step(graphdef, create_optimizer(TRAIN), axis_name=AXIS, accumulate=2, ema_decay=DECAY)
     devices = jax.local_devices()[:1]
@@ -344,7 +344,7 @@ def in_parts(start):
     return run
 
 
-def test_a_gradient_in_parts_is_the_mean_of_their_gradients(in_parts, start, steps):
+def test_the_accumulated_gradient_is_the_mean_of_the_micro_batches(in_parts, start, steps):
     parts = []
     for rows in ((0, 1), (2, 3)):
         chosen = uneven_batch().image_valid & np.isin(np.arange(B), rows)
@@ -357,7 +357,7 @@ def test_a_gradient_in_parts_is_the_mean_of_their_gradients(in_parts, start, ste
     assert metrics.box_foreground == sum(part[1].box_foreground for part in parts)
 
 
-def test_parts_with_equal_counts_are_as_good_as_the_whole(in_parts, start, steps):
+def test_micro_batches_with_equal_counts_have_the_losses_of_the_whole_batch(in_parts, start, steps):
     twice = jax.tree.map(lambda x: np.concatenate([x[::3], x[::3]]), uneven_batch())
     whole, parts = steps[1](start[1], twice), in_parts(twice)
     np.testing.assert_allclose(losses(parts[1]), losses(jax.device_get(whole[1])), rtol=1e-5)
@@ -371,7 +371,7 @@ def test_averaged_weights_forget_fast_at_first_and_then_by_their_decay(in_parts,
             np.testing.assert_allclose(average, decay * old + (1 - decay) * new, atol=1e-6)
 
 
-def test_a_detector_is_made_of_averaged_weights_where_there_are_some(start):
+def test_a_detector_has_the_averaged_weights_if_there_are_any(start):
     graphdef, state = start
     other = jax.tree.map(lambda leaf: leaf + 1, state.params)
     for averaged, expected in ((None, state.params), (other, other)):
@@ -379,12 +379,12 @@ def test_a_detector_is_made_of_averaged_weights_where_there_are_some(start):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(split(model)[1]), expected)
 
 
-def test_an_average_is_kept_only_where_it_is_asked_for(start):
+def test_an_average_is_kept_only_on_request(start):
     model = nnx.merge(start[0], start[1].params, start[1].frozen)
     assert create_state(model, create_optimizer(TRAIN), seed=0)[1].averaged is None
     state = create_state(model, create_optimizer(TRAIN), seed=0, averages=True)[1]
     jax.tree.map(np.testing.assert_array_equal, state.averaged, state.params)
-    # A step donates both: they must not share memory.
+    # A step donates both, so they must not share memory.
     assert all(a is not b for a, b in zip(*map(jax.tree.leaves, (state.averaged, state.params)), strict=True))
 
 
@@ -413,7 +413,7 @@ def test_learning_rates_are_those_that_the_optimizer_uses():
 
 def test_foreground_is_counted_over_all_devices_and_filling_rows_have_none(first, start, steps):
     one, four = (first[count][1] for count in (1, DEVICES))
-    # Every object is itself a proposal: two and four, the quota, of the first and the last image at least.
+    # Every ground-truth box is a proposal too, so the first image has at least 2 and the last at least 4 (the limit).
     assert 6 <= one.box_foreground <= 8 and 6 <= one.rpn_foreground <= 24
     assert (four.box_foreground, four.rpn_foreground) == (one.box_foreground, one.rpn_foreground)
     truth = uneven_batch().ground_truth

@@ -1,4 +1,4 @@
-"""What is trained on: each thing left out is counted once, mirrored copies come last, nothing is silent."""
+"""Tests the training set: removed objects and images are counted once and logged; mirrored copies come last."""
 
 import logging
 from pathlib import Path
@@ -19,12 +19,12 @@ def data(**options):
 
 
 def plain(count, *, image_id, hard=()):
-    """An image of `count` ordinary objects, those in `hard` difficult."""
+    """Returns an image with `count` objects; the objects in `hard` are difficult."""
     return record(*((BOXES[n], 1 + n % 2, n in hard) for n in range(count)), image_id=image_id)
 
 
 def prepared(records, **options):
-    """Returns the records of the training set by id, and its notes, each of them logged once."""
+    """Returns the records of the training set by id, and its notes; checks that each note is logged once."""
     result = prepare_training_set(dataset(*records, classes=2), data(**options))
     assert result.name == "hand made" and result.class_names == ("class1", "class2")
     return {entry.id: entry for entry in result.records}, result.notes
@@ -36,7 +36,7 @@ def boxes_of(entry):
     return [BOXES.index(tuple(box)) for box in entry.boxes.tolist()]
 
 
-def test_nothing_to_leave_out_leaves_everything_and_says_nothing(caplog):
+def test_a_clean_set_is_kept_whole_without_a_message(caplog):
     with caplog.at_level(logging.WARNING):
         records, notes = prepared([plain(3, image_id="a"), plain(1, image_id="b")])
     assert [boxes_of(entry) for entry in records.values()] == [[0, 1, 2], [0]]
@@ -57,7 +57,7 @@ def test_difficult_objects_are_kept_when_asked_for():
 
 
 @pytest.mark.parametrize("use_difficult", [False, True])
-def test_crowds_are_left_out_whatever_is_asked_for(use_difficult):
+def test_crowds_are_always_left_out(use_difficult):
     image = record((BOXES[0], 1, False), (BOXES[1], 1, False), image_id="a", crowd=[False, True])
     records, notes = prepared([image], use_difficult=use_difficult)
     assert boxes_of(records["a"]) == [0]
@@ -78,7 +78,8 @@ def test_objects_beyond_the_slots_are_left_out_with_one_warning_over_all_images(
     assert [boxes_of(entry) for entry in records.values()] == [[0, 1]] * 3  # the first of the file
     (note,) = notes
     assert note == (
-        "hand made: Objects beyond data.max_boxes = 2 of their image are not trained on: 5, the first in image b."
+        "hand made: Objects beyond the first data.max_boxes = 2 of an image are not trained on: 5, "
+        "the first in image b."
     )
     assert [(r.levelname, r.message) for r in caplog.records] == [("WARNING", note)]
 
@@ -112,7 +113,7 @@ def test_images_without_an_object_are_kept_when_asked_for():
     assert records["bare"].boxes.shape == (0, 4) and len(notes) == 1
 
 
-def test_doubled_the_mirrored_copies_follow_all_originals():
+def test_with_double_the_mirrored_copies_follow_all_originals():
     images = [plain(2, image_id="a"), record(image_id="bare"), plain(3, image_id="b")]
     result = prepare_training_set(dataset(*images, classes=2), data(flip="double"))
     assert [(entry.id, entry.flipped) for entry in result.records] == [
@@ -123,7 +124,7 @@ def test_doubled_the_mirrored_copies_follow_all_originals():
 
 
 @pytest.mark.parametrize("flip", ["random", "none"])
-def test_otherwise_there_are_no_copies(flip):
+def test_only_flip_double_makes_copies(flip):
     result = prepare_training_set(dataset(plain(2, image_id="a"), classes=2), data(flip=flip))
     assert [(entry.id, entry.flipped) for entry in result.records] == [("a", False)]
 

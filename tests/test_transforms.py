@@ -1,4 +1,4 @@
-"""From an image to its place on a canvas: sizes, pixels against two oracles, boxes that stay on objects."""
+"""Tests resizing onto a canvas: sizes, pixels against two references, boxes that stay on objects."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import rectangle_image
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.transforms import (
@@ -76,7 +77,7 @@ def test_canvases_of_equal_area_are_taken_in_the_order_given():
 
 
 def bilinear_oracle(image, size):
-    """Pixel by pixel, in float64: half-pixel centres, borders repeat."""
+    """Resizes pixel by pixel in float64, with half-pixel centres and repeated borders."""
     height, width = image.shape[:2]
     result = np.zeros((*size, 3))
     for row in range(size[0]):
@@ -110,7 +111,7 @@ def test_resize_matches_jax_without_antialias(before, after):
 
 
 def plain_resize(image, size):
-    """One axis after the other on the whole image; the results of this very arithmetic are published."""
+    """Resizes the whole image one axis after the other; published results use exactly this arithmetic."""
     for axis in (0, 1):
         length = image.shape[axis]
         points = (np.arange(size[axis], dtype=np.float32) + 0.5) * (length / size[axis]) - 0.5
@@ -124,7 +125,7 @@ def plain_resize(image, size):
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(0, 99))
 def test_resize_has_the_bits_of_the_plain_formula(height, width, new_height, new_width, seed):
-    """Also where several blocks of rows are needed and the last one is not full."""
+    """Also if several blocks of rows are needed and the last block is not full."""
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     size = new_height, new_width
     np.testing.assert_array_equal(resize_bilinear(image, size), plain_resize(image, size))
@@ -143,8 +144,8 @@ def test_the_canvas_has_the_bits_of_resizing_then_normalising(order, height, wid
 
 
 @given(st.integers(5, 90), st.integers(5, 90), st.integers(5, 150), st.integers(5, 150), st.integers(0, 99))
-def test_a_part_of_a_image_has_the_bits_of_the_whole(height, width, new_height, new_width, seed):
-    """Cut out by its placement: what is beyond the canvas is never made, what is on it is the same."""
+def test_a_part_of_an_image_has_the_bits_of_the_whole(height, width, new_height, new_width, seed):
+    """The placement crops the image: only pixels on the canvas are computed, and they are the same."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     canvas = (64, 96)
@@ -171,14 +172,14 @@ def test_rounded_to_bytes_the_image_is_the_nearest_grey_level_of_the_same_resize
     assert not pixels[rows:].any() and not pixels[:, columns:].any()
 
 
-def test_a_mirrored_image_is_the_reversed_one_in_memory_of_its_own():
+def test_a_mirrored_image_is_a_reversed_copy():
     image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(flip_pixels(image), image[:, ::-1])
     assert flip_pixels(image).flags.c_contiguous
 
 
 def test_resize_of_a_long_image_stays_exact():
-    """The sample points of a 6000 px side, in float32, are still right to a thousandth of a pixel."""
+    """The float32 sample points of a side of 6000 pixels are exact to a thousandth of a pixel."""
     ramp = np.repeat((np.arange(6000) % 256).astype(np.uint8)[None, :, None], 3, axis=2)
     resized = resize_bilinear(ramp, (1, 1000))
     points = (np.arange(1000) + 0.5) * 6 - 0.5
@@ -207,7 +208,7 @@ def test_the_image_is_normalised_in_its_channel_order_and_the_rest_of_the_canvas
 
 @given(st.integers(20, 200), st.integers(20, 200))
 def test_scale_carries_each_axis_onto_the_network_size(height, width):
-    """The two axes round separately; a box over the whole image is the whole network image."""
+    """The two axes are rounded separately; a box over the whole image becomes a box over the whole network image."""
     image = np.zeros((height, width, 3), np.uint8)
     _, image_hw, scale = to_canvas(image, canvas_for((height, width), SMALL), SMALL)
     assert tuple(image_hw) == network_size((height, width), SMALL)
@@ -216,7 +217,7 @@ def test_scale_carries_each_axis_onto_the_network_size(height, width):
 
 
 def extent(bright):
-    """Returns xyxy of a rectangle in a map of its coverage 0..1, to a fraction of a pixel."""
+    """Returns xyxy of a rectangle with subpixel precision from a map of its coverage 0..1."""
     rows, columns = bright.max(axis=1), bright.max(axis=0)
     first = [np.flatnonzero(line > 0.5)[0] for line in (columns, rows)]
     last = [np.flatnonzero(line > 0.5)[-1] + 1 for line in (columns, rows)]

@@ -1,4 +1,4 @@
-"""The VOC reader: right to the pixel on healthy folders, one clear sentence on every fault."""
+"""Tests the VOC reader: exact pixels on healthy folders, one clear sentence for every fault."""
 
 import shutil
 
@@ -29,7 +29,7 @@ from fasterrcnn_jax.errors import InputError
 
 @pytest.fixture
 def root(tmp_path):
-    """A healthy folder of two images, `ok` and `odd`; the tests spoil `odd`."""
+    """Returns a healthy folder of two images, `ok` and `odd`; the tests change `odd`."""
     write_voc(tmp_path / "set")
     return tmp_path / "set"
 
@@ -116,7 +116,7 @@ FAULTS = {
         lambda root: (root / "JPEGImages/odd.png").write_bytes(b"<html>404</html>"),
         ["JPEGImages/odd.png", "not an image"],
     ),
-    "list empty": (listing(b"\xef\xbb\xbf\r\n \r\n"), ["train.txt", "split train lists 0 images"]),
+    "list empty": (listing(b"\xef\xbb\xbf\r\n \r\n"), ["train.txt", "list of split train is empty"]),
     "list not UTF-8": (listing("ok\ncafé\n".encode("utf-16")), ["train.txt", "not UTF-8"]),
     "list absent": (
         lambda root: (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/val.txt"),
@@ -340,7 +340,7 @@ def test_filename_chooses_among_images_of_one_id(root):
     assert read_voc(root, "train", CLASSES).records[1].path == root / "JPEGImages/odd.png"
 
 
-def test_filename_of_another_image_chooses_nothing(root):
+def test_filename_of_another_image_is_ignored(root):
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/odd.jpg")
     replace("odd.png", "ok.png")(root)
     assert read_voc(root, "train", CLASSES).records[1].path == root / "JPEGImages/odd.jpg"
@@ -359,7 +359,7 @@ def test_name_with_blanks_and_dots_is_an_id_when_its_files_exist(root, name):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("stated", ["stored", "shown"])
 def test_object_is_on_its_pixels_whichever_frame_of_an_exif_image_the_size_states(root, orientation, stated):
-    """White object in columns 20..49 and rows 12..40 of the frame that is stated."""
+    """White object in columns 20..49 and rows 12..40 of the image with the stated size."""
     turns_axes = orientation >= 5 and stated == "shown"
     height, width = (WIDTH, HEIGHT) if turns_axes else (HEIGHT, WIDTH)
     pixels = np.zeros((height, width, 3), np.uint8)
@@ -385,13 +385,13 @@ def test_object_is_on_its_pixels_whichever_frame_of_an_exif_image_the_size_state
 
 
 def read_turned_back(pixels, orientation):
-    """Returns the pixels that are stored so that a viewer which applies `orientation` shows these."""
+    """Returns the pixels to store so that a viewer that applies `orientation` shows the given pixels."""
     back = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_270}  # fmt: skip
     return np.array(Image.fromarray(pixels).transpose(back[orientation]))
 
 
-def test_without_a_stated_size_or_in_a_square_image_an_orientation_is_left_and_noted(root):
+def test_without_a_decisive_size_the_orientation_is_not_applied_but_noted(root):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/odd.png", exif=exif)
@@ -414,7 +414,7 @@ def test_split_without_any_object_is_read(root):
 def test_missing_split_names_splits_but_not_the_lists_per_class(root):
     for name in ("val", "disc_train", "disc_val", "small_set"):
         (root / f"ImageSets/Main/{name}.txt").write_text("ok\n")
-    with pytest.raises(InputError, match="exist are: small_set, train, val$"):
+    with pytest.raises(InputError, match="existing splits are: small_set, train, val$"):
         read_voc(root, "test", CLASSES)
 
 

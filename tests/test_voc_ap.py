@@ -1,4 +1,4 @@
-"""VOC average precision against the reference's numbers, a greedy loop, and cases done by hand."""
+"""Tests VOC average precision against the numbers of the reference, a greedy loop, and cases computed by hand."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def area_ap(detections, data):
 
 
 def golden_case():
-    """The golden's inclusive boxes made continuous."""
+    """Returns the golden file's inclusive boxes as continuous boxes."""
     gt, det = GOLDEN["gt"], GOLDEN["det"]
     inclusive = np.array([-1, -1, 0, 0])
     records, detections = [], []
@@ -48,7 +48,7 @@ def test_ap_equals_py_faster_rcnn(column, iou_threshold, use_07_metric):
 
 @pytest.mark.parametrize("use_07_metric, suffix", ((True, "07"), (False, "area")))
 def test_ap_equals_simple_faster_rcnn_pytorch(use_07_metric, suffix):
-    """Also where a class has no objects; its rule for an overlap of exactly the threshold does not show here."""
+    """Also for a class without objects; the golden file has no overlap of exactly the threshold."""
     got = voc_ap(*golden_case(), use_07_metric=use_07_metric)
     both = np.append(got, mean_over_classes(got))
     theirs = np.append(GOLDEN[f"cy_ap_{suffix}"], GOLDEN[f"cy_map_{suffix}"])
@@ -102,7 +102,7 @@ def test_curves_equal_a_greedy_loop_on_crowded_images_with_ties(seed):
 
 
 def greedy_curve(detections, data, label):
-    """One detection at a time, in exact integer arithmetic."""
+    """Matches one detection at a time, in exact integer arithmetic."""
     ranked = [
         (image, tuple(int(v) for v in box), score)
         for image, entry in enumerate(detections)

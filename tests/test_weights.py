@@ -1,4 +1,4 @@
-"""Weights of other programs in our detectors: each array in its place, the rest listed, and back bit for bit."""
+"""Tests weights of other programs: every array in its place, unused arrays listed, and an exact way back."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def thin(config):
-    """The detector with few channels; everything else is as published."""
+    """Returns the detector with few channels; everything else is as published."""
     return dataclasses.replace(
         config,
         backbone=dataclasses.replace(config.backbone, width=WIDTH),
@@ -50,7 +50,7 @@ def thin(config):
 
 @functools.cache
 def abstract(config, names=NAMES):
-    """A detector of shapes alone: what has no array afterwards was not filled."""
+    """Returns a detector of shapes without arrays, so that arrays that were not loaded are visible."""
     return jax.eval_shape(lambda: create_detector(config, names, seed=0))
 
 
@@ -242,7 +242,7 @@ def array_at(model, name):
 
 
 def read_into(config, arrays, path, names=NAMES):
-    """Returns (model, report) as `load_weights` makes them."""
+    """Returns (model, report) as in `load_weights`."""
     weights = files.read(write(path, arrays))
     return assign(abstract(config, names), weights, formats_of(weights)[0], where=str(path))
 
@@ -306,7 +306,7 @@ def test_the_names_are_those_of_the_references_own_state(file, config):
 
 
 def test_fully_connected_layers_see_the_same_cells():
-    """On channel, row, column there and row, column, channel here."""
+    """The inputs are ordered by channel, row, column there and by row, column, channel here."""
     generator = np.random.default_rng(0)
     theirs, pooled = generator.standard_normal((5, 3 * 4)), generator.standard_normal((3, 2, 2))
     layout = layouts.after_pooling(2)
@@ -315,7 +315,7 @@ def test_fully_connected_layers_see_the_same_cells():
     np.testing.assert_array_equal(layout.theirs(ours), theirs)
 
 
-def test_the_first_layer_after_pooling_is_read_so_by_every_format(tmp_path):
+def test_every_format_reorders_the_first_layer_after_pooling(tmp_path):
     for config, arrays, key in (
         (vgg16(), vgg16_arrays("features", "classifier", norm=False), "classifier.0.weight"),
         (vgg16(), vgg16_arrays("RCNN_base", "RCNN_top", norm=False), "RCNN_top.0.weight"),
@@ -370,7 +370,7 @@ def test_folded_batch_norm_is_its_factor_and_offset_exactly(tmp_path):
 
 
 def epsilon_0(arrays, path, monkeypatch):
-    """Returns the model from a file whose checksum is that of a published one."""
+    """Returns the model from a file that has the checksum of a published file."""
     write(path, arrays)
     monkeypatch.setitem(tables.PUBLISHED, files.read(path).sha256[:8], tables.TORCHVISION_FPN_EPSILON_0)
     return load_weights(abstract(thin(resnet_fpn(50))), path)
@@ -406,7 +406,7 @@ def test_the_epsilon_of_every_other_file_is_ours(tmp_path):
 def test_a_variance_of_zero_without_epsilon_is_an_error(tmp_path):
     arrays = fpn_arrays()
     arrays["backbone.body.layer1.0.bn2.running_var"][3] = 0.0
-    with pytest.raises(InputError, match=r"in: backbone\.body\.layer1\.0\.bn2\.running_var is not positive"):
+    with pytest.raises(InputError, match=r"in: backbone\.body\.layer1\.0\.bn2\.running_var must be positive"):
         load_weights(abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays), format="torchvision_fpn_epsilon_0")
 
 
@@ -415,7 +415,7 @@ def test_any_missing_array_is_named_with_what_it_is_for(case, tmp_path):
     config, arrays, _, pairs = CASES[case]
     ours, theirs = list(pairs.items())[-1]
     arrays = {name: array for name, array in arrays.items() if name != theirs}
-    with pytest.raises(InputError, match=rf"in: .*{theirs}.* is missing, the source of {ours.replace('.', '/')}"):
+    with pytest.raises(InputError, match=rf"in: .*{theirs}.* is missing, which {ours.replace('.', '/')} needs"):
         load_weights(abstract(thin(config)), write(tmp_path / "in", arrays))
 
 
@@ -425,7 +425,7 @@ def test_any_array_of_another_shape_is_named_with_both_shapes(case, tmp_path):
     ours, theirs = next((ours, theirs) for ours, theirs in pairs.items() if "kernel" in ours)
     wrong = arrays | {theirs: arrays[theirs][:-1].copy()}
     shape = str(wrong[theirs].shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(InputError, match=rf"in: {theirs} has shape {shape}.*{ours.replace('.', '/')}, \("):
+    with pytest.raises(InputError, match=rf"in: {theirs} has shape {shape}.*{ours.replace('.', '/')} with shape \("):
         load_weights(abstract(thin(config)), write(tmp_path / "in", wrong))
 
 
@@ -443,14 +443,14 @@ def test_shapes_that_cannot_be_laid_out_are_named(config, key, tmp_path):
         load_weights(abstract(thin(config)), write(tmp_path / "in", arrays))
 
 
-def test_whole_numbers_are_no_weights(tmp_path):
+def test_integer_arrays_are_refused(tmp_path):
     arrays = fpn_arrays()
     arrays["rpn.head.conv.0.0.bias"] = np.zeros(CHANNELS, np.int64)
-    with pytest.raises(InputError, match=r"in: rpn\.head\.conv\.0\.0\.bias holds int64"):
+    with pytest.raises(InputError, match=r"in: rpn\.head\.conv\.0\.0\.bias must have a floating point .* got int64"):
         load_weights(abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays))
 
 
-def test_half_precision_becomes_ours(tmp_path):
+def test_half_precision_is_read_as_float32(tmp_path):
     arrays = {name: array.astype(jnp.bfloat16) for name, array in fpn_arrays().items()}
     model, _ = read_into(thin(resnet_fpn(50)), arrays, tmp_path / "in")
     bias = array_at(model, "rpn_head.deltas.bias")
@@ -481,7 +481,7 @@ def test_another_network_is_refused(config, arrays, problem, tmp_path):
         load_weights(abstract(thin(config)), write(tmp_path / "in", arrays))
 
 
-def test_a_backbone_of_the_users_own_has_no_place_in_these_files(tmp_path):
+def test_a_custom_backbone_has_no_names_in_these_files(tmp_path):
     model = create_detector(thin(resnet_fpn(50)), NAMES, seed=0)
     model.backbone.extra = FrozenBatchNorm(3)
     with pytest.raises(InputError, match="format torchvision has no name for backbone/extra/bias"):
@@ -495,7 +495,7 @@ def test_other_classes_keep_everything_but_the_last_two_layers(case, tmp_path, c
     fresh = create_detector(config, names, seed=5)
     with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
         model = load_weights(fresh, write(tmp_path / "in", arrays))
-    assert "it is for 2 classes, the model for 3: box_head.class_logits and box_head.deltas start anew" in caplog.text
+    assert "the file has 2 classes, the model 3: box_head.class_logits and box_head.deltas are not" in caplog.text
     assert model.class_names == names
     whole = load_weights(create_detector(config, NAMES, seed=5), tmp_path / "in")
     for layer in ("class_logits", "deltas"):
@@ -511,14 +511,14 @@ def test_other_classes_keep_everything_but_the_last_two_layers(case, tmp_path, c
     assert len(report.kept) == len(report.unused) == 4
 
 
-def test_the_given_model_is_as_before(tmp_path):
+def test_the_given_model_does_not_change(tmp_path):
     model = create_detector(thin(resnet_fpn(50)), NAMES, seed=5)
     before = jax.tree.map(np.array, model)
     load_weights(model, write(tmp_path / "in", fpn_arrays()))
     jax.tree.map(np.testing.assert_array_equal, model, before)
 
 
-def test_what_the_weights_were_trained_with_and_the_model_has_not_is_warned_of(tmp_path, caplog):
+def test_a_setting_that_differs_from_the_training_of_the_weights_is_warned_of(tmp_path, caplog):
     path = write(tmp_path / "in", CASES["caffe"][1])
 
     def warnings(config, **options):
@@ -530,10 +530,10 @@ def test_what_the_weights_were_trained_with_and_the_model_has_not_is_warned_of(t
     assert warnings(resnet_c4(50)) == []
     assert warnings(resnet_fpn(50)) == []
     found = warnings(dataclasses.replace(resnet_c4(50), image=rgb))
-    assert [text for text in found if "model.backbone.stride_in = 3x3, the model has 1x1" in text]
+    assert [text for text in found if "model.backbone.stride_in = 3x3, but the model has 1x1" in text]
     assert len(found) == 2  # and the pooling
     found = warnings(resnet_c4(50), format="torchvision")
-    assert [text for text in found if "model.image.channel_order = rgb, the model has bgr" in text]
+    assert [text for text in found if "model.image.channel_order = rgb, but the model has bgr" in text]
     assert len(found) == 5
 
     # Blocks of two convolutions have no 1x1 to stride in, VGG16 has no blocks.
@@ -548,9 +548,9 @@ def test_what_the_weights_were_trained_with_and_the_model_has_not_is_warned_of(t
 def test_formats_that_are_not_known_are_named(tmp_path):
     path = write(tmp_path / "in", {"a": np.ones(2, np.float32)})
     model = abstract(thin(resnet_fpn(50)))
-    with pytest.raises(InputError, match=r"in: of no known format; it has a …, known are torchvision, caffe"):
+    with pytest.raises(InputError, match=r"in: unknown format; .* are a …, the known formats are torchvision, caffe"):
         load_weights(model, path)
-    with pytest.raises(InputError, match="format torchvisoin is none of torchvision, caffe"):
+    with pytest.raises(InputError, match="format must be one of torchvision, caffe.*, got torchvisoin"):
         load_weights(model, path, format="torchvisoin")
 
 
@@ -566,7 +566,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_out_and_in_again_bit_for_bit_without_a_warning(name, random_weights, tmp_path, caplog):
+def test_saving_and_loading_is_exact_and_without_a_warning(name, random_weights, tmp_path, caplog):
     config = OURS[name] if name == "tiny" else thin(OURS[name])
     model = random_weights(lambda: create_detector(config, NAMES, seed=0), seed=7)
     path = tmp_path / "out.safetensors"
@@ -579,7 +579,7 @@ def test_out_and_in_again_bit_for_bit_without_a_warning(name, random_weights, tm
     # What the weights were trained with goes with them.
     other = dataclasses.replace(config, image=dataclasses.replace(config.image, std=(2.0, 2.0, 2.0)))
     load_weights(abstract(other), path)
-    assert f"model.image.std = {config.image.std}, the model has (2.0, 2.0, 2.0)" in caplog.text
+    assert f"model.image.std = {config.image.std}, but the model has (2.0, 2.0, 2.0)" in caplog.text
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -593,7 +593,7 @@ def test_torchvisions_arrays_come_out_as_they_went_in(version, tmp_path):
         np.testing.assert_array_equal(found[name], array, err_msg=name, strict=True)
 
 
-def test_names_from_before_0_13_come_out_as_those_of_now(tmp_path):
+def test_names_from_before_0_13_are_written_as_current_names(tmp_path):
     old = fpn_arrays(before_0_13=True)
     model, _ = read_into(thin(resnet_fpn(50)), old, tmp_path / "in")
     save_weights(model, tmp_path / "out.safetensors")
@@ -658,10 +658,10 @@ def test_inspect_shows_format_and_arrays(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (("convert", "unknown", "out.safetensors"), "unknown: of no known format"),
-        (("convert", "known", "out.pth"), "out.pth: .safetensors is what is written"),
-        (("convert", "absent", "out.safetensors"), "absent: cannot be read"),
-        (("inspect", "absent"), "absent: cannot be read"),
+        (("convert", "unknown", "out.safetensors"), "unknown: the format is unknown"),
+        (("convert", "known", "out.pth"), "out.pth: the output file must end in .safetensors"),
+        (("convert", "absent", "out.safetensors"), "absent: the file cannot be read"),
+        (("inspect", "absent"), "absent: the file cannot be read"),
     ],
 )
 def test_faults_are_one_line_and_status_2(argv, problem, tmp_path, monkeypatch, capsys):

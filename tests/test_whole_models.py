@@ -1,11 +1,11 @@
-"""Whole detectors with weights made by rule against faster-rcnn.pytorch's: every stage, losses, gradients.
+"""Whole detectors with weights made by a rule, against faster-rcnn.pytorch: every stage, losses, gradients.
 
-The comparison is with its pytorch-1.0 branch on a CPU. What is adapted to it stands here, not in the library:
-inclusive corners become continuous ones (+1); its two objectness logits are compared by their difference;
-its detector sees its recorded regions, padding included, as valid ones (its padding passes through the head);
-its losses see its recorded RoIs, labels and targets (it draws background with replacement) and are normalised
-as it does, by the last image's count in the RPN's box loss. The network is fed on a canvas of the image's
-own size. torch's own float32 run is up to 2e-4 from its float64 run in these models.
+The comparison is with the pytorch-1.0 branch on a CPU. Adaptations to the reference are in this file, not in the
+library. Inclusive corners become continuous ones (+1). The two objectness logits of the reference are compared by their
+difference. Our box head gets the recorded regions of the reference, and padding counts as valid (in the reference,
+padding passes through the head). Our losses get the recorded RoIs, labels and targets (the reference draws background
+with replacement) and are normalised as in the reference: the RPN's box loss by the count of the last image. The canvas
+has the size of the image. In these models, torch's own float32 run differs from its float64 run by up to 2e-4.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ FAMILIES = {
 
 
 def configured(config, score_threshold):
-    """The Caffe line's coder, no minimum size (never applied there), no draw of anchors."""
+    """Returns a configuration with the Caffe box coder, no minimum size (never applied there), no random anchors."""
     return dataclasses.replace(
         config,
         image=ImageConfig(short_side=200, long_side=272, canvases=((208, 272), (272, 208))),
@@ -76,11 +76,11 @@ def case(request):
         return Detector(configured(config, 0.05), names, rng=np.random.default_rng(0))
 
     yield request.param, golden, reference_weights.load(build, table, weights), table
-    jax.clear_caches()  # a program holds what it needed of half a gigabyte
+    jax.clear_caches()  # compiled programs keep up to half a gigabyte in memory
 
 
 def network_input(golden, model, *names):
-    """Through the library's own preprocessing, on a canvas of the image's size."""
+    """Returns the input from the library's own preprocessing, on a canvas of the image's size."""
     return np.stack([to_canvas(golden[name], HW, model.config.image)[0] for name in names])
 
 
@@ -101,13 +101,13 @@ def nchw(features):
 
 
 def samples(values, count):
-    """The recorded values: evenly spread over the flattened array."""
+    """Returns the values at the recorded places, which are evenly spread over the flattened array."""
     flat = np.asarray(values).ravel()
     return flat[np.arange(count) * (flat.size // count)]
 
 
 def per_anchor(maps, values):
-    """[1, values * A, h, w] with the values of an anchor side by side, as [1, h * w * A, values]."""
+    """Returns [1, values * A, h, w], where the values of an anchor are neighbours, as [1, h * w * A, values]."""
     batch, channels, height, width = maps.shape
     maps = maps.reshape(batch, channels // values, values, height, width)
     return maps.transpose(0, 3, 4, 1, 2).reshape(batch, -1, values)
@@ -184,9 +184,9 @@ def test_region_features_logits_and_deltas(case, head_outputs):
 def kept_first(golden, recorded, deltas):
     """Yields (class, order of the recorded regions in which those that the reference kept for it come first).
 
-    Regions thinner than a feature cell, or beyond the last one, share their features with others exactly, and
-    so their scores; which of them suppresses the others comes out of the reference's unstable sort. Ours
-    takes the first. Regions of different scores are not affected by their order.
+    Regions thinner than a feature cell or beyond the last one have exactly the same features, and so the same scores,
+    as other regions. The unstable sort of the reference decides which of them suppresses the others; ours takes the
+    first. The order does not affect regions of different scores.
     """
     regions = jnp.asarray(continuous(golden["rois"][0, :, None, 1:]))
     boxes = decode(deltas, regions, stds=(0.1, 0.1, 0.2, 0.2), max_log_scale=None, far_corner_offset=1)
@@ -220,7 +220,7 @@ def test_detections_in_the_recorded_regions(case, head_outputs, recorded, score_
     boxes, scores, labels = boxes[best], scores[best], labels[best]
     theirs = golden[recorded]
     if len(theirs) > 100:
-        # Of detections that share the hundredth score the reference keeps all: those above it are compared.
+        # The reference keeps all detections that share the hundredth score; detections above it are compared.
         least = np.sort(theirs[:, 5])[-100] + 1e-6
         theirs, chosen = theirs[theirs[:, 5] > least], scores > least
         boxes, scores, labels = boxes[chosen], scores[chosen], labels[chosen]
@@ -228,7 +228,7 @@ def test_detections_in_the_recorded_regions(case, head_outputs, recorded, score_
     theirs = theirs[np.argsort(-theirs[:, 5], kind="stable")]
     concept = f"{name}: detections above {score_threshold}"
     compare(concept, REFERENCE, "scores", scores, theirs[:, 5], atol=3e-4)
-    # Scores closer than they are known may change places: each of theirs is paired with the nearest of ours.
+    # Scores closer than the tolerance may change places, so each of theirs is paired with the nearest of ours.
     pairs = []
     for label, *box, score in theirs:
         near = np.flatnonzero((labels == label) & (np.abs(scores - score) <= 3e-4))
@@ -241,14 +241,14 @@ def test_detections_in_the_recorded_regions(case, head_outputs, recorded, score_
     compare(concept, REFERENCE, "boxes", boxes[pairs], continuous(theirs[:, 1:5]), atol=0.03)
 
 
-def test_the_whole_of_detect_finds_what_is_found_in_its_own_proposals(case, forward):
-    """`detect` itself: its proposals are the recorded valid ones, so it finds all that does not rest on padding."""
+def test_detect_finds_the_same_detections_as_the_head_on_its_own_proposals(case, forward):
+    """The proposals of `detect` are the recorded valid ones, so it finds every detection that is not from padding."""
     name, golden, model, _ = case
     images = network_input(golden, model, "image")
     found = jax.jit(detect)(model, images, IMAGE_HW, np.ones((1, 2), np.float32))
     rois = recorded_regions(golden)
     valid = jnp.asarray(golden["rois"][:, :, 1:].any(axis=-1))
-    if name == "ResNet-101-C4":  # one of its proposals is the single pixel at the origin, which reads as padding
+    if name == "ResNet-101-C4":  # one proposal is the single pixel at the origin, which looks like padding
         valid = jnp.ones_like(valid)
     among = jax.jit(detections_in_regions)(model, forward[0], rois._replace(valid=valid), jnp.asarray(IMAGE_HW))
     np.testing.assert_array_equal(found.valid, among.valid)
@@ -321,13 +321,13 @@ def test_gradients_of_the_sum_of_the_losses(case, training):
         ours = by_key[str(key)]
         ours_norm = np.linalg.norm(ours.astype(np.float64))
         compare(f"{name}: gradients", REFERENCE, f"norm of {key}", ours_norm, norm, rtol=1e-3)
-        # A single entry is known to a part of the whole gradient's size per entry.
+        # A single entry is known only relative to the root mean square of the gradient.
         tolerance = dict(atol=1e-3 * norm / np.sqrt(ours.size), rtol=1e-3)
         compare(f"{name}: gradients", REFERENCE, f"entries of {key}", samples(ours, 8), values, **tolerance)
 
 
-def test_what_the_reference_never_trains_is_not_trained(case, training):
-    """Its frozen parameters are our constants and fixed stages; nothing else is missing from the gradient."""
+def test_parameters_that_the_reference_never_trains_are_not_trained(case, training):
+    """The frozen parameters of the reference are our constants and fixed stages; all others have a gradient."""
     _, golden, _, table = case
     trained = {table[path].key for path in training[1]}
     frozen = {str(key) for key in golden["params_without_grad"]}

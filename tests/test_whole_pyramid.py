@@ -1,9 +1,9 @@
-"""torchvision's ResNet-50-FPN with weights made by rule: every stage, detections from the uint8 image on, training.
+"""torchvision's ResNet-50-FPN with weights made by a rule: every stage, detections from the uint8 image, training.
 
-The weights go through the library's own reader: a file with torchvision's names is written and loaded. Adapted to
-the reference here: the canvases are those of its batches; in training its samplers take every labelled anchor and
-every proposal (1000 of each level to 300), so that nothing is left to a draw. torch's own float32 run is up to 2e-4
-from its float64 run in class logits. Tolerances are those of the issue: scores 3e-4, boxes 0.03 pixels.
+The library's own reader loads the weights from a file with torchvision's names. Adaptations to the reference: the
+canvases have the sizes of its batches; in training its samplers take every labelled anchor and every proposal (1000 of
+each level to 300), so that nothing is random. In class logits, torch's own float32 run differs from its float64 run by
+up to 2e-4. The tolerances, 3e-4 for scores and 0.03 pixels for boxes, were given before the comparison.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ def case(request, tmp_path_factory):
         config.image, short_side=192, long_side=400, canvases=((256, 288), (288, 256), (416, 416))
     )
     names = tuple(f"class{k}" for k in range(1, request.param))
-    # The recorded gradients are of all stages.
+    # The recorded gradients are those of all stages.
     config = dataclasses.replace(config, image=image, backbone=dataclasses.replace(config.backbone, fixed_stages=0))
     model = Detector(config, names, rng=np.random.default_rng(0))
     yield f"ResNet-50-FPN, {request.param} classes", golden, load_weights(model, path)
-    jax.clear_caches()  # a program holds what it needed of the weights
+    jax.clear_caches()  # compiled programs keep the weights in memory
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_features_objectness_and_deltas(case, forward):
         theirs = golden[f"fpn_{key}_samples"]
         compare(f"{name}: features", REFERENCE, f"P{i + 2}", samples(nchw(values), 256), theirs, atol=1e-4)
     compare(f"{name}: features", REFERENCE, "objectness", objectness, golden["rpn_objectness"], atol=2e-4)
-    theirs = golden["rpn_deltas"]  # of 21 classes every seventh alone
+    theirs = golden["rpn_deltas"]  # only every seventh of 21 classes
     ours = deltas[:, :: -(-deltas.shape[1] // theirs.shape[1])]
     compare(f"{name}: features", REFERENCE, "RPN deltas", ours, theirs, atol=1e-4)
 
@@ -115,7 +115,7 @@ def test_anchors_are_identical(case, forward):
 
 
 def test_proposals_are_the_same_boxes_in_the_same_order(case, inputs, forward, monkeypatch):
-    """Those that `detect` hands to its second half."""
+    """Compares the proposals that `detect` passes to its second half."""
     name, golden, model = case
     handed = []
 
@@ -235,6 +235,6 @@ def test_gradients_of_the_sum_of_the_losses(case, training):
         ours = by_key[str(key)]
         ours_norm = np.linalg.norm(ours.astype(np.float64))
         compare(f"{name}: gradients", REFERENCE, f"norm of {key}", ours_norm, norm, rtol=1e-3)
-        # A single entry is known to a part of the whole gradient's size per entry.
+        # A single entry is known only relative to the root mean square of the gradient.
         tolerance = dict(atol=1e-3 * norm / np.sqrt(ours.size), rtol=1e-3)
         compare(f"{name}: gradients", REFERENCE, f"entries of {key}", samples(ours, 8), values, **tolerance)

@@ -1,4 +1,4 @@
-"""Detectors by name: what they are, which file fits them, and a user who cannot get the preprocessing wrong."""
+"""Tests detectors by name: their settings, the files that fit them, and their preprocessing."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def assert_equal(one, other):
 
 @pytest.fixture
 def thin_zoo(monkeypatch):
-    """The zoo with few channels and two classes in each model."""
+    """Returns the zoo with few channels and two classes in each model."""
     models = {
         name: info._replace(config=thin(info.config), class_names=("ring", "disc")) for name, info in zoo.MODELS.items()
     }
@@ -91,18 +91,18 @@ def test_a_model_is_made_for_so_many_classes_or_for_named_ones(thin_zoo):
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
-        (("resnet50",), {}, InputError, "no model is named 'resnet50'; there are resnet50_fpn, resnet50_fpn_v2"),
+        (("resnet50",), {}, InputError, "no model is named 'resnet50'; the models are resnet50_fpn, resnet50_fpn_v2"),
         (("vgg16_voc", ("a",)), dict(num_classes=1), ValueError, "not both"),
         (("vgg16_voc",), dict(num_classes=0), ValueError, "at least 1, got 0"),
         ((tiny.MODEL,), {}, ValueError, "needs class_names or num_classes"),
     ],
 )
-def test_what_cannot_be_made_is_refused(arguments, options, error, message):
+def test_invalid_arguments_are_refused(arguments, options, error, message):
     with pytest.raises(error, match=message):
         fasterrcnn_jax.create(*arguments, **options)
 
 
-def test_weights_go_where_load_weights_puts_them(thin_zoo, tmp_path):
+def test_weights_are_loaded_as_by_load_weights(thin_zoo, tmp_path):
     path = file_of(tmp_path, version=1)
     made = fasterrcnn_jax.create("resnet50_fpn", weights=path)
     assert_equal(made, fasterrcnn_jax.load_weights(fasterrcnn_jax.create("resnet50_fpn"), path))
@@ -122,12 +122,12 @@ def test_a_file_finds_its_model_by_what_it_holds(thin_zoo, tmp_path, version, na
 
 
 def test_a_file_of_no_model_is_refused(tmp_path):
-    """Thin weights, and the zoo as it is published."""
-    with pytest.raises(InputError, match="weights.safetensors: no model of resnet50_fpn, .* is filled by it"):
+    """The weights have few channels, the models of the zoo do not."""
+    with pytest.raises(InputError, match="weights.safetensors: the file fits none of the models resnet50_fpn, "):
         fasterrcnn_jax.load(file_of(tmp_path, version=1))
 
 
-def test_a_run_is_loaded_as_ever(tmp_path):
+def test_a_run_folder_is_loaded(tmp_path):
     config = tiny.config(tmp_path)
     model = zoo.create(config.model, tiny.CLASS_NAMES)
     _, state = create_state(model, create_optimizer(config.train), seed=0)
@@ -142,7 +142,7 @@ def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatc
     path = file_of(tmp_path, version=1, name=published)
     model = fasterrcnn_jax.create("resnet50_fpn")
     for use in (fasterrcnn_jax.load, lambda path: fasterrcnn_jax.load_weights(model, path)):
-        with pytest.raises(InputError, match=f"{published}: its checksum is not the 258fb6c6 of its name"):
+        with pytest.raises(InputError, match=f"{published}: the SHA-256 must start with 258fb6c6"):
             use(path)
     # The digits of a model that we do not know are no checksum to us: a date, for instance.
     dated = path.rename(tmp_path / "mine-20261124.pth")
@@ -153,8 +153,8 @@ def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatc
     assert fasterrcnn_jax.load(right).config == thin_zoo["resnet50_fpn"].config
 
 
-def test_preprocessing_is_the_models_own():
-    """RGB in units of their spread for torchvision's weights, BGR minus means for Caffe's: nobody has to say so."""
+def test_the_model_brings_its_own_preprocessing():
+    """torchvision's weights get normalised RGB, Caffe's get BGR minus means; the user sets neither."""
     red = np.full((600, 800, 3), (250, 20, 20), np.uint8)
     for name, first, last in (("resnet50_fpn", 2.16, -1.46), ("resnet101_c4_voc", -82.98, 127.23)):
         config = fasterrcnn_jax.model_info(name).config
@@ -164,8 +164,8 @@ def test_preprocessing_is_the_models_own():
 
 
 @pytest.mark.parametrize("name", ["resnet50_fpn_detectron2", "resnet50_fpn_v2"])
-def test_what_we_wrote_comes_back_as_the_very_same_detector(thin_zoo, tmp_path, name):
-    """Configuration and class names too, however they were changed; also through `weights convert` of the file."""
+def test_a_saved_detector_is_loaded_as_the_same_detector(thin_zoo, tmp_path, name):
+    """Also the configuration and class names, if they were changed, and after `weights convert`."""
     config = thin_zoo[name].config
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, short_side=600))
     model = fasterrcnn_jax.create(config, ("a", "b", "c"), seed=4)
@@ -178,7 +178,7 @@ def test_what_we_wrote_comes_back_as_the_very_same_detector(thin_zoo, tmp_path, 
 
 
 def test_a_file_of_another_program_is_a_model_of_that_program(tmp_path, monkeypatch):
-    """detectron2's weights fill torchvision's detector too, and would be fed the wrong pixels there."""
+    """detectron2's weights would also fit torchvision's detector, but with the wrong preprocessing."""
     shapes = published_names.detectron2_fpn(50, WIDTH, channels=CHANNELS, fc=FC, classes=2)
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(by_rule(shapes), path)
@@ -187,6 +187,6 @@ def test_a_file_of_another_program_is_a_model_of_that_program(tmp_path, monkeypa
     assert fasterrcnn_jax.load(path).config == models["resnet50_fpn_detectron2"].config
 
 
-def test_nothing_there_is_said_so(tmp_path):
+def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(InputError, match="nothing.pth: no such file or folder"):
         fasterrcnn_jax.load(tmp_path / "nothing.pth")

@@ -1,4 +1,4 @@
-"""A detector and data sets so small that a test can afford them."""
+"""A detector and data sets that are small enough for tests."""
 
 import contextlib
 import dataclasses
@@ -25,6 +25,7 @@ from fasterrcnn_jax.config import (
     TrainConfig,
 )
 from fasterrcnn_jax.config.families import IMAGENET_RGB
+from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
 
 CLASS_NAMES = ("ring", "disc")
@@ -58,7 +59,7 @@ FPN = dataclasses.replace(
 
 @contextlib.contextmanager
 def quick_compilation():
-    """Programs compiled meanwhile take a fraction of the time to build, and longer to run."""
+    """Inside this context, programs compile much faster and run slower."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -66,7 +67,7 @@ def quick_compilation():
 
 @contextlib.contextmanager
 def restored_logging():
-    """A script sets up the log and the compilation cache of its program; afterwards they are as before."""
+    """Restores the log and the compilation cache, which a script changes for its process."""
     names = (None, "fasterrcnn_jax", "absl", "asyncio")
     levels = {name: logging.getLogger(name).level for name in names}
     handlers, cache = logging.getLogger().handlers[:], jax.config.jax_compilation_cache_dir
@@ -78,7 +79,7 @@ def restored_logging():
 
 
 def config(folder: Path, **train) -> Config:
-    """Returns a run in `folder` on the data set in `folder`/voc; the first stage is not trained."""
+    """Returns the configuration of a run in `folder` on the data set in `folder`/voc; the first stage is fixed."""
     options = dict(steps=6, batch_size=4, learning_rate=0.01, warmup_steps=0, checkpoint_every=2)
     return Config(
         run=folder / "run",
@@ -88,8 +89,16 @@ def config(folder: Path, **train) -> Config:
     )
 
 
+def write_config(path: Path, config: Config) -> Path:
+    """Writes a configuration file that builds `config`; returns its path."""
+    path.write_text(
+        f"from fasterrcnn_jax.config.text import from_json\n\nconfig = from_json({to_json(config)!r}, 'test')\n"
+    )
+    return path
+
+
 def dataset(folder: Path, images, *, difficult=None, crowd=None, class_names=CLASS_NAMES) -> Dataset:
-    """Writes (pixels, boxes, labels) triples as PNG files; returns their records."""
+    """Writes (pixels, boxes, labels) triples as PNG files and returns their data set."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index, (pixels, boxes, labels) in enumerate(images):

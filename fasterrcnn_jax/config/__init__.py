@@ -1,7 +1,7 @@
-"""Every setting, as frozen dataclasses: hashable, so the parts that shape a program are static arguments.
+"""All settings, as frozen dataclasses. They are hashable, so compiled functions take them as static arguments.
 
-The docstring under a field is its help text on the command line. The defaults are those of py-faster-rcnn and
-faster-rcnn.pytorch; docs/reference.md names the place of each in their code.
+The docstring under a field is its help text on the command line. The defaults come from py-faster-rcnn and
+faster-rcnn.pytorch; docs/reference.md names the place of each default in their code.
 """
 
 from fasterrcnn_jax.config.data import AugmentConfig, DataConfig, ShapesConfig

@@ -1,4 +1,4 @@
-"""The conditions that a field's value is held to. Each raises ValueError that names field and value."""
+"""Checks of field values. Each raises a ValueError that names the field and the value."""
 
 
 def require(condition: bool, message: str) -> None:

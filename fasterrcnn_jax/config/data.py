@@ -1,4 +1,4 @@
-"""Settings of the images and labels that a run reads."""
+"""Settings of the data: the images and labels that a run reads."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from fasterrcnn_jax.config.checks import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
-    """The embedded data set, drawn on first use."""
+    """The built-in data set of drawn shapes, made on first use."""
 
     num_train: int = 600
-    """training images"""
+    """number of training images"""
     num_test: int = 150
-    """held-out images"""
+    """number of test images"""
     seed: int = 0
-    """another seed draws other images"""
+    """random seed of the drawn images"""
 
     def __post_init__(self):
         require_positive(num_train=self.num_train, num_test=self.num_test)
@@ -30,16 +30,17 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How training images vary, beside flip and crop_aspect: drawn for each image in each epoch."""
+    """Random augmentation of training images, in addition to flip and crop_aspect; drawn anew in each epoch."""
 
     short_sides: tuple[int, ...] = ()
-    """one is drawn in place of model.image.short_side; long_side and canvases stay; empty: always the model's"""
+    """short sides to draw from, instead of model.image.short_side; long_side and canvases do not change; empty: always
+    model.image.short_side"""
     scale_jitter: tuple[float, float] | None = None
-    """the image is resized once more by a factor from this range, cut where it is larger than its canvas and smaller
-    on it otherwise; (0.1, 2.0) is large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177); None: never"""
+    """range (low, high) of a random factor that resizes the image once more; the image is cropped if it is then larger
+    than its canvas; (0.1, 2.0) is large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177); None: no jitter"""
     photometric: bool = False
-    """brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD
-    (Liu et al. 2016, arXiv:1512.02325); in no shipped configuration, as none of the recipes they follow has it"""
+    """change brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD (Liu et al.
+    2016, arXiv:1512.02325); off in all shipped configurations, because their recipes do not use it"""
 
     def __post_init__(self):
         if self.short_sides:
@@ -51,51 +52,55 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: a folder in VOC layout, a VOCdevkit, COCO json, or a set of TensorFlow Datasets."""
+    """Labelled images: a folder in VOC layout, a VOCdevkit, COCO JSON, or a data set of TensorFlow Datasets (TFDS)."""
 
     root: Path
-    """voc: holds JPEGImages, Annotations and ImageSets/Main; vocdevkit: holds VOC2007, VOC2012; coco: holds
-    annotations and images; tfds: TFDS's data_dir"""
+    """folder of the data set; layout voc: contains JPEGImages, Annotations and ImageSets/Main; vocdevkit: contains
+    VOC2007 and VOC2012; coco: contains the annotations and the images; tfds: the data_dir of TFDS"""
     layout: Literal["voc", "vocdevkit", "coco", "tfds"] = "voc"
-    """how root is laid out"""
+    """file layout of root"""
     coco_annotations: str = "annotations/instances_{split}.json"
-    """of coco: annotation file of a split, below root"""
+    """layout coco: annotation file of a split, relative to root"""
     coco_images: str = "{split}"
-    """of coco: folder of a split's images, below root"""
+    """layout coco: folder of a split's images, relative to root"""
     tfds_name: str | None = None
-    """of tfds: NAME/CONFIG of the set, as voc/2007, or a version of it, as voc/2007:5.0.0"""
+    """layout tfds: NAME/CONFIG of the data set, for example voc/2007, or one version of it, for example
+    voc/2007:5.0.0"""
     class_names: tuple[str, ...] = ()
-    """the objects' names in the annotations, without background; of coco and tfds, when empty, all that the set
-    declares, in its order"""
+    """names of the object classes in the annotations, without background; if empty with layout coco or tfds: all
+    classes of the data set, in its order"""
     train_split: str = "train"
-    """splits to train on, joined by +; voc: ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, as 2007_trainval;
-    coco: the word in the file's name; tfds: the set's own, as train, or a part, as train[:90%]"""
+    """splits to train on, joined by +; layout voc: NAME of ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, for example
+    2007_trainval; coco: the {split} of coco_annotations; tfds: a split of the data set, for example train, or a part of
+    one, for example train[:90%]"""
     test_split: str = "test"
-    """splits to evaluate on"""
+    """splits to evaluate on, written like train_split"""
     max_boxes: int = 100
-    """ground-truth slots per image; further boxes are not trained on, counted in a warning"""
+    """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False
-    """train on objects marked difficult"""
+    """train on objects that are marked difficult too"""
     keep_empty: bool = False
-    """train on images without a box, as background alone"""
+    """train on images without boxes too; they are background only"""
     flip: Literal["double", "random", "none"] = "double"
-    """mirrored images: each once more per epoch, each with probability one half, or none"""
+    """mirrored images: double adds a mirrored copy of every image to each epoch, random mirrors each image with
+    probability one half, none mirrors no image"""
     crop_aspect: float | None = 2.0
-    """training images longer than this many times their short side are cropped to it around their boxes;
-    None: never"""
+    """largest ratio of long side to short side of a training image; longer images are cropped to it around their boxes;
+    None: no cropping"""
     rank_by_aspect: bool = True
-    """batches hold images that are neighbours in the order of width / height"""
+    """sort training images by width / height, so that each batch holds images of similar shape"""
     augment: AugmentConfig = AugmentConfig()
-    """how training images vary in size, place and colour"""
+    """random augmentation of training images: size, position and colour"""
     threads: int = 2
-    """that decode and resize training images ahead of the device; batches have the same bits with any number"""
+    """number of threads that decode and resize training images ahead of the device; the batches are bit-identical for
+    any number"""
     cache_mb: int = 0
-    """decoded training images are kept in memory up to so many megabytes, and those are not decoded again; 0: none"""
+    """megabytes of memory for decoded training images, which are then not decoded again; 0: no cache"""
     faults: Literal["error", "skip"] = "error"
-    """at an image or an object that cannot be used: stop, or skip it with a warning; skip decodes every image
-    when it reads the annotations"""
+    """what to do with an image or object that cannot be used: stop with an error, or skip it with a warning; skip
+    decodes every image once when it reads the annotations"""
     shapes: ShapesConfig | None = None
-    """draw the embedded data set into root when it is not there yet"""
+    """make the built-in data set of drawn shapes in root if it is not there yet"""
 
     def __post_init__(self):
         require_positive(max_boxes=self.max_boxes, threads=self.threads)
@@ -104,12 +109,12 @@ class DataConfig:
             require(self.crop_aspect >= 1.0, f"crop_aspect must be at least 1, got {self.crop_aspect}")
         require(
             (self.layout == "tfds") == (self.tfds_name is not None),
-            f"tfds_name is for layout tfds, which needs it, got {self.tfds_name!r} with {self.layout}",
+            f"layout tfds needs tfds_name, and no other layout takes it, got {self.tfds_name!r} with {self.layout}",
         )
         if self.tfds_name is not None:
             require(
                 re.fullmatch(r"[a-z0-9_]+(/[\w-][\w.-]*)?(:\d+\.\d+\.\d+)?", self.tfds_name) is not None,
-                f"tfds_name must be NAME or NAME/CONFIG, and :VERSION if wanted, got {self.tfds_name!r}",
+                f"tfds_name must be NAME or NAME/CONFIG, optionally with :VERSION, got {self.tfds_name!r}",
             )
         repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
-        require(not repeated, f"class_names holds {sorted(repeated)} more than once")
+        require(not repeated, f"class_names contains {sorted(repeated)} more than once")

@@ -1,7 +1,7 @@
-"""The detectors and schedules of the reference code bases, as functions that build configurations.
+"""Functions that build the configurations of the reference implementations: detectors and schedules.
 
-Values are those of faster-rcnn.pytorch (cfgs/*.yml, trainval_net.py and the tables of its README); of pyramids
-those of torchvision and detectron2.
+The values come from faster-rcnn.pytorch (cfgs/*.yml, trainval_net.py and the tables in its README). The values for
+feature pyramids come from torchvision and detectron2.
 """
 
 import math
@@ -22,7 +22,7 @@ from fasterrcnn_jax.config import (
     RpnConfig,
 )
 
-# How torchvision's weights expect pixels; fields of `ImageConfig`.
+# Fields of `ImageConfig`: the pixel format that torchvision's weights expect.
 IMAGENET_RGB = {
     "channel_order": "rgb",
     "mean": (123.675, 116.28, 103.53),
@@ -32,7 +32,8 @@ IMAGENET_RGB = {
 # Fields of `TrainConfig`.
 VGG16_TRAINING = {"weight_decay": 5e-4, "double_bias": True, "clip_norm": 10.0}
 RESNET_TRAINING = {"weight_decay": 1e-4, "double_bias": False}
-# 16 images over 8 devices: torchvision's and detectron2's. Objectness is one logit there too.
+# torchvision and detectron2 train on 16 images over 8 devices. Their objectness is one logit, as ours, so its learning
+# rate is not doubled.
 FPN_TRAINING = {
     "batch_size": 16,
     "learning_rate": 0.02,
@@ -42,7 +43,7 @@ FPN_TRAINING = {
     "double_objectness": False,
 }
 
-# Batch size -> learning rate, epochs before it falls to a tenth, epochs in all for VGG16 and for ResNet-101.
+# Batch size -> learning rate, epochs before it falls to a tenth, total epochs for VGG16, total epochs for ResNet-101.
 _VOC_SCHEDULES = {
     1: (1e-3, 5, 6, 7),
     4: (4e-3, 8, 9, 10),
@@ -51,14 +52,25 @@ _VOC_SCHEDULES = {
 }
 
 
-def resnet_c4(depth: Literal[50, 101, 152]) -> ModelConfig:
-    """Returns the Caffe-style ResNet-C4 detector: stages 1-3 shared, stage 4 per region, mean over its cells.
+# The names of the ResNets by depth.
+_RESNETS: dict[int, Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]] = {
+    18: "resnet18",
+    34: "resnet34",
+    50: "resnet50",
+    101: "resnet101",
+    152: "resnet152",
+}
 
-    Depth 50 has twice the RoIs and crops its regions (res50.yml); the others align (res101.yml).
+
+def resnet_c4(depth: Literal[50, 101, 152]) -> ModelConfig:
+    """Returns the Caffe-style ResNet-C4 detector.
+
+    All regions share stages 1-3. Stage 4 runs on each region and is averaged over its cells. Depth 50 samples twice
+    as many RoIs and crops them (res50.yml); the other depths use RoIAlign (res101.yml).
     """
     small = depth == 50
     return ModelConfig(
-        backbone=BackboneConfig(name=f"resnet{depth}"),
+        backbone=BackboneConfig(name=_RESNETS[depth]),
         roi_sampling=RoiSamplingConfig(rois_per_image=256 if small else 128),
         roi_features=RoiFeaturesConfig(operator="crop" if small else "align"),
     )
@@ -81,9 +93,9 @@ def resnet_fpn(
 ) -> ModelConfig:
     """Returns torchvision's ResNet-FPN detector (fasterrcnn_resnet50_fpn), at short side 800 and long side 1333.
 
-    Version 2 is fasterrcnn_resnet50_fpn_v2: normalisation in the pyramid, two convolutions in the RPN, four and
-    one fully connected layer in the box head. Group normalisation, for training from nothing, goes everywhere
-    and comes with masked padding.
+    Version 2 is fasterrcnn_resnet50_fpn_v2: normalisation in the pyramid, two convolutions in the RPN, and four
+    convolutions and one fully connected layer in the box head. Norm "group" is for training from random weights: it
+    uses group normalisation in the whole network and masks the padding.
     """
     scratch, second = norm == "group", version == 2
     proposals = {"nms_threshold": 0.7, "min_size": 1e-3, "drop_small": "after_top_n"}
@@ -96,7 +108,7 @@ def resnet_fpn(
             **IMAGENET_RGB,
         ),
         backbone=BackboneConfig(
-            name=f"resnet{depth}",
+            name=_RESNETS[depth],
             norm=norm,
             stride_in="3x3",
             stem_pool="padded",
@@ -128,8 +140,9 @@ def resnet_fpn(
 def detectron2_fpn(depth: Literal[50, 101]) -> ModelConfig:
     """Returns the ResNet-FPN detector with the defaults of detectron2 (Base-RCNN-FPN.yaml).
 
-    Caffe-style network and BGR means, anchors that are not rounded and 64 pixels apart on P6, aligned adaptive
-    RoIAlign, L1 in both box losses: sigma 1000 differs from it by less than 1e-6 per value.
+    It differs from torchvision's detector in the Caffe-style network and BGR means, in anchors that are not rounded
+    and lie 64 pixels apart on P6, in aligned adaptive RoIAlign, and in the L1 box losses. Smooth L1 with sigma 1000
+    differs from L1 by less than 1e-6 per value.
     """
     model = resnet_fpn(depth)
     return replace(
@@ -150,7 +163,7 @@ def detectron2_fpn(depth: Literal[50, 101]) -> ModelConfig:
 
 
 def coco_scales(model: ModelConfig) -> ModelConfig:
-    """Returns the detector for COCO at short side 800: a smaller anchor scale, more proposals (res101_ls.yml)."""
+    """Returns `model` adapted to COCO: short side 800, one smaller anchor scale, more proposals (res101_ls.yml)."""
     return replace(
         model,
         image=replace(
@@ -167,13 +180,13 @@ def coco_scales(model: ModelConfig) -> ModelConfig:
 def voc_schedule(
     batch_size: Literal[1, 4, 16, 24], *, images: int, backbone: Literal["vgg16", "resnet101"]
 ) -> dict[str, Any]:
-    """Returns the fields of `TrainConfig` for a batch size that the reference publishes results for.
+    """Returns the fields of `TrainConfig` for a batch size with published results in faster-rcnn.pytorch.
 
-    Momentum SGD. VGG16: weight decay 5e-4, biases at twice the rate, gradients clipped at norm 10; ResNet:
-    weight decay 1e-4. Biases never decay.
+    The optimizer is SGD with momentum. VGG16 uses weight decay 5e-4, twice the learning rate for biases, and gradients
+    clipped at norm 10. ResNet uses weight decay 1e-4. Biases never decay.
 
     Args:
-      images: per epoch, mirrored copies included.
+      images: number of images per epoch, including mirrored copies.
     """
     learning_rate, decay_epochs, *epochs = _VOC_SCHEDULES[batch_size]
     is_vgg = backbone == "vgg16"

@@ -1,4 +1,4 @@
-"""Settings of the detector: its input, its layers, its proposals, its losses. Part of every checkpoint."""
+"""Settings of the detector: its input, layers, proposals and losses. Every checkpoint stores them."""
 
 import dataclasses
 from typing import Literal
@@ -14,25 +14,27 @@ from fasterrcnn_jax.structures import MAX_LOG_SCALE, PerDelta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How an image becomes network input. Part of the model: weights fit one preprocessing."""
+    """Preprocessing of images into network input. It belongs to the model: weights fit only one preprocessing."""
 
     short_side: int = 600
-    """pixels that the shorter side is resized to"""
+    """length of the shorter image side after resizing, in pixels"""
     long_side: int = 1000
-    """the longer side never exceeds this; the shorter one then stays below short_side"""
+    """largest length of the longer image side after resizing, in pixels; the shorter side of an elongated image then
+    stays below short_side"""
     size_rounding: Literal["nearest", "down"] = "nearest"
-    """how resized sides become whole pixels; down is torchvision's"""
+    """how resized side lengths are rounded to whole pixels; torchvision rounds down"""
     canvases: tuple[tuple[int, int], ...] = ((608, 800), (800, 608), (608, 1008), (1008, 608))
-    """padded (height, width); an image goes onto the smallest it fits; one compilation each"""
+    """sizes (height, width) of the padded network input; each image is put on the smallest canvas that holds it; the
+    network is compiled once per canvas"""
     channel_order: Literal["bgr", "rgb"] = "bgr"
     """order of the network's input channels, and of mean and std"""
     mean: tuple[float, float, float] = (102.9801, 115.9465, 122.7717)
-    """subtracted from values in 0..255"""
+    """channel means, subtracted from pixel values in 0..255"""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """divides after the subtraction"""
+    """divisors of the channels, after the means are subtracted"""
     pixel_dtype: Literal["float32", "uint8"] = "float32"
-    """of the resized images; uint8 rounds them to whole grey levels and leaves the normalisation to the device: a
-    quarter of the bytes to make and to send; for models that were trained so"""
+    """data type of the resized images; uint8 rounds them to whole grey levels and normalises them on the device, so
+    that only a quarter of the bytes is prepared and sent; only for models that were trained with it"""
 
     def __post_init__(self):
         require_positive(short_side=self.short_side, std=min(self.std))
@@ -54,32 +56,34 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The shared layers: VGG16 up to conv5_3, ResNet up to conv4_x (C4), where stage 4 runs per region, or all
-    of ResNet under a feature pyramid."""
+    """The layers that all regions share: VGG16 up to conv5_3; ResNet up to conv4_x (C4), with stage 4 in the box head;
+    or all of ResNet, under a feature pyramid."""
 
     name: Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
-    """Simonyan and Zisserman 2014 (arXiv:1409.1556), He et al. 2015 (arXiv:1512.03385); bottlenecks from 50 on;
-    what else belongs to VGG16 is in configs/voc_vgg16.py"""
+    """network: VGG16 (Simonyan and Zisserman 2014, arXiv:1409.1556) or a ResNet (He et al. 2015, arXiv:1512.03385),
+    with bottleneck blocks from depth 50; VGG16 also needs the other settings in configs/voc_vgg16.py"""
     own: str | None = None
-    """MODULE:CLASS of a backbone of your own, in place of name; docs/backbone.md"""
+    """MODULE:CLASS of a backbone of your own, used instead of name; see docs/backbone.md"""
     width: int = 64
-    """channels of the first layer; 64 is the published net, less makes a thinner one"""
+    """channels of the first layer; 64 is the published network, a smaller number makes every layer thinner"""
     stride: Literal[8, 16] = 16
-    """network pixels per feature cell; 8 keeps small objects apart at four times the cost"""
+    """input pixels per feature cell; 8 separates small objects better, at four times the cost"""
     norm: Literal["none", "frozen_batch", "group"] = "frozen_batch"
-    """none is the plain VGG16, frozen_batch suits weights from outside, group training from nothing"""
+    """normalisation layers: none for the plain VGG16, frozen_batch (fixed batch normalisation) for pretrained weights,
+    group (group normalisation) for training from random weights"""
     stride_in: Literal["1x1", "3x3"] = "1x1"
-    """which convolution of a bottleneck strides: the first 1x1 (Caffe) or the 3x3 (torchvision)"""
+    """convolution of a ResNet bottleneck that has the stride: the first 1x1 (Caffe) or the 3x3 (torchvision)"""
     stem_pool: Literal["ceil", "padded"] = "ceil"
-    """ResNet's 3x3 max pooling after the stem: unpadded but for partial windows at the far border (Caffe), or
+    """ResNet's 3x3 max pooling after the stem: without padding, with partial windows at the far border (Caffe), or
     padded by 1 (torchvision)"""
     fixed_stages: int = 1
-    """leading stages that are never trained, the stem with the first: 1 for ResNet, 2 (conv1_1 to conv2_2) for VGG16"""
+    """number of leading stages that are never trained; the stem belongs to the first; 1 for ResNet, 2 (conv1_1 to
+    conv2_2) for VGG16"""
     mask_padding: bool = False
-    """zero the padding after every layer and leave it out of group statistics, so that results do not
-    depend on it; on for training from nothing, off for weights trained without"""
+    """set the padding to zero after every layer and leave it out of group statistics, so that results do not depend on
+    it; on for training from random weights, off for weights that were trained without it"""
     remat: bool = False
-    """compute what each stage holds again when its gradient is due, in place of keeping it: less memory, more time"""
+    """recompute the activations of each stage for its gradient instead of keeping them: less memory, more time"""
 
     def __post_init__(self):
         require(
@@ -88,7 +92,7 @@ class BackboneConfig:
         )
         require(
             self.norm != "none" or self.name == "vgg16",
-            f"norm none is for vgg16, a {self.name} needs frozen_batch or group",
+            f"norm none is for vgg16, {self.name} needs frozen_batch or group",
         )
         require(
             self.own is None or len(self.own.split(":")) == 2,
@@ -103,12 +107,13 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FpnConfig:
-    """Feature pyramid network (Lin et al. 2017, arXiv:1612.03144): levels P2 to P5 of strides 4 to 32, and P6."""
+    """Feature pyramid network (FPN, Lin et al. 2017, arXiv:1612.03144): levels P2 to P5 with strides 4 to 32, and
+    P6."""
 
     channels: int = 256
-    """of every level"""
+    """channels of every level"""
     norm: Literal["none", "frozen_batch", "group"] = "none"
-    """behind the pyramid's convolutions and those of the box head"""
+    """normalisation after each convolution of the pyramid and of the box head"""
 
     def __post_init__(self):
         require_positive(channels=self.channels)
@@ -119,10 +124,11 @@ class BoxCoderConfig:
     """How deltas become boxes, in the RPN and in the box head."""
 
     far_corner_offset: Literal[0, 1] = 0
-    """1 reproduces the old inclusive corners: decoded far corners lie one pixel further, near corners are
-    clipped to [0, side - 1], far ones to [1, side], and region features are taken without that pixel"""
+    """1 reproduces the inclusive corners of the old code: decoded far corners lie one pixel further, near corners are
+    clipped to [0, side - 1] and far corners to [1, side], and region features are computed without that pixel"""
     max_log_scale: float | None = MAX_LOG_SCALE
-    """larger log scales are cut to this; None: not at all, as the Caffe line, where exp() may overflow"""
+    """upper limit of the deltas dw and dh, the logarithms of a scale; None: no limit, as in the Caffe code and its
+    successors, where exp() can overflow"""
 
     def __post_init__(self):
         if self.max_log_scale is not None:
@@ -134,38 +140,40 @@ class RpnConfig:
     """Region proposal network (Ren et al. 2015, arXiv:1506.01497, section 3.1)."""
 
     anchor_base: float = 16.0
-    """side of the square that scales multiply, in pixels of the network input; of a pyramid on its finest
-    level, doubled from level to level"""
+    """side of the base square that anchor_scales multiply, in pixels of the network input; with a pyramid: the side on
+    the finest level, doubled at each coarser level"""
     anchor_scales: tuple[float, ...] = (8.0, 16.0, 32.0)
-    """square roots of the anchors' areas, in anchor_base; 4, 8, 16, 32 for COCO"""
+    """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """height / width"""
+    """aspect ratios of the anchors, height / width"""
     anchor_rounding: Literal["base", "half", "none"] = "base"
-    """what is rounded to whole pixels: the sides of the base boxes (Caffe), half the anchors' sides
-    (torchvision), nothing"""
+    """what is rounded to whole pixels: base: the sides of the base boxes (Caffe); half: half the anchors' sides
+    (torchvision); none: nothing"""
     anchor_centre: Literal["cell", "corner"] = "cell"
-    """of a feature cell: its centre, or its near corner (torchvision, detectron2)"""
+    """point of a feature cell that anchors are centred on: its centre, or its near corner (torchvision, detectron2)"""
     anchor_stride: Literal["level", "canvas"] = "level"
-    """pixels from anchor to anchor: the stride of their level, or, as in torchvision, the canvas divided by the
-    level's cells and rounded down, which differs on P6"""
+    """distance between neighbouring anchors in pixels: level: the stride of the level; canvas: the canvas side divided
+    by the level's number of cells and rounded down, as in torchvision, which differs on P6"""
     anchors_in_padding: bool = False
-    """anchors on cells of the padding take part, as in the references; what is found then depends on the canvas"""
+    """use the anchors on padding cells too, as the reference implementations do; detections then depend on the
+    canvas"""
     allowed_border: float | None = 0.0
-    """anchors reaching further than this over the image's border are not trained on; None: all are"""
+    """pixels by which an anchor may cross the image border; anchors that cross it further are not trained on; None: no
+    limit"""
     channels: int = 512
-    """of the 3x3 convolutions"""
+    """channels of the 3x3 convolutions"""
     convs: int = 1
-    """3x3 convolutions before objectness and deltas"""
+    """number of 3x3 convolutions before the objectness and delta layers"""
     fg_iou: float = 0.7
-    """an anchor at this IoU with a box is foreground"""
+    """an anchor that has at least this IoU with a box is foreground"""
     bg_iou: float = 0.3
-    """an anchor below this IoU with every box is background"""
+    """an anchor whose IoU with every box is below this is background"""
     clobber_positives: bool = False
-    """background wins where an anchor is a box's best and below bg_iou"""
+    """make an anchor background if its IoU is below bg_iou, even if it is the best anchor of a box"""
     anchors_per_image: int = 256
-    """sampled for the loss"""
+    """number of anchors that are sampled per image for the loss"""
     fg_fraction: float = 0.5
-    """at most this part of the sample is foreground"""
+    """largest fraction of foreground anchors in the sample"""
 
     def __post_init__(self):
         require_fraction(fg_iou=self.fg_iou, bg_iou=self.bg_iou, fg_fraction=self.fg_fraction)
@@ -188,18 +196,20 @@ class RpnConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProposalConfig:
-    """From anchors to proposals."""
+    """How the RPN's boxes become proposals."""
 
     pre_nms_top_n: int
-    """best boxes that enter NMS, of each level of a pyramid"""
+    """number of best-scored boxes that enter NMS, per level of a pyramid"""
     post_nms_top_n: int
-    """proposals per image, padding included"""
+    """number of proposals per image after NMS, padding included"""
     nms_threshold: float = 0.7
-    """IoU above which the lower-scored box goes"""
+    """NMS removes a box whose IoU with a box of higher score is above this"""
     min_size: float = 16.0
-    """boxes with a shorter side drop, in pixels of the image as stored: times the image scale on the canvas"""
+    """shortest allowed side of a box, in pixels of the original image (on the canvas: multiplied by the image scale);
+    smaller boxes are dropped"""
     drop_small: Literal["first", "after_top_n"] = "first"
-    """whether small boxes drop before the best are taken (Caffe) or take places among them (torchvision)"""
+    """when small boxes are dropped: before the best boxes are taken (Caffe), or after, so that small boxes use up
+    places (torchvision)"""
 
     def __post_init__(self):
         require_positive(pre_nms_top_n=self.pre_nms_top_n, post_nms_top_n=self.post_nms_top_n)
@@ -210,22 +220,24 @@ class ProposalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoiSamplingConfig:
-    """Which proposals train the box head, and towards what."""
+    """Which proposals train the box head, and their targets."""
 
     rois_per_image: int = 128
-    """sampled for the loss"""
+    """number of RoIs that are sampled per image for the loss"""
     rois_per_batch: int | None = None
-    """divided over the images of the batch in place of rois_per_image: 128 for Fast R-CNN's 2 x 64"""
+    """number of RoIs that are sampled per batch and divided among its images, used instead of rois_per_image; 128 for
+    the 2 x 64 of Fast R-CNN; None: rois_per_image"""
     fg_fraction: float = 0.25
-    """at most this part of the sample is foreground; all of it where no proposal is background"""
+    """largest fraction of foreground RoIs in the sample; if no proposal is background, all may be foreground"""
     fg_iou: float = 0.5
-    """a RoI at this IoU with a box is foreground"""
+    """a RoI that has at least this IoU with a box is foreground"""
     bg_iou: tuple[float, float] = (0.0, 0.5)
-    """background lies in [low, high); low 0.1 mines harder examples, as Fast R-CNN"""
+    """a RoI whose largest IoU lies in [low, high) is background; a low of 0.1 selects harder examples, as in Fast
+    R-CNN"""
     box_means: PerDelta = (0.0, 0.0, 0.0, 0.0)
-    """subtracted from the box targets"""
+    """means that are subtracted from the box targets (dx, dy, dw, dh)"""
     box_stds: PerDelta = (0.1, 0.1, 0.2, 0.2)
-    """divide the box targets"""
+    """standard deviations that the box targets (dx, dy, dw, dh) are divided by"""
 
     def __post_init__(self):
         require_fraction(fg_iou=self.fg_iou, fg_fraction=self.fg_fraction)
@@ -240,18 +252,20 @@ class RoiSamplingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoiFeaturesConfig:
-    """A fixed grid of features for every region."""
+    """How each region gets a fixed grid of features."""
 
     operator: Literal["align", "align_average", "pool", "crop"] = "align"
-    """RoIAlign, the older average of one sample per corner, RoI max pooling, or bilinear crop and 2x2 max"""
+    """align: RoIAlign; align_average: the older average of one sample per corner; pool: RoI max pooling; crop: bilinear
+    crop and 2x2 max pooling"""
     output_size: int = 7
-    """cells per side"""
+    """cells per side of the grid"""
     sampling_ratio: int = 0
-    """of align: samples per cell and axis; 0 adapts them to the region, one per feature cell or more"""
+    """operator align: samples per grid cell and axis; 0: as many as the grid cell covers feature cells, rounded up"""
     aligned: bool = False
-    """of align: take half a cell off, so that a feature cell's value lies at its centre; off in the references"""
+    """operator align: subtract half a feature cell from the coordinates, so that a feature cell's value lies at its
+    centre; off in the reference implementations"""
     quantisation: Literal["rounded", "floor"] = "rounded"
-    """of pool: how corners fall on feature cells"""
+    """operator pool: how the corners of a region are rounded to feature cells"""
 
     def __post_init__(self):
         require_positive(output_size=self.output_size)
@@ -260,22 +274,25 @@ class RoiFeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxHeadConfig:
-    """ResNet stage 4, or convolutions and fully connected layers, on each region; then one linear layer for
-    classes and one for deltas."""
+    """The box head: ResNet stage 4, or convolutions and fully connected layers, on each region; then one linear layer
+    for the classes and one for the deltas."""
 
     class_agnostic: bool = False
-    """one set of deltas for all classes in place of one per class"""
+    """predict one set of deltas for all classes instead of one set per class"""
     summary: Literal["mean", "flatten"] = "mean"
-    """of ResNet: how the cells of stage 4 become one vector: mean is published and suits pretrained weights;
-    flatten keeps where in the region a feature lies, without which a net trained from nothing learns slowly"""
+    """ResNet without a pyramid: how the cells of stage 4 become one vector; mean is the published method and suits
+    pretrained weights; flatten keeps the positions of the features, without which a network trained from random weights
+    learns slowly"""
     convs: int = 0
-    """of a pyramid: 3x3 convolutions with its channels and norm, before the fully connected layers"""
+    """with a pyramid: number of 3x3 convolutions before the fully connected layers; they have the pyramid's channels
+    and norm"""
     layers: int = 2
-    """fully connected: VGG16's fc6 and fc7, a pyramid's two; 1 after four convolutions in torchvision's v2"""
+    """number of fully connected layers: 2 for VGG16 (fc6 and fc7) and for a pyramid, 1 after the four convolutions of
+    torchvision's v2"""
     channels: int = 4096
-    """of the fully connected layers; 1024 on a pyramid"""
+    """channels of the fully connected layers; 1024 with a pyramid"""
     dropout: float = 0.5
-    """of the fully connected layers: part of the values that is zero in training"""
+    """fraction of the fully connected layers' values that is set to zero in training"""
 
     def __post_init__(self):
         require_positive(channels=self.channels, layers=self.layers)
@@ -285,27 +302,28 @@ class BoxHeadConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """How the four losses are formed and added. Weights are part of the losses as they are logged."""
+    """How the four losses are computed and added. The logged losses include their weights."""
 
     rpn_sigma: float = 3.0
-    """smooth L1 of the RPN: quadratic below 1 / sigma^2"""
+    """sigma of the RPN's smooth L1 box loss, which is quadratic for errors below 1 / sigma^2"""
     roi_sigma: float = 1.0
-    """smooth L1 of the box head"""
+    """sigma of the box head's smooth L1 box loss, which is quadratic for errors below 1 / sigma^2"""
     rpn_box_weight: float = 1.0
-    """of the RPN's box loss; 10 is the paper's lambda with locations as the normalizer"""
+    """weight of the RPN's box loss; 10 is the paper's lambda, with rpn_box_normalizer locations"""
     roi_box_weight: float = 1.0
-    """of the box head's box loss"""
+    """weight of the box head's box loss"""
     rpn_box_normalizer: Literal["sampled", "positives", "locations"] = "sampled"
-    """what the RPN's box loss is divided by: the sampled anchors, the foreground ones, or the feature cells"""
+    """number that divides the RPN's box loss: of the sampled anchors, of the foreground anchors, or of the feature
+    cells"""
     rpn_box_anchors: Literal["sampled", "all_positives"] = "sampled"
-    """which foreground anchors are regressed: those in the sample, or all before it was drawn"""
+    """foreground anchors in the RPN's box loss: only the sampled ones, or all of them"""
     rpn_positive_weight: float | None = None
-    """foreground anchors together weigh this much in the RPN's box loss, whatever the normalizer; None: as
-    the normalizer says"""
+    """total weight of the foreground anchors in the RPN's box loss, whatever the normalizer; None: the normalizer
+    decides"""
     rpn_box_inside_weights: PerDelta = (1.0, 1.0, 1.0, 1.0)
-    """multiply the error of each delta before smooth L1, in the RPN"""
+    """factors on the error of each delta (dx, dy, dw, dh) before the RPN's smooth L1"""
     roi_box_inside_weights: PerDelta = (1.0, 1.0, 1.0, 1.0)
-    """multiply the error of each delta before smooth L1, in the box head"""
+    """factors on the error of each delta (dx, dy, dw, dh) before the box head's smooth L1"""
 
     def __post_init__(self):
         require_positive(rpn_sigma=self.rpn_sigma, roi_sigma=self.roi_sigma)
@@ -324,14 +342,14 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PostprocessConfig:
-    """From class probabilities to detections."""
+    """How class probabilities and boxes become detections."""
 
     score_threshold: float = 0.05
-    """detections at or below it go"""
+    """detections with this score or less are dropped"""
     nms_threshold: float = 0.3
-    """IoU above which the lower-scored box of a class goes"""
+    """NMS removes a box whose IoU with a box of the same class and higher score is above this"""
     max_detections: int = 100
-    """per image, over all classes"""
+    """largest number of detections per image, over all classes"""
 
     def __post_init__(self):
         require_fraction(score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
@@ -340,18 +358,20 @@ class PostprocessConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that shapes the network and its programs."""
+    """All settings of the network and of the programs compiled from it."""
 
     image: ImageConfig = ImageConfig()
     backbone: BackboneConfig = BackboneConfig()
     fpn: FpnConfig | None = None
-    """None: one feature map"""
+    """feature pyramid; None: the network has one feature map"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the network's layers; weights, boxes and losses are float32 with either"""
+    """data type of the network's layers; weights, boxes and losses are always float32"""
     box_coder: BoxCoderConfig = BoxCoderConfig()
     rpn: RpnConfig = RpnConfig()
     train_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=12000, post_nms_top_n=2000)
+    """How the RPN's boxes become proposals in training."""
     test_proposals: ProposalConfig = ProposalConfig(pre_nms_top_n=6000, post_nms_top_n=300)
+    """How the RPN's boxes become proposals in detection."""
     roi_sampling: RoiSamplingConfig = RoiSamplingConfig()
     roi_features: RoiFeaturesConfig = RoiFeaturesConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
@@ -374,14 +394,15 @@ class ModelConfig:
             return
         require(
             self.backbone.own is not None or (self.backbone.name != "vgg16" and self.backbone.stride == 16),
-            f"a pyramid stands on a resnet of stride 16, got {self.backbone.name} of stride {self.backbone.stride}",
+            "a pyramid needs a resnet backbone of stride 16, got "
+            f"{self.backbone.name} of stride {self.backbone.stride}",
         )
         require(
             self.roi_features.operator == "align",
-            f"roi_features.operator must be align on a pyramid, got {self.roi_features.operator}",
+            f"roi_features.operator must be align with a pyramid, got {self.roi_features.operator}",
         )
         for canvas in self.image.canvases:
             require(
                 canvas[0] % 32 == 0 and canvas[1] % 32 == 0,
-                f"under a pyramid canvas sides must be multiples of 32, got {canvas}",
+                f"canvas sides must be multiples of 32 with a pyramid, got {canvas}",
             )

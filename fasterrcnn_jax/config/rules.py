@@ -1,4 +1,4 @@
-"""Rules about fields: those that nothing reads, and those that two starts of one run may differ in."""
+"""Rules about fields: which fields have no effect, and which fields may change when a run is continued."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from fasterrcnn_jax.config.text import to_json
 
 
 def unread_fields(config: Config) -> list[str]:
-    """Returns a sentence for each field that was given a value which nothing reads, given the others' values."""
+    """Returns a sentence for each field that has no effect, given the other fields, but is not at its default."""
     model, train = config.model, config.train
     backbone, features = model.backbone, model.roi_features
     operator = features.operator
@@ -17,7 +17,7 @@ def unread_fields(config: Config) -> list[str]:
         backbone.name in ("resnet50", "resnet101", "resnet152"),
     )
     is_fpn = model.fpn is not None
-    # A backbone of the user's own says itself which head it brings: nothing can be said about it here.
+    # The user's own backbone decides which box head it has, so we cannot tell here which fields have no effect.
     is_own = backbone.own is not None
     is_fc = is_fpn or is_vgg
     is_alternating = train.scheme == "alternating"
@@ -61,14 +61,18 @@ def unread_fields(config: Config) -> list[str]:
 
 
 def first_difference(stored: Config, asked: Config) -> str | None:
-    """Returns what makes another run of the one stored, for a message, or None.
+    """Returns the first difference between two configurations that makes them different runs, or None.
 
-    Where files lie and how often something is saved do not: the parameters come out the same.
+    Paths and intervals between checkpoints may differ: the trained parameters do not depend on them.
+
+    Args:
+      stored: configuration in the checkpoint.
+      asked: configuration of the run that is to continue from it.
     """
     old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
     for name in old | new:
         if name not in _INDIFFERENT and old.get(name) != new.get(name):
-            return f"{name} = {old.get(name)} where {new.get(name)} is asked for"
+            return f"{name} = {old.get(name)}, but {new.get(name)} was requested"
     return None
 
 

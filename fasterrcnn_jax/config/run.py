@@ -1,4 +1,4 @@
-"""The settings of one run: all the others together."""
+"""All settings of one run."""
 
 import dataclasses
 from pathlib import Path
@@ -13,21 +13,21 @@ from fasterrcnn_jax.config.train import DistributedConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run."""
+    """All settings of one run."""
 
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
     run: Path
-    """folder of the run: configuration, metrics, checkpoints, images"""
+    """run folder, which receives the configuration, metrics, checkpoints and images"""
     init: Path | None = None
-    """file of weights that a new run starts from, of ours (weights convert) or another program; classes may differ;
-    None: random ones"""
+    """weights file that a new run starts from, ours (written by `weights convert`) or another program's; the classes
+    may differ; None: random weights"""
     replay: Path | None = None
-    """a file in RUN/failed, written when a number was not finite: make that step again, image by image, and say where
-    the first such number stands, in place of training"""
+    """a file in RUN/failed, written when a number was not finite; instead of training, repeat that step image by image
+    and show where the first such number appears"""
     distributed: DistributedConfig = DistributedConfig()
-    """the processes of the run, one command on each host; docs/scaling.md"""
+    """processes of the run, one command on each host; see docs/scaling.md"""
 
     def __post_init__(self):
         rois = self.model.roi_sampling.rois_per_batch

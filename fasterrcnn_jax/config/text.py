@@ -1,7 +1,7 @@
-"""Configurations from and to text: a Python file that builds one, the command line's types, JSON in a checkpoint.
+"""Reads and writes configurations: Python files, JSON in a checkpoint, and checks of the field types.
 
-A config file is Python that builds one `Config` named `config`. Nothing is looked up by an unchecked string:
-a misspelt field is an error wherever it comes from.
+A configuration file is Python code that builds one `Config` named `config`. A misspelt field is an error in every
+form.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def load_config(path: Path) -> Config:
     """Returns the `config` that the Python file at `path` builds.
 
     Raises:
-      InputError: the file is absent, fails, or holds no `Config` of the declared types.
+      InputError: the file is missing, raises an error, or does not define a `config` with the declared types.
     """
     if not path.is_file():
         raise InputError(f"--config {path}: no such file")
@@ -35,12 +35,12 @@ def load_config(path: Path) -> Config:
 
 
 def check_types(config: Any, name: str) -> None:
-    """Raises InputError naming the first field, depth first, whose value is not of its declared type."""
+    """Raises an InputError for the first field, depth first, whose value does not have its declared type."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
         try:
-            # Every item: by default it is the first alone.
+            # By default typeguard checks only the first item of a collection.
             typeguard.check_type(
                 value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
             )
@@ -59,9 +59,10 @@ def from_json(text: str, name: str, *, of: type = Config) -> Any:
     """Returns the configuration that `to_json` wrote, an instance of `of`.
 
     Args:
-      name: where the text stands, for messages.
+      name: file or checkpoint that holds the text, for error messages.
+      of: class to build.
     Raises:
-      InputError: not JSON, a field is missing, unknown or invalid.
+      InputError: the text is not JSON, or a field is missing, unknown or invalid.
     """
     try:
         config = _build(of, json.loads(text), "config")
@@ -80,9 +81,11 @@ def _build(cls: type, values: dict[str, Any], name: str) -> Any:
         raise ValueError(f"{name} has no field {', '.join(unknown)}")
     built = {}
     for field, value in values.items():
-        # A field holds fields itself where its type, or one alternative of it, is one of the classes above.
+        # A field is nested if its type, or one alternative of its type, is a dataclass.
         alternatives = (known[field].type, *get_args(known[field].type))
-        nested = next(filter(dataclasses.is_dataclass, alternatives), None)
+        nested = next(
+            (kind for kind in alternatives if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None
+        )
         if nested is not None and value is not None:
             built[field] = _build(nested, value, f"{name}.{field}")
         elif Path in alternatives and value is not None:

@@ -1,4 +1,4 @@
-"""Settings of the optimisation and of the processes that share it."""
+"""Settings of the optimisation, and of the processes of a distributed run."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ class AlternatingConfig:
     steps: tuple[int, int, int, int] = (80000, 40000, 80000, 40000)
     """optimizer steps of each stage"""
     decay_steps: tuple[int, int, int, int] = (60000, 30000, 60000, 30000)
-    """of schedule steps: those made in each stage before its learning rate falls"""
+    """schedule steps: number of optimizer steps in each stage before its learning rate falls"""
     rpn_batch_size: int | None = None
-    """images per step of the RPN's stages; None: train.batch_size"""
+    """images per optimizer step in the two RPN stages; None: train.batch_size"""
 
     def __post_init__(self):
         require_positive(steps=min(self.steps), decay_steps=min(self.decay_steps))
@@ -30,63 +30,69 @@ class AlternatingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimisation."""
+    """Settings of the optimisation."""
 
     scheme: Literal["joint", "alternating", "rpn"] = "joint"
-    """what is trained: RPN and box head together, both in four stages, or the RPN alone"""
+    """parts to train: joint: RPN and box head together; alternating: RPN and box head in four stages; rpn: only the
+    RPN"""
     alternating: AlternatingConfig = AlternatingConfig()
-    """the stages of scheme alternating"""
+    """stages of scheme alternating"""
     steps: int
-    """optimizer steps, over all stages"""
+    """number of optimizer steps, over all stages"""
     batch_size: int
-    """images per step, over all devices and parts"""
+    """images per optimizer step, over all devices and micro-batches"""
     accumulate: int = 1
-    """parts that a step's images are cut into, one after the other: less memory; the gradient is the mean of theirs"""
+    """number of micro-batches that each batch is split into; they run one after the other, which saves memory; the
+    gradient is the mean of their gradients"""
     learning_rate: float
-    """peak"""
+    """peak learning rate"""
     schedule: Literal["steps", "cosine"] = "steps"
     """how the learning rate falls from the peak: by decay_factor at each of decay_steps, or as a cosine to zero"""
     decay_steps: tuple[int, ...] = ()
-    """of steps: optimizer steps made before each fall"""
+    """schedule steps: numbers of optimizer steps after which the learning rate falls"""
     decay_factor: float = 0.1
-    """of steps: what the learning rate is multiplied by"""
+    """schedule steps: factor on the learning rate at each fall"""
     warmup_steps: int = 0
-    """steps of linear warm-up"""
+    """number of optimizer steps in which the learning rate rises linearly to its peak"""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """momentum SGD or Adam with decay in the gradient, or AdamW with decay beside it"""
+    """sgd: SGD with momentum; adam: Adam; both add the weight decay to the gradient; adamw: AdamW, with decoupled
+    weight decay"""
     momentum: float = 0.9
-    """of SGD"""
+    """momentum of SGD"""
     weight_decay: float = 5e-4
-    """on convolution and matrix weights; never on normalisation"""
+    """weight decay of convolution and matrix weights; normalisation layers never decay"""
     bias_decay: bool = False
-    """weight decay on biases too"""
+    """apply weight decay to biases too"""
     double_bias: bool = True
-    """twice the learning rate on biases"""
+    """train biases at twice the learning rate"""
     double_objectness: bool = True
-    """twice the learning rate and half the decay on the objectness layer: its one logit then moves as the
-    difference of the reference's two"""
+    """train the objectness layer at twice the learning rate and half the weight decay, so that its one logit moves like
+    the difference of the reference's two logits"""
     layer_decay: float = 1.0
-    """the learning rate of each stage of the backbone is multiplied by this once for every stage between it and the
-    heads, itself included; 1: one rate everywhere"""
+    """factor on the learning rate of a backbone stage, applied once for each stage from it to the heads, itself
+    included; 1: the same learning rate everywhere"""
     ema_decay: float | None = None
-    """of a moving average of the weights, which evaluation and `load` then use, as 0.9998; None: no average"""
+    """decay of a moving average of the weights, for example 0.9998; evaluation and `load` then use the average; None:
+    no average"""
     clip_norm: float | None = None
-    """largest global norm of the gradient; None: no limit; 10 for VGG16"""
+    """largest global norm of the gradient, 10 for VGG16; None: no limit"""
     seed: int = 0
-    """weights, order of the images, flips and samples all follow from it"""
+    """random seed of the initial weights, the order of the images, the flips and the samples"""
     implementation: Literal["xla", "mosaic"] | None = None
-    """of NMS and region features: plain JAX, GPU kernels, or None: the kernels where they can run"""
+    """implementation of NMS and region features: xla: plain JAX; mosaic: GPU kernels; None: GPU kernels where they can
+    run"""
     checkpoint_every: int = 500
     """steps between checkpoints; the last step is always saved"""
     keep_checkpoints: int = 2
-    """newest checkpoints kept, beside the best one"""
+    """number of newest checkpoints to keep, in addition to the best one"""
     evaluate_every: int = 0
-    """steps between evaluations that look for the best checkpoint, a multiple of checkpoint_every; 0: only
-    the last step"""
+    """steps between the evaluations that select the best checkpoint, a multiple of checkpoint_every; 0: evaluate only
+    after the last step"""
     best_split: str | None = None
-    """split they are made on, better one that no result is reported on; None: data.test_split"""
+    """split that selects the best checkpoint; it should not be a split on which you report results; None:
+    data.test_split"""
     best_metric: Literal["AP50", "AP"] = "AP50"
-    """COCO metric that decides"""
+    """COCO metric that selects the best checkpoint"""
 
     def __post_init__(self):
         require_positive(
@@ -114,7 +120,7 @@ class TrainConfig:
             require_positive(clip_norm=self.clip_norm)
         require(
             list(self.decay_steps) == sorted(set(self.decay_steps)) and min(self.decay_steps, default=1) >= 1,
-            f"decay_steps must be positive and rise, got {self.decay_steps}",
+            f"decay_steps must be positive and strictly increasing, got {self.decay_steps}",
         )
         require(
             not self.decay_steps or self.schedule == "steps",
@@ -134,20 +140,21 @@ class TrainConfig:
     def _check_stages(self, stages: AlternatingConfig) -> None:
         require(
             self.steps == sum(stages.steps),
-            f"steps must be those of the four stages together, got {self.steps} and {stages.steps}",
+            f"steps must be the sum of alternating.steps, got {self.steps} and {stages.steps}",
         )
         require(
             self.warmup_steps < min(stages.steps),
-            f"need warmup_steps < steps of each stage, got {self.warmup_steps} and {stages.steps}",
+            f"warmup_steps must be less than the steps of each stage, got {self.warmup_steps} and {stages.steps}",
         )
         require(
             not self.decay_steps,
-            f"decay_steps of scheme alternating are alternating.decay_steps, got {self.decay_steps} beside them",
+            f"scheme alternating uses alternating.decay_steps; decay_steps must be empty, got {self.decay_steps}",
         )
         falls = zip(stages.decay_steps, stages.steps, strict=True)
         require(
             self.schedule != "steps" or all(fall < steps for fall, steps in falls),
-            f"alternating.decay_steps must lie within alternating.steps, got {stages.decay_steps} and {stages.steps}",
+            "each of alternating.decay_steps must be less than its alternating.steps, got "
+            f"{stages.decay_steps} and {stages.steps}",
         )
         rpn_batch_size = stages.rpn_batch_size or self.batch_size
         require(
@@ -161,12 +168,12 @@ class DistributedConfig:
     """The processes of one run, usually one per host or per GPU; docs/scaling.md."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, reachable from all; detect: SLURM, Open MPI or Kubernetes say where it is, how many
-    processes there are and which this one is; None: this process alone"""
+    """HOST:PORT of process 0, reachable from every host; detect: SLURM, Open MPI or Kubernetes provide it, together
+    with num_processes and process_id; None: a single process"""
     num_processes: int | None = None
-    """of HOST:PORT: how many processes run"""
+    """number of processes, needed with coordinator HOST:PORT"""
     process_id: int | None = None
-    """of HOST:PORT: which of them this one is, from 0 on"""
+    """number of this process, from 0, needed with coordinator HOST:PORT"""
 
     def __post_init__(self):
         if self.coordinator in (None, "detect"):
@@ -179,11 +186,11 @@ class DistributedConfig:
             bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16,
             f"coordinator must be HOST:PORT or detect, got {self.coordinator!r}",
         )
-        require(
-            self.num_processes is not None and self.process_id is not None,
-            f"coordinator {self.coordinator} needs num_processes and process_id, "
-            f"got {self.num_processes} and {self.process_id}",
-        )
+        if self.num_processes is None or self.process_id is None:
+            raise ValueError(
+                f"coordinator {self.coordinator} needs num_processes and process_id, "
+                f"got {self.num_processes} and {self.process_id}"
+            )
         require(
             0 <= self.process_id < self.num_processes,
             f"process_id must be in 0..num_processes - 1, got {self.process_id} of {self.num_processes}",

@@ -1,7 +1,7 @@
-"""Anchors that fit the boxes of a data set.
+"""Fits anchor scales to the boxes of a data set.
 
-A box's overlap with an anchor is that of two boxes of one centre, so positions do not matter: an upper bound of what
-the anchors on a grid reach.
+Boxes and anchors are compared as if they had the same centre, so positions do not matter. This IoU is an upper bound
+of the IoU with the anchors on a grid.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,27 @@ Scales = tuple[float, ...]
 Sizes = Float[np.ndarray, "n 2"]
 
 ROUNDS = 30
-# More boxes do not move the result by a digit that is shown.
+# More boxes do not change the digits of the result that are shown.
 MOST_BOXES = 20_000
 
 
 def size_iou(sizes: Sizes, anchors: Float[np.ndarray, "c 2"]) -> Float[np.ndarray, "n c"]:
-    """Returns the IoU of (width, height) pairs as boxes of one centre."""
+    """Returns the IoU of (width, height) pairs, taken as boxes with the same centre."""
     both = np.minimum(sizes[:, None], anchors[None]).prod(axis=2)
     return both / (sizes.prod(axis=1)[:, None] + anchors.prod(axis=1)[None] - both)
 
 
 def fit_scales(sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list[Float[np.ndarray, "c 2"]]]) -> Scales:
-    """Returns as many scales as `scales` that give the boxes a higher mean IoU, or `scales` where none were found.
+    """Returns as many scales as `scales` has, with a higher mean IoU; returns `scales` if no better ones are found.
 
-    Boxes are assigned to the anchor they overlap most, and each scale moves to the middle of its own boxes'
-    areas, in turns: k-means with 1 - IoU as its distance (Redmon and Farhadi 2017, arXiv:1612.08242, section 2),
-    where anchors of one scale move together.
+    Two steps alternate: every box is assigned to the anchor with the highest IoU, and every scale moves to the
+    median of its boxes. This is k-means with the distance 1 - IoU (Redmon and Farhadi 2017, arXiv:1612.08242,
+    section 2), where the anchors of one scale move together.
 
     Args:
-      sizes: (width, height) in network pixels.
-      anchors_of: the anchors' sizes of each scale.
+      sizes: (width, height) of each box in network pixels.
+      scales: the scales to start from.
+      anchors_of: function from scales to the anchor sizes of each scale.
     """
     sizes = _some(sizes)
     spread = np.sqrt(np.quantile(sizes.prod(axis=1), (np.arange(len(scales)) + 0.5) / len(scales)))
@@ -58,7 +59,7 @@ def fit_scales(sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list
 
 
 def fit_sizes(sizes: Sizes, count: int) -> Float[np.ndarray, "c 2"]:
-    """Returns `count` sizes of any shape by k-means with 1 - IoU as its distance, the smallest first."""
+    """Returns `count` sizes of any shape, found by k-means with the distance 1 - IoU, the smallest first."""
     sizes = _some(sizes)
     order = np.argsort(sizes.prod(axis=1), kind="stable")
     places = ((np.arange(count) + 0.5) / count * len(sizes)).astype(int)

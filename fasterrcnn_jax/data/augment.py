@@ -1,4 +1,4 @@
-"""How a training image varies from epoch to epoch: its size, the part of it that is shown, its colours."""
+"""Augments training images: random size, random crop to the canvas, random colours."""
 
 import math
 from dataclasses import replace
@@ -10,10 +10,10 @@ from fasterrcnn_jax.config import AugmentConfig, ImageConfig
 from fasterrcnn_jax.data.records import large_enough
 from fasterrcnn_jax.data.transforms import Placement, network_size, scale_boxes
 
-# Liu et al. 2016 (arXiv:1512.02325), in the ranges of their code: grey levels, factors, degrees.
+# Liu et al. 2016 (arXiv:1512.02325), with the ranges of their code: grey levels, factors, factors, degrees.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18.0
 
-# Red, green and blue to luma and two axes of colour (NTSC's YIQ): hue turns them, saturation stretches them.
+# From RGB to luma and two colour axes (NTSC's YIQ): a hue change rotates the colour plane, saturation scales it.
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 
 
@@ -24,10 +24,10 @@ def draw_placement(
     augment: AugmentConfig,
     rng: np.random.Generator,
 ) -> Placement:
-    """Returns where an image lies on its canvas, its size drawn as `augment` says.
+    """Returns the placement of an image on its canvas, with a random size as `augment` says.
 
-    An image larger than the canvas is cut to it at a place that is drawn too; a smaller one begins at the
-    canvas's first pixel, and the rest is padding as it is beyond any image.
+    An image larger than the canvas is cropped to it at a random place. A smaller image starts at the canvas's
+    first pixel, and the rest of the canvas is padding.
     """
     if augment.short_sides:
         image = replace(image, short_side=int(rng.choice(augment.short_sides)))
@@ -42,7 +42,7 @@ def draw_placement(
 def place_boxes(
     boxes: Float[np.ndarray, "n 4"], image_hw: tuple[int, int], canvas: tuple[int, int], placement: Placement
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
-    """Returns the boxes in network pixels, clipped to what is shown, and which are still two pixels wide and high."""
+    """Returns the boxes in network pixels, clipped to the canvas, and a mask of the large enough ones."""
     height, width = placement.shown(canvas)
     origin = np.array([*placement.origin[::-1]] * 2, np.float32)
     boxes = scale_boxes(boxes, placement.scale(image_hw)) - origin
@@ -51,9 +51,10 @@ def place_boxes(
 
 
 def distort_colours(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the RGB image in other light: what is drawn becomes one map of colours, cut to 0..255 at its end.
+    """Returns the RGB image with random brightness, contrast, saturation and hue, clipped to 0..255 at the end.
 
-    SSD turns and stretches in HSV and cuts after each step; here grey stays grey and luma is kept by both.
+    All changes are applied as one affine map of the colours. SSD changes hue and saturation in HSV and clips after
+    each step; here both changes keep the luma, and grey stays grey.
     """
     drawn = rng.random(4) < 0.5
     brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if drawn[0] else 0.0
@@ -66,7 +67,7 @@ def distort_colours(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
 def change_colours(
     pixels: UInt8[np.ndarray, "h w 3"], brightness: float, contrast: float, saturation: float, angle: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns (pixels + brightness) times contrast, colour stretched by saturation and its hue turned by `angle`."""
+    """Returns (pixels + brightness) * contrast, colour scaled by `saturation`, hue rotated by `angle` radians."""
     turn = saturation * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     in_yiq = np.eye(3)
     in_yiq[1:, 1:] = turn

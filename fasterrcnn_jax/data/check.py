@@ -1,5 +1,6 @@
-"""What a data set holds, and what in it is not as it should be."""
+"""Describes a data set and finds its irregularities."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,30 +10,30 @@ from fasterrcnn_jax.data.faults import FAULTY_IMAGE, decoded
 from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, box_iou, large_enough
 
-SAME_BOX = "The same box of the same class stands there twice"
-NEARLY_SAME_BOX = "Boxes of one class nearly cover one another (IoU above 0.8)"
-TWO_CLASSES = "Boxes of two classes nearly cover one another (IoU above 0.9)"
+SAME_BOX = "The same box of the same class appears twice"
+NEARLY_SAME_BOX = "Boxes of the same class almost coincide (IoU above 0.8)"
+TWO_CLASSES = "Boxes of two classes almost coincide (IoU above 0.9)"
 TINY_BOX = "Boxes under two pixels on a side are not trained on"
-SAME_PIXELS = "Images of the same pixels are in both splits"
-SAME_PIXELS_WITHIN = "Images of the same pixels are in a split more than once"
-SAME_FIELD = "Images of the same field, shifted, are in both splits"
+SAME_PIXELS = "Images with the same pixels are in both splits"
+SAME_PIXELS_WITHIN = "Images with the same pixels appear more than once in a split"
+SAME_FIELD = "Shifted views of the same scene are in both splits"
 
-# Of the eight pairs of doubled boxes that are known in a set of blood cells one has 0.83; a person and a horse may
-# well have that much in common.
+# A data set of blood cells has eight known pairs of duplicate boxes; one pair has an IoU of 0.83. The limit for two
+# classes is higher, because a person and the horse under it can have such an IoU.
 NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO = 0.8, 0.9
-# Beyond this many pairs of images the search for shifted views would take longer than minutes.
+# For more pairs of images than this, the search for shifted views would take longer than minutes.
 MOST_PAIRS = 400_000
 
 
 class Checked(NamedTuple):
     """One split, read leniently and decoded."""
 
-    dataset: Dataset  # of the images whose pixels can be decoded; findings hold everything that was met
-    traces: list[Trace]  # of each of its images
+    dataset: Dataset  # only images that can be decoded; `findings` has the findings of all images
+    traces: list[Trace]  # one per image of `dataset`
 
 
 def check_split(dataset: Dataset) -> Checked:
-    """Returns the split with what its pixels and its boxes tell."""
+    """Returns the split with the findings about its pixels and boxes; decodes every image."""
     records, traces, findings = [], [], list(dataset.findings)
     for record, result in decoded(dataset, lambda record, pixels: trace(pixels)):
         if isinstance(result, Trace):
@@ -51,7 +52,7 @@ def check_split(dataset: Dataset) -> Checked:
 
 
 def box_findings(record: ImageRecord) -> list[Finding]:
-    """Returns what is odd about the boxes of one image; crowds may lie over anything."""
+    """Returns the findings about the boxes of one image; overlaps with crowds are allowed."""
     findings = [
         Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False)
         for k in np.flatnonzero(~large_enough(record.boxes))
@@ -70,14 +71,14 @@ def box_findings(record: ImageRecord) -> list[Finding]:
 
 
 def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
-    """Returns what two splits share, and a sentence about what was compared."""
+    """Returns findings about images that are in both splits, and a sentence about what was compared."""
     a, b = one.dataset.records, other.dataset.records
     same = identical(one.traces, other.traces)
     findings = [Finding(SAME_PIXELS, f"{a[p.first].path} and {b[p.second].path}", True) for p in same]
     pairs = len(a) * len(b)
     compared = f"{one.dataset.name} and {other.dataset.name}: {pairs:,} pairs of images"
     if pairs > MOST_PAIRS:
-        return findings, f"{compared}, compared for the same pixels only: too many for shifted views"
+        return findings, f"{compared}, compared only for the same pixels: too many for shifted views"
     known = {(pair.first, pair.second) for pair in same}
     longest = [max(record.image_hw) for record in a]
     for pair in shifted_views(one.traces, other.traces):
@@ -92,7 +93,7 @@ def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
 
 
 def table(dataset: Dataset) -> list[str]:
-    """Returns the lines that describe a split: images, and the boxes of each class in pixels of their images."""
+    """Returns the lines that describe a split: its images, and the boxes of each class in original image pixels."""
     records = dataset.records
     sizes = _counted(f"{record.image_hw[1]} x {record.image_hw[0]}" for record in records)
     empty = sum(not len(record.boxes) for record in records)
@@ -122,11 +123,13 @@ def table(dataset: Dataset) -> list[str]:
     return [*lines, f"no object  {', '.join(absent)}"] if absent else lines
 
 
-def network_sizes(records: tuple[ImageRecord, ...], size_of) -> Float[np.ndarray, "n 2"]:
-    """Returns (width, height) of the trained boxes in network pixels.
+def network_sizes(
+    records: tuple[ImageRecord, ...], size_of: Callable[[tuple[int, int]], tuple[int, int]]
+) -> Float[np.ndarray, "n 2"]:
+    """Returns the (width, height) in network pixels of all boxes that are trained on.
 
     Args:
-      size_of: from the (height, width) of an image to that after resizing.
+      size_of: function from the (height, width) of an image to the (height, width) after resizing.
     """
     found = [np.zeros((0, 2), np.float32)]
     for record in records:
@@ -136,16 +139,16 @@ def network_sizes(records: tuple[ImageRecord, ...], size_of) -> Float[np.ndarray
     return np.concatenate(found)
 
 
-def _sides(records) -> np.ndarray:
+def _sides(records: Iterable[ImageRecord]) -> np.ndarray:
     boxes = _joined(records, "boxes", np.float32).reshape(-1, 4)
     return boxes[:, 2:] - boxes[:, :2]
 
 
-def _joined(records, name: str, dtype) -> np.ndarray:
+def _joined(records: Iterable[ImageRecord], name: str, dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros((0, 4) if name == "boxes" else 0, dtype), *(getattr(r, name) for r in records)])
 
 
-def _counted(items) -> list[tuple[str, int]]:
+def _counted(items: Iterable[str]) -> list[tuple[str, int]]:
     counts = {}
     for item in items:
         counts[item] = counts.get(item, 0) + 1

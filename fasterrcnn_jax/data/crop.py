@@ -1,10 +1,10 @@
-"""Crops of very long or very tall training images, so that they fill their canvas.
+"""Crops very wide or very tall training images, so that they fill their canvas.
 
-The case analysis is that of faster-rcnn.pytorch's loader (lib/roi_data_layer/roibatchLoader.py), in continuous
-coordinates. It crops after the resize and we before: the sides here are pixels of the stored image, and a
-cropped image is enlarged as one of its own size would be.
+The cases are those of faster-rcnn.pytorch's loader (lib/roi_data_layer/roibatchLoader.py), in continuous coordinates.
+That loader crops after the resize; this module crops before it. The sides here are pixels of the original image, and
+the crop is then resized like any image of its size.
 
-Only one axis is ever cut: the one that is more than `aspect` times as long as the other.
+Only one axis is cropped: the one that is more than `aspect` times as long as the other.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.data.records import large_enough
 
-# (y, x) of its first pixel, (height, width).
+# (y, x) of the window's first pixel, and its (height, width).
 Window = tuple[tuple[int, int], tuple[int, int]]
 
 
 def cropped_hw(image_hw: tuple[int, int], aspect: float) -> tuple[int, int]:
-    """Returns (height, width) after cropping; follows from the size alone, so that it can be planned."""
+    """Returns (height, width) after cropping; it depends only on the image size, so batches can be planned with it."""
     longest = int(min(image_hw) * aspect)
     return min(image_hw[0], longest), min(image_hw[1], longest)
 
@@ -25,13 +25,16 @@ def cropped_hw(image_hw: tuple[int, int], aspect: float) -> tuple[int, int]:
 def crop_window(
     image_hw: tuple[int, int], boxes: Float[np.ndarray, "n 4"], *, aspect: float, rng: np.random.Generator
 ) -> Window:
-    """Returns the part of a training image that is kept, of the size `cropped_hw`.
+    """Returns the window of a training image that is kept; its size is `cropped_hw`.
 
-    All boxes stay inside where they fit into the window together. Where they do not, none may stay: the window of
-    the reference, too, may lie in a gap between them.
+    If all boxes fit into the window together, the window contains all of them. Otherwise it can contain none: the
+    window can be in a gap between boxes, as in the reference.
 
     Args:
-      rng: drawn from only where the place of the window is open.
+      image_hw: (height, width) of the image.
+      boxes: its boxes in pixels of the image.
+      aspect: largest ratio of the longer to the shorter side.
+      rng: used only if the place of the window is not determined.
     """
     size = cropped_hw(image_hw, aspect)
     start = [0, 0]
@@ -51,7 +54,7 @@ def crop_pixels(pixels: UInt8[np.ndarray, "h w 3"], window: Window) -> UInt8[np.
 def crop_boxes(
     boxes: Float[np.ndarray, "n 4"], window: Window
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:
-    """Returns the boxes in pixels of the window, clipped to it, and which are still two pixels wide and high."""
+    """Returns the boxes in pixels of the window, clipped to it, and a mask of the large enough boxes."""
     origin, limit = (np.array([*corner[::-1]] * 2, np.float32) for corner in window)
     boxes = np.clip(boxes - origin, np.float32(0), limit)
     return boxes, large_enough(boxes)
@@ -67,7 +70,10 @@ def crop_start(
     """Returns the first of `kept` pixels out of `length`, along one axis.
 
     Args:
-      low, high: the edges of the boxes along this axis.
+      low, high: lower and upper edges of the boxes along this axis.
+      length: length of the image along this axis.
+      kept: length of the window along this axis.
+      rng: used only if the start is not determined.
     """
     if not len(low):
         return int(rng.integers(0, length - kept + 1))
@@ -75,9 +81,9 @@ def crop_start(
     if first == 0:
         return 0
     if last - first < kept:
-        # Anywhere that holds all boxes.
+        # Any start whose window contains all boxes.
         earliest, end = max(last - kept, 0), min(first, length - kept)
     else:
-        # From the first box on, over at most half of what does not fit.
+        # From the first box on, up to half of the length that does not fit.
         earliest, end = first, first + (last - first - kept) // 2
     return earliest if earliest == end else int(rng.integers(earliest, end))

@@ -1,10 +1,10 @@
-"""Faults of labelled images: strict reading stops at the first, lenient reading skips, counts and lists them."""
+"""Handles faults of data sets: strict reading stops at the first fault; lenient reading skips and counts faults."""
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -17,16 +17,18 @@ Faults = Literal["error", "skip"]
 FAULTY_IMAGE = "Faulty images were skipped"
 FAULTY_OBJECT = "Faulty objects were skipped"
 
-# Sentence about one kind of finding -> file, field and value of each.
+# Sentence about one kind of finding -> file, field and value of each finding.
 Found = defaultdict[str, list[str]]
 
-# Pillow lets go of the interpreter while it decodes.
+Item = TypeVar("Item")
+
+# Threads help because Pillow releases the interpreter lock while it decodes.
 THREADS = 4
 
 
 @contextlib.contextmanager
 def skipping(sentence: str, found: Found, faults: Faults) -> Iterator[None]:
-    """Leaves its block at a fault and keeps that in `found`; where faults are errors it is raised."""
+    """Leaves its block at a fault and adds the fault to `found`; with `faults` "error", the fault is raised."""
     try:
         yield
     except InputError as error:
@@ -36,7 +38,7 @@ def skipping(sentence: str, found: Found, faults: Faults) -> Iterator[None]:
 
 
 def findings_of(found: Found) -> tuple[Finding, ...]:
-    """Returns what was found, kind after kind."""
+    """Returns the findings, grouped by kind."""
     return tuple(
         Finding(sentence, where, sentence in (FAULTY_IMAGE, FAULTY_OBJECT))
         for sentence, places in found.items()
@@ -45,7 +47,7 @@ def findings_of(found: Found) -> tuple[Finding, ...]:
 
 
 def notes_of(findings: tuple[Finding, ...]) -> tuple[str, ...]:
-    """Returns one sentence per kind of finding, with its count and the first of it."""
+    """Returns one sentence per kind of finding, with the count and the first finding."""
     places = defaultdict(list)
     for finding in findings:
         places[finding.sentence].append(finding.where)
@@ -55,10 +57,10 @@ def notes_of(findings: tuple[Finding, ...]) -> tuple[str, ...]:
 
 
 def skip_undecodable(dataset: Dataset) -> Dataset:
-    """Returns the data set without the images whose pixels cannot be decoded: decodes every one.
+    """Returns the data set without the images that cannot be decoded; decodes every image once.
 
     Raises:
-      InputError: faults leave no image, or no object of those that there were.
+      InputError: every image was skipped, or the remaining images have no objects because of skipped faults.
     """
     kept, found = [], defaultdict(list)
     for record, result in decoded(dataset, lambda record, pixels: None):
@@ -69,13 +71,15 @@ def skip_undecodable(dataset: Dataset) -> Dataset:
     findings = (*dataset.findings, *findings_of(found))
     skipped = [finding.where for finding in findings if finding.is_fault]
     if skipped and not any(len(record.boxes) for record in kept):
-        what = "object of its images" if kept else "image"
-        raise InputError(f"{dataset.name}: faults leave no {what}: {len(skipped)}, the first in {skipped[0]}")
+        what = "object in its images" if kept else "image"
+        raise InputError(
+            f"{dataset.name}: no {what} is left because faults were skipped: {len(skipped)}, the first in {skipped[0]}"
+        )
     return dataset._replace(records=tuple(kept), findings=findings, notes=notes_of(findings))
 
 
 def decoded(dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]) -> Iterator[tuple[ImageRecord, Any]]:
-    """Yields each record with `measure(record, pixels)`, or with the InputError of pixels that cannot be decoded."""
+    """Yields each record with `measure(record, pixels)`, or with the InputError if its image cannot be decoded."""
 
     def attempt(record: ImageRecord) -> Any:
         try:
@@ -88,6 +92,6 @@ def decoded(dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]) -> Ite
         yield from zip(dataset.records, watched(results, f"decoding {dataset.name}", len(dataset.records)), strict=True)
 
 
-def watched(items, what: str, total: int):
-    """Returns `items` with a progress bar on a terminal, when they take long."""
+def watched(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """Returns `items` with a progress bar, which appears on a terminal if they take longer than a second."""
     return tqdm(items, desc=what, total=total, unit="image", leave=False, disable=None, delay=1.0)

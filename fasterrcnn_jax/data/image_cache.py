@@ -1,4 +1,4 @@
-"""Decoded images kept in memory from epoch to epoch."""
+"""Keeps decoded images in memory from epoch to epoch."""
 
 import logging
 import threading
@@ -16,10 +16,11 @@ Reader = Callable[[ImageRecord], UInt8[ndarray, "h w 3"]]
 
 
 def caching_reader(megabytes: int) -> Reader:
-    """Returns `record_pixels` that keeps what it has read, as read-only arrays, up to `megabytes` (2^20 bytes).
+    """Returns a version of `record_pixels` that keeps decoded images, up to `megabytes` (2^20 bytes each).
 
-    The first images stay: an epoch meets every one once in a new order, so that to make room for one means to
-    decode another again. Mirrored copies of a record share one image. Safe to call from several threads.
+    The cached arrays are read-only. The first images stay in the cache: an epoch reads every image once in a new
+    order, so replacing an image would only mean decoding another one again. Mirrored copies of a record share one
+    image. The reader can be called from several threads.
     """
     limit = megabytes * 2**20
     kept, lock = {}, threading.Lock()
@@ -39,7 +40,8 @@ def caching_reader(megabytes: int) -> Reader:
             elif key not in kept and not is_full:
                 is_full = True
                 logger.warning(
-                    "data.cache_mb = %d is full with %d decoded images; the others are decoded in every epoch",
+                    "the image cache (data.cache_mb = %d) is full with %d images; "
+                    "the other images are decoded in every epoch",
                     megabytes,
                     len(kept),
                 )

@@ -1,12 +1,12 @@
-"""From records to batches: planned, decoded and resized in threads, ahead of the device.
+"""Makes batches from records. Threads decode and resize the images ahead of the device.
 
 Grain runs the threads and keeps the position: `iterator.get_state()` after a step and `set_state` in a
 new process give the same next batch.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -35,20 +35,23 @@ THREADS = 2
 BATCHES_AHEAD = 8
 
 
+Element = TypeVar("Element")  # of a source of Grain
+
+
 class Example(NamedTuple):
     """An image before the resize."""
 
     pixels: np.ndarray  # [h, w, 3] uint8
     boxes: np.ndarray  # [N, 4] float32, in these pixels
     labels: np.ndarray  # [N] int32
-    placement: Placement | None = None  # on the canvas; None: as large as the model wants it, whole
-    proposals: ImageProposals | None = None  # stored ones, in these pixels
+    placement: Placement | None = None  # on the canvas; None: the whole image at the network size
+    proposals: ImageProposals | None = None  # stored proposals, in these pixels
 
     def moved(self, pixels: np.ndarray, move: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> "Example":
         """Returns the example with other pixels, and with its boxes and proposals moved along.
 
         Args:
-          move: from boxes to the boxes in the other pixels, and a mask of those that stay.
+          move: function from boxes to the boxes in the other pixels and a mask of the boxes to keep.
         """
         boxes, stay = move(self.boxes)
         proposals = self.proposals
@@ -59,7 +62,7 @@ class Example(NamedTuple):
 
 
 class TrainingSource:
-    """The plan of a whole run as a random-access source: element i is (epoch, batch plan) of step i."""
+    """The plan of a whole run as a random-access source: element i is the (epoch, batch plan) of step i."""
 
     def __init__(
         self,
@@ -82,8 +85,8 @@ class TrainingSource:
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> tuple[int, BatchPlan]:
-        epoch, position = divmod(step, len(self._epoch(0)))
+    def __getitem__(self, index: int) -> tuple[int, BatchPlan]:
+        epoch, position = divmod(index, len(self._epoch(0)))
         return epoch, self._epoch(epoch)[position]
 
 
@@ -100,13 +103,13 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """Returns an iterator over the `steps` batches of a run.
 
-    Its position does not depend on the process, nor on how many there are.
+    Its position depends neither on the process nor on the number of processes.
 
     Args:
-      dataset: prepared by `training_set`: every object in it is trained on.
-      batch_size: over all processes.
-      process: (index, count): the batches hold the rows of this process alone; count divides batch_size.
-      proposals: of every image by its id; the batches carry them as the image is shown.
+      dataset: prepared by `prepare_training_set`: every object in it is trained on.
+      batch_size: number of images over all processes.
+      process: (index, count): the batches contain only the rows of this process; count must divide batch_size.
+      proposals: stored proposals of every image by its id; they are transformed together with the image.
     """
     source = TrainingSource(dataset, data, image, batch_size=batch_size, seed=seed, steps=steps)
     read = caching_reader(data.cache_mb)
@@ -133,12 +136,13 @@ def evaluation_batches(
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
 ) -> grain.DatasetIterator:
-    """Returns an iterator that meets every image once, whole; rows carry no ground truth.
+    """Returns an iterator over batches with every image once, uncropped; the batches have no ground truth.
 
     Args:
-      process: (index, count): this process meets every count-th batch, no other one does, and there may be
-        one batch less or none for it.
-      proposals: as of `training_batches`.
+      batch_size: number of images per batch.
+      process: (index, count): this process gets every count-th batch and no other process gets it; some processes
+        can get one batch fewer, or none.
+      proposals: as in `training_batches`.
     """
     index, count = process
     canvases = [canvas_for(record.image_hw, image) for record in dataset.records]
@@ -154,12 +158,16 @@ def evaluation_batches(
 
 
 def _most(proposals: Mapping[str, ImageProposals] | None) -> int | None:
-    """Returns how many proposals an image has at most; None: there are none stored."""
+    """Returns the largest number of proposals of an image; None: there are no stored proposals."""
     return None if proposals is None else max(len(found.boxes) for found in proposals.values())
 
 
-def _in_threads(source, load, threads: int) -> grain.DatasetIterator:
-    # Fewer batches ahead than threads would leave some without work.
+def _in_threads(
+    source: Sequence[Element] | grain.sources.RandomAccessDataSource[Element],
+    load: Callable[[Element], Batch],
+    threads: int,
+) -> grain.DatasetIterator:
+    # At least as many batches ahead as threads, so that no thread is idle.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(BATCHES_AHEAD, threads))
     return iter(grain.MapDataset.source(source).map(load).to_iter_dataset(options))
 
@@ -174,20 +182,21 @@ def training_example(
     stream: tuple[int, int, int],
     proposals: ImageProposals | None = None,
 ) -> Example:
-    """Returns an image as it is trained on: mirrored, cropped and varied where `data` says so.
+    """Returns an image for training: flipped, cropped and augmented as `data` says.
 
     Args:
-      pixels: of the record, as stored.
-      canvas: what it will be drawn onto.
-      stream: (seed, epoch, index of the image), from which all that is random follows.
-      proposals: of the record, as stored; they go where the image goes.
+      pixels: original pixels of the record.
+      canvas: (height, width) of the canvas that the image will be drawn onto.
+      stream: (seed, epoch, index of the image), the seed of all random draws.
+      proposals: stored proposals of the record; they are transformed together with the image.
     """
     example = Example(pixels, record.boxes, record.labels, proposals=proposals)
     drawn = data.flip == "random" and np.random.default_rng(stream).random() < 0.5
     if drawn or record.flipped:
         width = pixels.shape[1]
         example = example.moved(flip_pixels(pixels), lambda boxes: (flip_boxes(boxes, width), _all(boxes)))
-    # Streams 1 to 3: a stream that ends in 0 would equal the one above. Separate streams keep the draws independent.
+    # Streams 1 to 3, because a stream that ends in 0 would equal the one above. Separate streams keep the draws
+    # independent.
     cropping, placing, colouring = (np.random.default_rng((*stream, number)) for number in (1, 2, 3))
     if data.crop_aspect is not None:
         window = crop_window(example.pixels.shape[:2], example.boxes, aspect=data.crop_aspect, rng=cropping)
@@ -209,6 +218,11 @@ def _training_hw(record: ImageRecord, data: DataConfig) -> tuple[int, int]:
     return record.image_hw if data.crop_aspect is None else cropped_hw(record.image_hw, data.crop_aspect)
 
 
+def _on_host(array: np.ndarray) -> Any:
+    """Returns `array`, as one of a batch: on the host, NumPy arrays stand where `Batch` says JAX arrays."""
+    return array
+
+
 def assemble(
     plan: BatchPlan,
     image: ImageConfig,
@@ -217,29 +231,32 @@ def assemble(
     max_boxes: int,
     max_proposals: int | None = None,
 ) -> Batch:
-    """Returns the planned batch as NumPy arrays; rows that only fill it are zeros.
+    """Returns the planned batch as NumPy arrays; the images of invalid rows are zeros.
 
     Args:
-      max_proposals: slots for stored proposals; None: the examples have none.
+      example: function from the index of an image to its example.
+      max_boxes: ground-truth slots per image.
+      max_proposals: slots for stored proposals per image; None: the examples have no stored proposals.
     """
     size = len(plan.image_index)
+    images = np.zeros((size, *plan.canvas, 3), image.pixel_dtype)
     batch = Batch(
-        images=np.zeros((size, *plan.canvas, 3), image.pixel_dtype),
-        image_hw=np.zeros((size, 2), np.float32),
-        scale=np.ones((size, 2), np.float32),
-        image_index=plan.image_index,
-        image_valid=plan.image_valid,
+        images=_on_host(images),
+        image_hw=_on_host(np.zeros((size, 2), np.float32)),
+        scale=_on_host(np.ones((size, 2), np.float32)),
+        image_index=_on_host(plan.image_index),
+        image_valid=_on_host(plan.image_valid),
         ground_truth=GroundTruth(
-            np.zeros((size, max_boxes, 4), np.float32),
-            np.zeros((size, max_boxes), np.int32),
-            np.zeros((size, max_boxes), bool),
+            _on_host(np.zeros((size, max_boxes, 4), np.float32)),
+            _on_host(np.zeros((size, max_boxes), np.int32)),
+            _on_host(np.zeros((size, max_boxes), bool)),
         ),
         proposals=None
         if max_proposals is None
         else Proposals(
-            np.zeros((size, max_proposals, 4), np.float32),
-            np.zeros((size, max_proposals), np.float32),
-            np.zeros((size, max_proposals), bool),
+            _on_host(np.zeros((size, max_proposals, 4), np.float32)),
+            _on_host(np.zeros((size, max_proposals), np.float32)),
+            _on_host(np.zeros((size, max_proposals), bool)),
         ),
     )
     for row in np.flatnonzero(plan.image_valid):
@@ -253,7 +270,7 @@ def assemble(
             place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
             found = found.moved(found.pixels, place)
         pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
-        draw(batch.images[row], pixels, image, placement)
+        draw(images[row], pixels, image, placement)
         batch.image_hw[row], batch.scale[row] = (
             placement.shown(plan.canvas),
             placement.scale(pixels.shape[:2]),
@@ -262,6 +279,7 @@ def assemble(
         batch.ground_truth.labels[row, : len(boxes)] = labels
         batch.ground_truth.valid[row, : len(boxes)] = True
         if proposals is not None:
+            assert batch.proposals is not None, "the examples have proposals, so there are slots for them"
             count = len(proposals.boxes)
             batch.proposals.boxes[row, :count], batch.proposals.scores[row, :count] = proposals
             batch.proposals.valid[row, :count] = True

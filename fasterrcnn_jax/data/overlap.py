@@ -1,8 +1,8 @@
-"""Images that two splits share: the same pixels, or a shifted view of the same field.
+"""Finds images that are in two splits: images with the same pixels, or shifted views of the same scene.
 
-A view is found by normalised cross-correlation (Lewis 1995, "Fast Normalized Cross-Correlation") of small grey
-images over every shift, by Fourier transform: once for every pair of images at a quarter of the size, and at the
-whole of it, without what is smooth, for the few pairs that are alike there.
+Shifted views are found by normalised cross-correlation (Lewis 1995, "Fast Normalized Cross-Correlation") of grey
+thumbnails over all shifts, with the Fourier transform. Every pair is compared at a quarter of the thumbnail size. The
+few similar pairs are compared again at full thumbnail size, after their local mean is subtracted.
 """
 
 import hashlib
@@ -13,34 +13,35 @@ from jaxtyping import Float, UInt8
 
 from fasterrcnn_jax.data.faults import watched
 
-# Pixels of the longer side of a small image.
+# Pixels of the longer side of a thumbnail.
 THUMBNAIL_SIDE = 80
-# The part of a small image that two views must have in common, and how alike it must be there.
+# The fraction of the thumbnail in which two views must overlap, and their minimum correlation there.
 MIN_OVERLAP = 0.25
 MIN_CORRELATION = 0.8
-# Without the means of squares of this many pixels: shading and one bright object on a plain ground would make
-# strangers alike. In four sets pairs of real views were 0.82 or more, all others 0.72 or less.
+# The mean over squares of this side is subtracted; otherwise shading, or one bright object on a plain background,
+# would make unrelated images similar. In four data sets, real pairs had a correlation of 0.82 or more and all other
+# pairs 0.72 or less.
 SMOOTH = 9
-# At a quarter of the size shifts are rounded more; pairs of real views were 0.80 or more there.
+# At a quarter of the size, shifts are rounded more; real pairs had a correlation of 0.80 or more there.
 COARSER, MIN_COARSE_CORRELATION = 4, 0.7
 
 
 class Trace(NamedTuple):
-    """What is kept of the pixels of an image."""
+    """Digest and thumbnail of the pixels of an image."""
 
-    digest: bytes  # the same for the same pixels, whatever the file format
+    digest: bytes  # depends only on the pixels, not on the file format
     thumbnail: Float[np.ndarray, "h w"]  # float32, grey
 
 
 class SharedImage(NamedTuple):
-    first: int  # index in the one split
-    second: int  # index in the other
+    first: int  # index in the first split
+    second: int  # index in the second split
     correlation: float  # 1.0 for the same pixels
-    shift: tuple[float, float]  # (x, y) from the first to the second, in parts of the longer side
+    shift: tuple[float, float]  # (x, y) from the first to the second, in fractions of the longer side
 
 
 def trace(pixels: UInt8[np.ndarray, "h w 3"]) -> Trace:
-    """Returns what tells an image among others."""
+    """Returns the digest and the thumbnail of an image."""
     digest = hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
     height, width = pixels.shape[:2]
     scale = THUMBNAIL_SIDE / max(height, width)
@@ -50,7 +51,7 @@ def trace(pixels: UInt8[np.ndarray, "h w 3"]) -> Trace:
 
 
 def _means(grey: np.ndarray, count: int, axis: int) -> np.ndarray:
-    """Returns the means of `count` equal parts along an axis, or every value where there are fewer."""
+    """Returns the means of `count` equal parts along an axis, or all values if there are no more than `count`."""
     if grey.shape[axis] <= count:
         return grey
     starts = np.linspace(0, grey.shape[axis], count, endpoint=False).astype(int)
@@ -59,7 +60,7 @@ def _means(grey: np.ndarray, count: int, axis: int) -> np.ndarray:
 
 
 def identical(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
-    """Returns the pairs of images of the same pixels."""
+    """Returns the pairs of images with the same pixels."""
     places = {}
     for index, other in enumerate(others):
         places.setdefault(other.digest, []).append(index)
@@ -71,7 +72,7 @@ def identical(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
 
 
 def shifted_views(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
-    """Returns the pairs that show the same field, shifted and not scaled, the most alike first."""
+    """Returns the pairs that show the same scene, shifted but not scaled; the highest correlation first."""
     shared = []
     coarse = [_spectra(_coarser(other.thumbnail), COARSER) for other in others]
     for first, one in enumerate(watched(traces, "comparing images", len(traces))):
@@ -102,8 +103,8 @@ def _detail(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def _spectra(thumbnail: np.ndarray, coarser: int) -> np.ndarray:
-    """Returns the transforms [3, s, s / 2 + 1] of the image about its mean, of its square, and of where it is."""
-    # Twice the image's side: a shift never comes around.
+    """Returns the transforms [3, s, s / 2 + 1] of the image minus its mean, of its square, and of its mask."""
+    # Padded to twice the side, so that no shift wraps around.
     side = 2 * THUMBNAIL_SIDE // coarser
     grey = thumbnail.astype(np.float64) - thumbnail.mean(dtype=np.float64)
     layers = np.zeros((3, side, side))
@@ -112,7 +113,7 @@ def _spectra(thumbnail: np.ndarray, coarser: int) -> np.ndarray:
 
 
 def _best_shift(a: np.ndarray, b: np.ndarray, size: int, coarser: int) -> tuple[float, tuple[float, float]]:
-    """Returns the largest correlation over all shifts with enough in common, and its (x, y)."""
+    """Returns the largest correlation over all shifts with enough overlap, and the (x, y) of this shift."""
     side = 2 * THUMBNAIL_SIDE // coarser
     value, square, mask = range(3)
     conjugate = np.conj(a)
@@ -124,7 +125,7 @@ def _best_shift(a: np.ndarray, b: np.ndarray, size: int, coarser: int) -> tuple[
     count, both, sum_a, sum_b, square_a, square_b = np.fft.irfft2(products, s=(side, side))
     count = np.maximum(np.round(count), 1.0)
     spread = (square_a - sum_a * sum_a / count) * (square_b - sum_b * sum_b / count)
-    # Where one of the two is one colour there is nothing to compare.
+    # A shift is not usable if one of the two overlapping parts has a single colour.
     usable = (count >= MIN_OVERLAP * size) & (spread > count * count)
     correlation = np.where(usable, (both - sum_a * sum_b / count) / np.sqrt(np.maximum(spread, 1e-9)), -1.0)
     best = np.unravel_index(int(correlation.argmax()), correlation.shape)

@@ -1,9 +1,9 @@
-"""Which images form which batch, on which canvas: planned from the sizes alone, before any is read.
+"""Plans the batches of an epoch and their canvases from the image sizes, before any image is read.
 
-Every process computes the same plan and takes its rows of it, so all meet the same shapes in the same
-order. Batches hold images of one canvas; the last batch of a canvas is filled up with invalid rows, so
-every image is met exactly once per epoch. Ranked by aspect, the images of a batch are also alike in
-width / height, and less of their canvas is padding.
+Every process computes the same plan and takes its own rows, so all processes see the same shapes in the same
+order. A batch contains images of one canvas; the last batch of a canvas is filled up with invalid rows, so
+every image appears exactly once per epoch. With ranking by aspect, the images of a batch also have a similar
+width / height, and less of the canvas is padding.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ def plan_batches(canvases: list[Canvas], order: Int[np.ndarray, "n"], batch_size
 
 
 def rows_of(plan: BatchPlan, index: int, count: int) -> BatchPlan:
-    """Returns the rows of a batch that process `index` of `count` reads: as many as every other process."""
+    """Returns the rows of a batch that process `index` of `count` reads; every process gets the same number."""
     rows = np.arange(len(plan.image_index)).reshape(count, -1)[index]
     return plan._replace(image_index=plan.image_index[rows], image_valid=plan.image_valid[rows])
 
@@ -52,10 +52,11 @@ def plan_epoch(
     epoch: int,
     aspects: Float[np.ndarray, "n"] | None = None,
 ) -> list[BatchPlan]:
-    """Returns one epoch's batches: images shuffled, then batches shuffled, by (seed, epoch) alone.
+    """Returns the batches of one epoch: images shuffled, then batches shuffled, both determined by (seed, epoch).
 
     Args:
-      aspects: width / height of each image: batches hold neighbours in this order, the shuffle breaking ties.
+      aspects: width / height of each image; batches contain neighbours in this order, and the shuffle breaks ties.
+        None: no ranking.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(canvases))

@@ -1,7 +1,8 @@
-"""Proposals of a data set in a file: what one stage of alternating training hands to the next.
+"""Writes and reads the proposals of a data set, which one stage of alternating training passes to the next.
 
-A `.safetensors` file: boxes and scores of all images one after the other, how many each has, and in its header the
-images' ids and what made them. It appears whole or not at all, and reading it runs nothing.
+The `.safetensors` file contains the concatenated boxes and scores of all images and the number of boxes of each image.
+Its header contains the image ids and the weights that made the proposals. The file is written completely or not at
+all, and reading it runs no code.
 """
 
 import json
@@ -15,13 +16,14 @@ import safetensors.numpy
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import ImageProposals
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.regular_files import check_regular
 
 
 def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made_by: str) -> None:
     """Writes proposals by image id.
 
     Args:
-      made_by: names the weights, so that proposals of others are not taken for theirs.
+      made_by: identifies the weights that made the proposals, so that proposals of other weights are not used.
     Raises:
       InputError: the file cannot be written.
     """
@@ -36,18 +38,19 @@ def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made
 
 
 def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
-    """Returns proposals by image id, and what made them, as `write_proposals` took them.
+    """Returns the proposals by image id and `made_by`, as given to `write_proposals`.
 
     Raises:
-      InputError: the file is not there, damaged, or holds something else.
+      InputError: the file is missing, damaged, or not a proposals file.
     """
+    check_regular(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             boxes, scores, counts = (file.get_tensor(name) for name in ("boxes", "scores", "counts"))
         ids, made_by = json.loads(metadata["ids"]), metadata["made_by"]
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a file of proposals, or damaged ({error})") from error
+        raise InputError(f"{path}: the proposals file is missing, damaged, or of another kind ({error})") from error
     if (
         not isinstance(ids, list)
         or counts.shape != (len(ids),)
@@ -58,7 +61,7 @@ def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
         or not (boxes.dtype == scores.dtype == np.float32)
         or not (np.isfinite(boxes).all() and np.isfinite(scores).all())
     ):
-        raise InputError(f"{path}: its boxes, scores and counts are not proposals of the images it names")
+        raise InputError(f"{path}: the boxes, scores and counts in the file do not fit its image ids")
     ends = np.cumsum(counts)[:-1]
     pairs = zip(np.split(boxes, ends), np.split(scores, ends), strict=True) if ids else ()
     return {name: ImageProposals(*pair) for name, pair in zip(ids, pairs, strict=True)}, made_by

@@ -1,8 +1,7 @@
-"""What every reader of labelled images returns.
+"""Defines the records that every data set reader returns.
 
-Boxes are float32 xyxy in continuous pixels of the image, turned first where `upright`: a box covers
-[x1, x2) x [y1, y2).
-Labels are 1..K in the order of `class_names`; 0 is background and never appears here.
+Boxes are float32 xyxy in continuous pixels of the stored image, or of the upright image if `upright` is set. A box
+covers [x1, x2) x [y1, y2). Labels are 1..K in the order of `class_names`; 0 is background and never appears here.
 """
 
 import dataclasses
@@ -15,13 +14,13 @@ from jaxtyping import Bool, Float, Int
 
 from fasterrcnn_jax.errors import InputError
 
-# Below two pixels nothing can be seen, and a 0-based file's empty boxes are one pixel wide by VOC's 1-based rule.
+# Smaller objects are not visible. Also, an empty box in a 0-based file is one pixel wide by VOC's 1-based rule.
 MIN_SIDE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An image file that is part of a larger one; stands where its path would, and is told from others by its place."""
+    """An image inside a larger file, used like the path of an image file; two are equal if their places are equal."""
 
     place: str
     read_bytes: Callable[[], bytes] = dataclasses.field(compare=False)
@@ -35,56 +34,56 @@ class StoredImage:
 
 
 class ImageRecord(NamedTuple):
-    """One labelled image; its pixels are decoded only when it is its turn."""
+    """One labelled image; its pixels are decoded only when they are needed."""
 
-    id: str  # what result files call the image; unique in what a reader returns
+    id: str  # the image's name in result files; unique in the data set
     path: Path | StoredImage
     image_hw: tuple[int, int]
     boxes: np.ndarray  # [N, 4] float32
     labels: np.ndarray  # [N] int32
-    difficult: np.ndarray  # [N] bool; no metric counts detections on them
-    crowd: np.ndarray  # [N] bool: the box holds many objects; never trained on
-    area: np.ndarray  # [N] float64: what COCO calls small and large; of the outline where one is annotated
-    flipped: bool = False  # trained on as its mirror image; the fields above are of the stored one
-    upright: bool = False  # read turned as EXIF says: the size and the boxes are of what viewers show
+    difficult: np.ndarray  # [N] bool; metrics ignore detections on difficult objects
+    crowd: np.ndarray  # [N] bool: the box covers many objects; never trained on
+    area: np.ndarray  # [N] float64: area for COCO's size ranges; of the outline if one is annotated
+    flipped: bool = False  # trained on as its mirror image; the fields above describe the original image
+    upright: bool = False  # read turned as EXIF says; `image_hw` and the boxes refer to the turned image
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be."""
+    """One irregularity of a data set."""
 
-    sentence: str  # what became of things of this kind, without the full stop
+    sentence: str  # how irregularities of this kind are handled, without the full stop
     where: str  # file, field and value
-    is_fault: bool  # strict reading stops at it
+    is_fault: bool  # strict reading stops here
 
 
 class ImageProposals(NamedTuple):
-    """The regions that an RPN proposes in one stored image, best first."""
+    """The proposals of an RPN for one original image, best first."""
 
     boxes: np.ndarray  # [P, 4] float32
     scores: np.ndarray  # [P] float32, objectness probability
 
 
 class Dataset(NamedTuple):
-    """All records of one split, annotations parsed once."""
+    """All records of one split."""
 
     name: str  # for messages: the folder and the split
     class_names: tuple[str, ...]
     records: tuple[ImageRecord, ...]
-    notes: tuple[str, ...]  # one sentence per kind of thing that was dropped or clipped, with its count
-    category_ids: tuple[int, ...]  # what COCO result files call each class
-    findings: tuple[Finding, ...] = ()  # each of the things that the notes count
+    notes: tuple[str, ...]  # one sentence per kind of finding, with the count
+    category_ids: tuple[int, ...]  # id of each class in COCO result files
+    findings: tuple[Finding, ...] = ()  # every finding that the notes count
 
 
 def box_areas(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
-    """Returns float64 areas: in float32 some would cross the borders between COCO's sizes."""
+    """Returns float64 areas; float32 rounding would move some areas across the limits of COCO's size ranges."""
     sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2]
     return sides[:, 0] * sides[:, 1]
 
 
 def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
-    """Returns float64 intersection over union of every pair; 0 where both are empty.
+    """Returns the float64 intersection over union of every pair; 0 if both boxes are empty.
 
-    In float32 some pairs would cross a threshold.
+    With float32 rounding some pairs would cross a threshold.
     """
     boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
     near = np.maximum(boxes[:, None, :2], others[None, :, :2])
@@ -98,16 +97,16 @@ def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -
 def check_class_names(class_names: tuple[str, ...]) -> None:
     """Raises InputError unless there is at least one class name and none appears twice."""
     if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
-        raise InputError(f"class_names must be different names, at least one, got {class_names!r}")
+        raise InputError(f"class_names must contain at least one name and no name twice, got {class_names!r}")
 
 
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:
-    """Returns which boxes have `MIN_SIDE` pixels or more on both sides."""
-    return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+    """Returns a mask of the boxes with both sides of at least `MIN_SIDE` pixels."""
+    return np.all(boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE, axis=1)
 
 
 class ImageDetections(NamedTuple):
-    """What was found in one image, without padding."""
+    """The detections of one image, without padding."""
 
     boxes: np.ndarray  # [D, 4] float32
     scores: np.ndarray  # [D] float32, 0..1
@@ -115,9 +114,9 @@ class ImageDetections(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What was found in one image, best first."""
+    """The detections of one image, best first, with their class names."""
 
-    boxes: Float[np.ndarray, "d 4"]  # xyxy, pixels of the image as given
+    boxes: Float[np.ndarray, "d 4"]  # xyxy in pixels of the given image
     scores: Float[np.ndarray, "d"]
     labels: Int[np.ndarray, "d"]  # 1..K
-    class_names: tuple[str, ...]  # of each detection
+    class_names: tuple[str, ...]  # one per detection

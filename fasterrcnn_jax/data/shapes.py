@@ -1,14 +1,15 @@
-"""The data set that needs no download: labelled shapes on textured ground, in VOC layout.
+"""Draws a data set that needs no download: labelled shapes on a textured background, in VOC layout.
 
-Image i of a split is drawn from its own random stream, so it does not depend on how many others are
-made. Boxes here are integers (x1, y1, x2, y2) covering [x1, x2) x [y1, y2): the extent of the pixels
-that the object alone would colour inside the image, whatever is drawn over it later.
+Image i of a split is drawn from its own random stream, so it does not depend on the number of images.
+Boxes here are integers (x1, y1, x2, y2) covering [x1, x2) x [y1, y2). A box is the extent of the pixels
+that the object colours inside the image, including pixels that are covered by other objects later.
 """
 
 import json
 import math
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +21,14 @@ from fasterrcnn_jax.errors import InputError
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "cross")
 
-# Raised whenever the images change, so that a folder made before is not taken for one made now.
+# Increased whenever the images change, so that a folder made by an older version is not used.
 VERSION = 1
 
 IMAGE_HW = ((144, 192), (144, 240), (160, 160), (160, 208), (176, 224), (192, 192), (192, 240))
 IMAGE_HW += tuple((w, h) for h, w in IMAGE_HW if h != w)
-MIN_SIDE, MAX_SIDE = 12, 96  # pixels, of an object that is wholly inside
+MIN_SIDE, MAX_SIDE = 12, 96  # pixels, of an object that is completely inside
 MAX_IOU = 0.5
-MIN_SHOWN = 0.5  # of an object's pixels inside the image, after all others are drawn
+MIN_SHOWN = 0.5  # visible share of an object's pixels inside the image, after all others are drawn
 MIN_INSIDE, MIN_INSIDE_SIDE = 0.4, 8  # of an object cut by the image border: share of pixels, sides in pixels
 SPLITS = ("train", "test")
 
@@ -41,18 +42,22 @@ class DrawnObject(NamedTuple):
     difficult: bool  # drawn with little contrast
 
 
-def make_shapes(root: Path | str, *, seed: int, num_train: int, num_test: int) -> None:
-    """Writes the data set to `root` as a VOC folder with splits train and test, or finds it there.
+# What `_place` returns.
+_Placed = tuple[np.ndarray, tuple[int, int, int, int], bool]
 
-    With the same arguments, machine type and library versions all bytes are the same. The folder
-    appears at once and complete: an interrupted call leaves nothing under the name `root`.
+
+def make_shapes(root: Path | str, *, seed: int, num_train: int, num_test: int) -> None:
+    """Writes the data set to `root` as a VOC folder with splits train and test; does nothing if it is there already.
+
+    The same arguments, machine type and library versions give the same bytes. The folder is written
+    completely or not at all: an interrupted call leaves no folder `root`.
 
     Raises:
-      InputError: an argument is out of range, or `root` holds anything but this very data set.
+      InputError: an argument is out of range, or `root` contains anything except this data set.
     """
     for name, value, least in (("seed", seed, 0), ("num_train", num_train, 1), ("num_test", num_test, 1)):
-        if type(value) is not int or value < least:  # True would pass for an int
-            raise InputError(f"{name} of the shapes must be a whole number, at least {least}, got {value!r}")
+        if type(value) is not int or value < least:  # isinstance would accept True
+            raise InputError(f"data.shapes.{name} must be an integer of at least {least}, got {value!r}")
     root = Path(root).absolute()
     arguments = {"version": VERSION, "seed": seed, "num_train": num_train, "num_test": num_test}
     if _holds(root, arguments):
@@ -63,9 +68,9 @@ def make_shapes(root: Path | str, *, seed: int, num_train: int, num_test: int) -
         _write(unfinished, arguments)
         unfinished.replace(root)  # fails unless `root` is absent or empty
     except OSError as error:
-        # Should another process have been quicker, its work is as good as ours.
+        # If another process wrote the same data set in the meantime, its folder is used.
         if not _holds(root, arguments):
-            raise InputError(f"{root}: the shapes cannot be written: {error}") from None
+            raise InputError(f"{root}: the shapes data set cannot be written: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -73,7 +78,7 @@ def make_shapes(root: Path | str, *, seed: int, num_train: int, num_test: int) -
 def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[DrawnObject, ...], np.ndarray]:
     """Returns (pixels uint8 [H, W, 3], objects, top int32 [H, W]).
 
-    `top` says whose pixel it is: 0 is the ground, k is objects[k - 1].
+    `top` is the topmost object of each pixel: 0 is the background, k is objects[k - 1].
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS.index(split), index])))
     height, width = IMAGE_HW[rng.integers(len(IMAGE_HW))]
@@ -83,7 +88,7 @@ def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[Dra
     top = np.zeros((height, width), np.int32)
     objects, areas = [], []
     for _ in range(0 if rng.random() < 0.04 else rng.integers(1, 9)):
-        # In a full image there may be no room left; then it stays at fewer objects.
+        # A full image can have no room left; then it has fewer objects.
         for _ in range(12):
             label = int(rng.integers(1, len(CLASS_NAMES) + 1))
             coverage = _coverage(rng, CLASS_NAMES[label - 1])
@@ -97,16 +102,16 @@ def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, tuple[Dra
                 areas.append(np.count_nonzero(coverage))
                 top[y1:y2, x1:x2][coverage > 0] = len(objects)
                 break
-    # Noise of the camera over everything, alike on objects and ground.
+    # Camera noise, the same on objects and background.
     canvas += np.float32(rng.uniform(1.0, 5.0)) * rng.standard_normal(canvas.shape, np.float32)
     np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas)
     return canvas.astype(np.uint8), tuple(objects), top
 
 
-def _coverage(rng, name: str) -> np.ndarray:
+def _coverage(rng: np.random.Generator, name: str) -> np.ndarray:
     """Returns float32 [h, w], the share of each pixel that a random shape covers: 0 or 0.5..1.
 
-    Every border row and column holds something, so the box of the shape is the array's own extent.
+    No border row or column is empty, so the box of the shape is the extent of the array.
     """
     while True:
         width = _log_uniform(rng, MIN_SIDE, MAX_SIDE)
@@ -114,7 +119,7 @@ def _coverage(rng, name: str) -> np.ndarray:
         if rng.random() < 0.5:
             width, height = height, width
         width, height = round(width), round(height)
-        # Two by two sample points in each pixel.
+        # 2 x 2 sample points in each pixel.
         x = (np.arange(2 * width, dtype=np.float32) / 2 + 0.25)[None, :]
         y = (np.arange(2 * height, dtype=np.float32) / 2 + 0.25)[:, None]
         turn = 0.0 if rng.random() < 0.4 else math.radians(rng.uniform(-12.0, 12.0))
@@ -132,8 +137,8 @@ def _coverage(rng, name: str) -> np.ndarray:
             return share[y1:y2, x1:x2]
 
 
-def _convex_parts(rng, name: str, width: int, height: int) -> list[np.ndarray]:
-    """Returns the shape, upright, as convex polygons [V, 2] of (x, y), clockwise on the screen."""
+def _convex_parts(rng: np.random.Generator, name: str, width: int, height: int) -> list[np.ndarray]:
+    """Returns the unrotated shape as convex polygons [V, 2] of (x, y), clockwise on the screen."""
     whole = _rectangle(0, 0, width, height)
     if name == "rectangle":
         return [whole]
@@ -145,12 +150,12 @@ def _convex_parts(rng, name: str, width: int, height: int) -> list[np.ndarray]:
     return [upright, _rectangle(0, (height - arm_y) / 2, width, (height + arm_y) / 2)]
 
 
-def _rectangle(x1, y1, x2, y2) -> np.ndarray:
+def _rectangle(x1: float, y1: float, x2: float, y2: float) -> np.ndarray:
     return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float64)
 
 
 def _fit(polygons: list[np.ndarray], turn: float, width: int, height: int) -> list[np.ndarray]:
-    """Turns the polygons together by `turn` radians and stretches them to the box [0, width] x [0, height]."""
+    """Returns the polygons rotated together by `turn` radians and stretched to the box [0, width] x [0, height]."""
     cos, sin = math.cos(turn), math.sin(turn)
     turned = [np.stack([p[:, 0] * cos - p[:, 1] * sin, p[:, 0] * sin + p[:, 1] * cos], axis=1) for p in polygons]
     points = np.concatenate(turned)
@@ -165,8 +170,8 @@ def _inside_convex(polygon: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndar
     return inside
 
 
-def _place(rng, coverage: np.ndarray, height: int, width: int):
-    """Returns (coverage inside the image, its box, truncated) at a random place, or None if too little is inside."""
+def _place(rng: np.random.Generator, coverage: np.ndarray, height: int, width: int) -> _Placed | None:
+    """Returns (coverage inside the image, its box, truncated) at a random place; None: too little is inside."""
     h, w = coverage.shape
     if rng.random() < 0.2:
         x = int(rng.integers(-w * 6 // 10, width - w * 4 // 10 + 1))
@@ -189,26 +194,26 @@ def _place(rng, coverage: np.ndarray, height: int, width: int):
     )
 
 
-def _fits(placed, objects, areas, top: np.ndarray) -> bool:
-    """Whether no other object would be overlapped or hidden too much."""
+def _fits(placed: _Placed, objects: list[DrawnObject], areas: Sequence[int | np.integer], top: np.ndarray) -> bool:
+    """Returns whether the object overlaps or hides no other object too much."""
     coverage, box, _ = placed
     x1, y1, x2, y2 = box
     hidden = np.bincount(top[y1:y2, x1:x2][coverage > 0], minlength=len(objects) + 1)
     for number, (other, area) in enumerate(zip(objects, areas, strict=True), start=1):
-        if box_iou(np.array([box]), np.array([other.box]))[0, 0] > MAX_IOU:
+        if box_iou(np.array([box], float), np.array([other.box], float))[0, 0] > MAX_IOU:
             return False
         if hidden[number] and np.count_nonzero(top == number) - hidden[number] <= MIN_SHOWN * area:
             return False
     return True
 
 
-def _paint(rng, crop: np.ndarray, coverage: np.ndarray, *, difficult: bool) -> None:
-    """Colours the covered pixels of `crop`, float32 [h, w, 3], in place, and no others."""
+def _paint(rng: np.random.Generator, crop: np.ndarray, coverage: np.ndarray, *, difficult: bool) -> None:
+    """Colours only the covered pixels of `crop`, float32 [h, w, 3], in place."""
     covered = coverage > 0
     ground = crop[covered].mean(0)
     if difficult:
         direction = rng.normal(size=3)
-        # Away from the nearer end of the scale, so that clipping does not take the little contrast there is.
+        # Away from the nearer end of the range 0..255, so that clipping does not remove the low contrast.
         colour = ground + np.copysign(direction, 127.5 - ground) / np.linalg.norm(direction) * rng.uniform(35, 50)
     else:
         candidates = rng.uniform(10, 245, (16, 3))
@@ -228,7 +233,7 @@ def _paint(rng, crop: np.ndarray, coverage: np.ndarray, *, difficult: bool) -> N
     crop += (fill - crop) * coverage[..., None]
 
 
-def _background(rng, height: int, width: int) -> np.ndarray:
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Returns float32 [H, W, 3]: a colour with a ramp, smooth noise at two scales and sometimes stripes."""
     canvas = np.broadcast_to(rng.uniform(40, 215, 3), (height, width, 3)).astype(np.float32)
     canvas += _ramp(rng, height, width)[..., None] * rng.uniform(-30, 30, 3).astype(np.float32)
@@ -239,8 +244,8 @@ def _background(rng, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def _draw_clutter(rng, canvas: np.ndarray) -> None:
-    """Draws a thin line or a small blob that is no object: too thin or too small for one."""
+def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Draws a thin line or a small blob that is too thin or too small to be an object."""
     height, width = canvas.shape[:2]
     line = rng.random() < 0.6
     half = rng.uniform(3, 12) if line else 0.0
@@ -257,7 +262,7 @@ def _draw_clutter(rng, canvas: np.ndarray) -> None:
     crop += (rng.uniform(0, 255, 3).astype(np.float32) - crop) * share
 
 
-def _smooth_noise(rng, height: int, width: int, cells: int) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
     """Returns float32 [H, W, 3]: normal values on a square grid, bilinear between them."""
     grid = rng.standard_normal((cells + 1, cells + 1, 3), np.float32)
     for axis, side in ((0, height), (1, width)):
@@ -268,14 +273,14 @@ def _smooth_noise(rng, height: int, width: int, cells: int) -> np.ndarray:
     return grid
 
 
-def _ramp(rng, height: int, width: int) -> np.ndarray:
+def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Returns float32 [H, W] running from -1 to 1 in a random direction."""
     turn = rng.uniform(0, 2 * math.pi)
     ramp = math.cos(turn) * np.linspace(-1, 1, width) + math.sin(turn) * np.linspace(-1, 1, height)[:, None]
     return (ramp / (abs(math.cos(turn)) + abs(math.sin(turn)))).astype(np.float32)
 
 
-def _stripes(rng, height: int, width: int) -> np.ndarray:
+def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Returns float32 [H, W], a plane wave between -1 and 1."""
     turn, period, phase = rng.uniform(0, math.pi), rng.uniform(4, 18), rng.uniform(0, 2 * math.pi)
     along = math.cos(turn) * np.arange(width) + math.sin(turn) * np.arange(height)[:, None]
@@ -292,23 +297,23 @@ def _extent(coverage: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _log_uniform(rng, low: float, high: float) -> float:
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def _holds(root: Path, arguments: dict) -> bool:
-    """Whether `root` holds the data set already; an absent or empty folder does not."""
+    """Returns whether `root` contains the data set already; False for a missing or empty folder."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     record = root / "shapes.json"
     if not record.is_file():
-        raise InputError(f"{root}: holds something other than shapes (there is no {record.name}); give another folder")
+        raise InputError(f"{root}: not a shapes data set ({record.name} is missing); give another folder")
     try:
         made_with = json.loads(record.read_bytes())
     except ValueError as error:
-        raise InputError(f"{record}: not readable: {error}") from None
+        raise InputError(f"{record}: the file cannot be read: {error}") from None
     if made_with != arguments:
-        raise InputError(f"{root}: holds shapes made with {made_with}, not {arguments}; give another folder")
+        raise InputError(f"{root}: contains shapes made with {made_with}, not with {arguments}; give another folder")
     return True
 
 
@@ -339,7 +344,7 @@ def _annotation(image_id: str, pixels: np.ndarray, objects: tuple[DrawnObject, .
             f"    <name>{CLASS_NAMES[item.label - 1]}</name>",
             f"    <truncated>{item.truncated:d}</truncated>",
             f"    <difficult>{item.difficult:d}</difficult>",
-            # VOC counts pixels from 1 and includes the last.
+            # VOC counts pixels from 1 and includes the last pixel.
             f"    <bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>",
             "  </object>",
         ]

@@ -1,4 +1,4 @@
-"""Opens the labelled images that a configuration names, and folders of images without labels."""
+"""Opens the data sets that a configuration names, and folders of images without labels."""
 
 import dataclasses
 import logging
@@ -35,12 +35,12 @@ _VOC_ARCHIVES = {
 
 
 def open_split(data: DataConfig, split: str) -> Dataset:
-    """Returns the records of `split`, or of several splits one after another where + joins their names.
+    """Returns the records of `split`; of several splits one after another if their names are joined by +.
 
-    Draws the embedded data set first if asked to.
+    With `data.shapes`, draws the shapes data set first.
 
     Raises:
-      InputError: no class names are given, the data is absent or holds a fault, or joined splits share an image.
+      InputError: no class names are given, the data is missing or has a fault, or joined splits share an image.
     """
     if data.shapes is not None:
         shapes = data.shapes
@@ -55,17 +55,17 @@ def open_split(data: DataConfig, split: str) -> Dataset:
 
 
 def read(data: DataConfig, split: str) -> Dataset:
-    """Returns what `open_split` does, before any image is decoded and anything is logged."""
+    """Returns the same as `open_split`, but decodes no image and logs nothing."""
     names = split.split("+")
     if not data.class_names:
         found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
-        raise InputError(f"data.class_names is empty; the objects in {data.root} are named: {found}")
+        raise InputError(f"data.class_names is empty; give class names, the objects in {data.root} are named: {found}")
     return _joined([read_split(data, name) for name in names])
 
 
 def read_split(data: DataConfig, name: str) -> Dataset:
     """Returns the records of one split; pixels are not decoded."""
-    if data.layout == "tfds":
+    if data.tfds_name is not None:  # of layout tfds alone, and always
         return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, faults=data.faults)
     if data.layout == "coco":
         return coco.read_coco(*_coco_place(data, name), data.class_names, faults=data.faults)
@@ -73,10 +73,10 @@ def read_split(data: DataConfig, name: str) -> Dataset:
 
 
 def with_class_names(data: DataConfig) -> DataConfig:
-    """Returns `data` with the classes that its set declares, where it names none; a VOC folder declares none.
+    """Returns `data`; if it has no class names, with those of the data set. A VOC folder does not declare any.
 
     Raises:
-      InputError: the set of the training split cannot be read.
+      InputError: the training split cannot be read.
     """
     if data.class_names or data.layout not in ("coco", "tfds"):
         return data
@@ -84,7 +84,7 @@ def with_class_names(data: DataConfig) -> DataConfig:
 
 
 def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
-    if data.layout == "tfds":
+    if data.tfds_name is not None:
         return tfds.class_names_of(data.root, data.tfds_name)
     if data.layout == "coco":
         return coco.category_names(_coco_place(data, name)[0])
@@ -92,17 +92,17 @@ def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
 
 
 def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
-    """Returns the images of a folder in the order of their names, which are their ids, without objects.
+    """Returns the images of a folder, sorted by name, without objects; the file name is the id.
 
-    They are read as viewers show them, turned as EXIF says. Files without the extension of an image, and folders
-    within the folder, are passed over with a note.
+    Images are turned as EXIF says, as image viewers show them. Files without an image extension and subfolders are
+    ignored; a note counts them.
 
     Args:
-      class_names: of the detector that is to look at them.
-      faults: "skip" leaves out what cannot be decoded; every image is then decoded once to know.
+      class_names: the class names of the detector that predicts on the images.
+      faults: "skip" skips images that cannot be decoded; every image is then decoded once to find them.
 
     Raises:
-      InputError: the folder is absent or holds no image, or a file with the extension of one is none.
+      InputError: the folder is missing or has no image, or a file with an image extension is not an image.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -110,7 +110,7 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
     paths = sorted(folder.iterdir())
     for path in watched(paths, f"reading {folder}", len(paths)):
         if path.suffix.lower() not in IMAGE_EXTENSIONS or path.is_dir():
-            found["What has no extension of an image was passed over"].append(str(path))
+            found["Subfolders and files without an image extension were ignored"].append(str(path))
             continue
         with skipping(FAULTY_IMAGE, found, faults):
             if faults == "skip":
@@ -129,23 +129,26 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
     for note in notes:
         logger.warning("%s", note)
     if not records:
-        raise InputError(f"{folder}: holds no image that can be read, of {' '.join(IMAGE_EXTENSIONS)}")
+        raise InputError(f"{folder}: contains no readable image with an extension of {' '.join(IMAGE_EXTENSIONS)}")
     return Dataset(str(folder), class_names, tuple(records), notes, ids, findings)
 
 
 def _joined(datasets: list[Dataset]) -> Dataset:
-    """Returns one data set of all records; a result file must tell its images and classes apart."""
+    """Returns one data set with all records; image ids and category ids must stay unique in result files."""
     first, *others = datasets
     place = {record.id: first.name for record in first.records}
     for dataset in others:
         for record in dataset.records:
             if record.id in place:
-                raise InputError(f"{dataset.name}: image id {record.id} is also in {place[record.id]}, joined by +")
+                raise InputError(
+                    f"{dataset.name}: image id {record.id} is also in {place[record.id]}; "
+                    "splits joined by + must not share image ids"
+                )
             place[record.id] = dataset.name
         if dataset.category_ids != first.category_ids:
             raise InputError(
-                f"{dataset.name}: its categories have the ids {dataset.category_ids}, "
-                f"where {first.name}, joined by +, has {first.category_ids}"
+                f"{dataset.name}: category ids {dataset.category_ids} differ from {first.category_ids} of "
+                f"{first.name}; splits joined by + must have the same category ids"
             )
     return first._replace(
         name=" + ".join(dataset.name for dataset in datasets),
@@ -156,29 +159,29 @@ def _joined(datasets: list[Dataset]) -> Dataset:
 
 
 def _voc_place(data: DataConfig, name: str) -> tuple[Path, str]:
-    """Returns the folder that holds JPEGImages, and the name of the list."""
+    """Returns the folder that contains JPEGImages, and the name of the list."""
     if data.layout == "voc":
         if not data.root.is_dir():
             raise InputError(
-                f"{data.root}: no such folder; it is where JPEGImages, Annotations and ImageSets are looked for, "
-                "give another one with --data.root"
+                f"{data.root}: no such folder; it must contain JPEGImages, Annotations and ImageSets, "
+                "give another folder with --data.root"
             )
         return data.root, name
     match = re.fullmatch(r"(\d{4})_(.+)", name)
     if match is None:
-        raise InputError(f"split {name!r}: in a VOCdevkit it must be YEAR_NAME, as 2007_trainval")
+        raise InputError(f"split {name!r}: in a VOCdevkit it must be YEAR_NAME, for example 2007_trainval")
     year, list_name = match.groups()
     folder = data.root / f"VOC{year}"
     absent = folder
     if folder.is_dir():
         absent = folder / "ImageSets" / "Main" / f"{list_name}.txt"
-    # The lists of 2007 come in two archives, one of which may have been forgotten.
+    # The lists of 2007 come in two archives; the user may have unpacked only one of them.
     incomplete = year == "2007" and list_name in ("train", "val", "trainval", "test") and not absent.exists()
     if not folder.is_dir() or incomplete:
         archives = _VOC_ARCHIVES.get(year, "the archives of that year")
         raise InputError(
             f"{absent}: not found; unpack {archives} from http://host.robots.ox.ac.uk/pascal/VOC/, "
-            "which make a folder VOCdevkit, or give another one with --data.root"
+            "which creates a folder VOCdevkit, or give another folder with --data.root"
         )
     return folder, list_name
 
@@ -186,33 +189,33 @@ def _voc_place(data: DataConfig, name: str) -> tuple[Path, str]:
 def _coco_place(data: DataConfig, name: str) -> tuple[Path, Path]:
     """Returns the annotation file and the folder of the images."""
     if not name or re.search(r"[/\\\0]", name) or name in (".", ".."):
-        raise InputError(f"split must be part of a file name, got {name!r}")
+        raise InputError(f"split must be a part of a file name, without a folder, got {name!r}")
     annotations, images = (
         data.root / pattern.replace("{split}", name) for pattern in (data.coco_annotations, data.coco_images)
     )
     for path, exists in ((annotations, annotations.is_file()), (images, images.is_dir())):
         if not exists:
             raise InputError(
-                f"{path}: not found; get images and annotations from https://cocodataset.org/#download, "
-                "or give another folder with --data.root, data.coco_annotations and data.coco_images"
+                f"{path}: not found; download images and annotations from https://cocodataset.org/#download, "
+                "or give other paths with --data.root, --data.coco_annotations and --data.coco_images"
             )
     return annotations, images
 
 
-# Where COCO's images lie beside their annotations: as published, and as others lay them out.
+# Folders of COCO's images relative to `data.root`: as published, and other common places.
 _IMAGE_FOLDERS = ("{split}", "images/{split}", "images", "JPEGImages", ".")
 
 
 def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
     """Returns the configuration of the data in `root` and the names of its splits.
 
-    The classes are those that the file declares or the objects of all splits have.
+    The class names are those that the annotation file declares; for VOC, those of the objects of all splits.
 
     Raises:
-      InputError: it is laid out in none of the ways that are known.
+      InputError: the folder has no known layout.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder or configuration")
+        raise InputError(f"{root}: no such folder or configuration file")
     years = sorted(path for path in root.glob("VOC[0-9][0-9][0-9][0-9]") if voc.splits(path))
     if voc.splits(root):
         places = {name: (root, name) for name in voc.splits(root)}
@@ -223,8 +226,8 @@ def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
     files = sorted(root.glob("annotations/instances*.json")) or sorted(root.glob("instances*.json"))
     if not files:
         raise InputError(
-            f"{root}: holds neither ImageSets/Main with JPEGImages and Annotations, nor VOC2007 or another year, "
-            "nor annotations/instances_SPLIT.json"
+            f"{root}: unknown layout; must contain ImageSets/Main with JPEGImages and Annotations, VOC2007 or another "
+            "year, or annotations/instances_SPLIT.json"
         )
     prefix = "annotations/" if files[0].parent.name == "annotations" else ""
     pattern = f"{prefix}instances_{{split}}.json"
@@ -244,5 +247,5 @@ def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
 def _names(places: dict[str, tuple[Path, str]]) -> tuple[str, ...]:
     names = {name for place in places.values() for name in voc.class_names_in(*place)}
     if not names:
-        raise InputError(f"{next(iter(places.values()))[0]}: no list of it names an object")
+        raise InputError(f"{next(iter(places.values()))[0]}: no image in its lists has a named object")
     return tuple(sorted(names))

@@ -1,9 +1,11 @@
-"""What training sees of a data set: which objects, which images, and the mirrored ones.
+"""Selects the objects and images of a data set to train on, and adds mirrored images.
 
-Nothing is left out in silence: each step says in one sentence how many it took out, and the first image.
+Nothing is removed silently: each step logs one sentence with the number of removed objects or images and the first
+image.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_training_set(dataset: Dataset, data: DataConfig) -> Dataset:
-    """Returns the images to train on with the objects to train on; its notes also say what was left out.
+    """Returns the data set with only the images and objects to train on; its notes also count what was removed.
 
-    With `data.flip` "double" the mirrored copies follow all the others: that of image `index` of N is
-    image `index + N`, and has the same id.
+    With `data.flip` "double", the mirrored copies follow the N original images: the copy of image `index` is
+    image `index + N` and has the same id.
 
     Raises:
       InputError: no object is left.
@@ -42,13 +44,13 @@ def prepare_training_set(dataset: Dataset, data: DataConfig) -> Dataset:
 _EMPTY = "Images without an object to train on were left out (data.keep_empty keeps them)"
 
 
-def _unwanted(data: DataConfig) -> list:
-    """Returns pairs of a sentence and a function from a record to the objects [N] that it is about."""
+def _unwanted(data: DataConfig) -> list[tuple[str, Callable[[ImageRecord], np.ndarray]]]:
+    """Returns pairs of a sentence and a function from a record to a mask [N] of the objects to remove."""
     steps = [
         ("Crowds are not trained on", lambda record: record.crowd),
         ("Objects under two pixels are not trained on", lambda record: ~large_enough(record.boxes)),
         (
-            f"Objects beyond data.max_boxes = {data.max_boxes} of their image are not trained on",
+            f"Objects beyond the first data.max_boxes = {data.max_boxes} of an image are not trained on",
             lambda record: np.arange(len(record.boxes)) >= data.max_boxes,
         ),
     ]
@@ -57,8 +59,8 @@ def _unwanted(data: DataConfig) -> list:
     return steps
 
 
-def _note(name: str, text: str, records, counts: list[int]) -> list[str]:
-    """Logs one sentence and returns it, or nothing where nothing is left out."""
+def _note(name: str, text: str, records: Sequence[ImageRecord], counts: list[int]) -> list[str]:
+    """Logs one sentence and returns it in a list; returns an empty list if nothing is removed."""
     if not any(counts):
         return []
     first = next(record.id for record, count in zip(records, counts, strict=True) if count)

@@ -1,7 +1,7 @@
-"""From a decoded image to a place on a canvas, in NumPy, on the host.
+"""Resizes decoded images and draws them onto canvases, with NumPy on the host.
 
-The resize is bilinear in float without antialias, half-pixel centres: what the reference code bases do.
-Rounded to uint8, where a model asks for that, it is the same one.
+The resize is bilinear in float with half-pixel centres and without antialiasing, as in the reference code bases.
+For uint8 canvases the result of the same resize is rounded.
 """
 
 import math
@@ -15,7 +15,7 @@ from fasterrcnn_jax.config import ImageConfig
 
 
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """Returns (height, width) after resizing: short side to `short_side`, long at most `long_side`."""
+    """Returns (height, width) after resizing the short side to `short_side`, with the long side at most `long_side`."""
     scale = min(config.short_side / min(image_hw), config.long_side / max(image_hw))
     whole = round if config.size_rounding == "nearest" else math.floor
     height, width = (max(1, whole(side * scale)) for side in image_hw)
@@ -23,24 +23,24 @@ def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, i
 
 
 def canvas_for(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """Returns the smallest canvas that holds the resized image."""
+    """Returns the smallest canvas that fits the resized image."""
     return smallest_canvas(network_size(image_hw, config), config)
 
 
 def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """Returns the first canvas of least area that holds `size` network pixels.
+    """Returns the first canvas with the smallest area that fits `size` network pixels.
 
     Raises:
-      ValueError: none does; a single resized image always fits.
+      ValueError: `size` fits no canvas; a single resized image always fits.
     """
     fitting = [canvas for canvas in config.canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
     if not fitting:
-        raise ValueError(f"no canvas of {config.canvases} holds {size[0]} x {size[1]} pixels")
+        raise ValueError(f"no canvas of {config.canvases} fits {size[0]} x {size[1]} pixels (height x width)")
     return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
 
 def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
-    """Returns the float32 image at `size`; borders repeat."""
+    """Returns the float32 image resized to `size`; border pixels are repeated outwards."""
     resized = np.empty((*size, 3), np.float32)
     for rows, block in _resized(image, Placement(size), size, channels=(0, 1, 2)):
         resized[rows] = block
@@ -48,18 +48,18 @@ def resize_bilinear(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) ->
 
 
 class Placement(NamedTuple):
-    """Where an image lies on its canvas: resized as a whole, then shown from `origin` on, as far as it fits."""
+    """Placement of an image on its canvas: resized to `size`, then drawn from `origin` on, as far as it fits."""
 
     size: tuple[int, int]  # (height, width) that the image is resized to
-    origin: tuple[int, int] = (0, 0)  # (y, x) in the resized image of the canvas's first pixel
+    origin: tuple[int, int] = (0, 0)  # (y, x) of the canvas's first pixel in the resized image
 
     def shown(self, canvas: tuple[int, int]) -> tuple[int, int]:
-        """Returns (height, width) of what is on the canvas."""
+        """Returns the (height, width) of the part that is on the canvas."""
         height, width = (min(self.size[axis] - self.origin[axis], canvas[axis]) for axis in (0, 1))
         return height, width
 
     def scale(self, image_hw: tuple[int, int]) -> Float[np.ndarray, "2"]:
-        """Returns network pixels per pixel of the image, (y, x); the two axes differ by rounding."""
+        """Returns the network pixels per image pixel, (y, x); the two axes differ by rounding."""
         return np.asarray(self.size, np.float32) / np.asarray(image_hw, np.float32)
 
 
@@ -69,14 +69,14 @@ def draw(
     config: ImageConfig,
     placement: Placement,
 ) -> None:
-    """Writes an image onto the empty canvas `pixels`, in `config.channel_order`, as mean and std are.
+    """Draws an image onto the empty canvas `pixels`, in `config.channel_order`, the order of mean and std.
 
-    On float32 it is normalised; on uint8 it is rounded, and normalised where the network begins.
+    A float32 canvas gets normalised values; a uint8 canvas gets rounded values, which the network normalises.
     """
     channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     height, width = placement.shown(pixels.shape[:2])
-    # As long as a row of the image: NumPy takes triples one by one.
+    # Repeated to the length of an image row, because NumPy is slow on a last axis of three elements.
     mean, std = np.tile(mean, width), np.tile(std, width)
     for rows, block in _resized(image, placement, (height, width), channels):
         values = block.reshape(len(block), -1)
@@ -88,7 +88,7 @@ def draw(
         pixels[rows, :width] = block
 
 
-# Few enough to stay in the processor's cache from one operation to the next.
+# Rows per block: few enough to stay in the processor's cache from one operation to the next.
 _ROWS = 32
 
 
@@ -98,11 +98,11 @@ def _resized(
     shown: tuple[int, int],
     channels: tuple[int, int, int],
 ) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
-    """Yields the shown part of the resized image in blocks of rows, each with its place."""
+    """Yields (rows, block) for blocks of rows of the shown part of the resized image."""
     height, width = image.shape[:2]
     top, bottom, down = _samples(height, placement.size[0], placement.origin[0], shown[0])
     left, right, across = _samples(width, placement.size[1], placement.origin[1], shown[1])
-    # Pixels and channels as one axis: NumPy is slow where the last one has three elements.
+    # Pixels and channels are one axis, because NumPy is slow on a last axis of three elements.
     left, right = ((3 * points[:, None] + np.asarray(channels)).ravel() for points in (left, right))
     across, down = np.repeat(across, 3), down[:, None]
     source = image.reshape(height, -1).astype(np.float32)
@@ -115,7 +115,7 @@ def _resized(
 def _samples(
     length: int, size: int, first: int, count: int
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Returns for `count` of `size` pixels, from `first` on: both neighbours out of `length`, weight of the second."""
+    """Returns, for `count` of `size` output pixels from `first` on, both source pixels and the weight of the second."""
     points = (np.arange(first, first + count, dtype=np.float32) + 0.5) * (length / size) - 0.5
     points = np.clip(points, 0.0, length - 1.0)
     low = points.astype(np.int64)
@@ -127,7 +127,7 @@ def _blend(
     second: Float[np.ndarray, "n m"],
     weight: Float[np.ndarray, "m"] | Float[np.ndarray, "n 1"],
 ) -> Float[np.ndarray, "n m"]:
-    """Returns the weighted mean, in the memory of `first`; `second` is spent."""
+    """Returns the weighted mean in the memory of `first`; overwrites `second`."""
     first *= 1.0 - weight
     second *= weight
     first += second
@@ -137,9 +137,9 @@ def _blend(
 def to_canvas(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int], config: ImageConfig
 ) -> tuple[Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """Returns the canvas with the image as `draw` puts it (zero beyond it), the image's size there, and the scale.
+    """Returns the canvas with the image drawn by `draw` and zeros elsewhere, the image's size on it, and the scale.
 
-    Size is (height, width) in network pixels, scale (y, x) in network pixels per original pixel.
+    The size is (height, width) in network pixels; the scale is (y, x) in network pixels per original pixel.
     """
     placement = Placement(network_size(image.shape[:2], config))
     pixels = np.zeros((*canvas, 3), config.pixel_dtype)
@@ -148,7 +148,7 @@ def to_canvas(
 
 
 def scale_boxes(boxes: Float[np.ndarray, "n 4"], scale: Float[np.ndarray, "2"]) -> Float[np.ndarray, "n 4"]:
-    """Returns boxes times (y, x) `scale`."""
+    """Returns the boxes multiplied by the (y, x) `scale`."""
     return boxes * np.tile(scale[::-1], 2).astype(np.float32)
 
 
@@ -158,5 +158,5 @@ def flip_boxes(boxes: Float[np.ndarray, "n 4"], width: int) -> Float[np.ndarray,
 
 
 def flip_pixels(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the image mirrored left to right, in memory of its own: what follows is slow on a reversed view."""
+    """Returns the image mirrored left to right, as a copy: later operations are slow on a reversed view."""
     return image.take(np.arange(image.shape[1])[::-1], 1)

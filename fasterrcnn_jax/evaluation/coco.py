@@ -1,16 +1,16 @@
-"""Average precision as COCO measures it, by pycocotools, on a data set held in memory.
+"""Computes COCO's average precision with pycocotools, on a data set in memory.
 
 Lin et al. 2014 (arXiv:1405.0312) and https://cocodataset.org/#detection-eval: AP is the mean over the
 IoU thresholds 0.50, 0.55, ..., 0.95 and over 101 recall points, with at most 100 detections per image
-and class. Small, medium and large objects are told apart at 32^2 and 96^2 square pixels of the records'
-areas: those of the outlines, as in the official numbers, where COCO json gives them, and those of the
-boxes, which are larger, where the annotations know boxes alone.
+and class. The limits between small, medium and large objects are areas of 32^2 and 96^2 square pixels.
+If the COCO file gives areas, they are the areas of the outlines, as in the official numbers. If the
+annotations have only boxes, the areas of the boxes are used, which are larger.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -21,29 +21,32 @@ from fasterrcnn_jax.evaluation.detections import check_detections
 
 
 class CocoResult(NamedTuple):
-    """COCO's numbers, 0..1; NaN where the data set has no object to be found."""
+    """COCO's metrics, 0..1; NaN if the data set has no object to find."""
 
     ap: float  # mean over IoU 0.50, 0.55, ..., 0.95
     ap50: float
     ap75: float
     ap_small: float  # area up to 32^2
     ap_medium: float
-    ap_large: float  # area from 96^2 on
+    ap_large: float  # area of 96^2 or more
     ar_100: float  # mean recall over the same thresholds, at most 100 detections per image and class
     class_ap: np.ndarray  # [K] float64
     class_ap50: np.ndarray  # [K] float64
 
 
 class _DifficultEval(COCOeval):
-    """COCOeval in which a difficult object is ignored as a crowd is, but overlapped like any other.
+    """A COCOeval that ignores difficult objects like crowds, but computes their overlap as for ordinary objects.
 
-    pycocotools overwrites a ground truth's `ignore` by its `iscrowd`, and an object that is ignored
-    without being a crowd would take one detection only and make the second a false positive. VOC ignores
-    every detection on a difficult object. Crowds do that too, but their overlap is the intersection over
-    the *detection's* area, so that any small box inside one would be ignored; that part is for `crowd` alone.
+    VOC ignores every detection on a difficult object. pycocotools overwrites `ignore` of an object with its
+    `iscrowd`, and an ignored object that is not a crowd matches only one detection, so the second one would be a
+    false positive. Crowds match any number of detections, but their overlap is the intersection over the
+    *detection's* area, so any small box inside would be ignored; only real crowds (`crowd`) use this overlap.
     """
 
-    def computeIoU(self, imgId, catId):
+    # Of COCOeval: the objects by image and category.
+    _gts: Mapping[tuple[int, int], list[dict[str, Any]]]
+
+    def computeIoU(self, imgId: Any, catId: Any) -> Any:
         objects = self._gts[imgId, catId]
         flags = [item["iscrowd"] for item in objects]
         for item in objects:
@@ -55,13 +58,13 @@ class _DifficultEval(COCOeval):
 
 
 def coco_ap(detections: Sequence[ImageDetections], dataset: Dataset) -> CocoResult:
-    """Returns the COCO numbers of `detections`; NaN where no object exists to be found.
+    """Returns the COCO metrics of `detections`; NaN if there is no object to find.
 
-    A detection matched to a crowd counts neither way. Difficult objects, which COCO does not know, are
-    ignored as VOC does it: a detection matched to one counts neither way either. Unlike in VOC, a detection
-    that also overlaps an ordinary, still free object enough is matched to that one.
-    Equal scores keep the order of the images and, in an image, the order given. What pycocotools prints
-    is dropped; that redirects the process's standard output for the duration of the call.
+    A detection matched to a crowd is neither a true nor a false positive. COCO has no difficult objects; they
+    are ignored as in VOC, so a detection matched to one is neither a true nor a false positive. Unlike in VOC, a
+    detection that also overlaps an ordinary unmatched object enough is matched to that object. Equal scores keep
+    the order of the images and, within an image, the given order. The output of pycocotools is dropped: the
+    standard output of the process is redirected during the call.
 
     Args:
       detections: one entry per record of `dataset`, in the same order.
@@ -75,7 +78,7 @@ def coco_ap(detections: Sequence[ImageDetections], dataset: Dataset) -> CocoResu
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    stats = np.where(evaluation.stats < 0, np.nan, evaluation.stats)  # -1 stands for undefined
+    stats = np.where(evaluation.stats < 0, np.nan, evaluation.stats)  # -1 means undefined
     # [10 IoU thresholds, 101 recalls, K, 4 area ranges, 3 limits]: all areas, at most 100 detections.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision < 0, np.nan, precision)
@@ -105,7 +108,7 @@ def _ground_truth(dataset: Dataset) -> COCO:
 
 
 def _results(detections: Sequence[ImageDetections], dataset: Dataset) -> COCO:
-    """Returns the detections in the form `COCO.loadRes` gives; that one fails on an empty list."""
+    """Returns the detections as `COCO.loadRes` would; `loadRes` itself fails on an empty list."""
     annotations = []
     for image_id, found in enumerate(detections, start=1):
         for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
@@ -113,7 +116,7 @@ def _results(detections: Sequence[ImageDetections], dataset: Dataset) -> COCO:
     return _index(dataset, annotations)
 
 
-def _annotation(image_id: int, box: np.ndarray, label: int) -> dict:
+def _annotation(image_id: int, box: np.ndarray, label: int) -> dict[str, Any]:
     x1, y1, x2, y2 = (float(side) for side in box)
     width, height = x2 - x1, y2 - y1
     return {
@@ -124,16 +127,17 @@ def _annotation(image_id: int, box: np.ndarray, label: int) -> dict:
     }
 
 
-def _index(dataset: Dataset, annotations: list[dict]) -> COCO:
-    """Returns a COCO object holding `annotations`; prints, as pycocotools does."""
-    # Ids from 1: pycocotools takes a match with id 0 for no match.
+def _index(dataset: Dataset, annotations: list[dict[str, Any]]) -> COCO:
+    """Returns a COCO object with `annotations`; pycocotools prints to standard output."""
+    # Ids start at 1, because pycocotools reads a match with id 0 as no match.
     for annotation_id, annotation in enumerate(annotations, start=1):
         annotation["id"] = annotation_id
     coco = COCO()
+    # Only with the fields that the metric reads.
     coco.dataset = {
         "images": [{"id": image_id} for image_id in range(1, len(dataset.records) + 1)],
         "categories": [{"id": label, "name": name} for label, name in enumerate(dataset.class_names, 1)],
-        "annotations": annotations,
+        "annotations": annotations,  # pyright: ignore[reportAttributeAccessIssue]
     }
     coco.createIndex()
     return coco

@@ -1,4 +1,4 @@
-"""What every metric asks of detections, and how many objects there are to be found."""
+"""Checks detections for all metrics, and counts the objects to find."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from fasterrcnn_jax.data.records import Dataset, ImageDetections
 
 
 def check_detections(detections: Sequence[ImageDetections], dataset: Dataset) -> None:
-    """Raises ValueError, naming the image, if `detections` cannot be detections on `dataset`."""
+    """Raises ValueError, with the image, if `detections` do not fit `dataset`."""
     if len(detections) != len(dataset.records):
         raise ValueError(
             f"{dataset.name} has {len(dataset.records)} images, but detections has {len(detections)} entries"
@@ -22,7 +22,7 @@ def check_detections(detections: Sequence[ImageDetections], dataset: Dataset) ->
                 f"image {record.id}: boxes, scores and labels must be [D, 4], [D] and [D], "
                 f"got {boxes.shape}, {scores.shape} and {labels.shape}"
             )
-        # A NaN score would sort anywhere and a NaN box match anything.
+        # A NaN score has no place in the ranking, and a NaN box could match any object.
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise ValueError(f"image {record.id}: boxes and scores must be finite")
         if count and not (labels.dtype.kind in "iu" and labels.min() >= 1 and labels.max() <= class_count):
@@ -33,7 +33,7 @@ def check_detections(detections: Sequence[ImageDetections], dataset: Dataset) ->
 
 
 def object_counts(dataset: Dataset) -> np.ndarray:
-    """Returns the number of objects per class that are to be found, neither difficult nor crowds: [K] int64."""
+    """Returns the number of objects to find per class, without difficult objects and crowds: [K] int64."""
     counts = np.zeros(len(dataset.class_names) + 1, np.int64)
     for record in dataset.records:
         np.add.at(counts, record.labels[~(record.difficult | record.crowd)], 1)

@@ -1,6 +1,6 @@
-"""Detections of a whole data set: what the metrics take, the files others read, the table we print.
+"""Writes the detections of a data set as result files of COCO and VOC.
 
-Boxes are xyxy in continuous pixels of the stored image; labels are 1..K. D detections, K classes.
+Boxes are xyxy in continuous pixels of the original image; labels are 1..K.
 """
 
 import json
@@ -16,9 +16,9 @@ from fasterrcnn_jax.evaluation.detections import check_detections
 def write_coco_json(path: str | Path, detections: Sequence[ImageDetections], dataset: Dataset) -> None:
     """Writes the COCO result format, https://cocodataset.org/#format-results: one object per detection.
 
-    `image_id` is the record's id: an integer if it reads as one and nothing is lost (`139`), otherwise
-    text (`000005`, `2008_000008`). `category_id` is the one of `dataset.category_ids`; `bbox` is
-    [x, y, width, height]. The file appears whole or not at all.
+    `image_id` is the record's id: an integer if the integer has the same text (`139`), otherwise a string
+    (`000005`, `2008_000008`). `category_id` is the class's id in `dataset.category_ids`; `bbox` is
+    [x, y, width, height]. The file is written completely or not at all.
 
     Raises:
       InputError: the file cannot be written.
@@ -42,25 +42,25 @@ def write_coco_json(path: str | Path, detections: Sequence[ImageDetections], dat
 
 
 def write_voc_files(folder: str | Path, detections: Sequence[ImageDetections], dataset: Dataset, *, split: str) -> None:
-    """Writes `comp4_det_SPLIT_CLASS.txt` for every class, as the VOC development kit reads them.
+    """Writes `comp4_det_SPLIT_CLASS.txt` for every class, in the format of the VOC development kit.
 
-    A line is `id score xmin ymin xmax ymax`, in the kit's pixels, which count from 1 and include both
-    ends: (x1 + 1, y1 + 1, x2, y2) of ours. Each file appears whole or not at all.
+    A line is `id score xmin ymin xmax ymax`. The kit's pixels count from 1 and include both ends, so our box
+    is written as (x1 + 1, y1 + 1, x2, y2). Each file is written completely or not at all.
 
     Raises:
-      InputError: a class or split that is not part of a file name, an image id with white space, or a
-        file that cannot be written. Names are checked before anything is written.
+      InputError: a class or split name cannot be part of a file name, an image id has white space, or a file
+        cannot be written. Names are checked before anything is written.
       ValueError: detections that do not fit the data set.
     """
     check_detections(detections, dataset)
     for field, name in [("split", split), *(("class", name) for name in dataset.class_names)]:
-        # Both separators on every system: a name that is harmless here may be unpacked elsewhere.
+        # Both separators are refused on every system, because the files may be used on another system.
         if not name or any(character in name for character in "/\\\0"):
-            raise InputError(f"{dataset.name}: {field} {name!r} cannot be part of a file name")
+            raise InputError(f"{dataset.name}: {field} {name!r} cannot be part of a file name; rename the {field}")
     lines = {label: [] for label in range(1, len(dataset.class_names) + 1)}
     for found, record in zip(detections, dataset.records, strict=True):
         if record.id.split() != [record.id]:
-            raise InputError(f"{dataset.name}: image id {record.id!r} has white space, which VOC files cannot hold")
+            raise InputError(f"{dataset.name}: image id {record.id!r} has white space, which VOC files do not allow")
         for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
             x1, y1, x2, y2 = (float(side) for side in box)
             lines[int(label)].append(f"{record.id} {float(score):.6f} {x1 + 1:.1f} {y1 + 1:.1f} {x2:.1f} {y2:.1f}\n")
@@ -69,6 +69,6 @@ def write_voc_files(folder: str | Path, detections: Sequence[ImageDetections], d
 
 
 def _coco_image_id(record_id: str) -> int | str:
-    """Returns an integer where turning it back into text gives the same id."""
+    """Returns the id as an integer if the integer has the same text, otherwise as a string."""
     number = record_id.isascii() and record_id.isdigit() and (record_id == "0" or record_id[0] != "0")
     return int(record_id) if number else record_id

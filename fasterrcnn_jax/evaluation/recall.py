@@ -1,8 +1,8 @@
-"""How many objects the proposals cover: COCO's average recall of boxes without classes.
+"""Computes the recall of proposals: COCO's average recall for boxes without classes.
 
 Hosang et al. 2015 (arXiv:1502.05082), section 4; https://cocodataset.org/#detection-eval. The best proposals of each
-image take objects in the order of their scores, each the free object that it overlaps most; an object is found
-where that is at least the threshold. Difficult objects and crowds are not to be found.
+image are matched in the order of their scores. Each proposal is matched to the unmatched object with the highest IoU
+if this IoU is at least the threshold. Difficult objects and crowds are ignored.
 """
 
 import math
@@ -16,22 +16,22 @@ from fasterrcnn_jax.data.records import Dataset, ImageProposals, box_iou
 
 LIMITS = (100, 300, 1000, 2000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
-RECALL = "proposal_AR_300"  # what decides which RPN is best
+RECALL = "proposal_AR_300"  # the metric that selects the best RPN
 _NEVER = np.iinfo(np.int64).max
 
 
 class ProposalRecall(NamedTuple):
-    """Parts of the objects that are found, 0..1; NaN where there is no object."""
+    """Recall of proposals, 0..1; NaN if there is no object."""
 
     num_objects: int
-    recall: np.ndarray  # [LIMITS, THRESHOLDS] float64: among the best so many proposals of each image
+    recall: np.ndarray  # [LIMITS, THRESHOLDS] float64, with at most so many proposals per image
 
 
 def proposal_recall(proposals: Sequence[ImageProposals], dataset: Dataset) -> ProposalRecall:
     """Returns the recall of `proposals`, one entry per record of `dataset` in the same order, best first.
 
     Raises:
-      ValueError: not one entry per image.
+      ValueError: `proposals` does not have one entry per image.
     """
     if len(proposals) != len(dataset.records):
         raise ValueError(
@@ -48,12 +48,12 @@ def proposal_recall(proposals: Sequence[ImageProposals], dataset: Dataset) -> Pr
 
 
 def _ranks(iou: Float[np.ndarray, "p g"]) -> Int[np.ndarray, "t g"]:
-    """Returns for each threshold the place of the proposal that finds each object; `_NEVER` where none does."""
+    """Returns, per threshold and object, the rank of the proposal that finds the object; `_NEVER`: no proposal does."""
     ranks = np.full((len(THRESHOLDS), iou.shape[1]), _NEVER)
     levels = np.arange(len(THRESHOLDS))
     for place in np.flatnonzero(iou.max(axis=1, initial=0.0) >= THRESHOLDS[0]):
         free = np.where(ranks == _NEVER, iou[place], -1.0)
-        # Of equal overlaps the last, as pycocotools.
+        # Equal IoUs: the last object, as in pycocotools.
         best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)
         takes = free[levels, best] >= THRESHOLDS
         ranks[levels[takes], best[takes]] = place
@@ -61,7 +61,7 @@ def _ranks(iou: Float[np.ndarray, "p g"]) -> Int[np.ndarray, "t g"]:
 
 
 def recall_dict(result: ProposalRecall) -> dict[str, float | None]:
-    """Returns the recall under flat names for a log or a JSON file; None where it is undefined."""
+    """Returns the recall under flat names for a log or a JSON file; None if it is undefined."""
     values = {}
     for limit, recall in zip(LIMITS, result.recall, strict=True):
         named = {"AR": recall.mean(), "recall50": recall[0], "recall70": recall[4]}

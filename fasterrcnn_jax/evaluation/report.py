@@ -1,4 +1,4 @@
-"""All metrics of a set of detections, under flat names and as the table that the scripts print."""
+"""Computes all metrics of detections, and gives them as flat names and as the table that the scripts print."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fasterrcnn_jax.evaluation.detections import object_counts
 
 
 class Metrics(NamedTuple):
-    """Everything measured on one data set."""
+    """All metrics of the detections on one data set."""
 
     voc07: np.ndarray  # [K] float64: 11-point average precision at IoU 0.5
     voc_area: np.ndarray  # [K] float64: area under the curve at IoU 0.5
@@ -25,7 +25,6 @@ def evaluate_detections(detections: Sequence[ImageDetections], dataset: Dataset)
     Raises:
       ValueError: detections that do not fit the data set.
     """
-    # Imported here because both modules take their records from this one.
     from fasterrcnn_jax.evaluation.coco import coco_ap
     from fasterrcnn_jax.evaluation.voc import voc_ap
 
@@ -37,12 +36,12 @@ def evaluate_detections(detections: Sequence[ImageDetections], dataset: Dataset)
 
 
 def metrics_dict(metrics: Metrics, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Returns `metrics` under flat names for a log or a JSON file; None where a number is undefined.
+    """Returns `metrics` under flat names for a log or a JSON file; None if a metric is undefined.
 
-    `mAP` is the mean over the classes that have objects; a class's own numbers are `NAME/CLASS`.
+    `mAP` is the mean over the classes that have objects; the metrics of one class are `NAME/CLASS`.
 
     Raises:
-      ValueError: not one class name per class.
+      ValueError: `class_names` does not have one name per class.
     """
     coco = metrics.coco
     values = {
@@ -64,14 +63,14 @@ def metrics_dict(metrics: Metrics, class_names: Sequence[str]) -> dict[str, floa
     }
     for name, column in per_class.items():
         values |= {f"{name}/{c}": value for c, value in zip(class_names, column, strict=True)}
-    # NaN is not JSON; several readers refuse a whole file over it.
+    # NaN is not valid JSON, and many readers would refuse the whole file.
     return {name: None if math.isnan(value) else float(value) for name, value in values.items()}
 
 
 def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco: CocoResult) -> str:
     """Returns the table per class that the scripts print, ending with the line `AP50 0.xx`.
 
-    Columns: class, number of objects to be found, VOC 11-point and area AP (IoU 0.5), COCO AP50 and AP.
+    Columns: class, number of objects to find, VOC 11-point and area AP (IoU 0.5), COCO AP50 and AP.
     The last row is the mean over the classes that have objects.
     """
     counts = object_counts(dataset)
@@ -86,6 +85,6 @@ def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco
 
 
 def mean_over_classes(values: np.ndarray) -> float:
-    """Returns the mean of [K] `values` over the classes that have one; NaN, without a warning, if none has."""
+    """Returns the mean of the `values` [K] that are not NaN; NaN, without a warning, if all are NaN."""
     defined = np.asarray(values)[~np.isnan(values)]
     return float(defined.mean()) if defined.size else math.nan

@@ -1,10 +1,10 @@
-"""Average precision per class as PASCAL VOC measures it.
+"""Computes PASCAL VOC's average precision per class.
 
 Everingham et al. 2010, "The PASCAL Visual Object Classes (VOC) Challenge", section 4.2. The 11-point
 form is the metric of VOC 2007 and of the numbers in the Faster R-CNN paper; the area under the curve
 is the metric from VOC 2010 on. The VOC tools add one pixel to every width because their boxes are
 inclusive; our boxes are continuous (xmin - 1, ymin - 1, xmax, ymax), so their overlap is our plain IoU.
-VOC knows no crowds; a crowd of another data set is treated as a difficult object.
+VOC has no crowds; a crowd of another data set is treated as a difficult object.
 
 Shapes: D detections and N objects of one image, K classes, M detections of one class in all images.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
 
-# Not k / 10: the reference's points carry float noise (0.30000000000000004 for 3/10), so a recall of
-# exactly 3/10 does not reach the fourth point. Published numbers contain that.
+# Not k / 10: the points of the reference have rounding errors (0.30000000000000004 for 3/10), so a recall of
+# exactly 3/10 does not reach the fourth point. Published numbers are computed with these points.
 RECALL_POINTS = np.arange(0.0, 1.1, 0.1)
 
 
@@ -32,11 +32,11 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, *, use_07_metri
       use_07_metric: the mean over the 11 recall points 0, 0.1, ..., 1; otherwise the area under the curve.
 
     Raises:
-      ValueError: the two are not vectors of one length.
+      ValueError: recall and precision are not vectors of the same length.
     """
     recall, precision = np.asarray(recall, np.float64), np.asarray(precision, np.float64)
     if recall.ndim != 1 or recall.shape != precision.shape:
-        raise ValueError(f"recall and precision must be [M], got {recall.shape} and {precision.shape}")
+        raise ValueError(f"recall and precision must both have the shape [M], got {recall.shape} and {precision.shape}")
     best_ahead = np.maximum.accumulate(precision[::-1])[::-1]
     if use_07_metric:
         reached = np.searchsorted(recall, RECALL_POINTS, side="left")
@@ -54,10 +54,10 @@ def voc_ap(
 ) -> np.ndarray:
     """Returns the average precision of each class: [K] float64 in 0..1.
 
-    A class without a single non-difficult object has no recall and is NaN in both metrics, so that a
-    mean can leave it out, as simple-faster-rcnn-pytorch's `eval_detection_voc` does. py-faster-rcnn's
-    `voc_eval` gives NaN only for the area; its 11-point form gives 0 there, which lowers the mean. The two
-    also differ where an overlap is exactly the threshold: no match here and in `voc_eval`, one there.
+    A class without non-difficult objects has no recall. Its average precision is NaN in both forms, so that a
+    mean can ignore it, as in simple-faster-rcnn-pytorch's `eval_detection_voc`. py-faster-rcnn's `voc_eval` gives
+    NaN only for the area; its 11-point form gives 0, which lowers the mean. An overlap of exactly the threshold
+    is no match here and in `voc_eval`, but a match in `eval_detection_voc`.
 
     Args:
       detections: one entry per record of `dataset`, in the same order.
@@ -83,13 +83,13 @@ def precision_recall(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns K pairs (recall [M], precision [M]), one value per detection of the class in score order.
 
-    Equal scores keep the order of the images and, in an image, the order given. Each detection is held
-    against the object of its class and image that it overlaps most, whether or not that one is taken:
-    a false positive if the overlap is not above the threshold or an earlier detection has the object,
-    nothing at all if the object is difficult. Recall is NaN for a class without non-difficult objects.
+    Equal scores keep the order of the images and, within an image, the given order. Each detection is compared
+    with the object of its class and image that it overlaps most, even if that object is already matched. It is a
+    false positive if the overlap is not above the threshold or if an earlier detection matched the object. It is
+    ignored if the object is difficult. Recall is NaN for a class without non-difficult objects.
 
     Raises:
-      ValueError: as `voc_ap`.
+      ValueError: as in `voc_ap`.
     """
     if not 0.0 < iou_threshold < 1.0:
         raise ValueError(f"iou_threshold must be in (0, 1), got {iou_threshold}")
@@ -101,7 +101,7 @@ def precision_recall(
     matched = np.concatenate(matched)
     scores = np.concatenate([np.zeros(0), *(found.scores for found in detections)])
     labels = np.concatenate([np.zeros(0, np.int64), *(found.labels for found in detections)])
-    # One entry more than there are objects: index -1, "no object", is not difficult.
+    # One more entry than objects: index -1, "no object", is not difficult.
     ignored = (record.difficult | record.crowd for record in dataset.records)
     difficult = np.concatenate([*ignored, [False]]).astype(bool)
 
@@ -115,13 +115,13 @@ def precision_recall(
         false_positive = ~true_positive & ~difficult[objects]
         hits, misses = np.cumsum(true_positive), np.cumsum(false_positive)
         recall = hits / count if count else np.full(len(objects), np.nan)
-        # No hit and no miss yet happens when the first detections lie on difficult objects.
+        # Hits and misses are both 0 if the first detections are on difficult objects.
         curves.append((recall, hits / np.maximum(hits + misses, 1)))
     return curves
 
 
 def _matched_object(found: ImageDetections, record: ImageRecord, iou_threshold: float, first_object: int) -> np.ndarray:
-    """Returns [D] int64: the position of each detection's object among all objects, -1 for none."""
+    """Returns [D] int64: the index of each detection's object among all objects; -1: no object."""
     if not len(found.boxes) or not len(record.boxes):
         return np.full(len(found.boxes), -1, np.int64)
     iou = box_iou(found.boxes, record.boxes)

@@ -1,4 +1,4 @@
-"""One loop over a data set, with three things to find: detections, detections among given proposals, proposals."""
+"""Runs a model on every image of a data set: detections, detections in given proposals, or proposals."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -26,7 +26,8 @@ def detect_dataset(
 ) -> list[ImageDetections]:
     """Returns the detections of every image of a data set, in its order and in pixels of the original images.
 
-    All processes must call this. Each detects in its share of the batches, on one device, and all return the same.
+    All processes must call this. Each process runs its share of the batches on one device, and all processes return
+    the same list.
     """
 
     def find(batch: Batch) -> Detections:
@@ -43,12 +44,12 @@ def detect_dataset_in_proposals(
     batch_size: int,
     implementation: Implementation = None,
 ) -> list[ImageDetections]:
-    """Returns the detections of every image among the best of its stored proposals: Fast R-CNN.
+    """Returns the detections of every image in the best of its stored proposals, as Fast R-CNN does.
 
-    All processes must call this, as `detect_dataset`.
+    All processes must call this, like `detect_dataset`.
 
     Args:
-      proposals: by image id. As many per image are used as the model itself would propose in detection.
+      proposals: stored proposals by image id. For each image, the best `test_proposals.post_nms_top_n` are used.
     """
     limit = model.config.test_proposals.post_nms_top_n
     best = {name: ImageProposals(boxes[:limit], scores[:limit]) for name, (boxes, scores) in proposals.items()}
@@ -66,7 +67,7 @@ def propose_dataset(
 ) -> list[ImageProposals]:
     """Returns the proposals of every image of a data set, in its order and in pixels of the original images.
 
-    All processes must call this, as `detect_dataset`.
+    All processes must call this, like `detect_dataset`.
     """
 
     def find(batch: Batch) -> Detections:
@@ -86,11 +87,11 @@ def _over_dataset(
     proposals: Mapping[str, ImageProposals] | None = None,
     title: str | None = None,
 ) -> list[ImageDetections]:
-    """Returns what `find` finds in every image, in the order of the data set and in pixels of the original images.
+    """Returns the results of `find` for every image, in the order of the data set and in pixels of the original images.
 
     Args:
-      proposals: by image id; the batches carry them.
-      title: of the progress bar; None: the name of the data set.
+      proposals: proposals by image id, to put into the batches.
+      title: title of the progress bar; None: the name of the data set.
     """
     results = {}
     index, count = process()
@@ -115,10 +116,10 @@ def _over_dataset(
 
 
 def gathered(found: dict[int, ImageDetections]) -> list[ImageDetections]:
-    """Returns what all processes found, in the order of the data set.
+    """Returns the detections of all processes, in the order of the data set.
 
     Args:
-      found: of this process, by position in the data set; each position is found by one process.
+      found: detections of this process, by position in the data set. Each position belongs to one process.
     """
     lengths = [(position, len(of.scores)) for position, of in found.items()]
     numbers = [np.column_stack((of.boxes, of.scores)) for of in found.values()]

@@ -1,4 +1,4 @@
-"""Pixelss with boxes on them."""
+"""Draws boxes on images."""
 
 import colorsys
 from typing import Any
@@ -17,20 +17,20 @@ from fasterrcnn_jax.data.records import (
 
 # Limits of a comparison sheet.
 SHOWN_IMAGES = 6
-SHOWN_PROPOSALS = 20  # the best of each image
-SHOWN_SIDE = 480  # pixels; larger images shrink to it
+SHOWN_PROPOSALS = 20  # per image: the best ones
+SHOWN_SIDE = 480  # pixels of the longer side; larger images are shrunk to it
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Pixels:
-    """Returns a copy of `image` with a labelled box per detection scored at `score_threshold` or more.
+    """Returns a copy of `image` with a labelled box for each detection whose score is at least `score_threshold`.
 
     Args:
-      image: uint8 RGB.
-      detections: what `predict` returned for this one image.
+      image: uint8 RGB [height, width, 3].
+      detections: the `Prediction` of this image, from `predict`.
     Raises:
-      ValueError: `image` is no uint8 image, or `detections` is a list.
+      ValueError: `image` is not a uint8 image, or `detections` is not one `Prediction`.
     """
     if not isinstance(detections, Prediction):
         raise ValueError(f"detections must be one Prediction, got {type(detections).__name__}")
@@ -49,7 +49,7 @@ def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Pixels
 def draw_boxes(
     image: Pixels, boxes: Float[np.ndarray, "n 4"], labels: Int[np.ndarray, "n"], captions: list[str]
 ) -> Pixels:
-    """Returns a copy of `image` with boxes in their label's colour, captioned."""
+    """Returns a copy of `image` with boxes in the colours of their labels, each with its caption."""
     canvas = Image.fromarray(image)
     pen = ImageDraw.Draw(canvas)
     unit = max(1, round(max(canvas.size) / 400))
@@ -72,14 +72,14 @@ def draw_boxes(
 
 
 def label_colour(label: int) -> tuple[int, int, int]:
-    """Returns a bright colour, far from those of the neighbouring labels."""
-    # Steps of the golden ratio never crowd the colour wheel.
+    """Returns a bright colour that is far from the colours of the neighbouring labels."""
+    # Steps of the golden ratio spread any number of labels evenly over the colour wheel.
     red, green, blue = colorsys.hsv_to_rgb((label * 0.618034) % 1.0, 0.65, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def side_by_side(rows: list[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]) -> Pixels:
-    """Returns one image of rows of images, as many in each, white between them."""
+    """Returns one image that shows rows of images with white gaps. All rows have the same number of images."""
     gap = 8
     column = max(image.shape[1] for row in rows for image in row)
     heights = [max(image.shape[0] for image in row) for row in rows]
@@ -95,7 +95,7 @@ def side_by_side(rows: list[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]) -> Pixels:
 
 
 def shown_positions(dataset: Dataset) -> list[int]:
-    """Returns the positions of the images that a sheet shows: a few, spread over the data set."""
+    """Returns the positions of the images to show: a few, spread evenly over the data set."""
     count = min(SHOWN_IMAGES, len(dataset.records))
     return np.linspace(0, len(dataset.records) - 1, count).astype(int).tolist()
 
@@ -106,21 +106,22 @@ def comparison_sheet(
     detections: list[ImageDetections] | None,
     proposals: list[ImageProposals],
 ) -> Pixels:
-    """Returns a row for each chosen image: ground truth, its best proposals, and detections where there are some.
+    """Returns one image with a row for each chosen image: ground truth, best proposals, and detections if given.
 
     Args:
-      detections: of every image of the data set.
-      proposals: of the chosen ones.
+      chosen: positions of the images in the data set.
+      detections: detections of every image of the data set; None: the rows have no detections.
+      proposals: proposals of the chosen images.
     """
     rows = []
     for index, proposed in zip(chosen, proposals, strict=True):
         record = dataset.records[index]
         image = record_pixels(record)
         zoom = SHOWN_SIDE / max(record.image_hw)
-        # Captions would cover a small image. Whole factors keep its pixels.
+        # Small images are enlarged, so that captions do not cover them. A whole factor keeps their pixels sharp.
         zoom = float(round(zoom)) if zoom > 1 else zoom
-        size = tuple(max(1, round(side * zoom)) for side in record.image_hw[::-1])
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        height, width = (max(1, round(side * zoom)) for side in record.image_hw)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
         truth = [dataset.class_names[label - 1] for label in record.labels]
         best = proposed.boxes[:SHOWN_PROPOSALS] * zoom
         row = [

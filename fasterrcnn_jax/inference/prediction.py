@@ -1,4 +1,4 @@
-"""`detect` on a device, `predict` around it on the host, whole data sets, and images of the result."""
+"""Detection in images of any size: `predict` prepares the images on the host and runs `detect` on the device."""
 
 from collections import defaultdict
 from typing import Any
@@ -23,20 +23,27 @@ from fasterrcnn_jax.structures import Detections
 
 jitted_detect = jax.jit(detect, static_argnames="implementation")
 
+# The arguments images, image_hw and scale of `detect`, on the host.
+OnCanvas = tuple[
+    Float[np.ndarray, "b H W 3"] | UInt8[np.ndarray, "b H W 3"],
+    Float[np.ndarray, "b 2"],
+    Float[np.ndarray, "b 2"],
+]
+
 
 def predict(
     model: Detector, images: Any, *, batch_size: int = 1, implementation: Implementation = None
 ) -> Prediction | list[Prediction]:
-    """Finds objects in one image, a list of images of any sizes, or a batch array.
+    """Returns the detections in one image, in a list of images of any sizes, or in a batch array.
 
-    Images are grouped by canvas and every group is cut into batches of exactly `batch_size`, so what is
-    found in an image never depends on which others came with it.
+    Images are grouped by canvas, and every group is split into batches of exactly `batch_size`. The detections in an
+    image therefore do not depend on the other images.
 
     Args:
       images: uint8 RGB [height, width, 3], a list of such arrays, or [batch, height, width, 3].
-      implementation: of NMS and region features, as of `detect`.
+      implementation: implementation of NMS and region features, as in `detect`.
     Returns:
-      One `Prediction` for one image, a list otherwise.
+      One `Prediction` for one image, otherwise a list of them.
     Raises:
       ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel, or
         `batch_size` is not positive.
@@ -44,7 +51,7 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     listed, single = _listed(images)
-    predictions: list[Prediction] = [None] * len(listed)  # type: ignore[list-item]
+    by_position: dict[int, Prediction] = {}
     groups = defaultdict(list)
     for position, image in enumerate(listed):
         groups[canvas_for(image.shape[:2], model.config.image)].append(position)
@@ -58,26 +65,22 @@ def predict(
             for row, position in enumerate(chosen):
                 boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
                 names = tuple(model.class_names[label - 1] for label in labels)
-                predictions[position] = Prediction(boxes, scores, labels, names)
+                by_position[position] = Prediction(boxes, scores, labels, names)
+    predictions = [by_position[position] for position in range(len(listed))]
     return predictions[0] if single else predictions
 
 
-def preprocess(
-    images: Any, config: ImageConfig
-) -> tuple[
-    Float[np.ndarray, "b H W 3"] | UInt8[np.ndarray, "b H W 3"],
-    Float[np.ndarray, "b 2"],
-    Float[np.ndarray, "b 2"],
-]:
-    """Returns the arguments (images, image_hw, scale) of `detect`: all images on one canvas that holds them.
+def preprocess(images: Any, config: ImageConfig) -> OnCanvas:
+    """Returns the arguments (images, image_hw, scale) of `detect`, with all images on canvases of one size.
 
-    Divide boxes by `scale` (y, x) to come back to original pixels.
+    Divide boxes by `scale` (y, x) to get pixels of the original image.
 
     Args:
-      images: uint8 RGB, at least one; a single one makes a batch of one.
-      config: of the model, `model.config.image`.
+      images: uint8 RGB, at least one image; a single image gives a batch of one.
+      config: the model's `model.config.image`.
     Raises:
-      ValueError: an image is not a uint8 array [height, width, 3], or no single canvas holds them all.
+      ValueError: there is no image, an image is not a uint8 array [height, width, 3], or no single canvas is large
+        enough for all images.
     """
     listed, _ = _listed(images)
     if not listed:
@@ -88,11 +91,11 @@ def preprocess(
 
 
 def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
-    """Returns the images one by one, and whether a single one was given; refuses what is no image."""
+    """Returns the list of images, and whether a single image was given. Raises ValueError for anything else."""
     if not isinstance(images, (list, tuple)):
         images = np.asarray(images)
     single = not isinstance(images, (list, tuple)) and images.ndim != 4
-    listed = [np.asarray(image) for image in ([images] if single else images)]
+    listed: list[np.ndarray] = [np.asarray(image) for image in ([images] if single else images)]
     for position, image in enumerate(listed):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(
@@ -101,8 +104,10 @@ def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
     return listed, single
 
 
-def _on_canvas(images, canvas, rows, config):
-    """Stacks the images; rows beyond them are empty images of zero size."""
+def _on_canvas(
+    images: list[UInt8[np.ndarray, "_ _ 3"]], canvas: tuple[int, int], rows: int, config: ImageConfig
+) -> OnCanvas:
+    """Returns (pixels, image_hw, scale) of the images; any further rows are empty images of size zero."""
     pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
     image_hw = np.zeros((rows, 2), np.float32)
     scale = np.ones((rows, 2), np.float32)
@@ -114,7 +119,7 @@ def _on_canvas(images, canvas, rows, config):
 def to_original(
     found: Detections, row: int, scale: Float[np.ndarray, "2"], original_hw: tuple[int, int]
 ) -> ImageDetections:
-    """Returns one image's valid detections in the pixels of the image as it was given."""
+    """Returns the valid detections of one image, in pixels of the original image."""
     valid = np.asarray(found.valid[row])
     boxes = scale_boxes(np.asarray(found.boxes[row])[valid], 1.0 / np.asarray(scale, np.float32))
     height, width = original_hw

@@ -1,4 +1,4 @@
-"""A data set's proposals in a file: made where there are none, checked against the weights that made them."""
+"""Stores the proposals of a data set in a file, and checks that the file belongs to the model's weights."""
 
 import hashlib
 import logging
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def stored_proposals(
     path: Path, model: Detector, dataset: Dataset, *, batch_size: int, implementation: Implementation = None
 ) -> list[ImageProposals]:
-    """Returns the model's proposals of a data set from the file at `path`, which is made where it is not there.
+    """Returns the model's proposals for a data set. Reads them from the file at `path`, or computes and writes them.
 
-    Those of other weights or images, or damaged ones, are made again. What was done is logged. All processes must
-    call this.
+    A file that is damaged, or that belongs to other weights or images, is replaced. The log says what was done. All
+    processes must call this.
     """
     made_by, ids = digest(model), [record.id for record in dataset.records]
 
@@ -34,41 +34,41 @@ def stored_proposals(
         try:
             found, maker = read_proposals(path)
         except InputError as error:
-            logger.warning("%s; they are made again", error)
+            logger.warning("%s; the proposals are computed again", error)
             return False
         theirs = maker == made_by and list(found) == ids
         if not theirs:
-            logger.warning("%s: proposals of other weights or images are replaced", path)
+            logger.warning("%s: the proposals belong to other weights or images and are replaced", path)
         return theirs
 
-    # One process decides: who saw something else would wait for the others without end.
+    # Process 0 decides for all: a process that decided otherwise would wait for the others forever.
     if any_process(is_main() and is_theirs()):
-        logger.info("%s: proposals of the same weights are there already", path)
+        logger.info("%s: the file already has the proposals of these weights", path)
         return list(read_proposals(path)[0].values())
     results = propose_dataset(model, dataset, batch_size=batch_size, implementation=implementation)
     if is_main():
         write_proposals(path, dict(zip(ids, results, strict=True)), made_by=made_by)
-        logger.info("%s: %d proposals of %d images", path, sum(len(of.boxes) for of in results), len(ids))
-    # Nobody reads the file before it is there.
+        logger.info("%s: wrote %d proposals of %d images", path, sum(len(of.boxes) for of in results), len(ids))
+    # A barrier: no process reads the file before it is written.
     bool(any_process(False))
     return results
 
 
 def given_proposals(path: Path, dataset: Dataset) -> dict[str, ImageProposals]:
-    """Returns the stored proposals of every image of a data set by its id.
+    """Returns the stored proposals of a data set, by image id.
 
     Raises:
-      InputError: the file cannot be read, or an image is not in it.
+      InputError: the file cannot be read, or it has no proposals for an image.
     """
     found, _ = read_proposals(path)
     missing = [record.id for record in dataset.records if record.id not in found]
     if missing:
-        raise InputError(f"{path}: holds no proposals of {len(missing)} images, the first is {missing[0]}")
+        raise InputError(f"{path}: has no proposals for {len(missing)} images, the first is {missing[0]}")
     return found
 
 
 def digest(model: Detector) -> str:
-    """Returns a checksum of all weights."""
+    """Returns the SHA-256 checksum of all weights."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(model):
         total.update(np.asarray(leaf).tobytes())

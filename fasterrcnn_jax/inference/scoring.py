@@ -1,4 +1,4 @@
-"""What a model finds in a data set, how good that is, and how both are shown: of each kind of training."""
+"""Evaluates a model on a data set: detections, detections in given proposals, or proposals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -27,11 +27,11 @@ Scored = Literal["detections", "detections in given proposals", "proposals"]
 
 
 class Score(NamedTuple):
-    values: dict[str, float | None]  # under flat names for a log; None where undefined
-    headline: str  # in a few words
+    values: dict[str, float | None]  # metrics under flat names for the log; None: undefined
+    headline: str  # the main metric, in a few words
     table: str
-    detections: list[ImageDetections] | None
-    proposals: list[ImageProposals] | None  # where they are what is scored
+    detections: list[ImageDetections] | None  # None: proposals were evaluated
+    proposals: list[ImageProposals] | None  # None: detections were evaluated
 
 
 def score(
@@ -43,23 +43,23 @@ def score(
     batch_size: int,
     implementation: Implementation = None,
 ) -> Score:
-    """Returns what is found and its metrics.
+    """Returns the detections or proposals of a model on a data set, and their metrics.
 
     Args:
-      given: of "detections in given proposals": those, by image id.
-      batch_size: images at once, on one device.
+      given: the given proposals by image id, for "detections in given proposals".
+      batch_size: number of images that one device processes at once.
     """
-    options = dict(batch_size=batch_size, implementation=implementation)
     if of == "proposals":
-        proposals = propose_dataset(model, dataset, **options)
+        proposals = propose_dataset(model, dataset, batch_size=batch_size, implementation=implementation)
         recall = proposal_recall(proposals, dataset)
         values = recall_dict(recall)
         headline = f"AR@300 of the proposals {_number(values[RECALL])}"
         return Score(values, headline, format_recall(recall), None, proposals)
     if of == "detections":
-        found = detect_dataset(model, dataset, **options)
+        found = detect_dataset(model, dataset, batch_size=batch_size, implementation=implementation)
     else:
-        found = detect_dataset_in_proposals(model, dataset, given, **options)
+        assert given is not None, f"{of} need them"
+        found = detect_dataset_in_proposals(model, dataset, given, batch_size=batch_size, implementation=implementation)
     result = evaluate_detections(found, dataset)
     values = metrics_dict(result, dataset.class_names)
     table = format_table(dataset, result.voc07, result.voc_area, result.coco)
@@ -76,7 +76,7 @@ def shown_proposals(
     batch_size: int,
     implementation: Implementation = None,
 ) -> list[ImageProposals]:
-    """Returns the proposals of the images at positions `chosen`: scored, given, or the model's own."""
+    """Returns the proposals of the images at positions `chosen`: from `found`, from `given`, or from the model."""
     if found.proposals is not None:
         return [found.proposals[index] for index in chosen]
     records = tuple(dataset.records[index] for index in chosen)

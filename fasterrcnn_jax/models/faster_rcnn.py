@@ -57,7 +57,7 @@ def training_losses(
 
     Args:
       num_devices: how many devices hold a part of the same batch, this one included.
-      implementation: of NMS and region features, as in `detect`.
+      implementation: implementation of NMS and region features, as in `detect`.
     Raises:
       InputError: no anchor lies within `rpn.allowed_border` of the canvas.
       ValueError: `rois_per_batch` cannot be divided evenly among the images.
@@ -95,7 +95,7 @@ def losses_for_targets(
     """Returns the four losses of each image for given targets; the second half of `training_losses`.
 
     Args:
-      dropout_keys: one per image; None drops nothing.
+      dropout_keys: one key per image; None: no dropout.
     """
     return _losses(
         batch_rpn_losses(model.config, rpn, anchor_targets),
@@ -113,7 +113,7 @@ def rpn_training_losses(
 ) -> Losses:
     """Returns the losses of the RPN alone; steps 1 and 3 of alternating training, section 3.2.
 
-    The losses of the box head are zeros over zero. The arguments, and the sampled anchors, are those of
+    The losses of the box head have sum 0 and count 0. The arguments, and the sampled anchors, are the same as in
     `training_losses`.
 
     Raises:
@@ -136,8 +136,8 @@ def box_training_losses(
 ) -> Losses:
     """Returns the losses of the box head alone, on the proposals in the batch: Fast R-CNN.
 
-    Steps 2 and 4 of alternating training, section 3.2. The losses of the RPN are zeros over zero. The arguments,
-    and the RoIs sampled from the same proposals, are those of `training_losses`.
+    Steps 2 and 4 of alternating training, section 3.2. The losses of the RPN have sum 0 and count 0. The arguments,
+    and the RoIs sampled from the same proposals, are the same as in `training_losses`.
 
     Raises:
       ValueError: the batch holds no proposals, or `rois_per_batch` cannot be divided evenly among the images.
@@ -163,14 +163,14 @@ def detect(
     """Returns `max_detections` detections per image with their validity, in fixed shapes.
 
     The function is pure: call it inside your own `jax.jit` or `jax.vmap`. Pass the model as an argument; a model
-    that is closed over becomes constants of the program. The other arguments are what `preprocess` returns.
+    that is closed over becomes constants of the program. `preprocess` returns the other arguments.
 
     Args:
       images: preprocessed images (`fasterrcnn_jax.preprocess`), zero beyond `image_hw`.
       image_hw: (height, width) of each image inside the canvas. Boxes are returned in its pixels.
       scale: (y, x) network pixels per pixel of the original image.
-      implementation: of NMS and region features. "xla" is plain JAX, which `jax.export` needs; "mosaic" is the
-        GPU kernels; None chooses while tracing: the kernels where they can run.
+      implementation: implementation of NMS and region features. "xla" is plain JAX, which `jax.export` needs;
+        "mosaic" is the GPU kernels; None chooses while tracing: the kernels if they can run, otherwise plain JAX.
     """
     logger.info("compiling detection for images %s", images.shape)
     config = model.config
@@ -190,7 +190,7 @@ def find_proposals(
 ) -> Proposals:
     """Returns the proposals of the RPN in network pixels, under the limits that the box head is trained with.
 
-    The arguments are those of `detect`.
+    The arguments are the same as in `detect`.
     """
     logger.info("compiling proposals for images %s", images.shape)
     features = shared_features(model, images, image_hw)
@@ -208,7 +208,7 @@ def detect_in_proposals(
 ) -> Detections:
     """Returns the detections among given proposals in network pixels, without the RPN: Fast R-CNN.
 
-    The other arguments are those of `detect`.
+    The other arguments are the same as in `detect`.
     """
     logger.info("compiling detection in given proposals for images %s", images.shape)
     features = shared_features(model, images, image_hw)

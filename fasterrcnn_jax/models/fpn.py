@@ -1,6 +1,7 @@
 """Feature pyramid network. Lin et al. 2017 (arXiv:1612.03144), section 3."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +13,18 @@ from fasterrcnn_jax.models.layers import NORMS, Conv
 
 
 class Fpn(nnx.Module):
-    """Backbone maps, fine to coarse, to as many maps of one width, each with what the coarser ones know."""
+    """Turns the backbone maps, fine to coarse, into a pyramid of maps that have equal numbers of channels.
+
+    Every level adds the features of the coarser levels to its own.
+    """
 
     def __init__(self, config: FpnConfig, in_channels: tuple[int, ...], *, rng: np.random.Generator):
         has_bias = config.norm == "none"
 
-        def convs(sizes, width):
+        def convs(sizes: Sequence[int], width: int):
             return nnx.List(
                 [
-                    # Half of He's variance: no rectifier follows.
+                    # Half of He's variance, because no ReLU follows.
                     Conv(
                         size,
                         config.channels,
@@ -45,8 +49,8 @@ class Fpn(nnx.Module):
         """Returns P2 to P5, and P6: every second row and column of P5.
 
         Args:
-          maps: each half as high and as wide as the one before.
-          valids: of each map, where padding is masked.
+          maps: maps of the backbone; each is half as high and half as wide as the one before.
+          valids: the mask of each map, as from `level_masks`; None if padding is not masked.
         """
         laterals = [
             norm(conv(x), valid)
@@ -54,7 +58,7 @@ class Fpn(nnx.Module):
         ]
         for i in range(len(laterals) - 2, -1, -1):
             coarser = jnp.repeat(jnp.repeat(laterals[i + 1], 2, axis=1), 2, axis=2)
-            # Its cells at the border hold image, so what they lay on this level's padding is the same on any canvas.
+            # Border cells contain image content, so what is upsampled into padding does not depend on the canvas.
             laterals[i] = laterals[i] + coarser
         levels = [
             norm(conv(x), valid)

@@ -5,6 +5,7 @@ Ren et al. 2015 (arXiv:1506.01497), section 3.1; He et al. 2015 (arXiv:1512.0338
 
 import functools
 import math
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
 
 
 class RpnHead(nnx.Module):
-    """3 x 3 convolutions, then one logit and four deltas per anchor; the same weights on every level.
+    """3 x 3 convolutions, then one logit and four deltas per anchor; all levels share the weights.
 
-    One logit: the reference's two-way softmax equals the sigmoid of the logits' difference, which spreads
-    sqrt(2) times as widely at the start as each of the two.
+    One logit is enough: the two-way softmax of the reference equals the sigmoid of the difference of its two
+    logits. At the start the std of this difference is sqrt(2) times the std of each logit.
     """
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
@@ -46,7 +47,7 @@ class RpnHead(nnx.Module):
         """Returns objectness logits and deltas in float32, in the order of `anchors_of`.
 
         Args:
-          valids: of each level, where padding is masked.
+          valids: the mask of each level, as from `level_masks`; None if padding is not masked.
         """
         batch = levels[0].shape[0]
         objectness, deltas = [], []
@@ -60,9 +61,10 @@ class RpnHead(nnx.Module):
 
 
 class FcTail(nnx.Module):
-    """Fully connected layers on each region, with dropout in training; on a pyramid after convolutions, if any.
+    """Fully connected layers on each region, with dropout in training; convolutions may come before them.
 
-    VGG16's fc6 and fc7; on a pyramid two layers (Lin et al. 2017, arXiv:1612.03144, section 4.2).
+    For VGG16 the layers are fc6 and fc7; on a pyramid there are two layers (Lin et al. 2017, arXiv:1612.03144,
+    section 4.2).
     """
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
@@ -90,8 +92,18 @@ class FcTail(nnx.Module):
         return x
 
 
+@runtime_checkable
+class Tail(Protocol):
+    """The interface of a tail, an `nnx.Module` that the box head runs on each region."""
+
+    @property
+    def channels(self) -> int: ...
+
+    def __call__(self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None, /) -> Float[Array, "b r d"]: ...
+
+
 class BoxHead(nnx.Module):
-    """The tail of the network on each region, then class logits and deltas per class or for all of them."""
+    """The tail of the network on each region, then class logits and box deltas per class or for all classes."""
 
     def __init__(
         self,
@@ -99,10 +111,10 @@ class BoxHead(nnx.Module):
         in_channels: int,
         num_classes: int,
         *,
-        tail: nnx.Module | None = None,
+        tail: Tail | None = None,
         rng: np.random.Generator,
     ):
-        """Args: `tail` is the one that the backbone brings; None: fully connected layers."""
+        """Builds the head on `tail`, the layers that the backbone provides; None: fully connected layers."""
         self.tail = FcTail(config, in_channels, rng=rng) if tail is None else tail
         boxes = 1 if config.box_head.class_agnostic else num_classes + 1
         self.class_logits = Linear(self.tail.channels, num_classes + 1, std=0.01, predicts=True, rng=rng)
@@ -111,10 +123,10 @@ class BoxHead(nnx.Module):
     def __call__(
         self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None = None
     ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k2 4"]]:
-        """Returns logits and deltas in float32; class 0 is background and deltas of its own are never read.
+        """Returns logits and deltas in float32; class 0 is background, and its deltas are never read.
 
         Args:
-          dropout_keys: one per image, for training; without them nothing is dropped.
+          dropout_keys: one key per image, for training; None: no dropout.
         """
         x = self.tail(pooled, dropout_keys)
         return self.class_logits(x), self.deltas(x).reshape(*x.shape[:2], -1, 4)

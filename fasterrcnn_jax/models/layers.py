@@ -1,10 +1,10 @@
-"""The few layers that the networks are made of; NHWC, functional, nothing mutates after construction.
+"""The layers of the networks: NHWC, functional, without mutation after construction.
 
-`valid` is a [B, H, W, 1] float mask, 1 on the image and 0 on padding, or None where padding is not
-masked. With it a normalisation layer leaves padding out of its statistics and returns zeros there.
+`valid` is a [B, H, W, 1] float mask, 1 on the image and 0 on padding, or None if padding is not masked. With a
+mask, a normalisation layer excludes padding from its statistics and returns zeros there.
 
-Layers compute in the type of their input, float32 or bfloat16. Weights stay float32 and are rounded where they
-are used; sums, biases and normalisation are float32 and their results are rounded.
+Layers compute in the type of their input, float32 or bfloat16. Weights stay float32 and are rounded when they are
+used; sums, biases and normalisation are float32, and their results are rounded.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
@@ -23,7 +23,7 @@ from fasterrcnn_jax.structures import Images
 Valid = Float[Array, "b h w 1"] | None
 EPSILON = 1e-5
 
-# Mean of the stds of RGB in 0..255 over ImageNet: how widely pixels spread when nothing divides them.
+# Mean of the stds of R, G and B (0..255) over ImageNet: the std of pixels that are not divided by any std.
 PIXEL_SPREAD = 57.7
 
 
@@ -42,7 +42,7 @@ def he_std(size: int, out_channels: int) -> float:
 
 
 def first_std(size: int, out_channels: int, image: ImageConfig) -> float:
-    """Returns `he_std` for the layer that sees pixels: smaller by how much wider than 1 these spread."""
+    """Returns the std of the weights of the first layer: `he_std` divided by the std of its input pixels."""
     return he_std(size, out_channels) * float(np.mean(image.std)) / PIXEL_SPREAD
 
 
@@ -75,7 +75,7 @@ class Conv(nnx.Module):
             x = x[:, :: self.stride, :: self.stride]
             y = jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
         else:
-            padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+            padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:2]]
             y = lax.conv_general_dilated(
                 x,
                 kernel,
@@ -110,12 +110,12 @@ class Linear(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Wu and He 2018 (arXiv:1803.08494); statistics over the valid pixels of each image."""
+    """Group normalisation with statistics over the valid pixels of each image; Wu and He 2018 (arXiv:1803.08494)."""
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
-        # The paper's 32 groups, but never fewer than 8 channels in one.
+        # The paper's 32 groups, but never fewer than 8 channels in a group.
         self.groups = math.gcd(channels, min(32, channels // 8))
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
@@ -166,7 +166,7 @@ def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Ar
 
 
 def _result_type(layer: Conv | Linear, x: Array) -> jnp.dtype:
-    # Rounded to bfloat16, scores would tie by the hundred and box deltas would move by pixels.
+    # Rounded to bfloat16, hundreds of scores would be equal and box deltas would move boxes by pixels.
     return jnp.dtype(jnp.float32) if layer.predicts else x.dtype
 
 
@@ -176,7 +176,7 @@ def _add_bias(bias: Float[Array, "c"], y: Float[Array, "*b c"]) -> Float[Array, 
 
 
 class Masked(nnx.Module):
-    """No normalisation; zero on padding like the others."""
+    """No normalisation; returns zeros on padding, as the normalisation layers do."""
 
     def __init__(self, channels: int):
         del channels
@@ -189,7 +189,7 @@ NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm}
 
 
 def max_pool(x: Float[Array, "b h w c"], *, size: int, padding: tuple[int, int] = (0, 0)) -> Float[Array, "b h2 w2 c"]:
-    """Returns size x size max pooling with stride 2; `padding` at the near and the far border is never the maximum."""
+    """Returns size x size max pooling with stride 2; `padding`, before and after the input, is never the maximum."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), ((0, 0), padding, padding, (0, 0)))
 
 
@@ -202,15 +202,20 @@ def dropout(key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "*b"], *, ra
     return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
+def sides_of(images: Float[Array, "b h w _"] | UInt8[Array, "b h w _"]) -> tuple[int, int]:
+    """Returns the (height, width) of images or feature maps."""
+    return images.shape[1], images.shape[2]
+
+
 def valid_mask(image_hw: Float[Array, "b 2"], grid_hw: tuple[int, int], stride: int) -> Float[Array, "b h w 1"]:
-    """Returns 1 on the cells of a stride-`stride` map that hold image: the first ceil(side / stride)."""
+    """Returns a mask of a map with this stride: 1 on the cells with image content, the first ceil(side / stride)."""
     rows, columns = (jnp.arange(size, dtype=jnp.float32) * stride for size in grid_hw)
     inside = (rows[None, :, None] < image_hw[:, 0, None, None]) & (columns[None, None, :] < image_hw[:, 1, None, None])
     return inside[..., None].astype(jnp.float32)
 
 
 def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat: bool) -> Float[Array, "b _ _ _"]:
-    """Returns `stage(*inputs)`; with `remat` what it holds is computed again when its gradient is due.
+    """Returns `stage(*inputs)`; with `remat` the backward pass recomputes the activations of the stage.
 
     Chen et al. 2016, arXiv:1604.06174.
     """
@@ -220,25 +225,23 @@ def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat:
 
 
 def normalised(images: Images, image_hw: Float[Array, "b 2"], config: ImageConfig) -> Float[Array, "b h w 3"]:
-    """Returns the images less mean, over std, zero beyond `image_hw`; those in float come so from the host.
+    """Returns the images minus mean, divided by std, and zero beyond `image_hw`; the host normalises float images.
 
     Raises:
-      TypeError: they are not what `config.pixel_dtype` says, and would be normalised twice or never.
+      TypeError: the type of the images is not `config.pixel_dtype`: they would be normalised twice or never.
     """
     if (images.dtype == jnp.uint8) != (config.pixel_dtype == "uint8"):
-        raise TypeError(f"images must be {config.pixel_dtype} by model.image.pixel_dtype, got {images.dtype.name}")
+        raise TypeError(f"images must be {config.pixel_dtype} (model.image.pixel_dtype), got {images.dtype.name}")
     if config.pixel_dtype == "float32":
         return images
     mean, std = (np.asarray(values, np.float32).reshape(1, 1, 1, 3) for values in (config.mean, config.std))
-    return (images.astype(jnp.float32) - mean) / std * valid_mask(image_hw, images.shape[1:3], 1)
+    return (images.astype(jnp.float32) - mean) / std * valid_mask(image_hw, sides_of(images), 1)
 
 
 def level_masks(
     config: ModelConfig, maps: tuple[Float[Array, "b _ _ _"], ...], image_hw: Float[Array, "b 2"]
 ) -> tuple[Float[Array, "b _ _ 1"] | None, ...]:
-    """Returns for each map the cells that hold the image, as `valid_mask`; None where padding is not masked."""
+    """Returns the `valid_mask` of each map; None for each map if padding is not masked."""
     if not config.backbone.mask_padding:
         return (None,) * len(maps)
-    return tuple(
-        valid_mask(image_hw, x.shape[1:3], stride) for x, stride in zip(maps, strides_of(config), strict=False)
-    )
+    return tuple(valid_mask(image_hw, sides_of(x), stride) for x, stride in zip(maps, strides_of(config), strict=False))

@@ -1,7 +1,7 @@
 """ResNet. He et al. 2015 (arXiv:1512.03385), table 1 and appendix A.
 
-Without a pyramid stages 1-3 (conv2_x - conv4_x) make the shared feature map and stage 4 (conv5_x) runs on every
-region: C4. Under a pyramid all four run on the image.
+Without a pyramid, stages 1 to 3 (conv2_x to conv4_x) make the shared feature map and stage 4 (conv5_x) runs on every
+region; this is the C4 detector. With a pyramid, all four stages run on the image.
 """
 
 import math
@@ -26,18 +26,18 @@ from fasterrcnn_jax.models.layers import (
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-# Near and far padding of the 3 x 3 pooling after the stem. One cell at the far border makes the partial window
-# that the reference's ceil mode adds where the input's side is even, and none where it is odd.
+# Padding (top and left, bottom and right) of the 3 x 3 pooling after the stem. With "ceil", the cell at the bottom or
+# right adds the partial window of the reference's ceil mode if the side of the input is even, and none if it is odd.
 STEM_POOL_PADDING = {"ceil": (0, 1), "padded": (1, 1)}
 
 
 def depth_of(config: BackboneConfig) -> int:
-    """Returns 18..152."""
+    """Returns the depth in the name of the network: 18, 34, 50, 101 or 152."""
     return int(config.name.removeprefix("resnet"))
 
 
 def stage_channels(config: BackboneConfig, stage: int) -> int:
-    """Returns the output channels of stage 1..4."""
+    """Returns the number of output channels of a stage (1 to 4)."""
     return config.width * 2 ** (stage - 1) * (4 if depth_of(config) >= 50 else 1)
 
 
@@ -51,8 +51,8 @@ class Block(nnx.Module):
             strides = (stride, 1, 1) if config.stride_in == "1x1" else (1, stride, 1)
         else:
             channels, sizes, strides = (in_channels, planes, planes), (3, 3), (stride, 1)
-        # Nothing keeps activations from doubling with every block where statistics are fixed and made up: there
-        # the branch starts as zero. Weights from outside replace it.
+        # With fixed statistics that were not measured, activations would double with every block, so the branch
+        # starts at zero. Loaded weights replace these zeros.
         stds = (None,) * (len(sizes) - 1) + (0.0 if config.norm == "frozen_batch" else None,)
         self.convs = nnx.List(
             [
@@ -74,12 +74,12 @@ class Block(nnx.Module):
         y = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = conv(y)
-            # Before the strided convolution the map still has the size of the input.
+            # Before the strided convolution, the map still has the size of the input.
             unstrided = valid_in is not None and y.shape[1:3] == valid_in.shape[1:3]
             y = norm(y, valid_in if unstrided else valid_out)
             if i < len(self.convs) - 1:
                 y = jax.nn.relu(y)
-        if self.shortcut is not None:
+        if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(x), valid_out)
         return jax.nn.relu(x + y)
 
@@ -110,7 +110,7 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Stem and stages: normalised images to the map of stage 3, or to those of stages 1 to 4."""
+    """Stem and stages: turns normalised images into the map of stage 3, or into the maps of stages 1 to 4."""
 
     def __init__(self, config: BackboneConfig, image: ImageConfig, *, pyramid: bool = False, rng: np.random.Generator):
         self.config = config
@@ -126,7 +126,7 @@ class ResNet(nnx.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
-        """Returns one map with `config.stride` network pixels per cell, or, for a pyramid, four of 4 to 32."""
+        """Returns one map with `config.stride` network pixels per cell; for a pyramid, four maps, strides 4 to 32."""
         height, width = images.shape[1:3]
 
         def valid(stride: int) -> Valid:
@@ -136,8 +136,9 @@ class ResNet(nnx.Module):
 
         x = jax.nn.relu(self.stem_norm(self.stem(images), valid(2)))
         x = max_pool(x, size=3, padding=STEM_POOL_PADDING[self.config.stem_pool])
-        if self.config.mask_padding:
-            x = x * valid(4).astype(x.dtype)
+        inside = valid(4)
+        if inside is not None:
+            x = x * inside.astype(x.dtype)
         stride, maps = 4, []
         for stage, stage_stride in zip(self.stages, self.strides, strict=True):
             x = run_stage(stage, x, valid(stride), valid(stride * stage_stride), remat=self.config.remat)
@@ -146,12 +147,12 @@ class ResNet(nnx.Module):
         return tuple(maps) if self.pyramid else (x,)
 
     def tail(self, config: ModelConfig, *, rng: np.random.Generator) -> nnx.Module | None:
-        """Returns stage 4 for the box head; None under a pyramid, which has fully connected layers there."""
+        """Returns stage 4 for the box head; None with a pyramid, whose box head has fully connected layers."""
         return None if self.pyramid else ResNetTail(config, rng=rng)
 
 
 class ResNetTail(nnx.Module):
-    """ResNet stage 4 on each region; its cells averaged or laid out as one vector."""
+    """ResNet stage 4 on each region; the cells of its output are averaged or flattened into one vector."""
 
     def __init__(self, config: ModelConfig, *, rng: np.random.Generator):
         self.summary, self.remat = config.box_head.summary, config.backbone.remat

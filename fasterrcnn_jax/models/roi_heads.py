@@ -91,7 +91,7 @@ def batch_box_losses(
     """Returns the two losses of the box head for each image; eq. 1 to 3.
 
     Args:
-      dropout_keys: one per image; None drops nothing.
+      dropout_keys: one key per image; None: no dropout.
     """
     pooled = batch_roi_features(model, features, rois.boxes, implementation)
     class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from fasterrcnn_jax.config import ModelConfig, ProposalConfig
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, Features
-from fasterrcnn_jax.models.layers import level_masks
+from fasterrcnn_jax.models.layers import level_masks, sides_of
 from fasterrcnn_jax.ops.anchors import (
     AnchorGrid,
     anchors_of,
@@ -29,7 +29,7 @@ ImageKeys = Key[Array, "b"] | UInt32[Array, "b 2"]
 
 
 class RpnOutput(NamedTuple):
-    """What the RPN says about the anchors of a batch. Anchors are in the order of `anchors_of`."""
+    """The predictions of the RPN for the anchors of a batch. Anchors are in the order of `anchors_of`."""
 
     grid: AnchorGrid
     objectness: Float[Array, "b a"]  # logits
@@ -39,7 +39,7 @@ class RpnOutput(NamedTuple):
 
     @property
     def num_locations(self) -> Int[Array, "b"]:
-        """The number of feature cells that hold the image."""
+        """Returns the number of feature cells of each image that contain image content."""
         return self.anchor_valid.sum(axis=1) // self.grid.per_cell
 
 
@@ -56,7 +56,7 @@ def rpn_output(
     """
     config = model.config
     objectness, deltas = model.rpn_head(features, level_masks(config, features, image_hw))
-    grid = anchors_of(config, tuple(level.shape[1:3] for level in features))
+    grid = anchors_of(config, tuple(sides_of(level) for level in features))
     anchor_valid = anchors_on_image(grid, image_hw, config)
     if image_valid is not None:
         anchor_valid = anchor_valid & image_valid[:, None]

@@ -1,13 +1,15 @@
-"""What a model is made of and what it costs, from shapes alone: nothing is computed or compiled."""
+"""Summarises the parts and the costs of a model from shapes alone; nothing is computed or compiled."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.models.detector import create_detector, shared_features, split
+from fasterrcnn_jax.models.detector import Detector, create_detector, shared_features, split
 from fasterrcnn_jax.models.roi_heads import detections_in_regions
 from fasterrcnn_jax.ops.anchors import anchors_of, strides_of
 from fasterrcnn_jax.structures import Proposals
@@ -15,10 +17,10 @@ from fasterrcnn_jax.structures import Proposals
 
 class Part(NamedTuple):
     name: str
-    trained: int  # values that an optimizer moves
-    fixed: int  # constants and fixed stages
-    flops: float  # of one image, forward; a multiplication and an addition are two
-    activations: int  # bytes that training keeps of one image for the backward pass
+    trained: int  # number of trained values
+    fixed: int  # number of values in constants and fixed stages
+    flops: float  # of the forward pass of one image; a multiplication and an addition count as two
+    activations: int  # bytes that training keeps for the backward pass of one image
 
 
 class Summary(NamedTuple):
@@ -34,11 +36,11 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
     """Returns parts, costs and shapes of a detector for one image on its largest canvas.
 
     FLOPs are XLA's count for the layers (convolutions, products, normalisation) before it optimises; region
-    features, NMS and sorting are left out. Activations are what `jax.vjp` of the layers keeps: the residuals
-    before XLA fuses or recomputes any.
+    features, NMS and sorting are left out. Activations are the residuals that `jax.vjp` of the layers keeps, before
+    XLA fuses or recomputes any.
 
     Args:
-      num_classes: without background.
+      num_classes: number of classes without background.
     """
     canvas = max(config.image.canvases, key=lambda sides: sides[0] * sides[1])
     names = tuple(f"class{i}" for i in range(num_classes))
@@ -51,7 +53,7 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
     size, channels = config.roi_features.output_size, levels[0].shape[-1]
     dtype = jnp.dtype(config.compute_dtype)
 
-    def pooled(count):
+    def pooled(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, count, size, size, channels), dtype)
 
     parts = []
@@ -71,10 +73,10 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
                 _kept(forward, model, *training),
             )
         )
-    proposals = Proposals(
-        jax.ShapeDtypeStruct((1, rois, 4), jnp.float32),
-        jax.ShapeDtypeStruct((1, rois), jnp.float32),
-        jax.ShapeDtypeStruct((1, rois), jnp.bool_),
+    proposals = jax.eval_shape(
+        lambda: Proposals(
+            jnp.zeros((1, rois, 4), jnp.float32), jnp.zeros((1, rois), jnp.float32), jnp.zeros((1, rois), jnp.bool_)
+        )
     )
     detections = jax.eval_shape(detections_in_regions, model, levels, proposals, image_hw)
     return Summary(
@@ -88,7 +90,7 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """Returns the tables that are printed."""
+    """Returns the summary as text to print."""
     total = Part("total", *(sum(values) for values in zip(*(part[1:] for part in summary.parts), strict=True)))
     height, width = summary.canvas
     lines = [
@@ -99,7 +101,8 @@ def format_summary(summary: Summary) -> str:
             for part in (*summary.parts, total)
         ),
         "",
-        f"One image of {height} x {width} pixels, {summary.rois} regions in detection; activations of training.",
+        f"One image of {height} x {width} pixels, {summary.rois} regions in detection. "
+        "Activations are those of training.",
         "",
         *(f"map of stride {stride:3}   {list(shape)}" for stride, shape in summary.levels),
         f"anchors             {summary.anchors:,}",
@@ -108,31 +111,34 @@ def format_summary(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _head(name: str):
+def _head(name: str) -> Callable[[Detector, Any], Any]:
     return lambda model, x: getattr(model, name)(x)
 
 
-def _sizes(model: nnx.Module, layers: tuple[str, ...]) -> tuple[int, int]:
+def _sizes(model: Detector, layers: tuple[str, ...]) -> tuple[int, int]:
     _, params, rest = split(model)
-    return tuple(
-        sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[0].key in layers)
-        for tree in (params, rest)
-    )
+
+    def size(tree: PyTree) -> int:
+        return sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[0].key in layers)
+
+    return size(params), size(rest)
 
 
-def _flops(forward: Any, model: nnx.Module, *arguments: Any) -> float:
-    return jax.jit(forward).lower(model, *arguments).cost_analysis()["flops"]
+def _flops(forward: Callable, model: Detector, *arguments: Any) -> float:
+    costs = jax.jit(forward).lower(model, *arguments).cost_analysis()
+    assert costs is not None, "XLA estimates the costs of what it has not compiled yet"
+    return costs["flops"]
 
 
-def _kept(forward: Any, model: nnx.Module, *arguments: Any) -> int:
-    """Bytes of the residuals of the backward pass that are neither weights nor inputs."""
+def _kept(forward: Callable, model: Detector, *arguments: Any) -> int:
+    """Returns the bytes of the residuals of the backward pass that are neither weights nor inputs."""
     graphdef, params, rest = split(model)
 
-    def residuals(params, rest, *arguments):
+    def residuals(params: PyTree, rest: PyTree, *arguments: Any) -> Any:
         return jax.vjp(lambda params: forward(nnx.merge(graphdef, params, rest), *arguments), params)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, rest, *arguments))
-    # By shape: a weight may be kept as it was rounded.
+    # Weights and inputs are recognised by shape, because a weight may be kept in its rounded form.
     given = [leaf.shape for leaf in jax.tree.leaves((params, rest, arguments))]
     total = 0
     for leaf in kept:

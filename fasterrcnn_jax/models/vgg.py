@@ -16,6 +16,7 @@ from fasterrcnn_jax.models.layers import (
     first_std,
     max_pool,
     run_stage,
+    sides_of,
     valid_mask,
 )
 
@@ -58,7 +59,7 @@ class Stage(nnx.Module):
 
 
 class Vgg16(nnx.Module):
-    """conv1_1 to conv5_3: normalised images to one feature map."""
+    """conv1_1 to conv5_3: turns normalised images into one feature map."""
 
     def __init__(self, config: BackboneConfig, image: ImageConfig, *, rng: np.random.Generator):
         self.config = config
@@ -81,11 +82,11 @@ class Vgg16(nnx.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], image_hw: Float[Array, "b 2"]
     ) -> tuple[Float[Array, "b h2 w2 c"]]:
-        """Returns one map with `config.stride` network pixels per cell: the last pooling, or two, left out."""
+        """Returns one map with `config.stride` network pixels per cell; the last one or two poolings are left out."""
         x, stride = images, 1
         for i, stage in enumerate(self.stages):
             if i and stride < self.config.stride:
                 x, stride = max_pool(x, size=2), 2 * stride
-            valid = valid_mask(image_hw, x.shape[1:3], stride) if self.config.mask_padding else None
+            valid = valid_mask(image_hw, sides_of(x), stride) if self.config.mask_padding else None
             x = run_stage(stage, x, valid, remat=self.config.remat)
         return (x,)

@@ -1,4 +1,4 @@
-"""Anchors: the boxes that the RPN scores and bends. Ren et al. 2015 (arXiv:1506.01497), section 3.1.1."""
+"""Anchors: the boxes that the RPN scores and refines. Ren et al. 2015 (arXiv:1506.01497), section 3.1.1."""
 
 from typing import Literal, NamedTuple
 
@@ -17,23 +17,23 @@ def cell_anchors(
     *,
     rounding: Literal["base", "half", "none"],
 ) -> Float[np.ndarray, "c 4"]:
-    """Returns the anchors of one cell, centred on the origin, ratios varying slowest.
+    """Returns the anchors of one cell, centred on the origin; the ratio varies slowest.
 
     Args:
       base: side of the square that `scales` multiply, in pixels of the network input.
-      scales: square roots of the anchors' areas, in `base`.
+      scales: square roots of the anchors' areas, in multiples of `base`.
       ratios: height / width.
-      rounding: what becomes whole pixels, halves to even: `base` the sides of the box of each ratio before
-        it is scaled (py-faster-rcnn), `half` half of the scaled sides (torchvision), `none` nothing.
+      rounding: which lengths are rounded to whole pixels, halves to even. `base`: the sides of each ratio's
+        box before it is scaled (py-faster-rcnn). `half`: half of the scaled sides (torchvision). `none`: no length.
     """
-    ratios = np.asarray(ratios, np.float64)[:, None]
-    scales = np.asarray(scales, np.float64)
+    ratio = np.asarray(ratios, np.float64)[:, None]
+    scale = np.asarray(scales, np.float64)
     if rounding == "base":
-        widths = np.round(np.sqrt(base * base / ratios))
-        heights = np.round(widths * ratios) * scales
-        widths = widths * scales
+        widths = np.round(np.sqrt(base * base / ratio))
+        heights = np.round(widths * ratio) * scale
+        widths = widths * scale
     else:
-        heights, widths = np.sqrt(ratios) * base * scales, base * scales / np.sqrt(ratios)
+        heights, widths = np.sqrt(ratio) * base * scale, base * scale / np.sqrt(ratio)
     half_heights, half_widths = 0.5 * heights.ravel(), 0.5 * widths.ravel()
     if rounding == "half":
         half_heights, half_widths = np.round(half_heights), np.round(half_widths)
@@ -41,7 +41,7 @@ def cell_anchors(
 
 
 def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[np.ndarray, "hw 2"]:
-    """Returns the (x, y) near corners of the feature cells in network pixels, row by row."""
+    """Returns the top-left corners (x, y) of the feature cells in network pixels, row by row."""
     y, x = (np.arange(size, dtype=np.float32) * stride for size, stride in zip(grid_hw, stride_hw, strict=True))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
@@ -53,11 +53,11 @@ def grid_anchors(
     *,
     centre: Literal["cell", "corner"] = "cell",
 ) -> Float[np.ndarray, "hwc 4"]:
-    """Returns the cell anchors moved to every feature cell: rows, then columns, then anchors of a cell.
+    """Returns the cell anchors at every feature cell, ordered by row, then column, then anchor of the cell.
 
     Args:
       stride_hw: network pixels per cell.
-      centre: where in a cell the anchors are centred, in its middle or on its near corner.
+      centre: where in a cell the anchors are centred: in its middle or on its top-left corner.
     """
     centres = cell_corners(grid_hw, stride_hw)
     if centre == "cell":
@@ -70,21 +70,24 @@ PYRAMID_STRIDES = (4, 8, 16, 32, 64)
 
 
 class AnchorGrid(NamedTuple):
-    """Constants of a program. Levels from fine to coarse; in each rows, columns, anchors of a cell."""
+    """The anchors of all levels, as constants of a program.
+
+    They are ordered by level, from fine to coarse, then by row, by column and by anchor of the cell.
+    """
 
     anchors: Float[np.ndarray, "a 4"]
-    corners: Float[np.ndarray, "a 2"]  # (x, y), near corner of the anchor's feature cell in network pixels
-    level_sizes: tuple[int, ...]  # anchors of each level
-    per_cell: int
+    corners: Float[np.ndarray, "a 2"]  # (x, y), top-left corner of the anchor's feature cell in network pixels
+    level_sizes: tuple[int, ...]  # number of anchors on each level
+    per_cell: int  # number of anchors of one cell
 
 
 def strides_of(config: ModelConfig) -> tuple[int, ...]:
-    """Returns network pixels per cell of each level that carries anchors."""
+    """Returns the stride, in network pixels per cell, of each level that has anchors."""
     return (config.backbone.stride,) if config.fpn is None else PYRAMID_STRIDES
 
 
 def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> AnchorGrid:
-    """Returns the anchors of feature maps with `grids` rows and columns, fine to coarse."""
+    """Returns the anchors of feature maps with the (rows, columns) in `grids`, fine to coarse."""
     rpn, strides = config.rpn, strides_of(config)
     canvas = [cells * strides[0] for cells in grids[0]]
     anchors, corners = [], []
@@ -101,13 +104,15 @@ def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> Ancho
         anchors.append(grid_anchors(cells, grid_hw, apart, centre=rpn.anchor_centre))
         corners.append(np.repeat(cell_corners(grid_hw, (stride, stride)), len(cells), axis=0))
     sizes = tuple(len(level) for level in anchors)
-    return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, len(cells))
+    per_cell = len(rpn.anchor_scales) * len(rpn.anchor_ratios)
+    return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, per_cell)
 
 
 def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: ModelConfig) -> Bool[Array, "b a"]:
-    """True where the anchor's cell holds image: without padding the others would hardly exist.
+    """Returns which anchors have a cell that contains image content.
 
-    True for all where the configuration lets anchors in the padding take part.
+    Cells in the padding exist only because of the canvas. Returns True for all anchors if `rpn.anchors_in_padding`
+    is set.
     """
     if config.rpn.anchors_in_padding:
         return jnp.ones((len(image_hw), len(grid.anchors)), bool)
@@ -115,15 +120,15 @@ def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: Mo
 
 
 def check_border(grid: AnchorGrid, canvas: tuple[int, int], allowed_border: float | None) -> None:
-    """Raises InputError where even an image that fills the canvas has no anchor to train the RPN on."""
+    """Raises InputError if no anchor can train the RPN, even in an image that fills the canvas."""
     if allowed_border is None:
         return
     anchors = grid.anchors
     sides = anchors[:, 2:] - anchors[:, :2]
-    reach = np.concatenate([-anchors[:, :2], anchors[:, 2:] - np.float32(canvas[::-1])], axis=1)
+    reach = np.concatenate([-anchors[:, :2], anchors[:, 2:] - np.asarray(canvas[::-1], np.float32)], axis=1)
     if (reach > allowed_border).any(axis=1).all():
         raise InputError(
             f"every anchor reaches more than model.rpn.allowed_border = {allowed_border} pixels over the border "
-            f"of a {canvas[0]} x {canvas[1]} canvas: the smallest is {sides.prod(axis=1).min() ** 0.5:.0f} pixels "
-            "square; smaller model.rpn.anchor_scales, or None for the border, give the RPN something to learn"
+            f"of a {canvas[0]} x {canvas[1]} canvas; the smallest anchor is {sides.prod(axis=1).min() ** 0.5:.0f} "
+            "pixels square: reduce model.rpn.anchor_scales, or set model.rpn.allowed_border to None"
         )

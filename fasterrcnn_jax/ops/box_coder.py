@@ -1,4 +1,4 @@
-"""Boxes as deltas from anchors, and back. Ren et al. 2015 (arXiv:1506.01497), eq. 2.
+"""Encodes boxes as deltas from anchors and decodes them. Ren et al. 2015 (arXiv:1506.01497), eq. 2.
 
 Deltas `(dx, dy, dw, dh)` may be normalised, `(delta - mean) / std`: Fast R-CNN (arXiv:1504.08083), section 2.3.
 """
@@ -12,7 +12,7 @@ ZEROS: PerDelta = (0.0, 0.0, 0.0, 0.0)
 ONES: PerDelta = (1.0, 1.0, 1.0, 1.0)
 
 
-def _centres_and_sides(boxes: Float[Array, "*b 4"]):
+def _centres_and_sides(boxes: Float[Array, "*b 4"]) -> tuple[Float[Array, "*b 2"], Float[Array, "*b 2"]]:
     sides = boxes[..., 2:] - boxes[..., :2]
     return boxes[..., :2] + 0.5 * sides, sides
 
@@ -28,13 +28,13 @@ def encode(
     means: PerDelta = ZEROS,
     stds: PerDelta = ONES,
 ) -> Float[Array, "*b 4"]:
-    """Returns the normalised deltas that carry `anchors` onto `boxes`; inverse of `decode`.
+    """Returns the normalised deltas that move `anchors` onto `boxes`; the inverse of `decode`.
 
     `t_x = (x - x_a) / w_a`, `t_w = log(w / w_a)`.
 
     Args:
-      boxes: target boxes; positive width and height (filter padding first).
-      anchors: positive width and height.
+      boxes: target boxes with positive width and height (filter out padding first).
+      anchors: boxes with positive width and height.
     """
     centres, sides = _centres_and_sides(boxes)
     anchor_centres, anchor_sides = _centres_and_sides(anchors)
@@ -51,12 +51,12 @@ def decode(
     max_log_scale: float | None = MAX_LOG_SCALE,
     far_corner_offset: int = 0,
 ) -> Float[Array, "*b 4"]:
-    """Returns the boxes that normalised `deltas` make of `anchors`.
+    """Returns the boxes that result when normalised `deltas` are applied to `anchors`.
 
     Args:
-      max_log_scale: larger log scales are cut to this; None cuts nothing and may overflow to infinity.
-      far_corner_offset: added to the far corners. 1 is the reading of the Caffe line, which decodes
-        `x2 = centre + w / 2` and takes it for an inclusive corner.
+      max_log_scale: the upper limit of the log scales dw and dh. None: no limit; sides may overflow to infinity.
+      far_corner_offset: added to x2 and y2. 1 reproduces the Caffe implementations, which decode
+        `x2 = centre + w / 2` and treat it as an inclusive corner.
     """
     deltas = deltas * _like(deltas, stds) + _like(deltas, means)
     anchor_centres, anchor_sides = _centres_and_sides(anchors)

@@ -1,4 +1,4 @@
-"""Geometry of float32 xyxy boxes in continuous pixels: [x1, x2) x [y1, y2)."""
+"""Computes the geometry of float32 xyxy boxes in continuous pixels: [x1, x2) x [y1, y2)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,7 +10,7 @@ def area(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:
 
 
 def pairwise_iou(boxes: Float[Array, "n 4"], others: Float[Array, "m 4"]) -> Float[Array, "n m"]:
-    """Returns intersection over union of every pair; 0 where both are empty (padding)."""
+    """Returns the intersection over union (IoU) of every pair; 0 where both boxes are empty (padding)."""
     top_left = jnp.maximum(boxes[:, None, :2], others[None, :, :2])
     bottom_right = jnp.minimum(boxes[:, None, 2:], others[None, :, 2:])
     sides = jnp.maximum(bottom_right - top_left, 0.0)
@@ -25,8 +25,8 @@ def clip(
     """Returns the boxes cut to the image: x to [0, width], y to [0, height].
 
     Args:
-      far_corner_offset: 1 gives every box at least the image's border pixel, as inclusive corners
-        clipped to [0, side - 1] have it: near corners to [0, side - 1], far corners to [1, side].
+      far_corner_offset: 1 clips x1 and y1 to [0, side - 1], x2 and y2 to [1, side]. This equals clipping
+        inclusive corners to [0, side - 1]: a box keeps at least one pixel at the border of the image.
     """
     far = jnp.tile(image_hw[::-1], 2)
     offset = jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset
@@ -35,11 +35,15 @@ def clip(
 
 
 def larger_than(boxes: Float[Array, "*b 4"], min_size: float, scale: Float[Array, "2"]) -> Bool[Array, "*b"]:
-    """Returns where both sides reach `min_size` pixels of the stored image: times (y, x) `scale` here."""
+    """Returns which boxes have two sides of at least `min_size` pixels of the original image.
+
+    Args:
+      scale: (y, x) network pixels per pixel of the original image.
+    """
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return (width >= min_size * scale[1]) & (height >= min_size * scale[0])
 
 
 def min_side(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:
-    """Returns the shorter side in pixels."""
+    """Returns the length of the shorter side in pixels."""
     return jnp.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])

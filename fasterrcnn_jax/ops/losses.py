@@ -1,8 +1,9 @@
-"""The four losses, each as a sum and a count, so that devices can be added before dividing.
+"""Computes the four losses, each as a sum and a count that can be added over devices before dividing.
 
 Ren et al. 2015 (arXiv:1506.01497), eq. 1; Fast R-CNN (arXiv:1504.08083), eq. 1-3. As in the reference
-implementations both box losses are divided by all sampled anchors (RoIs), not by the foreground ones: a
-image with few objects then weighs less in the box loss. Other divisors of the RPN's are a setting.
+implementations, both box losses are divided by the number of all sampled anchors (RoIs), not of the foreground
+ones: an image with few objects then weighs less in the box loss. `loss.rpn_box_normalizer` selects other
+divisors for the RPN.
 """
 
 from typing import NamedTuple
@@ -21,11 +22,11 @@ class RpnLosses(NamedTuple):
 
     objectness: Mean
     box: Mean
-    foreground: Float[Array, "*b"]  # how many of the sampled anchors are foreground
+    foreground: Float[Array, "*b"]  # number of sampled anchors that are foreground
 
     @classmethod
     def none(cls, batch_size: int) -> "RpnLosses":
-        """Returns zeros over zero for each image."""
+        """Returns a sum of 0 and a count of 0 for each image."""
         zeros = jnp.zeros(batch_size)
         return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
 
@@ -35,11 +36,11 @@ class BoxLosses(NamedTuple):
 
     classification: Mean
     box: Mean
-    foreground: Float[Array, "*b"]  # how many of the sampled RoIs are foreground
+    foreground: Float[Array, "*b"]  # number of sampled RoIs that are foreground
 
     @classmethod
     def none(cls, batch_size: int) -> "BoxLosses":
-        """Returns zeros over zero for each image."""
+        """Returns a sum of 0 and a count of 0 for each image."""
         zeros = jnp.zeros(batch_size)
         return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
 
@@ -68,13 +69,14 @@ def rpn_losses(
 ) -> RpnLosses:
     """Returns the binary cross-entropy and the smooth L1 loss of one image's anchors.
 
-    The box loss is a sum over `config.rpn_box_anchors` divided by `config.rpn_box_normalizer`, or, with
-    `config.rpn_positive_weight`, that weight times the mean over these anchors; times `rpn_box_weight`.
+    The box loss is the sum over the anchors that `config.rpn_box_anchors` selects, divided by the count that
+    `config.rpn_box_normalizer` selects. With `config.rpn_positive_weight` it is this weight times the mean over the
+    selected anchors instead. In both cases it is multiplied by `config.rpn_box_weight`.
 
     Args:
-      num_locations: feature cells that hold image.
+      num_locations: number of feature cells that contain image content.
     """
-    import optax  # here: detection does without it
+    import optax  # imported here, because detection does not need it
 
     sampled = targets.labels >= 0
     foreground = sampled & (targets.labels == FOREGROUND)
@@ -105,13 +107,13 @@ def box_losses(
 ) -> BoxLosses:
     """Returns the softmax cross-entropy and the smooth L1 loss of one image's RoIs.
 
-    Only the deltas of a RoI's own class count, and only where that class is not background. The box loss
-    carries `config.roi_box_weight`.
+    Only the deltas of a RoI's own class enter the box loss, and only if this class is not background. The box
+    loss is multiplied by `config.roi_box_weight`.
 
     Args:
-      deltas: per class, or one set for all classes.
+      deltas: one set per class, or one set for all classes.
     """
-    import optax  # here: detection does without it
+    import optax  # imported here, because detection does not need it
 
     count = targets.valid.sum().astype(jnp.float32)
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits, targets.labels)

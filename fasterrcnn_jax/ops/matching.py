@@ -1,4 +1,4 @@
-"""Which ground-truth box an anchor or a proposal stands for."""
+"""Matches anchors or proposals with ground-truth boxes."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ IGNORED, BACKGROUND, FOREGROUND = -1, 0, 1
 
 
 class Matches(NamedTuple):
-    matched_gt_indices: Int[Array, "n"]  # the ground truth of highest IoU; 0 where there is none
+    matched_gt_indices: Int[Array, "n"]  # the ground-truth box of highest IoU; 0 if there is none
     labels: Int[Array, "n"]  # IGNORED, BACKGROUND or FOREGROUND
 
 
@@ -22,13 +22,13 @@ def match(
     low_quality: bool,
     clobber_positives: bool = False,
 ) -> Matches:
-    """Labels each box by its best IoU with a valid ground truth.
+    """Labels each box by its highest IoU with a valid ground-truth box.
 
-    Foreground at `fg_iou` and above, background in [bg_iou[0], bg_iou[1]), ignored elsewhere. With
-    `low_quality` the boxes that reach a ground truth's own best IoU (ties included, if above zero) are
-    foreground too: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2, rule (i). Such a box keeps the
-    ground truth that it overlaps most, which need not be the one that made it foreground. With
-    `clobber_positives` it is background all the same where its best IoU lies in the background's range.
+    A box is foreground if this IoU is at least `fg_iou`, background if it is in [bg_iou[0], bg_iou[1]), and
+    ignored otherwise. With `low_quality`, the boxes that reach the highest IoU of a ground-truth box (ties
+    included, if above zero) are also foreground: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2, rule (i).
+    Such a box is matched with the ground-truth box that it overlaps most, which may not be the one that made it
+    foreground. With `clobber_positives`, such a box stays background if its highest IoU is in the background range.
 
     Raises:
       ValueError: the thresholds do not satisfy 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.

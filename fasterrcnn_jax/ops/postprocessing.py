@@ -1,4 +1,4 @@
-"""From box-head outputs to detections of one image. Fast R-CNN (arXiv:1504.08083), section 2.4."""
+"""Turns box-head outputs into the detections of one image. Fast R-CNN (arXiv:1504.08083), section 2.4."""
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,13 @@ def postprocess(
     config: PostprocessConfig,
     implementation: Implementation = None,
 ) -> Detections:
-    """Returns the best `config.max_detections` after class-wise NMS; boxes in network pixels.
+    """Returns the `config.max_detections` best detections after class-wise NMS; boxes in network pixels.
 
-    Softmax, decode with each class's own deltas, clip to the true image, score threshold, NMS among the
-    boxes of a class, the best over all classes.
+    The steps are: softmax, decoding with the deltas of each class, clipping to the image, score threshold, NMS
+    within each class, selection of the best over all classes.
 
     Args:
-      deltas: per class, background first, or one set for all classes; normalised by `means` and `stds`.
+      deltas: one set per class, background first, or one set for all classes; normalised by `means` and `stds`.
     """
     num_classes = class_logits.shape[-1] - 1
     scores = jax.nn.softmax(class_logits)[:, 1:].reshape(-1)

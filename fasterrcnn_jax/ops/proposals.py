@@ -1,4 +1,4 @@
-"""From RPN outputs to region proposals. Ren et al. 2015 (arXiv:1506.01497), section 3.3."""
+"""Turns RPN outputs into region proposals. Ren et al. 2015 (arXiv:1506.01497), section 3.3."""
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,15 @@ def propose(
 ) -> Proposals:
     """Returns the `config.post_nms_top_n` best boxes of one image, clipped to the image.
 
-    Decode, clip to the true image, keep the best of each level by objectness, NMS in each level, the best of
-    all levels; small boxes drop on the way. No gradient passes: the proposals are inputs of the box head, not functions
-    that it trains.
+    The steps are: decoding, clipping to the image, selection of the best boxes of each level by objectness, NMS
+    within each level, selection of the best over all levels. Small boxes are dropped before or after the first
+    selection (`config.drop_small`). No gradient passes: to the box head the proposals are constants.
 
     Args:
       objectness: logits.
-      anchor_valid: False for anchors whose cell lies in the padding; they never propose.
-      scale: (y, x) network pixels per pixel of the stored image; small is meant in the latter.
-      level_sizes: anchors of each pyramid level, one after the other; None: all are of one map.
+      anchor_valid: False for anchors whose cell lies in the padding; they are never proposed.
+      scale: (y, x) network pixels per pixel of the original image. `config.min_size` is in original pixels.
+      level_sizes: number of anchors on each pyramid level, in order; None: all anchors are on one map.
     """
     offset = coder.far_corner_offset
     boxes = decode(deltas, anchors, max_log_scale=coder.max_log_scale, far_corner_offset=offset)
@@ -44,7 +44,7 @@ def propose(
     boxes, objectness = lax.stop_gradient((boxes, objectness))
     large = larger_than(boxes, config.min_size, scale)
     valid = anchor_valid & large
-    # Logits order as probabilities do, without the ties of saturated sigmoids.
+    # Logits have the same order as probabilities, without the ties of saturated sigmoids.
     ranked = jnp.where(valid if config.drop_small == "first" else anchor_valid, objectness, -jnp.inf)
     best, groups, start = [], [], 0
     for level, size in enumerate(level_sizes or (len(anchors),)):

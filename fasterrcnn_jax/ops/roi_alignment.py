@@ -1,15 +1,17 @@
 """RoIAlign: a fixed grid of features for every region. He et al. 2017 (arXiv:1703.06870), section 3.
 
-Shapes: n images (the axes that are mapped, folded into one), r regions, s bins along a side, c channels.
+Shapes: n images (all mapped axes folded into one), r regions, s bins along a side, c channels.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import roi_align as kernel
@@ -17,7 +19,8 @@ from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
 
-# Of one image. Between the two products each holds a row of the whole map per bin: 1.8 MB at 7 bins of 63 x 1024.
+# Number of regions of one image that are computed at once. Between the two products each region holds a row of the
+# whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
 REGIONS_AT_ONCE = 128
 
 
@@ -32,27 +35,27 @@ def roi_align(
     aligned: bool,
     implementation: Implementation = None,
 ) -> Float[Array, "r s s c"]:
-    """Returns `output_size` x `output_size` features per box, in the type of `features`; summed in float32.
+    """Returns `output_size` x `output_size` features per box, in the type of `features`; sums are float32.
 
-    Samples more than one cell outside the map count as zero, the others are clamped to it, as in
-    torchvision and detectron2. Coordinates that are no finite number lie outside. No gradient reaches `boxes`. The
-    features' gradient is summed in float32; it has the same bits in every run on a CPU and with the
-    kernel, but on a GPU without it ("xla") in an order that changes from run to run.
+    Samples more than one cell outside the map, or with coordinates that are not finite, count as zero; the other
+    samples are clamped to the map, as in torchvision and detectron2. No gradient reaches `boxes`. The gradient of
+    the features is summed in float32. It has the same bits in every run on a CPU and with the kernel; on a GPU with
+    "xla" the order of the summation changes from run to run.
 
     Args:
       features: one map per level.
-      boxes: network pixels. Without the kernel and with `sampling_ratio` 0 the work grows with the longest
-        side: clip first.
+      boxes: in network pixels. In plain JAX with `sampling_ratio` 0 the work grows with the longest side of a
+        box: clip the boxes first.
       levels: the index into `features` of every box.
       strides: network pixels per cell of every level.
-      sampling_ratio: samples per bin and axis; 0 takes as many as a bin has cells, rounded up, in each
-        box by itself (none, and so zeros, where a side is not positive).
-      aligned: cell (j, k) of a map has its centre at ((k + 0.5) * stride, (j + 0.5) * stride) network
-        pixels. Otherwise at (k * stride, j * stride), and a box's sides count as at least one cell: the
-        operator before detectron2 moved it.
+      sampling_ratio: samples per bin and axis. 0: the number of cells that a bin spans, rounded up, for each box
+        separately; a box with a side that is not positive has no samples, and its features are zeros.
+      aligned: True: the centre of cell (j, k) of a map is at ((k + 0.5) * stride, (j + 0.5) * stride) network
+        pixels. False: it is at (k * stride, j * stride), and the sides of a box count as at least one cell; this is
+        the operator before detectron2 shifted it by half a cell.
     Raises:
-      ValueError: `output_size` is not positive, `sampling_ratio` is negative, or there is not one stride per
-        map or not one type of features.
+      ValueError: `output_size` is not positive, `sampling_ratio` is negative, the numbers of strides and maps
+        differ, or the maps have different types.
       NotImplementedError: the named implementation cannot run.
     """
     _require_positive(output_size)
@@ -80,14 +83,14 @@ def roi_align_average(
 ) -> Float[Array, "r s s c"]:
     """Returns `output_size` x `output_size` features per box, in float32: each the mean of 2 x 2 samples.
 
-    The operator of faster-rcnn.pytorch's first branch. One bilinear sample at each of the
-    (`output_size` + 1)^2 corners of the bins, shared by the bins that meet there. Cell (j, k) lies at
-    (k * stride, j * stride) and boxes are inclusive in *cells*: a side is x2 - x1 + 1 of them. Samples
-    outside [0, h) x [0, w) are zero; those beyond the last cell are extrapolated from the last two.
+    This is the operator of faster-rcnn.pytorch's first branch. It takes one bilinear sample at each of the
+    (`output_size` + 1)^2 corners of the bins; bins with a common corner share its sample. Cell (j, k) is at
+    (k * stride, j * stride), and the corners of boxes are inclusive in *cells*: a side is x2 - x1 + 1 cells long.
+    Samples outside [0, h) x [0, w) are zero; samples beyond the last cell are extrapolated from the last two cells.
     No gradient reaches `boxes`.
 
     Args:
-      boxes: network pixels, inclusive corners.
+      boxes: in network pixels, with inclusive corners.
     Raises:
       ValueError: `output_size` is not positive, or `features` has fewer than two cells along a side.
     """
@@ -98,7 +101,7 @@ def roi_align_average(
     boxes = lax.stop_gradient(boxes) / stride
     sides = jnp.maximum(boxes[:, 2:] - boxes[:, :2] + 1.0, 0.0)
 
-    def weights(start, side, size):
+    def weights(start: Array, side: Array, size: int) -> Array:
         corners = jnp.arange(output_size + 1, dtype=jnp.float32)[None]
         points = start[:, None] + corners * (side / output_size)[:, None]
         base = jnp.minimum(jnp.floor(points), size - 2.0)
@@ -121,12 +124,12 @@ def contract(
     weights_y: Float[Array, "r p h"],
     weights_x: Float[Array, "r q w"],
 ) -> Float[Array, "r p q c"]:
-    """Returns the sums of all cells of the map, weighted by the product of both weights, in float32."""
+    """Returns sums over all cells of the map in float32; the weight of a cell is `weights_y` times `weights_x`."""
     # Interpolation weights must not be rounded to TF32.
     precision = lax.Precision.HIGHEST
     features = features.astype(jnp.float32)
 
-    def contract_one(weights):
+    def contract_one(weights: tuple[Array, Array]) -> Array:
         weights_y, weights_x = weights
         rows = jnp.einsum("pj,jkc->pkc", weights_y, features, precision=precision)
         return jnp.einsum("qk,pkc->pqc", weights_x, rows, precision=precision)
@@ -140,7 +143,14 @@ def linear_weights(points: Float[Array, "r p"], size: int) -> Float[Array, "r p 
     return jnp.maximum(1.0 - jnp.abs(points[..., None] - cells), 0.0)
 
 
-def _sample_grid(boxes, levels, strides, bins, sampling_ratio, aligned) -> SampleGrid:
+def _sample_grid(
+    boxes: Float[Array, "r 4"],
+    levels: Int[Array, " r"],
+    strides: tuple[int, ...],
+    bins: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> SampleGrid:
     corners = boxes / jnp.array(strides, jnp.float32)[levels][:, None] - (0.5 if aligned else 0.0)
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not aligned:
@@ -150,19 +160,27 @@ def _sample_grid(boxes, levels, strides, bins, sampling_ratio, aligned) -> Sampl
         samples = jnp.full_like(sides, sampling_ratio)
     else:
         samples = jnp.ceil(bin_sides)
-        # XLA divides by multiplying with the reciprocal: whole multiples may come out a little too large.
+        # XLA divides by multiplying by the reciprocal, so the quotient of a whole multiple may be slightly too large.
         samples = jnp.where((samples - 1.0) * bins >= sides, samples - 1.0, samples)
         samples = jnp.where((samples > 0.0) & (samples < jnp.inf), samples, 0.0)
     bin_starts = starts[..., None] + jnp.arange(bins, dtype=jnp.float32)[None, None] * bin_sides[..., None]
     return SampleGrid(levels.astype(jnp.int32), bin_starts, bin_sides / jnp.maximum(samples, 1.0), samples)
 
 
+# The grid, and an empty array for each map.
+Residuals = tuple[SampleGrid, list[Float[Array, "_ _ 0"]]]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _pool(features, grid, sampling_ratio, implementation):
+def _pool(
+    features: tuple[Float[Array, "_ _ c"], ...], grid: SampleGrid, sampling_ratio: int, implementation: Implementation
+) -> Float[Array, "r s s c"]:
     return _forward(sampling_ratio, implementation)(_lead(features), _lead(grid))[0]
 
 
-def _pool_forward(features, grid, sampling_ratio, implementation):
+def _pool_forward(
+    features: tuple[Float[Array, "_ _ c"], ...], grid: SampleGrid, sampling_ratio: int, implementation: Implementation
+) -> tuple[Float[Array, "r s s c"], Residuals]:
     # Empty arrays carry the static sizes of the maps to the backward pass.
     return _pool(features, grid, sampling_ratio, implementation), (
         grid,
@@ -170,28 +188,30 @@ def _pool_forward(features, grid, sampling_ratio, implementation):
     )
 
 
-def _pool_backward(sampling_ratio, implementation, residuals, cotangent):
+def _pool_backward(
+    sampling_ratio: int, implementation: Implementation, residuals: Residuals, cotangent: Float[Array, "r s s c"]
+) -> tuple[tuple[Float[Array, "_ _ c"], ...], None]:
     grid, empty = residuals
-    backward = _backward(tuple(level.shape[:2] for level in empty), sampling_ratio, implementation)
-    # None: no gradient for the grid, and so for the boxes.
+    backward = _backward(tuple((level.shape[0], level.shape[1]) for level in empty), sampling_ratio, implementation)
+    # None: the grid gets no gradient, so the boxes do not get one either.
     return tuple(gradient[0] for gradient in backward(cotangent[None], _lead(grid))), None
 
 
 _pool.defvjp(_pool_forward, _pool_backward)
 
 
-def _lead(arrays):
+def _lead(arrays: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[None], arrays)
 
 
 @functools.cache
-def _forward(sampling_ratio, implementation):
+def _forward(sampling_ratio: int, implementation: Implementation) -> Callable:
     forward = kernel.forward if implementation == "mosaic" else _forward_by_taking
     return fold_mapped_axes(functools.partial(forward, sampling_ratio=sampling_ratio))
 
 
 @functools.cache
-def _backward(maps, sampling_ratio, implementation):
+def _backward(maps: tuple[tuple[int, int], ...], sampling_ratio: int, implementation: Implementation) -> Callable:
     backward = kernel.backward if implementation == "mosaic" else _backward_by_adding
     return fold_mapped_axes(functools.partial(backward, maps=maps, sampling_ratio=sampling_ratio))
 
@@ -209,8 +229,8 @@ def _forward_by_taking(
 
     problems, regions, _, bins = grid.bin_start.shape
     pooled = jnp.zeros((problems, regions, bins, bins, cells.shape[1]))
-    maps = [level.shape[1:3] for level in features]
-    # Unrolled, a static number of samples becomes one kernel on a GPU.
+    maps = [(level.shape[1], level.shape[2]) for level in features]
+    # If the number of samples is static, the unrolled loop becomes one kernel on a GPU.
     pooled = _over_samples(grid, maps, sampling_ratio, add, pooled, unroll=sampling_ratio > 0)
     return pooled.astype(cells.dtype)
 
@@ -229,7 +249,7 @@ def _backward_by_adding(
         index, weight = corner
         return gradient.at[index].add(weight[..., None] * cotangent), None
 
-    # A loop holds one product with the cotangent at a time.
+    # The loop holds only one product with the cotangent at a time.
     def add(corners, gradient):
         return lax.scan(add_one, gradient, jax.tree.map(lambda *x: jnp.stack(x), *corners))[0]
 
@@ -240,12 +260,20 @@ def _backward_by_adding(
     return tuple(level.reshape(problems, *cells, channels) for level, cells in zip(levels, maps, strict=True))
 
 
-def _over_samples(grid, maps, sampling_ratio, add, total, *, unroll=False):
-    """Returns `total` after `add`, sample by sample of a bin, of the cells around it.
+def _over_samples(
+    grid: SampleGrid,
+    maps: Sequence[tuple[int, int]],
+    sampling_ratio: int,
+    add: Callable[[list[tuple[Array, Array]], Array], Array],
+    total: Array,
+    *,
+    unroll: bool = False,
+) -> Array:
+    """Returns `total` after `add` was called for each sample of a bin with the cells around this sample.
 
     Args:
-      add: takes [(index, weight)], both [n r s s], and the total. An index counts the cells of all levels of
-        all images, one after another.
+      add: takes a list of (index, weight), both [n r s s], and the total; returns the new total. An index counts the
+        cells of all levels of all images in sequence.
     """
     most = jnp.max(grid.samples, axis=(0, 1), initial=0.0).astype(jnp.int32)
     columns, rows = (sampling_ratio, sampling_ratio) if sampling_ratio else most
@@ -265,12 +293,14 @@ def _over_samples(grid, maps, sampling_ratio, add, total, *, unroll=False):
                 corners.append((index, weight_y[..., None] * weight_x[..., None, :]))
         return add(corners, total)
 
-    # One sample at a time, so that no bound on their number is needed.
+    # The loop takes one sample at a time, so the number of samples needs no bound.
     return lax.fori_loop(0, rows * columns, body, total, unroll=unroll)
 
 
-def _neighbours(grid, axis, sample, sizes):
-    """Returns, along one axis, the cells [n r s] before and behind a sample of every bin with their weights."""
+def _neighbours(
+    grid: SampleGrid, axis: int, sample: ArrayLike, sizes: Int[Array, "n r"]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Returns, along one axis, the cells [n r s] before and after one sample of every bin, with their weights."""
     sample = jnp.float32(sample)
     samples, step = grid.samples[..., axis, None], grid.step[..., axis, None]
     last = (sizes[..., None] - 1).astype(jnp.float32)
@@ -283,6 +313,6 @@ def _neighbours(grid, axis, sample, sizes):
     return (before.astype(jnp.int32), share * (1.0 - part)), (behind.astype(jnp.int32), share * part)
 
 
-def _require_positive(output_size):
+def _require_positive(output_size: int) -> None:
     if output_size < 1:
         raise ValueError(f"output_size must be at least 1, got {output_size}")

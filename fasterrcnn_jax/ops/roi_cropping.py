@@ -1,4 +1,7 @@
-"""Crop and pool: bilinear samples of every region, then their maxima. Jaderberg et al. 2015 (arXiv:1506.02025)."""
+"""Crop and pool: takes bilinear samples of every region, then maxima of 2 x 2 samples.
+
+Jaderberg et al. 2015 (arXiv:1506.02025).
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,13 +19,13 @@ def roi_crop(
 ) -> Float[Array, "r s s c"]:
     """Returns `output_size` x `output_size` features per box, in float32: maxima of 2 x 2 samples.
 
-    The spatial transformer's crop, eq. 5. Of n = 2 * `output_size` samples per axis, sample i lies at
-    (x1 + i * (x2 - x1) / (n - 1)) / stride in cells, so the first and the last lie on the box's
-    borders. Cell (j, k) lies at (k * stride, j * stride); cells outside the map are zero. The first
-    of equal samples, in row-major order, gets the gradient. None reaches `boxes`.
+    This is the crop of spatial transformers, eq. 5. Of the n = 2 * `output_size` samples along an axis, sample i is
+    at cell coordinate (x1 + i * (x2 - x1) / (n - 1)) / stride, so the first and the last sample are on the borders
+    of the box. Cell (j, k) is at (k * stride, j * stride); cells outside the map are zero. The gradient goes to the
+    first of equal samples in row-major order. No gradient reaches `boxes`.
 
     Args:
-      boxes: network pixels.
+      boxes: in network pixels.
     Raises:
       ValueError: `output_size` is not positive.
     """
@@ -33,7 +36,7 @@ def roi_crop(
     points = (boxes[:, None, :2] + steps * (boxes[:, None, 2:] - boxes[:, None, :2])) / stride
     height, width, _ = features.shape
     samples = contract(features, linear_weights(points[..., 1], height), linear_weights(points[..., 0], width))
-    # Not jnp.maximum, which halves the gradient where both are equal.
+    # jnp.maximum would split the gradient in halves if both are equal.
     left, right = samples[:, :, ::2], samples[:, :, 1::2]
     columns = jnp.where(right > left, right, left)
     top, bottom = columns[:, ::2], columns[:, 1::2]

@@ -1,4 +1,4 @@
-"""The features of a region by the operator that the configuration names."""
+"""Computes the features of regions with the operator that the configuration names."""
 
 import functools
 
@@ -25,13 +25,13 @@ def roi_features(
     """Returns `config.output_size` x `config.output_size` features per box, in the type of `features`.
 
     Args:
-      features: one map, or the levels of a pyramid, fine to coarse: each box is then taken from the level
-        that fits its size.
-      boxes: network pixels.
-      strides: network pixels per cell of every map. In a pyramid each is a power of two, twice the last.
-      far_corner_offset: taken off the far corners first: the old operators read inclusive ones.
+      features: one map, or the levels of a pyramid, fine to coarse. In a pyramid the features of each box are
+        taken from the level that fits its size.
+      boxes: in network pixels.
+      strides: network pixels per cell of every map. In a pyramid they are powers of two, each twice the one before.
+      far_corner_offset: subtracted from x2 and y2 first, because the old operators read inclusive corners.
     Raises:
-      ValueError: the operator takes a single map and there are several.
+      ValueError: the operator takes a single map and several maps are given.
     """
     boxes = boxes - jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset, boxes.shape)
     if config.operator == "align":
@@ -50,27 +50,28 @@ def roi_features(
             aligned=config.aligned,
             implementation=implementation,
         )
-    if len(features) > 1:
+    single, *others = features
+    if others:
         raise ValueError(f"the operator {config.operator} takes a single map, got {len(features)}")
     operators = {
         "align_average": roi_align_average,
         "pool": functools.partial(roi_pool, quantisation=config.quantisation, implementation=implementation),
         "crop": roi_crop,
     }
-    pooled = operators[config.operator](features[0], boxes, stride=strides[0], output_size=config.output_size)
-    return pooled.astype(features[0].dtype)
+    pooled = operators[config.operator](single, boxes, stride=strides[0], output_size=config.output_size)
+    return pooled.astype(single.dtype)
 
 
-# A region of the size of an ImageNet crop goes where a single-map detector takes all: to conv4_x.
+# A region as large as an ImageNet crop is taken from conv4_x, the map that a single-map detector uses for all regions.
 CANONICAL_SIZE, CANONICAL_LEVEL = 224.0, 4
 
 
-# Keeps the root of an exact power of two from falling one level short in float32; torchvision's value.
+# Prevents a box at an exact level boundary from getting one level too low in float32; torchvision's value.
 EPSILON = 1e-6
 
 
 def assign_levels(boxes: Float[Array, "*b 4"], *, lowest: int, highest: int) -> Int[Array, "*b"]:
-    """Returns `floor(4 + log2(sqrt(area) / 224))`, cut to `lowest`..`highest`; `lowest` for empty boxes.
+    """Returns `floor(4 + log2(sqrt(area) / 224))`, clipped to `lowest`..`highest`; `lowest` for empty boxes.
 
     Level k has a stride of 2^k network pixels.
 
@@ -80,5 +81,5 @@ def assign_levels(boxes: Float[Array, "*b 4"], *, lowest: int, highest: int) -> 
     if highest < lowest:
         raise ValueError(f"need lowest <= highest, got {lowest} and {highest}")
     levels = jnp.floor(CANONICAL_LEVEL + jnp.log2(jnp.sqrt(jnp.maximum(area(boxes), 0.0)) / CANONICAL_SIZE) + EPSILON)
-    # Cut as integers: not-a-number becomes one, and so a level that there is.
+    # Clipped as integers: NaN becomes some integer, and clipping turns this integer into an existing level.
     return jnp.clip(levels.astype(jnp.int32), lowest, highest)

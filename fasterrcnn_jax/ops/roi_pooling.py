@@ -1,9 +1,9 @@
-"""RoI pooling: the maxima of a fixed grid of bins in every region. Girshick 2015 (arXiv:1504.08083), section 2.1.
+"""RoI pooling: takes the maxima of a fixed grid of bins in every region. Girshick 2015 (arXiv:1504.08083), section 2.1.
 
-A bin is a range of rows times a range of columns; in plain JAX its maximum is found along one axis and then
-along the other, in the kernel by walking its cells. The gradient goes to the first maximum in row-major order,
-as in the reference's loops; it is gathered by comparing, cell by cell, so no scatter-add makes its sum depend
-on an order.
+A bin is a range of rows times a range of columns. Plain JAX finds its maximum along one axis and then along the
+other; the kernel visits its cells one by one. The gradient goes to the first maximum in row-major order, as in the
+loops of the reference. It is gathered by comparing cell by cell, because a scatter-add would make the sum depend on
+the order of the additions.
 """
 
 from typing import Literal
@@ -30,27 +30,28 @@ def roi_pool(
 ) -> Float[Array, "r s s c"]:
     """Returns the maxima of `output_size` x `output_size` bins per box, in the type of `features`; 0 in empty bins.
 
-    A box covers whole cells, its last one included. Bin p of s spans cells floor(p * size / s) to
-    ceil((p + 1) * size / s), the last one excluded, from the box's first; neighbours may share a cell.
-    No gradient reaches `boxes`; the features' is summed in float32. NaN is larger than nothing: a bin without a
-    number is the lowest float32 and gives no gradient, as in torchvision.
+    A box covers whole cells, including its last one. Counted from the first cell of the box, bin p of s spans the
+    cells from floor(p * size / s) up to, but not including, ceil((p + 1) * size / s); neighbouring bins may share a
+    cell. No gradient reaches `boxes`; the gradient of the features is summed in float32. NaN never is a maximum: a
+    bin in which every cell is NaN gives the lowest float32 and no gradient, as in torchvision.
 
     Args:
-      boxes: network pixels, inclusive corners.
+      boxes: in network pixels, with inclusive corners.
       quantisation: "rounded" divides corners by `stride` and rounds them, halves away from zero; bins
         are laid out first and then clipped to the map (py-faster-rcnn, torchvision). "floor" rounds
-        towards zero and clips the box before it is divided into bins (a slice of the map, then
-        adaptive max pooling).
-      implementation: "xla" takes regions one by one: what it holds grows with the map, not with their number.
-        "mosaic" is the kernel, for float32 and bfloat16 and channels in multiples of 128. None: the kernel
-        where it can run.
+        towards zero and clips the box before it is divided into bins (like adaptive max pooling of a slice of
+        the map).
+      implementation: "xla" is plain JAX; it takes regions one by one, so its memory grows with the map, not with
+        the number of regions. "mosaic" is the kernel, for float32 or bfloat16 features whose channels are a multiple
+        of 128. None: the kernel if it can run, otherwise plain JAX.
     Raises:
       NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
-      ValueError: `output_size` is not positive, or `quantisation` or `implementation` is none of the named.
+      ValueError: `output_size` is not positive, or `quantisation` or `implementation` has an unknown value.
     """
     if output_size < 1:
         raise ValueError(f"output_size must be at least 1, got {output_size}")
-    # A product, as in the reference; by a power of two it is the quotient. Integers end its gradient.
+    # A product, as in the reference; for a power of two it equals the quotient. Conversion to integers stops the
+    # gradient.
     corners = boxes * np.float32(1.0 / stride)
     limits = jnp.array([features.shape[1], features.shape[0]], jnp.int32)[None]
     if quantisation == "rounded":
@@ -79,12 +80,12 @@ def roi_pool(
 def _pool(
     features: Float[Array, "h w c"], first: Int[Array, "r 2 s"], end: Int[Array, "r 2 s"]
 ) -> Float[Array, "r s s c"]:
-    """Returns the maxima of the bins between the columns and rows `first` and `end`."""
+    """Returns the maxima of the bins whose columns and rows go from `first` up to, but not including, `end`."""
     columns_first = features.astype(jnp.float32).swapaxes(0, 1)
 
-    # Without checkpoint the maxima over columns of every region would wait for the backward pass.
+    # Without checkpoint, the maxima over columns of every region would stay in memory until the backward pass.
     @jax.checkpoint
-    def pool(bounds):
+    def pool(bounds: tuple[Array, Array]) -> Array:
         first, end = bounds
         columns = _range_max(columns_first, first[0], end[0])
         return _range_max(columns.swapaxes(0, 1), first[1], end[1])
@@ -92,16 +93,16 @@ def _pool(
     return lax.map(pool, (first, end)).astype(features.dtype)
 
 
-# Cells. A box has more only where it was not clipped to the image.
+# In cells along a side. Only boxes that were not clipped to the image can be larger.
 LARGEST_BOX = 4096
 
 
 def _float_bins(size: Int[Array, "r 2"], bins: int) -> tuple[Int[Array, "r 2 s"], Int[Array, "r 2 s"]]:
-    """Returns the first cell of every bin and the one after its last, rounded as in the references.
+    """Returns the first cell of every bin and the cell after its last one, rounded as in the references.
 
-    They multiply with a float32 quotient. So 31 cells in 7 bins end at cell 32: 7 * (31 / 7) > 31.
+    The references multiply by a float32 quotient. So 31 cells in 7 bins end at cell 32: 7 * (31 / 7) > 31.
     """
-    # The quotient is NumPy's: XLA multiplies with a reciprocal, and what it rounds differs by device.
+    # NumPy computes the quotient: XLA multiplies by a reciprocal instead, whose rounding differs between devices.
     quotients = np.arange(LARGEST_BOX + 1, dtype=np.float32) / np.float32(bins)
     quotient = jnp.asarray(quotients)[jnp.minimum(size, LARGEST_BOX)]
     quotient = jnp.where(size > LARGEST_BOX, size.astype(jnp.float32) / bins, quotient)[..., None]
@@ -111,13 +112,19 @@ def _float_bins(size: Int[Array, "r 2"], bins: int) -> tuple[Int[Array, "r 2 s"]
     return first.astype(jnp.int32), end.astype(jnp.int32)
 
 
+# Where each maximum is, and an empty array with as many rows as there are cells.
+Residuals = tuple[Int[Array, "s a c"], Float[Array, "n 0"]]
+
+
 @jax.custom_vjp
 def _range_max(cells: Float[Array, "n a c"], first: Int[Array, " s"], end: Int[Array, " s"]) -> Float[Array, "s a c"]:
-    """Returns the maximum of cells[first:end] for every bin; 0 where there are none."""
+    """Returns the maximum of cells[first:end] for every bin; 0 for empty bins."""
     return _range_max_forward(cells, first, end)[0]
 
 
-def _range_max_forward(cells, first, end):
+def _range_max_forward(
+    cells: Float[Array, "n a c"], first: Int[Array, " s"], end: Int[Array, " s"]
+) -> tuple[Float[Array, "s a c"], Residuals]:
     bins = (len(first), *cells.shape[1:])
 
     def step(i, state):
@@ -133,7 +140,9 @@ def _range_max_forward(cells, first, end):
     return maximum, (place, jnp.zeros((len(cells), 0)))
 
 
-def _range_max_backward(residuals, cotangent):
+def _range_max_backward(
+    residuals: Residuals, cotangent: Float[Array, "s a c"]
+) -> tuple[Float[Array, "n a c"], None, None]:
     place, cells = residuals
     numbers = jnp.arange(len(cells), dtype=jnp.int32)[:, None, None]
 

@@ -1,7 +1,7 @@
-"""A fixed-size random sample of foreground and background.
+"""Draws a fixed-size random sample of foreground and background.
 
 Fast R-CNN (arXiv:1504.08083), section 2.3: at most a fraction of the sample is foreground, background
-fills the rest. Drawn without replacement; the sizes are static and what is missing is marked invalid.
+fills the rest. The sample is drawn without replacement. Its size is static; missing entries are marked invalid.
 """
 
 from typing import NamedTuple
@@ -28,12 +28,13 @@ def sample(
 ) -> Sample:
     """Returns `size` positions of `labels`, at most `fg_fraction` of them foreground.
 
-    That many rounded, halves to even, and at least one unless `fg_fraction` is 0: the reference's RoIs.
+    The limit on foreground, `size * fg_fraction`, is rounded, halves to even, and is at least 1 unless
+    `fg_fraction` is 0. The reference implementation samples RoIs in this way.
 
     Args:
       key: random key of this image.
-      labels: IGNORED, BACKGROUND or FOREGROUND; ignored ones are never drawn.
-      fg_only: lifts the limit on foreground.
+      labels: IGNORED, BACKGROUND or FOREGROUND; ignored positions are never drawn.
+      fg_only: True removes the limit on foreground.
     Raises:
       ValueError: `fg_fraction` is not in [0, 1].
     """
@@ -47,7 +48,7 @@ def sample(
     kinds = labels[shuffled]
     fg = kinds == FOREGROUND
     fg = fg & (jnp.cumsum(fg) <= jnp.where(fg_only, size, quota))
-    # Foreground first, then background, then the rest; stable, so each kind stays in random order.
+    # Foreground first, then background, then the rest. The sort is stable, so each kind stays in random order.
     rank = jnp.where(fg, 0, jnp.where(kinds == BACKGROUND, 1, 2))
     order = jnp.argsort(rank, stable=True)[:size]
     return Sample(shuffled[order], rank[order] < 2)

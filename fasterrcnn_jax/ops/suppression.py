@@ -1,10 +1,10 @@
 """Greedy non-maximum suppression with fixed sizes.
 
-The contract, which both implementations keep:
-- boxes are visited by descending score, equal scores by ascending index, invalid boxes never;
-- a box is suppressed by an earlier kept one of its group where float32 `intersection / union` exceeds
-  the threshold rounded *down* to float32 (what torchvision does on a CPU, where it compares with a double);
-- the first `max_output` kept indices are returned, with their validity; padding holds index 0.
+Both implementations keep this contract:
+- valid boxes are visited by descending score, boxes of equal score by ascending index; invalid boxes are not visited;
+- a kept box suppresses a later box of its group if the float32 `intersection / union` of the two exceeds the
+  threshold rounded *down* to float32 (this equals torchvision on a CPU, which compares with a double);
+- the first `max_output` kept indices are returned, with their validity; padding has index 0.
 """
 
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
 
-# Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that the
-# pairs inside a block stay cheap beside the pairs with what is already kept.
+# Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that comparing the pairs
+# inside a block costs little compared to comparing the block with the boxes kept before.
 BLOCK = 256
 
 
@@ -31,21 +31,22 @@ def nms(
     groups: Int[Array, "n"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
-    """Returns the indices of the `max_output` best boxes that survive, and which of them are real.
+    """Returns the indices of the `max_output` best boxes that survive, and which of these entries are valid.
 
     No gradient passes.
 
     Args:
-      boxes: float32; in bfloat16 a pixel of a large image is lost, and boxes near the threshold with it.
-      groups: boxes of different groups never suppress each other (classes, pyramid levels). Because
-        boxes are visited by score over all groups, the result is the best of all groups' survivors.
-      implementation: "xla" is plain JAX. "mosaic" is the kernel, with which `vmap` makes one batch of all
-        mapped problems. None: the kernel where it can run.
+      boxes: float32. In bfloat16 the coordinates of a large image are off by pixels, which changes the result near
+        the threshold.
+      groups: boxes of different groups never suppress each other (classes, pyramid levels). Boxes are visited by
+        score over all groups, so the result holds the best survivors of all groups.
+      implementation: "xla" is plain JAX. "mosaic" is the kernel; `vmap` of it makes one batch of all mapped
+        problems. None: the kernel if it can run, otherwise plain JAX.
     Raises:
       NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
       TypeError: the boxes are not float32.
-      ValueError: `iou_threshold` is not in (0, 1], `max_output` is not positive, or `implementation` is none of
-        the named.
+      ValueError: `iou_threshold` is not in (0, 1], `max_output` is not positive, or `implementation` has an unknown
+        value.
     """
     if boxes.dtype != jnp.float32:
         raise TypeError(f"boxes must be float32, got {boxes.dtype.name}")
@@ -77,8 +78,17 @@ def _rounded_down(threshold: float) -> np.float32:
     return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(0.0))
 
 
-def _keep(boxes, groups, num_valid, threshold, max_output):
-    """Walks sorted boxes block by block; stops when `max_output` are kept or none is left."""
+def _keep(
+    boxes: Float[Array, "n 4"],
+    groups: Int[Array, "n"],
+    num_valid: Int[Array, ""],
+    threshold: np.float32,
+    max_output: int,
+) -> tuple[Int[Array, "{max_output}"], Int[Array, ""]]:
+    """Returns the positions of the kept boxes and their number.
+
+    Decides sorted boxes block by block until `max_output` boxes are kept or no box is left.
+    """
     block = min(BLOCK, boxes.shape[0])
     padding = -boxes.shape[0] % block
     boxes = jnp.pad(kernel.with_area(boxes), ((0, 0), (0, padding)))
@@ -103,8 +113,8 @@ def _keep(boxes, groups, num_valid, threshold, max_output):
         alive = ~by_kept.any(axis=0) & (start + offsets < num_valid)
         inside = suppresses(block_boxes, block_groups, block_boxes, block_groups) & earlier
 
-        # Greedy suppression inside the block is the fixed point of "kept unless an earlier kept one
-        # suppresses it"; each pass settles at least one more box of every chain.
+        # Greedy suppression inside the block is the fixed point of the rule "a box is kept unless an earlier kept
+        # box suppresses it"; each pass settles at least one more box of every chain.
         def pass_once(state):
             keep, _ = state
             again = alive & ~(inside & keep[:, None]).any(axis=0)

@@ -1,4 +1,4 @@
-"""What the RPN and the box head are trained towards, for one image.
+"""Makes the training targets of the RPN and the box head for one image.
 
 Ren et al. 2015 (arXiv:1506.01497), section 3.1.2; Fast R-CNN (arXiv:1504.08083), section 2.3.
 """
@@ -25,7 +25,7 @@ Key = PRNGKeyArray | UInt32[Array, "2"]
 def within_border(
     anchors: Float[Array, "a 4"], image_hw: Float[Array, "2"], allowed_border: float | None
 ) -> Bool[Array, "a"]:
-    """Returns which anchors reach at most `allowed_border` pixels over the image's border; None: all."""
+    """Returns which anchors reach at most `allowed_border` pixels over the border of the image; None: all."""
     if allowed_border is None:
         return jnp.ones(anchors.shape[0], bool)
     near = (anchors[:, :2] >= -allowed_border).all(axis=1)
@@ -42,9 +42,10 @@ def anchor_targets(
     *,
     config: RpnConfig,
 ) -> AnchorTargets:
-    """Labels a random sample of the anchors; everything else is ignored.
+    """Labels a random sample of the anchors; all other anchors are ignored.
 
-    Anchors over the border (`config.allowed_border`) take no part at all: they are no box's best either.
+    Anchors that reach too far over the border (`config.allowed_border`) do not take part: they cannot be the best
+    anchor of a ground-truth box either.
 
     Args:
       anchor_valid: False for anchors whose cell lies in the padding; they are never sampled.
@@ -82,8 +83,8 @@ def roi_targets(
     """Samples and labels RoIs among the proposals and the ground-truth boxes themselves.
 
     The ground truth is added so that the head sees foreground before the RPN proposes any. At most
-    `config.fg_fraction` of the sample is foreground; where no candidate is background, the whole sample
-    may be; where none is foreground, it is background alone; where neither exists, it is empty.
+    `config.fg_fraction` of the sample is foreground. If no candidate is background, the whole sample may be
+    foreground. If no candidate is foreground, the whole sample is background. If there is neither, it is empty.
     """
     boxes = jnp.concatenate([proposals.boxes, ground_truth.boxes])
     valid = jnp.concatenate([proposals.valid, ground_truth.valid])
@@ -120,7 +121,10 @@ def _deltas_where(
     means: PerDelta,
     stds: PerDelta,
 ) -> Float[Array, "n 4"]:
-    """Encodes where foreground; elsewhere the boxes may be padding, whose logarithm is not finite."""
+    """Returns the deltas of foreground boxes, and zeros for the other boxes.
+
+    The other boxes may be padding; the logarithm of their sides is not finite.
+    """
     unit = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), anchors.shape)
     safe = [jnp.where(foreground[:, None], boxes, unit) for boxes in (matched, anchors)]
     return jnp.where(foreground[:, None], encode(*safe, means=means, stds=stds), 0.0)

@@ -1,9 +1,9 @@
-"""Checkpoints of a run, through Orbax: written to a temporary folder and renamed, so never half there.
+"""Writes and reads the checkpoints of a run with Orbax.
 
-One checkpoint holds `model` (trained, averaged and frozen values by path), `train` (optimizer, step, key),
-`metrics` where it was evaluated, and `meta` (configuration with the class names, position of the data
-iterator, a digest of everything). What is read is held against the digests: of bits that flip in the
-arrays, the storage notices nothing.
+A checkpoint is written to a temporary folder and then renamed, so an incomplete one never has a checkpoint's name.
+It contains `model` (trained, averaged and frozen values by path), `train` (optimizer, step, key), `metrics` if it was
+evaluated, and `meta` (configuration with the class names, position of the data iterator, digests of all parts).
+Everything that is read is checked against the digests, because the storage does not detect flipped bits in arrays.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.config.text import from_json, to_json
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import Detector, create_detector
+from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
 from fasterrcnn_jax.training.run_folder import (
     CHECKPOINTS,
     checkpoints_folder,
@@ -35,30 +35,31 @@ from fasterrcnn_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Of what is written. Version 1 has no entry "version" and is otherwise the same.
+# Format version of the checkpoints that are written. Version 1 has no entry "version" and is otherwise the same.
 VERSION = 2
 
 
 def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
-    """Returns the checkpointer of a run folder: keeps the newest `keep` and the best.
+    """Returns the checkpointer of a run folder. It keeps the newest `keep` checkpoints and the best one.
 
-    Damaged checkpoints are set aside with a warning, so that the newest one is whole.
+    Damaged checkpoints are renamed with a warning, so that the newest remaining one is intact.
 
     Raises:
-      InputError: there are checkpoints and none of them is whole.
+      InputError: there are checkpoints, but none of them is intact.
     """
-    # Orbax reads absolute paths alone.
+    # Orbax needs an absolute path.
     folder = checkpoints_folder(run).absolute()
     _set_damaged_aside(folder)
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
-        folder,
-        preservation_policy=policies.AnyPreservationPolicy(
+        str(folder),
+        # Orbax declares its policies for an older class of checkpoints than the one its checkpointer declares.
+        preservation_policy=policies.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
             [
                 policies.LatestN(keep),
                 policies.BestN(
                     n=1,
-                    get_metric_fn=lambda metrics: metrics["best"],
+                    get_metric_fn=_decisive,
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
@@ -68,7 +69,7 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
 
 
 class Snapshot(NamedTuple):
-    """What one checkpoint holds, copied to the host: the next step may overwrite the arrays on the device."""
+    """The contents of one checkpoint, copied to the host, because the next step may overwrite the device arrays."""
 
     state: TrainState
     config: Config
@@ -76,15 +77,22 @@ class Snapshot(NamedTuple):
     measured: float | None = None  # the metric that decides which checkpoint is best; None: not evaluated
 
 
+@contextlib.contextmanager
+def closing(checkpoints: ocp.training.Checkpointer) -> Iterator[None]:
+    """Closes the checkpointer after the body. After an error it is left as it is: closing would wait for writes."""
+    yield
+    checkpoints.close()
+
+
 def snapshot(state: TrainState, *, config: Config, iterator_state: dict[str, Any]) -> Snapshot:
-    """Returns a copy of everything that a checkpoint holds."""
+    """Returns a copy of everything that a checkpoint stores."""
     return Snapshot(jax.tree.map(lambda leaf: np.array(leaf), state), config, iterator_state)
 
 
 class DeferredSave:
-    """Saves a state one step late: once the next step has shown that its loss is finite.
+    """Saves a state one step late, when the next step has shown that the loss of the state is finite.
 
-    A state whose next loss is not finite is never written, so the newest checkpoint can always be continued.
+    A state whose next loss is not finite is never written, so a run can always continue from the newest checkpoint.
     """
 
     def __init__(self, checkpoints: ocp.training.Checkpointer):
@@ -92,7 +100,7 @@ class DeferredSave:
         self.pending: Snapshot | None = None
 
     def offer(self, snapshot: Snapshot) -> None:
-        """Keeps a snapshot until `confirm`."""
+        """Keeps a snapshot until `confirm` is called."""
         self.pending = snapshot
 
     def measured(self, value: float | None) -> None:
@@ -104,7 +112,7 @@ class DeferredSave:
         """Writes the pending snapshot, if there is one.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the checkpoint cannot be written.
         """
         if self.pending is not None:
             snapshot, self.pending = self.pending, None
@@ -112,7 +120,7 @@ class DeferredSave:
 
     @contextlib.contextmanager
     def confirmed_on_error(self) -> Iterator[None]:
-        """Writes the pending snapshot when the body raises: a failed evaluation must not cost the steps before it."""
+        """Writes the pending snapshot if the body raises: a failed evaluation must not lose the steps before it."""
         try:
             yield
         except BaseException:
@@ -128,16 +136,16 @@ def save(
     iterator_state: dict[str, Any],
     measured: float | None,
 ) -> None:
-    """Writes the checkpoint of `state.step` and waits until it is complete; only then older ones go.
+    """Writes the checkpoint of `state.step` and waits until it is complete. Only then are older checkpoints deleted.
 
     Raises:
-      OSError: it cannot be written; those before it are untouched.
+      OSError: the checkpoint cannot be written; older checkpoints are unchanged.
     """
-    # NumPy, which the storage gives back as it was whatever devices are there.
+    # NumPy arrays are restored the same on any devices.
     parts = {
         part: {path: np.asarray(leaf) for path, leaf in _by_path(tree).items()} for part, tree in _parts(state).items()
     }
-    metrics = None if measured is None or math.isnan(measured) else {"best": measured}
+    metrics: dict[str, Any] | None = None if measured is None or math.isnan(measured) else {"best": measured}
     texts = {
         "version": str(VERSION),
         "config": to_json(config),
@@ -151,25 +159,24 @@ def save(
         checkpoints.save_checkpointables(
             step, parts | {"meta": texts | {"digest": _digest_of_texts(texts)}}, metrics=metrics
         )
-    except Exception as error:  # Orbax and its storage have no common base class for a disk that is full
-        with contextlib.suppress(Exception):  # it would raise the same again when it is closed for good
-            checkpoints.close()
+    except Exception as error:  # Orbax and its storage have no common exception class for a full disk
         raise OSError(
             f"{_path_of(checkpoints, step)} cannot be written ({_first_line(error)}); "
-            "the checkpoints before it are untouched"
+            "the checkpoints before it are unchanged"
         ) from error
 
 
 def restore(
     checkpoints: ocp.training.Checkpointer, state: TrainState, *, config: Config
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Returns the newest checkpoint as (state, position of the iterator), or None where there is none.
+    """Returns the newest checkpoint as (state, position of the data iterator), or None if there is none.
 
     Args:
-      state: of the same configuration; gives structure and shapes.
-      config: of the run that is to continue.
+      state: a state of the same configuration, which gives the structure and the shapes.
+      config: configuration of the run that is to continue.
     Raises:
-      InputError: the checkpoint cannot be read or is of another configuration; names the first field.
+      InputError: the checkpoint cannot be read, or it has another configuration; the message names the first
+        different field.
     """
     if checkpoints.latest is None:
         return None
@@ -177,26 +184,31 @@ def restore(
     found = _read(folder, ("model", "train"))
     difference = first_difference(_config_in(found, folder), config)
     if difference:
-        raise InputError(f"{folder} is of a run with {difference}; continue it as it was or choose another --run")
+        raise InputError(
+            f"{folder} is from a run with {difference}; continue it with its own value or choose another --run"
+        )
     model, train = (_fit(found[part], tree, folder) for part, tree in _parts(state).items())
     return TrainState(**model, **train), json.loads(found["meta"]["iterator"])
 
 
-def load(path: str | Path, *, backbone: type[nnx.Module] | None = None) -> Detector:
-    """Returns the detector in `path`: a run folder (its newest whole checkpoint) or one checkpoint folder.
+def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:
+    """Returns the detector in `path`: a run folder (its newest intact checkpoint) or one checkpoint folder.
 
     Args:
-      backbone: your own, in place of the one whose import path the checkpoint holds; docs/backbone.md.
+      backbone: your own backbone class, for a model that was trained with it; see docs/backbone.md. A class that the
+        checkpoint names is never imported.
     Raises:
-      InputError: no checkpoint there, or one that is damaged or does not fit its own configuration.
+      InputError: there is no checkpoint, it is damaged, it does not fit its own configuration, or it needs a backbone
+        class that is not given.
     """
     folder, found = _newest_whole(Path(path), ("model",))
     config = _config_in(found, folder)
     names = config.data.class_names
+    backbone = given_backbone(config.model.backbone, backbone, str(folder))
     model = jax.eval_shape(lambda: create_detector(config.model, names, seed=0, backbone=backbone))
     graphdef, values = nnx.split(model)
     stored = {}
-    for kind in ("frozen", "params", "averaged"):  # the average, where there is one, in place of the weights
+    for kind in ("frozen", "params", "averaged"):  # the averaged weights, if any, replace the trained weights
         prefix = f"{kind}/"
         stored |= {
             path.removeprefix(prefix): value for path, value in found["model"].items() if path.startswith(prefix)
@@ -205,7 +217,7 @@ def load(path: str | Path, *, backbone: type[nnx.Module] | None = None) -> Detec
 
 
 def load_run_config(path: str | Path) -> Config:
-    """Returns the configuration stored in a checkpoint; `path` as in `load`."""
+    """Returns the configuration stored in a checkpoint. `path` is as in `load`."""
     folder, found = _newest_whole(Path(path), ())
     return _config_in(found, folder)
 
@@ -215,9 +227,14 @@ class Best(NamedTuple):
     metric: float
 
 
+def _decisive(metrics: Any) -> float:
+    """Returns the one metric that a checkpoint stores."""
+    return metrics["best"]
+
+
 def best(checkpoints: ocp.training.Checkpointer) -> Best | None:
-    """Returns the checkpoint with the best metric, the later of two; None where none was evaluated."""
-    measured = [Best(found.step, found.metrics["best"]) for found in checkpoints.checkpoints if found.metrics]
+    """Returns the checkpoint with the best metric, the latest if several are equal; None if none was evaluated."""
+    measured = [Best(found.step, _decisive(found.metrics)) for found in checkpoints.checkpoints if found.metrics]
     return max(measured, key=lambda found: (found.metric, found.step), default=None)
 
 
@@ -227,10 +244,11 @@ def run_of(path: str | Path) -> Path:
 
 
 def _set_damaged_aside(folder: Path) -> None:
-    """Renames damaged checkpoints to STEP.damaged; the arrays of the newest whole one and after are read.
+    """Renames damaged checkpoints to STEP.damaged.
 
-    Nothing is renamed where none is whole: the fault may lie in what they all have in common. All processes read,
-    because Orbax lets one wait for the others; the first one renames.
+    Reads the arrays of each checkpoint from the newest back to the first intact one, and only `meta` and the metrics
+    of the older ones. Renames nothing if no checkpoint is intact: the fault may lie in something that they share. All
+    processes read, because Orbax makes each process wait for the others; only the first process renames.
     """
     whole, faults = None, {}
     for checkpoint in _numbered(folder):
@@ -240,64 +258,64 @@ def _set_damaged_aside(folder: Path) -> None:
         except InputError as error:
             faults[checkpoint] = error
     if faults and whole is None:
-        raise InputError(f"no checkpoint is whole, choose another --run: {'; '.join(map(str, faults.values()))}")
+        raise InputError(f"no checkpoint is intact; choose another --run: {'; '.join(map(str, faults.values()))}")
     multihost_utils.sync_global_devices("all checkpoints are read")
     for checkpoint, fault in faults.items() if jax.process_index() == 0 else ():
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.damaged")
         checkpoint.rename(aside)
-        logger.warning("%s; it is now %s, the run goes on from %s", fault, aside.name, whole)
+        logger.warning("%s; it is renamed to %s, and the run continues from %s", fault, aside.name, whole)
     multihost_utils.sync_global_devices("damaged checkpoints are aside")
 
 
 def _newest_whole(path: Path, parts: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint that `path` names, or the newest whole one of a run, with what is in it."""
+    """Returns the checkpoint that `path` names, or the newest intact one of a run, together with its contents."""
     candidates = _checkpoints_in(path)
     for checkpoint in candidates[:-1]:
         try:
             return checkpoint, _read(checkpoint, parts)
         except InputError as error:
-            logger.warning("%s; the one before it is used", error)
+            logger.warning("%s; the checkpoint before it is used", error)
     return candidates[-1], _read(candidates[-1], parts)
 
 
 def _read(folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Returns `meta` and the named parts of a checkpoint, `metrics` only where it was evaluated.
+    """Returns `meta` and the named parts of a checkpoint; `metrics` only if it was evaluated.
 
     Raises:
-      InputError: something cannot be read or is not what was saved.
+      InputError: a part cannot be read, or it differs from what was saved.
     """
     try:
-        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+        meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
         texts = {name: text for name, text in meta.items() if name != "digest"}
         if meta["digest"] != _digest_of_texts(texts):
-            raise InputError(f"{folder}: the checkpoint is damaged: meta is not what was saved")
+            raise InputError(f"{folder}: the checkpoint is damaged: meta differs from what was saved")
         version = int(meta.get("version", "1"))
         if version > VERSION:
             raise InputError(
-                f"{folder}: the checkpoint has format version {version}; this release reads versions up to {VERSION}, "
-                "install a newer one"
+                f"{folder}: the checkpoint has format version {version}; this release reads versions up to {VERSION}; "
+                "install a newer release"
             )
         digests = json.loads(meta["digests"])
         found = {}
         if "metrics" in parts and digests["metrics"] != "null":
-            # Orbax hands them out as a whole list only, and fails on one that is damaged.
+            # Orbax returns the metrics of all checkpoints together, and fails if those of one are damaged.
             found["metrics"] = json.loads((folder / "metrics" / "metrics").read_text())
         arrays = dict.fromkeys(name for name in parts if name != "metrics")
-        found |= ocp.load_checkpointables(folder, arrays) if arrays else {}
+        found |= ocp.load_checkpointables(str(folder), arrays) if arrays else {}
     except InputError:
         raise
-    except Exception as error:  # Orbax and its storage have no common base class for damage
+    except Exception as error:  # Orbax and its storage have no common exception class for damaged files
         raise InputError(f"{folder}: the checkpoint is incomplete or damaged ({type(error).__name__})") from error
     for name, values in found.items():
         if digests[name] != (json.dumps(values) if name == "metrics" else _digest(values)):
-            raise InputError(f"{folder}: the checkpoint is damaged: {name} is not what was saved")
+            raise InputError(f"{folder}: the checkpoint is damaged: {name} differs from what was saved")
     return found | {"meta": meta}
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Returns the trees of a state as a checkpoint holds them."""
+    """Returns the parts of a state as a checkpoint stores them."""
     model = {"params": state.params, "averaged": state.averaged, "frozen": state.frozen}
     return {"model": model, "train": {"step": state.step, "key": state.key, "opt_state": state.opt_state}}
 
@@ -311,9 +329,10 @@ def _path_of(checkpoints: ocp.training.Checkpointer, step: int) -> Path:
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
-    """Returns the checkpoints that `path` names, newest first: one, or all of a run."""
+    """Returns the checkpoints that `path` names, newest first: one checkpoint, or all checkpoints of a run."""
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
+        what = "is a file, not a run folder" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {what}")
     resolved = path.resolve()
     inside = checkpoints_folder(resolved)
     folder = inside if inside.is_dir() else resolved
@@ -321,7 +340,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
         return [folder]
     found = _numbered(folder)
     if not found:
-        raise InputError(f"{path}: holds no checkpoint; give a run folder or one of its {CHECKPOINTS}/STEP")
+        raise InputError(f"{path}: contains no checkpoint; give a run folder or one of its {CHECKPOINTS}/STEP")
     return found
 
 
@@ -333,12 +352,12 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """Returns the SHA-256 of arrays with their names, types and shapes."""
+    """Returns the SHA-256 of the arrays, with their names, types and shapes."""
     digest = hashlib.sha256()
     for path, value in sorted(values.items()):
         array = np.asarray(value, order="C")
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -347,7 +366,9 @@ def _digest_of_texts(texts: dict[str, str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # The storage names the file several times over.
+    return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -356,7 +377,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _fit(values: dict[str, Any], like: Any, folder: Path) -> Any:
-    """Returns the tree `like` with the values by path, on the first local device."""
+    """Returns a tree with the structure of `like` and the given values by path, on the first local device."""
     wanted = _by_path(like)
     for path in sorted(wanted | values):
         found, expected = (

@@ -19,8 +19,8 @@ class Evaluator(NamedTuple):
     given: Mapping[str, Mapping[str, ImageProposals]]  # stored proposals by split and image id
     best_split: str  # the split that decides which checkpoint is best
     metrics: MetricsWriter
-    batch_size: int  # on one device, which never held more than its share of a batch
-    log: bool  # False for a finished run that is shown again: its numbers are in the log already
+    batch_size: int  # images at once, on one device; its share of a training batch is known to fit into memory
+    log: bool  # False for a finished run that is evaluated again: its numbers are already in the log
 
     def evaluate(self, model: Detector, split: str, number: int) -> Score:
         """Returns the score of `model` after step `number`; writes its numbers and an image of its detections."""

@@ -1,20 +1,27 @@
 """The optimizer and its learning rates."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from fasterrcnn_jax.config import TrainConfig
 
+# Of a leaf, as JAX gives it: keys and indices from the root on.
+KeyPath = tuple[Any, ...]
+
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Returns a linear warm-up, whose first step already moves, followed by steps down or a cosine to zero."""
+    """Returns the learning-rate schedule: linear warm-up from above zero, then steps down or a cosine to zero."""
     if config.schedule == "cosine":
         first = config.learning_rate / max(config.warmup_steps, 1)
         return optax.warmup_cosine_decay_schedule(first, config.learning_rate, config.warmup_steps, config.steps, 0.0)
 
-    def schedule(step):
+    def schedule(step: ArrayLike) -> Array:
         passed = jnp.asarray(step, jnp.float32)
         first = 1.0 / max(config.warmup_steps, 1)
         warmup = jnp.minimum(first + (1.0 - first) * passed / max(config.warmup_steps, 1), 1.0)
@@ -25,28 +32,30 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
-    """Returns the learning rate of every step, the first first."""
+    """Returns the learning rate of every step, in order."""
     steps = jnp.arange(config.steps, dtype=jnp.int32)
     return jax.jit(jax.vmap(learning_rate_schedule(config)))(steps).tolist()
 
 
 def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns the optimizer: clipping by global norm, weight decay, SGD or Adam(W), rates per kind of weight.
+    """Returns the optimizer: clipping by global norm, weight decay, SGD or Adam(W), learning rates per kind of weight.
 
-    Kernels are all that is convolved or multiplied with, biases what is named so; the scales of
-    normalisation layers are neither and get no decay.
+    Kernels are the weights of convolutions and matrix products. Biases are the weights named "bias". The scales of
+    normalisation layers are neither, so they do not decay.
     """
 
-    def masked(transformation, choose):
-        def mask(params):
+    def masked(
+        transformation: optax.GradientTransformation, choose: Callable[[tuple[str, ...], Any], bool]
+    ) -> optax.GradientTransformation:
+        def mask(params: PyTree) -> PyTree:
             return jax.tree_util.tree_map_with_path(lambda path, leaf: choose(_names(path), leaf), params)
 
         return optax.masked(transformation, mask)
 
-    def decay(weight):
+    def decay(weight: float) -> optax.GradientTransformation:
         """Adds `weight` times the value to the gradient, as the reference's frameworks do."""
 
-        def kernels(*, of_objectness):
+        def kernels(*, of_objectness: bool) -> Callable[[tuple[str, ...], Any], bool]:
             return lambda names, leaf: leaf.ndim > 1 and _is_objectness(names) == of_objectness
 
         halved = weight * (0.5 if config.double_objectness else 1.0)
@@ -76,25 +85,25 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _slower_below(updates: PyTree, decay: float) -> PyTree:
-    """Returns the updates of the backbone times `decay` once for each stage between them and the heads."""
+    """Returns the updates, with each backbone stage scaled by `decay` once per stage from it to the heads."""
     stages = [path[2].key for path, _ in jax.tree_util.tree_leaves_with_path(updates) if _is_stage(path)]
     last = max(stages, default=0)
 
-    def scaled(path, update):
+    def scaled(path: KeyPath, update: Array) -> Array:
         if path[0].key != "backbone":
             return update
-        # The stem counts to the first stage.
+        # The stem belongs to the first stage.
         stage = path[2].key if _is_stage(path) else 0
         return update * decay ** (1 + last - stage)
 
     return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
-def _is_stage(path) -> bool:
+def _is_stage(path: KeyPath) -> bool:
     return path[0].key == "backbone" and path[1].key == "stages"
 
 
-def _names(path) -> tuple[str, ...]:
+def _names(path: KeyPath) -> tuple[str, ...]:
     return tuple(str(part.key) for part in path if hasattr(part, "key"))
 
 

@@ -1,7 +1,7 @@
-"""A run that is asked to stop ends between two steps, with a checkpoint of the last one.
+"""Ends a run that is asked to stop: between two steps, with a checkpoint of the last one.
 
-Schedulers send SIGTERM and, after a grace period, SIGKILL; a keyboard sends SIGINT. The first signal is
-noted and no more; another one ends the process at once, which costs the steps since the last checkpoint.
+Schedulers send SIGTERM and, after a grace period, SIGKILL; the keyboard sends SIGINT. The first signal is only noted.
+A second signal ends the process at once, and the steps since the last checkpoint are lost.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ ONE_REQUEST = 1.0  # seconds; GNU timeout and some schedulers send a signal to t
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[Callable[[], str | None]]:
-    """Notes SIGTERM and SIGINT meanwhile; in the main thread only.
+    """Notes SIGTERM and SIGINT while the context is open. Works only in the main thread.
 
     Yields:
-      A function that returns the name of the signal that asked this process to stop, None until then.
+      A function that returns the name of the signal that asked this process to stop, or None before any signal.
     """
     noted: list[tuple[str, float]] = []
 
@@ -38,5 +38,5 @@ def noted_signals() -> Iterator[Callable[[], str | None]]:
         yield lambda: noted[0][0] if noted else None
     finally:
         for number, handler in before.items():
-            # None: set by other than Python code, which cannot be put back from here.
+            # None: the handler was not installed from Python, so Python cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

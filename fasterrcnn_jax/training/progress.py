@@ -1,23 +1,24 @@
-"""What a running training shows and writes: a progress bar, metrics.jsonl, TensorBoard, images.
+"""The output of a running training: a progress bar, metrics.jsonl, TensorBoard events, and images.
 
 The numbers of a step are read one step late, while the device already works on the next one.
 """
 
+import contextlib
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.errors import NonFiniteLossError
+from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.structures import Batch, LossTerms
@@ -26,10 +27,11 @@ from fasterrcnn_jax.training.optimizer import learning_rates
 from fasterrcnn_jax.training.run_folder import image_path, metrics_path
 from fasterrcnn_jax.training.stages import Stage
 from fasterrcnn_jax.training.state import StepMetrics
+from fasterrcnn_jax.training.tensorboard import TensorBoard
 
 
 def say(text: str) -> None:
-    """Prints a line above the progress bar, in the first process alone."""
+    """Prints a line above the progress bar, in the first process only."""
     if is_main():
         tqdm.write(text)
 
@@ -63,10 +65,10 @@ class LateReport:
 
 
 class MetricsWriter:
-    """Appends numbers to metrics.jsonl and TensorBoard events, both named by step; `silent` writes nothing.
+    """Appends the numbers of each step to metrics.jsonl and to TensorBoard events. With `silent` it writes nothing.
 
-    What an interrupted run wrote after its newest checkpoint, at step `after`, is cut off: those steps are
-    made again.
+    Lines of steps after `after`, the step of the newest checkpoint, are deleted: an interrupted run repeats these
+    steps.
     """
 
     def __init__(self, run: Path, *, after: int, silent: bool = False):
@@ -75,44 +77,60 @@ class MetricsWriter:
             return
         path = metrics_path(run)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A kill may have torn the last line.
+        # A killed process may have left an incomplete last line.
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= after]
         if kept != lines:
             write_atomically(path, "".join(kept))
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run), flush_secs=10, purge_step=after + 1)
+        self._board = TensorBoard(run, purge_step=after + 1)
 
-    def write(self, step: int, values: dict[str, float | None]) -> None:
-        if self._lines is None:
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Appends one line.
+
+        Raises:
+          InputError: it cannot be written; names the file.
+        """
+        if self._lines is None or self._board is None:
             return
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        try:
+            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:
+            raise InputError(f"{metrics_path(self._run)} cannot be written: {error.strerror or error}") from error
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
     def write_image(self, step: int, image: Pixels, *, split: str = "") -> Path:
-        """Writes images/STEP.png, or STEP_SPLIT.png, and TensorBoard's copy of it; returns its path."""
+        """Writes images/STEP.png, or STEP_SPLIT.png, and TensorBoard's copy of it; returns its path.
+
+        Raises:
+          InputError: it cannot be written; names the file.
+        """
         path = image_path(self._run, step, split)
-        if self._lines is not None:
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
-            self._board.add_image(f"images{split and '/'}{split}", image, step, dataformats="HWC")
+        if self._board is not None:
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, "PNG")
+            write_atomically(path, encoded.getvalue())
+            self._board.add_image(f"images{split and '/'}{split}", image, step)
         return path
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lines is not None:
-            self._lines.close()
+            # A line that could not be written is still in the buffer, and closing would try again.
+            with contextlib.suppress(OSError):
+                self._lines.close()
+        if self._board is not None:
             self._board.close()
 
 
 class Progress:
-    """The progress bar and the numbers of one stage; silent in all processes but the first."""
+    """The progress bar and the numbers of one stage. Only the first process shows the bar."""
 
     def __init__(self, stage: Stage, train_set: Dataset, metrics: MetricsWriter, *, done: int):
-        """Args: `done` is the number of steps that were made before this start."""
+        """Starts the progress bar at `done`, the number of steps that were completed before this start."""
         self._stage, self._train_set, self._metrics = stage, train_set, metrics
         self._rates = learning_rates(stage.train)
         self._reported = time.perf_counter()
@@ -128,7 +146,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def restart_clock(self) -> None:
@@ -139,7 +157,7 @@ class Progress:
         """Writes the numbers of a step. Waits for the device.
 
         Raises:
-          NonFiniteLossError: a number is not finite; names the file with the batch of the step.
+          NonFiniteLossError: a number is not finite; the message names the file with the batch of the step.
         """
         number, batch = report.number, report.batch
         ids = [self._train_set.records[index].id for index in batch.image_index[batch.image_valid]]
@@ -165,13 +183,13 @@ def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dic
     """Returns the numbers of a step as plain floats.
 
     Raises:
-      NonFiniteLossError: one of them is infinite or not a number; names step, number and images.
+      NonFiniteLossError: a number is infinite or NaN; the message names the step, the number and the images.
     """
     values = {name: float(value) for name, value in metrics._asdict().items()}
     wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         raise NonFiniteLossError(
             f"step {step}: {', '.join(wrong)} on images {', '.join(image_ids)}; "
-            "the last checkpoint is untouched; a lower train.learning_rate (in another --run) often helps"
+            "the last checkpoint is unchanged; a lower train.learning_rate (with another --run) often helps"
         )
     return values

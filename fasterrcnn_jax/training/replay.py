@@ -1,7 +1,7 @@
-"""The batch of a step whose numbers were not finite, written out, and that step made again image by image.
+"""Stores the batch of a step whose numbers were not finite, and repeats that step image by image.
 
-Steps follow from seed, step number and images alone, so a run that goes on from its newest checkpoint meets the
-same weights in the same step again. Then each image is looked at by itself.
+A step depends only on the seed, the step number and the images. A run that continues from its newest checkpoint
+therefore reaches the failed step with the same weights again. Then each image of the batch is examined by itself.
 """
 
 from collections.abc import Callable
@@ -12,39 +12,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import shared_features
 from fasterrcnn_jax.models.rpn import rpn_output
+from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, GroundTruth, Losses, LossTerms, Proposals
 from fasterrcnn_jax.training.run_folder import failed_batch_path
 from fasterrcnn_jax.training.state import TrainState, step_key
 
 
 class Examined(NamedTuple):
-    """One image of the step, as its own batch."""
+    """The results of one image of the step, as a batch of its own."""
 
     id: str
     losses: LossTerms
     gradient_norm: Float[Array, ""]
-    first_not_finite: str | None  # the first thing on the way from pixels to gradient
+    first_not_finite: str | None  # first quantity from pixels to gradient that is not finite; None: all are finite
 
 
 def write_batch(run: Path, number: int, batch: Batch, ids: list[str], *, process: int = 0) -> Path:
-    """Writes RUN/failed/step_NUMBER.npz (of further processes with their number) and returns its path."""
+    """Writes RUN/failed/step_NUMBER.npz and returns its path. Processes after the first add their number to it."""
     path = failed_batch_path(run, number, process)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, step=np.int64(number), ids=np.array(ids, str), **_flat(batch))
+    arrays = {"step": np.int64(number), "ids": np.array(ids, str), **_flat(batch)}
+    # No field of a batch has the name of an option.
+    np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
     return path
 
 
 def read_batch(path: Path) -> tuple[int, list[str], Batch]:
-    """Returns (number of the step, ids of its valid images, batch).
+    """Returns (step number, ids of the valid images, batch) from a file.
 
     Raises:
-      InputError: the file is absent or none of `write_batch`.
+      InputError: the file is missing or was not written by `write_batch`.
     """
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in arrays.files}
@@ -56,24 +60,27 @@ def read_batch(path: Path) -> tuple[int, list[str], Batch]:
     except FileNotFoundError:
         raise InputError(f"--replay {path}: no such file") from None
     except (KeyError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"--replay {path}: not the batch of a failed step ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"--replay {path}: this file is not the batch of a failed step ({type(error).__name__}: {error})"
+        ) from None
 
 
 def examine(
     graphdef: nnx.GraphDef, state: TrainState, batch: Batch, ids: list[str], losses_of: Callable[..., Losses]
 ) -> list[Examined]:
-    """Returns what the step `state.step + 1` is of every valid image of `batch` by itself.
+    """Returns the losses and gradient norm of the step `state.step + 1` for every valid image of `batch` by itself.
 
     Args:
-      state: before the step.
-      losses_of: what is trained, as `training_losses`.
+      state: state before the step.
+      ids: ids of the valid images.
+      losses_of: losses of the training, for example `training_losses`.
     """
 
     @jax.jit
-    def one(state: TrainState, image: Batch):
+    def one(state: TrainState, image: Batch) -> tuple[LossTerms, Array, dict[str, Array]]:
         params = state.params
 
-        def total(params):
+        def total(params: PyTree) -> tuple[Array, LossTerms]:
             model = nnx.merge(graphdef, params, state.frozen)
             terms = losses_of(model, image, step_key(state)).terms()
             return terms.total, terms
@@ -99,7 +106,7 @@ def examine(
     images = [jax.tree.map(lambda x, row=row: x[row : row + 1], batch) for row in rows]
     for image, name in zip(images, ids, strict=True):
         terms, norm, finite = jax.device_get(one(state, image))
-        # A jitted function returns its dictionary sorted.
+        # A jitted function returns its dictionary in sorted order, so _WAY gives the order.
         first = next((stage for stage in _WAY if not finite[stage]), None)
         examined.append(Examined(name, terms, norm, first))
     return examined
@@ -109,30 +116,32 @@ _WAY = ("pixels", "boxes", "features", "objectness", "deltas of the RPN", "losse
 
 
 def format_examined(number: int, examined: list[Examined]) -> str:
-    """Returns the table that `train.py --replay` prints, and a sentence."""
+    """Returns the text that `train.py --replay` prints: a table, and a sentence if every number is finite."""
     width = max(len("image"), *(len(row.id) for row in examined))
     columns = ("objectness", "rpn box", "class", "box", "gradient")
     lines = [
-        f"step {number}, each image by itself",
+        f"step {number}, each image alone",
         f"{'image':<{width}}" + "".join(f"{c:>12}" for c in columns),
     ]
     for row in examined:
         numbers = "".join(f"{float(value):>12.4g}" for value in (*row.losses, row.gradient_norm))
-        found = "" if row.first_not_finite is None else f"  not finite first in: {row.first_not_finite}"
+        found = "" if row.first_not_finite is None else f"  first not finite: {row.first_not_finite}"
         lines.append(f"{row.id:<{width}}{numbers}{found}")
     if all(row.first_not_finite is None for row in examined):
-        lines.append("Everything is finite here: the sum over images or devices, or the update, was not.")
+        lines.append(
+            "Every number of each image is finite. The sum over the images or devices, or the update, was not finite."
+        )
     return "\n".join(lines)
 
 
-def _finite(tree) -> Bool[Array, ""]:
+def _finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def _flat(batch: Batch) -> dict[str, np.ndarray]:
     flat = {}
     for name, value in batch._asdict().items():
-        if isinstance(value, tuple):
+        if isinstance(value, (GroundTruth, Proposals)):
             flat |= {f"{name}.{field}": np.asarray(part) for field, part in value._asdict().items()}
         elif value is not None:
             flat[name] = np.asarray(value)

@@ -1,12 +1,16 @@
 """The stages of a training: one for joint training and for the RPN alone, four for alternating training.
 
-4-step alternating training, Ren et al. 2015 (arXiv:1506.01497), section 3.2, as py-faster-rcnn does it: an RPN; a
-detector from a fresh trunk on that RPN's proposals; an RPN on the detector's trunk, which no longer moves; the
-detector's head on the new proposals. The last stage's model holds trunk, RPN and head, in the run folder itself.
+4-step alternating training follows Ren et al. 2015 (arXiv:1506.01497), section 3.2, as py-faster-rcnn does it:
+  1. an RPN;
+  2. a detector, again from the initial weights, on the proposals of stage 1;
+  3. an RPN on the fixed trunk of stage 2;
+  4. the box head of stage 2 on the proposals of stage 3, with the same fixed trunk.
+The model of stage 4 contains trunk, RPN and head; it is in the run folder itself.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,25 +31,25 @@ TRUNK, RPN, BOX = ("backbone", "neck"), ("rpn_head",), ("box_head",)
 class Stage(NamedTuple):
     """One pass through the training loop."""
 
-    name: str  # for messages
-    run: Path  # folder of its checkpoints and numbers
-    train: TrainConfig  # with the stage's own steps, falls and batch size
-    losses: Callable[..., Losses]  # what is differentiated
-    parts: tuple[str, ...]  # of the detector: what moves
-    first: Path | None  # run whose newest checkpoint it starts from; None: `config.init`, or random weights
-    proposals: Path | None  # run whose stored proposals stand in for the RPN's
-    # "given" proposals are the stored ones: the stage's model has no trained RPN.
+    name: str  # shown in messages
+    run: Path  # folder of the stage's checkpoints and metrics
+    train: TrainConfig  # with the stage's own steps, decay steps and batch size
+    losses: Callable[..., Losses]  # function that is differentiated
+    parts: tuple[str, ...]  # parts of the detector that are trained
+    first: Path | None  # run whose newest checkpoint the stage starts from; None: `config.init`, or random weights
+    proposals: Path | None  # run whose stored proposals are used instead of the RPN's proposals
+    # "given" proposals are the stored ones, for a stage whose model has no trained RPN.
     evaluated: Literal["proposals", "detections", "detections in given proposals"]
-    proposes_on: tuple[str, ...]  # splits whose proposals are stored in its folder when it is done
+    proposes_on: tuple[str, ...]  # splits whose proposals are stored in the stage's folder at its end
 
     @property
     def metric(self) -> str:
-        """Name of the number that decides which checkpoint is best."""
+        """Name of the metric that selects the best checkpoint."""
         return RECALL if self.evaluated == "proposals" else self.train.best_metric
 
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
-    """Returns the stages in their order; each needs those before it to be done."""
+    """Returns the stages in order. Each stage needs the earlier stages to be complete."""
     data, train = config.data, config.train
     if train.scheme != "alternating":
         is_rpn = train.scheme == "rpn"
@@ -62,27 +66,28 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
                 proposes_on=(),
             ),
         )
-    # Step 3 begins with the RPN's first weights, which step 2 leaves as they are, step 4 with the head of step 2.
+    # Stage 3 starts with the initial weights of the RPN, because stage 2 does not train the RPN. Stage 4 starts with
+    # the box head of stage 2.
     names = ("1_rpn", "2_detector", "3_rpn", "4_detector")
     runs = (*(stage_folder(config.run, name) for name in names[:3]), config.run)
-    # The detector of step 2 has no RPN of its own to be evaluated with.
+    # The detector of stage 2 has no trained RPN, so it is evaluated in stored proposals of every split.
     splits = tuple(dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split)))
-    rpn = dict(losses=rpn_training_losses, proposals=None, evaluated="proposals")
-    box = dict(losses=box_training_losses, proposes_on=())
-    of_stage = (
-        dict(rpn, parts=TRUNK + RPN, first=None, proposes_on=splits),
-        dict(box, parts=TRUNK + BOX, first=None, proposals=runs[0], evaluated="detections in given proposals"),
-        dict(rpn, parts=RPN, first=runs[1], proposes_on=splits[:1]),
-        dict(box, parts=BOX, first=runs[2], proposals=runs[2], evaluated="detections"),
+    rpn = partial(Stage, losses=rpn_training_losses, proposals=None, evaluated="proposals")
+    box = partial(Stage, losses=box_training_losses, proposes_on=())
+    stages = (
+        partial(rpn, parts=TRUNK + RPN, first=None, proposes_on=splits),
+        partial(box, parts=TRUNK + BOX, first=None, proposals=runs[0], evaluated="detections in given proposals"),
+        partial(rpn, parts=RPN, first=runs[1], proposes_on=splits[:1]),
+        partial(box, parts=BOX, first=runs[2], proposals=runs[2], evaluated="detections"),
     )
     return tuple(
-        Stage(name, run, _training(train, number), **fields)
-        for number, (name, run, fields) in enumerate(zip(names, runs, of_stage, strict=True))
+        stage(name, run, _training(train, number))
+        for number, (name, run, stage) in enumerate(zip(names, runs, stages, strict=True))
     )
 
 
 def _training(train: TrainConfig, number: int) -> TrainConfig:
-    """Returns the optimisation of one stage, which by itself is a training like any other."""
+    """Returns the training settings of one stage. Taken alone, a stage is an ordinary training."""
     alternating = train.alternating
     is_rpn = number % 2 == 0
     return dataclasses.replace(
@@ -95,10 +100,12 @@ def _training(train: TrainConfig, number: int) -> TrainConfig:
 
 
 def failed_stage(stages: tuple[Stage, ...], batch: Path) -> Stage:
-    """Returns the stage whose step failed on the batch in the file `batch`: where there are several, by its folder.
+    """Returns the stage whose step failed on the batch in the file `batch`.
+
+    If there are several stages, the folder of the file selects the stage.
 
     Raises:
-      InputError: the file lies in the run folder of none of them.
+      InputError: the file is not in the run folder of any stage.
     """
     if len(stages) == 1:
         return stages[0]
@@ -106,4 +113,4 @@ def failed_stage(stages: tuple[Stage, ...], batch: Path) -> Stage:
         if stage.run.resolve() == run_of_failed_batch(batch):
             return stage
     folders = ", ".join(str(stage.run) for stage in stages)
-    raise InputError(f"--replay {batch}: lies in the run folder of no stage: {folders}")
+    raise InputError(f"--replay {batch}: the file must be in the run folder of a stage: {folders}")

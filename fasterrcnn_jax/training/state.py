@@ -1,4 +1,4 @@
-"""What a training step changes."""
+"""The state of a training, which each step changes."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from fasterrcnn_jax.models.detector import Detector
 
-# Of the detector; a stage of alternating training moves some and leaves the others as they are.
+# Parts of the detector. A stage of alternating training trains some of them and does not change the others.
 PARTS = ("backbone", "neck", "rpn_head", "box_head")
 
 
@@ -16,11 +16,11 @@ class TrainState(NamedTuple):
     """Everything that a step changes or needs; a pytree of arrays."""
 
     step: Int[Array, ""]
-    params: PyTree  # what the optimizer moves
-    averaged: PyTree | None  # moving average of `params`; None where the run keeps none
-    frozen: PyTree  # constants and fixed stages of the network, saved and never moved
+    params: PyTree  # parameters that the optimizer may change
+    averaged: PyTree | None  # moving average of `params`; None: the run keeps no average
+    frozen: PyTree  # constants and fixed stages of the network; saved, never changed
     opt_state: PyTree
-    key: UInt32[Array, "2"]  # never changes; each step folds its number into it
+    key: UInt32[Array, "2"]  # never changes; each step folds its number into the key
 
 
 class StepMetrics(NamedTuple):
@@ -37,12 +37,13 @@ class StepMetrics(NamedTuple):
 
 
 def split_moved(params: PyTree, parts: tuple[str, ...]) -> tuple[PyTree, PyTree]:
-    """Returns (what moves, the rest); `nnx.merge_state` is the inverse."""
-    return nnx.split_state(params, lambda path, _: path[0] in parts, ...)
+    """Returns (trained parameters, other parameters); `nnx.merge_state` is the inverse."""
+    moved, rest = nnx.split_state(params, lambda path, _: path[0] in parts, ...)
+    return moved, rest
 
 
 def merge(graphdef: nnx.GraphDef, state: TrainState) -> Detector:
-    """Returns the detector of a state, of averaged weights where it has them, on the first local device."""
+    """Returns the detector of a state, on the first local device. It has the averaged weights if the state has them."""
     weights = state.params if state.averaged is None else state.averaged
     params, frozen = jax.device_put((weights, state.frozen), jax.local_devices()[0])
     return nnx.merge(graphdef, params, frozen)

@@ -1,6 +1,7 @@
 """The training step: four losses, one update."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,11 @@ from fasterrcnn_jax.training.state import (
     step_key,
 )
 
-# One training step: the state and a batch to the next state and its numbers.
+# One training step: maps the state and a batch to the next state and its metrics.
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+# The class is in JAX's compiled part, which has no types for checkers.
+Devices: TypeAlias = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def create_state(
@@ -39,8 +43,8 @@ def create_state(
     """Returns the static part of `model` and the state at step 0.
 
     Args:
-      averages: keep a moving average of the weights beside them.
-      parts: those of the detector that are to move.
+      averages: keep a moving average of the weights too.
+      parts: the parts of the detector that are trained.
     """
     graphdef, params, frozen = split(model)
     state = TrainState(
@@ -85,7 +89,7 @@ def make_train_step(
         shares = lax.axis_size(axis_name) * accumulate
         moved, fixed = split_moved(state.params, parts)
 
-        def local_loss(moved):
+        def local_loss(moved: PyTree) -> tuple[Array, tuple[LossTerms, Array, Array]]:
             model = nnx.merge(graphdef, moved, fixed, state.frozen)
             found = losses(model, batch, key, num_devices=shares, implementation=implementation)
             terms = found.terms(lambda count: lax.psum(count, axis_name))
@@ -112,13 +116,14 @@ def make_train_step(
         gradients, terms = jax.tree.map(lambda x: x / accumulate, (gradients, terms))
         moved, fixed = split_moved(state.params, parts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
-        moved = optax.apply_updates(moved, updates)
+        moved: PyTree = optax.apply_updates(moved, updates)
         params = nnx.merge_state(moved, fixed)
         averaged = state.averaged
         if averaged is not None:
+            assert ema_decay is not None, "the state has averaged weights, so it needs a decay for them"
             passed = state.step.astype(jnp.float32) + 1.0
             decay = jnp.minimum(ema_decay, passed / (passed + 9.0))
-            # What does not move must not be rounded either.
+            # Weights that are not trained keep their exact bits: averaging would round them.
             average, fixed = split_moved(averaged, parts)
             average = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, average, moved)
             averaged = nnx.merge_state(average, fixed)
@@ -138,12 +143,15 @@ def make_train_step(
 def data_parallel(
     step: TrainStep,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> TrainStep:
-    """Returns `step` under `pmap`: rows of this process in, one unstacked state in and out, state donated.
+    """Returns `step` mapped over devices with `pmap`.
+
+    It takes the batch rows of this process. The state goes in and out as one copy, without a device axis, and its
+    memory is donated.
 
     Args:
-      devices: default: all of all processes.
+      devices: devices to use; None: all devices of all processes.
     """
     devices = jax.devices() if devices is None else devices
     local = len(_local(devices))
@@ -155,14 +163,14 @@ def data_parallel(
     return run
 
 
-def replicate(state: TrainState, *, devices: Sequence[jax.Device] | None = None) -> TrainState:
-    """Returns the state on every local device among `devices`, placed as the mapped step returns it.
+def replicate(state: TrainState, *, devices: Devices | None = None) -> TrainState:
+    """Returns the state on every local device among `devices`, placed like the state that the mapped step returns.
 
-    Placed otherwise, the second step would compile the program again.
+    With another placement, the second step would compile the program again.
     """
     mesh = Mesh(np.array(_local(jax.devices() if devices is None else devices)), (AXIS,))
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 
-def _local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+def _local(devices: Devices) -> Devices:
     return [device for device in devices if device.process_index == jax.process_index()]

@@ -1,4 +1,4 @@
-"""Weights of other programs, read without running any code in their files, and ours written for them."""
+"""Reads weights of other programs without running code in their files, and writes our weights for them."""
 
 from fasterrcnn_jax.weights.load import load_weights, save_weights
 

@@ -1,4 +1,4 @@
-"""Weights in files: names and arrays, whichever program wrote them. What a file is shows in its first bytes."""
+"""Reads and writes files of named arrays. The first bytes of a file show its kind."""
 
 import hashlib
 import re
@@ -11,44 +11,47 @@ import safetensors
 import safetensors.numpy
 
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.weights import numpy_pickle, torch_files
 from fasterrcnn_jax.weights.numpy_pickle import PickledArray
 from fasterrcnn_jax.weights.torch_files import LEGACY_START, Tensor
 
-# torchvision names a file after its model and the first digits of its SHA-256: ResNets, VGG16 and the detectors.
+# torchvision's file names end in the first digits of the SHA-256. These are the digits of the ResNets, VGG16 and the
+# detectors.
 DIGITS = {
     *("f37072fd", "b627a593", "0676ba61", "11ad3fa6", "63fe2227", "cd907fc2", "394f9c45", "f82ba261"),
     *("397923af", "6c64b313", "258fb6c6", "dd69338a"),
 }
-# Where training programs and Detectron put the weights among other things.
+# Entries that contain the weights in files of training programs and of Detectron.
 WRAPPINGS = ("model", "blobs")
 
 
 class Weights(NamedTuple):
-    """Arrays by name, in the layout of the program that wrote them."""
+    """The named arrays of a file, in the layout of the program that wrote it."""
 
     arrays: dict[str, np.ndarray]
-    metadata: dict[str, str]  # of a `.safetensors` file
+    metadata: dict[str, str]  # of a `.safetensors` file, otherwise empty
     sha256: str
 
 
 def read(path: Path) -> Weights:
-    """Returns the weights of a `.safetensors`, `.pth` or `.pkl` file; no code in it is run.
+    """Returns the weights of a `.safetensors`, `.pth` or `.pkl` file; runs no code in it.
 
     Raises:
-      InputError: the file has not the checksum in its name, is damaged, of no kind that is read, or asks for code
-        to be run.
+      InputError: the file does not have the checksum in its name, is damaged or of an unknown kind, or would run
+        code.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(16)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: the file cannot be read ({error.strerror})") from error
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and named[1] in DIGITS and not sha256.startswith(named[1]):
-        raise InputError(f"{path}: its checksum is not the {named[1]} of its name; was it downloaded to its end?")
+        raise InputError(f"{path}: the SHA-256 must start with {named[1]}, as the file name says; download it again")
     if start[8:9] == b"{":
         return Weights(*_read_safetensors(path), sha256)
     if start.startswith(b"PK"):
@@ -58,7 +61,7 @@ def read(path: Path) -> Weights:
     elif start.startswith(b"\x80"):
         saved = numpy_pickle.read(path.read_bytes(), str(path))
     else:
-        raise InputError(f"{path}: neither .safetensors nor a .pth of torch.save nor a .pkl of NumPy arrays")
+        raise InputError(f"{path}: must be .safetensors, a .pth file of torch.save or a .pkl file of NumPy arrays")
     return Weights(_arrays(path, saved), {}, sha256)
 
 
@@ -72,7 +75,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     try:
         safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata))
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be written ({error})") from error
+        raise InputError(f"{path}: the file cannot be written ({error})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -80,11 +83,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+        raise InputError(f"{path}: the file is damaged ({error})") from error
 
 
 def _arrays(path: Path, saved: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of what was saved, by name; other values (epochs, an optimizer) are left out."""
+    """Returns the named arrays of a saved object without other values (epochs, an optimizer)."""
     for wrapping in WRAPPINGS:
         if isinstance(saved, dict) and isinstance(saved.get(wrapping), dict):
             saved = saved[wrapping]
@@ -93,8 +96,8 @@ def _arrays(path: Path, saved: Any) -> dict[str, np.ndarray]:
         if not isinstance(value, Tensor | PickledArray):
             continue
         if not isinstance(name, str):
-            raise InputError(f"{path}: a tensor is named {name!r}")
+            raise InputError(f"{path}: the name of a tensor must be text, got {name!r}")
         arrays[name] = value.read()
     if not arrays:
-        raise InputError(f"{path}: holds no named tensors; a state_dict is read, or one as its entry 'model'")
+        raise InputError(f"{path}: contains no named tensors; it must be a state_dict or have one as entry 'model'")
     return arrays

@@ -1,6 +1,7 @@
-"""How an array of another program becomes ours, and, where we write its files, back: no number changes on the way.
+"""Converts arrays of other programs to our layout and, for the files that we write, back.
 
-There weights are laid out as (out, in) and (out, in, rows, columns), here as (in, out) and (rows, columns, in, out).
+Other programs store weights as (out, in) and (out, in, rows, columns); we store them as (in, out) and (rows, columns,
+in, out).
 """
 
 from collections.abc import Callable
@@ -10,8 +11,8 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray] | None = None  # None: never written
+    ours: Callable[[np.ndarray], np.ndarray]  # from their array to ours
+    theirs: Callable[[np.ndarray], np.ndarray] | None = None  # from our array to theirs; None: never written
 
 
 def _ours(w: np.ndarray) -> np.ndarray:
@@ -22,17 +23,20 @@ def _theirs(w: np.ndarray) -> np.ndarray:
     return w if w.ndim < 2 else w.transpose(w.ndim - 1, w.ndim - 2, *range(w.ndim - 2))
 
 
-# Convolutions, matrices, and vectors, which stay as they are.
+# Convolutions and matrices are transposed; vectors do not change.
 PLAIN = Layout(_ours, _theirs)
 
 
 def after_pooling(size: int) -> Layout:
-    """A matrix on `size` x `size` cells, ordered as channel, row, column there and as row, column, channel here."""
+    """Returns the layout of a matrix on `size` x `size` cells.
 
-    def ours(w):
+    Other programs order its inputs by (channel, row, column); we order them by (row, column, channel).
+    """
+
+    def ours(w: np.ndarray) -> np.ndarray:
         return w if w.ndim < 2 else _ours(w.reshape(len(w), -1, size, size)).reshape(-1, len(w))
 
-    def theirs(w):
+    def theirs(w: np.ndarray) -> np.ndarray:
         return w if w.ndim < 2 else _theirs(w.reshape(size, size, -1, w.shape[1])).reshape(w.shape[1], -1)
 
     return Layout(ours, theirs)
@@ -48,11 +52,11 @@ def _with_zero_background(w: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(w), w])
 
 
-# Objectness: of the logits for background and foreground only the difference counts.
+# Objectness: other programs have a background and a foreground logit; our single logit is their difference.
 TWO_LOGITS = Layout(_difference, _with_zero_background)
 
-# Class logits: background is the last class there and the first one here.
+# Class logits: background is the last class in other programs and the first class here.
 BACKGROUND_LAST = Layout(lambda w: _ours(np.concatenate([w[-1:], w[:-1]])))
 
-# Box deltas: none for background there, four here that are never read.
+# Box deltas: other programs have none for background; here background has four, which are never used.
 NO_BACKGROUND = Layout(lambda w: _ours(np.concatenate([np.zeros_like(w[:4]), w])))

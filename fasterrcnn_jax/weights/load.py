@@ -1,10 +1,10 @@
-"""Weights of other programs into a detector of ours, and ours into files that those programs read."""
+"""Loads weights of other programs into our detector, and saves ours in files that these programs can read."""
 
 import json
 import logging
 import operator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -30,33 +30,34 @@ from fasterrcnn_jax.weights.tables import (
 
 logger = logging.getLogger(__name__)
 
-# Only these depend on the number of classes.
+# Only these layers depend on the number of classes.
 PREDICTORS = ("box_head/class_logits/", "box_head/deltas/")
-# Under these words a file that we wrote says its format, and the whole model.
+# Metadata keys in the files we write: the format, the model configuration and the class names.
 FORMAT, CONFIG, CLASS_NAMES = "weights_format", "model_config", "class_names"
 
 
 class Report(NamedTuple):
-    """What became of the arrays of a file and of those of the model."""
+    """Which arrays of a file were used, and where the arrays of the model come from."""
 
     format: str
-    sources: dict[str, str]  # our name -> the name in the file, or the constant in its place
-    unused: tuple[str, ...]  # names in the file
-    kept: tuple[str, ...]  # our names whose values are as before
-    notes: tuple[str, ...]  # sentences
+    sources: dict[str, str]  # our name -> the name in the file, or the constant value
+    unused: tuple[str, ...]  # names in the file that were not used
+    kept: tuple[str, ...]  # our names whose values did not change
+    notes: tuple[str, ...]  # sentences about what can be a mistake
 
 
 def load_weights(model: Detector, path: str | Path, *, format: str | None = None) -> Detector:
-    """Returns the model with the weights of a file; what was not used or not filled is logged.
+    """Returns the model with the weights of a file; logs which arrays were not used and which were not in the file.
 
-    Reads `.safetensors`, `.pth` of torch and `.pkl` of NumPy arrays, and runs no code of theirs. Files of ImageNet
-    weights fill what they have. Of a detector with another number of classes all is read but the last two layers.
+    Reads `.safetensors`, `.pth` of torch and `.pkl` of NumPy arrays, and runs no code in them. ImageNet weights fill
+    only the layers they have. From a detector with another number of classes, all layers except the last two are read.
 
     Args:
-      format: `name` of one of `tables.FORMATS`; None: the names in the file decide, and between Caffe's and
-        torchvision's ImageNet weights, which have the same, the model's order of channels.
+      format: `name` of one of `tables.FORMATS`; None: the names in the file decide. Caffe's and torchvision's
+        ImageNet weights have the same names; the model's channel order decides between them.
+
     Raises:
-      InputError: the file cannot be read, is of no known format or of another network; names file and entry.
+      InputError: the file cannot be read, has an unknown format or is of another network; names file and entry.
     """
     weights = files.read(Path(path))
     model, report = assign(model, weights, _choose(weights, model.config, format, str(path)), where=str(path))
@@ -65,23 +66,23 @@ def load_weights(model: Detector, path: str | Path, *, format: str | None = None
 
 
 def log(report: Report, where: str) -> None:
-    """Logs a report: as warnings what may be a mistake."""
+    """Logs a report; notes, which can show a mistake, are warnings."""
     logger.info("%s: %d weights, format %s", where, len(report.sources), report.format)
     for note in report.notes:
         logger.warning("%s: %s", where, note)
-    for what, names in (("in the file and not used", report.unused), ("not from the file", report.kept)):
+    for what, names in (("in the file but not used", report.unused), ("not from the file", report.kept)):
         if names:
             logger.info("%s: %s: %s", where, what, ", ".join(names))
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
-    """Writes a `.safetensors` file, with a pyramid under torchvision's names, else under faster-rcnn.pytorch's.
+    """Writes a `.safetensors` file with torchvision's names for FPN models, else with faster-rcnn.pytorch's names.
 
-    `load_weights` reads it back bit for bit. Configuration and class names stand in its metadata, so that
-    `fasterrcnn_jax.load` makes the same detector of it.
+    `load_weights` reads it back bit for bit. The metadata contains the configuration and the class names, so that
+    `fasterrcnn_jax.load` returns the same detector.
 
     Raises:
-      InputError: the other program has no name for a part of this model.
+      InputError: the other program has no name for a part of this model, or the file cannot be written.
     """
     config = model.config
     format = FASTER_RCNN_PYTORCH if config.fpn is None else TORCHVISION_FPN
@@ -89,17 +90,18 @@ def save_weights(model: Detector, path: str | Path) -> None:
     for name, leaf in zip(*_leaves(model)[:2], strict=True):
         module, _, last = name.rpartition("/")
         keys, layout = find(rows, module) or _no_name(name, format, str(path))
+        assert layout.theirs is not None, f"the names of {format.name} are written"
         arrays[keys[0] + format.leaves[last]] = layout.theirs(np.asarray(leaf))
     expects = {field: str(_field(config, field)) for field in format.expects}
-    model = {CONFIG: to_json(config), CLASS_NAMES: json.dumps(model.class_names)}
-    files.write(Path(path), arrays, {FORMAT: format.name, **expects, **model})
+    stored = {CONFIG: to_json(config), CLASS_NAMES: json.dumps(model.class_names)}
+    files.write(Path(path), arrays, {FORMAT: format.name, **expects, **stored})
 
 
 def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, ...]] | None:
-    """Returns configuration and class names of a file that `save_weights` wrote; None of another.
+    """Returns the configuration and class names of a file that `save_weights` wrote; None for other files.
 
     Raises:
-      InputError: what it says cannot be read.
+      InputError: its metadata cannot be read.
     """
     if CONFIG not in weights.metadata:
         return None
@@ -107,32 +109,34 @@ def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, 
     try:
         return config, tuple(json.loads(weights.metadata[CLASS_NAMES]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: its {CLASS_NAMES} cannot be read") from error
+        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names") from error
 
 
 def formats_of(weights: Weights) -> tuple[Format, ...]:
-    """Returns the formats that the file can be of: none, one, or two that use the same names."""
+    """Returns the formats that the file can have: none, one, or two that use the same names."""
     by_name = {format.name: format for format in FORMATS}
-    published = PUBLISHED.get(weights.sha256[:8]) or by_name.get(weights.metadata.get(FORMAT))
+    published = PUBLISHED.get(weights.sha256[:8]) or by_name.get(weights.metadata.get(FORMAT, ""))
     if published is not None:
         return (published,)
     return tuple(format for format in FORMATS if weights.arrays.keys() & set(format.markers))
 
 
 def num_classes_of(weights: Weights, config: ModelConfig, format: Format) -> int | None:
-    """Returns how many classes beside background a detector's file is for; None of files of ImageNet weights."""
+    """Returns the number of classes of a detector's file, without background; None for ImageNet weights."""
     place = find(format.rows(config), "box_head/class_logits")
     bias = weights.arrays.get(place[0][0] + format.leaves["bias"]) if place else None
     return None if bias is None else bias.size - 1
 
 
 def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> tuple[Detector, Report]:
-    """Returns the model with the weights, and what became of each.
+    """Returns the model with the weights, and a report of what was used.
 
     Args:
-      where: names the file in errors.
+      where: name of the file for messages.
+
     Raises:
-      InputError: a weight of the model has no source, or one of the file no place or another shape.
+      InputError: an array of the model is not in the file, or an array of the file has no place in the model or
+        another shape.
     """
     config, rows, arrays = model.config, format.rows(model.config), format.prepare(weights.arrays, where)
     notes, anew = _differences(config, format, weights.metadata), ()
@@ -140,8 +144,8 @@ def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> 
     if classes is not None and classes != len(model.class_names):
         anew = PREDICTORS
         notes.append(
-            f"it is for {classes} classes, the model for {len(model.class_names)}: "
-            "box_head.class_logits and box_head.deltas start anew, all else is as in the file"
+            f"the file has {classes} classes, the model {len(model.class_names)}: box_head.class_logits and "
+            "box_head.deltas are not loaded, all other layers are"
         )
     names, leaves, structure = _leaves(model)
     places = [find(rows, name.rpartition("/")[0]) for name in names]
@@ -186,71 +190,71 @@ def _choose(weights: Weights, config: ModelConfig, name: str | None, where: str)
     if name is not None:
         by_name = {format.name: format for format in FORMATS}
         if name not in by_name:
-            raise InputError(f"format {name} is none of {', '.join(by_name)}")
+            raise InputError(f"format must be one of {', '.join(by_name)}, got {name}")
         return by_name[name]
     found = formats_of(weights)
     if not found:
         raise InputError(
-            f"{where}: of no known format; it has {', '.join(list(weights.arrays)[:3])} …, "
-            f"known are {', '.join(format.name for format in FORMATS)}"
+            f"{where}: unknown format; the first names are {', '.join(list(weights.arrays)[:3])} …, "
+            f"the known formats are {', '.join(format.name for format in FORMATS)}"
         )
     chosen = CAFFE if CAFFE in found and config.image.channel_order == "bgr" else found[0]
     if len(found) > 1:
         names = " and ".join(format.name for format in found)
         logger.info(
-            "%s: %s have the same names; taken for %s, as the model sees %s",
+            "%s: %s use the same names; read as %s because the model's channel order is %s",
             where, names, chosen.name, config.image.channel_order,
         )  # fmt: skip
     return chosen
 
 
-def _no_name(name: str, format: Format, where: str) -> Any:
-    raise InputError(f"{where}: format {format.name} has no name for {name}, which this model has")
+def _no_name(name: str, format: Format, where: str) -> NoReturn:
+    raise InputError(f"{where}: format {format.name} has no name for {name} of this model")
 
 
 def _first_present(keys: list[str], arrays: dict[str, np.ndarray], name: str, where: str) -> str:
     for key in keys:
         if key in arrays:
             return key
-    raise InputError(f"{where}: {' or '.join(keys)} is missing, the source of {name}")
+    raise InputError(f"{where}: {' or '.join(keys)} is missing, which {name} needs")
 
 
 def _converted(array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str, where: str) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(f"{where}: {key} holds {array.dtype}, {name} needs real numbers")
+        raise InputError(f"{where}: {key} must have a floating point type for {name}, got {array.dtype}")
     try:
         value = layout.ours(array)
-    except ValueError:  # numbers of rows that cannot be divided as the layout says
+    except ValueError:  # the layout cannot divide this number of rows
         value = array
     if value.shape != leaf.shape:
-        raise InputError(f"{where}: {key} has shape {array.shape}, which does not become that of {name}, {leaf.shape}")
+        raise InputError(f"{where}: {key} has shape {array.shape}, which does not fit {name} with shape {leaf.shape}")
     return jnp.array(value.astype(leaf.dtype))
 
 
 def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> None:
-    """Raises InputError where the format has a place for a weight that the model does not have: a deeper net."""
-    # Biases are not looked at: Caffe's first convolution has one, of zeros, that no other program reads.
+    """Raises InputError if the file has a known weight that the model does not have, as from a deeper network."""
+    # Biases are not checked: Caffe's first convolution has a bias of zeros, which no other program reads.
     ends = tuple(end for last, end in format.leaves.items() if last != "bias")
     for key in sorted(keys):
         end = next((end for end in ends if key.endswith(end)), None)
         if end is not None and is_named(rows, key.removesuffix(end)):
-            raise InputError(f"{where}: of another network: the model has no place for {key}")
+            raise InputError(f"{where}: the file is of another network: the model has no place for {key}")
 
 
 def _differences(config: ModelConfig, format: Format, metadata: dict[str, str]) -> list[str]:
-    """Returns a sentence for each setting of the model that its weights were trained without."""
+    """Returns a sentence for each setting in which the model differs from the training of the weights."""
     notes = []
     for field, published in format.expects.items():
         expected, ours = metadata.get(field, str(published)), str(_field(config, field))
         if expected != ours and _matters(field, config):
-            notes.append(f"its weights were trained with model.{field} = {expected}, the model has {ours}")
+            notes.append(f"the weights were trained with model.{field} = {expected}, but the model has {ours}")
     return notes
 
 
 def _matters(field: str, config: ModelConfig) -> bool:
     if config.backbone.name == "vgg16":
         return not field.startswith("backbone.")
-    # Blocks of two 3x3 convolutions have no choice.
+    # Blocks of two 3x3 convolutions have only one place for the stride.
     return field != "backbone.stride_in" or config.backbone.name not in ("resnet18", "resnet34")
 
 

@@ -1,9 +1,9 @@
-"""Dictionaries of pickled NumPy arrays, Detectron's and detectron2's `.pkl`, rebuilt without NumPy's own functions."""
+"""Reads pickled dictionaries of NumPy arrays (`.pkl` of Detectron and detectron2) without calling NumPy's functions."""
 
 import io
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,18 +16,18 @@ def read(data: bytes, where: str) -> Any:
     """Returns the pickled object; its arrays are `PickledArray`.
 
     Raises:
-      InputError: the pickle holds anything but plain values, dictionaries and arrays of numbers.
+      InputError: the pickle contains anything except plain values, dictionaries and arrays of numbers.
     """
-    # NumPy's bytes were text to Python 2.
+    # Python 2 pickled the bytes of NumPy arrays as text.
     return restricted_pickle.unpickle(io.BytesIO(data), _names(), where=where, encoding="latin1")
 
 
 class _Dtype:
-    """A type of numbers; the state that a pickle gives it says the order of the bytes."""
+    """A number type; the state in the pickle gives the byte order."""
 
     def __init__(self, name: str):
         if name not in DTYPES:
-            raise ValueError(f"an array of dtype {name}")
+            raise ValueError(f"arrays of dtype {name} are not supported")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple) -> None:
@@ -36,16 +36,16 @@ class _Dtype:
 
 
 class PickledArray:
-    """An array whose shape was compared with its bytes."""
+    """An array whose shape has been checked against its number of bytes."""
 
     def __setstate__(self, state: tuple) -> None:
         shape, dtype, column_major, raw = state[-4:]
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         self._take(raw, dtype, shape, "F" if column_major else "C")
 
-    def _take(self, raw: bytes | bytearray, dtype: _Dtype, shape: tuple[int, ...], order: str) -> None:
+    def _take(self, raw: bytes | bytearray, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> None:
         if math.prod(shape) * dtype.dtype.itemsize != len(raw):
-            raise ValueError(f"an array of shape {shape} and {len(raw)} bytes")
+            raise ValueError(f"an array of shape {shape} and dtype {dtype.dtype} has {len(raw)} bytes")
         self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
 
     def read(self) -> np.ndarray:
@@ -53,7 +53,7 @@ class PickledArray:
 
 
 def _names() -> dict[str, Callable | str]:
-    """Returns the stand-ins, new ones for each file: a pickle can set attributes of what it is given."""
+    """Returns the replacements for pickled names; new ones per file, because a pickle can set their attributes."""
 
     def reconstruct(subtype, shape, dtype):
         return PickledArray()
@@ -71,7 +71,7 @@ def _names() -> dict[str, Callable | str]:
         array._take(raw.encode("latin1") if isinstance(raw, str) else raw, dtype, (), "C")
         return array
 
-    # Bytes in the oldest protocols, which have none.
+    # The oldest pickle protocols have no bytes type and encode bytes as text.
     def encode(text, encoding):
         return text.encode("latin1")
 

@@ -1,7 +1,8 @@
-"""Pickles read without running what they ask for.
+"""Reads pickles without running their code.
 
-A pickle is a program that calls whatever it names. Here a name leads to a stand-in that we wrote, or nowhere: no module
-is imported, no attribute looked up. Nor is a length believed: the instructions are walked through before they run.
+A pickle is a program that can call any function by name. Here every name is replaced by our own function or refused: no
+module is imported and no attribute is looked up. Lengths are not trusted either: all instructions are checked before
+they run.
 """
 
 import io
@@ -14,15 +15,15 @@ from fasterrcnn_jax.errors import InputError
 
 
 class _Dict(dict):
-    """Stands in for an ordered dictionary; torch's attribute of versions is dropped."""
+    """Replaces an ordered dictionary; drops torch's attribute with versions."""
 
     def __setstate__(self, state: object) -> None:
         del state
 
 
 def ordered_dict() -> Callable:
-    """Returns a stand-in for `collections.OrderedDict`."""
-    # Python 2 gives the items as an argument.
+    """Returns a replacement for `collections.OrderedDict`."""
+    # Pickles of Python 2 give the items as an argument.
     return lambda items=(): _Dict(items)
 
 
@@ -34,15 +35,16 @@ def unpickle(
     encoding: str = "utf-8",
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Returns the object of the pickle that starts at the file's position, and leaves the file behind it.
+    """Returns the object of the pickle that starts at the file's position, and leaves the position after the pickle.
 
     Args:
-      names: what `module.name` in the pickle stands for.
-      where: names the pickle in errors.
-      encoding: of the byte strings that Python 2 wrote.
-      persistent: gives the object of a persistent id.
+      names: replacement of each `module.name` that the pickle may use.
+      where: name of the pickle for messages.
+      encoding: encoding of byte strings that Python 2 wrote.
+      persistent: function from a persistent id to its object; None: persistent ids are an error.
+
     Raises:
-      InputError: the pickle asks for another name, or is damaged.
+      InputError: the pickle uses a name that is not in `names`, or is damaged.
     """
     try:
         _walk(file, where)
@@ -50,33 +52,41 @@ def unpickle(
     except InputError:
         raise
     except Exception as error:  # the instructions of a damaged pickle can fail in any way
-        raise InputError(f"{where}: damaged ({type(error).__name__}: {error})") from error
+        raise InputError(f"{where}: the pickle is damaged ({type(error).__name__}: {error})") from error
 
 
 def _walk(file: io.BytesIO, where: str) -> None:
-    """Finds lengths that the file does not have, which would be allocated; each instruction's own is checked."""
+    """Raises InputError for instructions that would allocate more than the file's size; `genops` checks all others."""
     start, size = file.tell(), len(file.getbuffer())
     for instruction, argument, position in pickletools.genops(file):
-        # The pickle's memory is as long as its largest index, a frame as long as it says.
-        beyond = argument > size if "PUT" in instruction.name or instruction.name == "FRAME" else False
-        # What the copyreg registry numbers comes out of a cache, past `find_class`.
+        # The unpickler allocates its memo up to the largest index, and a frame with the length it states.
+        is_size = "PUT" in instruction.name or instruction.name == "FRAME"
+        beyond = is_size and argument is not None and argument > size
+        # EXT instructions take objects from the cache of the copyreg registry, without `find_class`.
         if beyond or instruction.name.startswith("EXT"):
-            raise InputError(f"{where}: damaged ({instruction.name} {argument} at byte {position})")
+            raise InputError(f"{where}: the pickle is damaged ({instruction.name} {argument} at byte {position})")
     file.seek(start)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, names, where, encoding, persistent):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        names: Mapping[str, Callable | str],
+        where: str,
+        encoding: str,
+        persistent: Callable[[Any], Any] | None,
+    ):
         super().__init__(file, encoding=encoding)
         self.names, self.where, self.persistent = names, where, persistent
 
     def find_class(self, module: str, name: str) -> Callable | str:
         full = f"{module}.{name}"
         if full not in self.names:
-            raise InputError(f"{self.where}: asks for {full}, which no file of weights needs; nothing of it was run")
+            raise InputError(f"{self.where}: refused, it uses {full}, which no weights file needs; no code was run")
         return self.names[full]
 
     def persistent_load(self, pid: Any) -> Any:
         if self.persistent is None:
-            raise InputError(f"{self.where}: refers to an object outside the pickle")
+            raise InputError(f"{self.where}: the pickle refers to an object outside of it")
         return self.persistent(pid)

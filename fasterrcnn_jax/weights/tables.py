@@ -1,10 +1,10 @@
-"""What the arrays of our detector are called in the files of other programs: one table per format.
+"""Maps the array names of our detector to the names in files of other programs, with one table per format.
 
-A row is (our name, theirs, layout) without the last part, which `LEAVES` turns into theirs. `<i>` stands for a number,
-`<i+1>` for that number plus one. A file may hold any of several names; the first is what we write.
+A row is (our name, their names, layout). The names are without the last part, which `Format.leaves` converts. `<i>`
+is a number and `<i+1>` is that number plus one. A file can use any of the names of a row; we write the first name.
 
-Read from the sources of these programs, and compared with state dictionaries of torchvision 0.28 and of
-faster-rcnn.pytorch; docs/decisions/0008 lists what no published file was at hand for.
+The names come from the sources of these programs, and were compared with state dictionaries of torchvision 0.28 and of
+faster-rcnn.pytorch. docs/decisions/0008 lists the formats that were not tested with a published file.
 """
 
 import functools
@@ -35,16 +35,16 @@ class Row(NamedTuple):
 
 
 class Format(NamedTuple):
-    """The files of one program."""
+    """Names and layouts of the files of one program."""
 
     name: str
     source: str
-    markers: tuple[str, ...]  # one of these names is in each file and in no other format's
+    markers: tuple[str, ...]  # every file of this format has one of these names; other formats have none
     rows: Callable[[ModelConfig], tuple[Row, ...]]
-    leaves: Mapping[str, str]  # the last part of our name -> the end of theirs
-    constants: Mapping[str, float] = MappingProxyType({})  # last parts that have one value and no name
-    absent: tuple[str, ...] = ()  # beginnings of our names that files may lack a place for
-    expects: Mapping[str, Any] = MappingProxyType({})  # fields of the model that the weights were trained with
+    leaves: Mapping[str, str]  # the last part of our name -> the end of their name
+    constants: Mapping[str, float] = MappingProxyType({})  # last parts with a constant value, which are not in the file
+    absent: tuple[str, ...] = ()  # prefixes of our names that the format does not have
+    expects: Mapping[str, Any] = MappingProxyType({})  # model settings that the weights were trained with
     prepare: Callable[[dict[str, np.ndarray], str], dict[str, np.ndarray]] = lambda arrays, where: arrays
 
 
@@ -56,10 +56,11 @@ TORCH_LEAVES = {
     "var": ".running_var",
 }
 CAFFE2_LEAVES = {"kernel": "_w", "bias": "_b", "scale": "_s"}
-# Detectron's files hold batch norm folded to a factor and an offset. This variance makes ours the identity.
+# Detectron's files have batch norm folded into a factor and an offset. With this mean and variance, our normalisation
+# is the identity.
 FOLDED = {"mean": 0.0, "var": 1.0 - EPSILON}
 
-# What a classification file does not have.
+# Layers that a classification file does not have.
 DETECTOR_ONLY = ("neck/", "rpn_head/", "box_head/")
 
 TORCHVISION_PIXELS = {
@@ -106,7 +107,15 @@ def _row(ours: str, *theirs: str, layout: Layout = PLAIN) -> Row:
 
 
 def _resnet(stem: str, stem_norm: str, stage: str, last: str, block: dict[str, str]) -> tuple[Row, ...]:
-    """Args: `stage` names a block of stages on the image, `last` one of stage 4 where it runs per region."""
+    """Returns the rows of a ResNet.
+
+    Args:
+      stem: name of the first convolution.
+      stem_norm: name of its norm.
+      stage: prefix of a block in the stages that run on the image.
+      last: prefix of a block in stage 4 if it runs per RoI.
+      block: names inside a block.
+    """
     rows = [_row("backbone/stem", stem), _row("backbone/stem_norm", stem_norm)]
     for ours, theirs in block.items():
         rows.append(_row(f"backbone/stages/<i>/blocks/<j>/{ours}", stage + theirs))
@@ -115,7 +124,7 @@ def _resnet(stem: str, stem_norm: str, stage: str, last: str, block: dict[str, s
 
 
 def _vgg16(features: str, classifier: str, config: ModelConfig) -> tuple[Row, ...]:
-    """Convolutions with what follows them numbered on, pooling included; behind fc6 a ReLU and a dropout."""
+    """Returns the rows of VGG16; norms, ReLUs and poolings have numbers too, and a ReLU and a dropout follow fc6."""
     has_norm = config.backbone.norm != "none"
     rows, number = [], 0
     for stage, convs in enumerate((2, 2, 3, 3, 3)):
@@ -151,7 +160,7 @@ def _faster_rcnn_pytorch(config: ModelConfig) -> tuple[Row, ...]:
 
 
 def _torchvision_fpn(config: ModelConfig) -> tuple[Row, ...]:
-    """The second name of a row is that of files before torchvision 0.13, the published ones among them."""
+    """Returns the rows; second names are those before torchvision 0.13, which the published files use."""
     head, cells = config.box_head, after_pooling(config.roi_features.output_size)
     fcs = ["fc6", "fc7"] if head.convs == 0 else [str(head.convs + 1 + 2 * i) for i in range(head.layers)]
     body = "backbone.body."
@@ -200,14 +209,14 @@ def _detectron_backbone(config: ModelConfig) -> tuple[Row, ...]:
 
 
 def _with_our_epsilon(arrays: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    """Returns the weights of a batch norm that adds nothing to the variance as those of one that adds `EPSILON`."""
+    """Returns the arrays with batch norm weights converted from epsilon 0 to `EPSILON`, for the same output."""
     adapted = dict(arrays)
     for name in arrays:
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}weight" in arrays:
             var = arrays[name].astype(np.float64)
             if var.min(initial=np.inf) <= 0.0:
-                raise InputError(f"{where}: {name} is not positive, and nothing is added to it")
+                raise InputError(f"{where}: {name} must be positive, as the format has epsilon 0; got {var.min()}")
             weight = arrays[f"{norm}weight"] * np.sqrt((var + EPSILON) / var)
             adapted[f"{norm}weight"] = weight.astype(np.float32)
     return adapted
@@ -226,7 +235,7 @@ TORCHVISION = Format(
 )
 CAFFE = Format(
     name="caffe",
-    source="ImageNet classification, Caffe by way of faster-rcnn.pytorch: vgg16_caffe, resnet101_caffe",
+    source="ImageNet classification, Caffe, converted by faster-rcnn.pytorch: vgg16_caffe, resnet101_caffe",
     markers=CLASSIFICATION_MARKERS,
     rows=_classification,
     leaves=TORCH_LEAVES,
@@ -261,7 +270,7 @@ TORCHVISION_FPN = Format(
 )
 TORCHVISION_FPN_EPSILON_0 = TORCHVISION_FPN._replace(
     name="torchvision_fpn_epsilon_0",
-    source="fasterrcnn_resnet50_fpn as published for COCO, and what was trained on from it: batch norm with epsilon 0",
+    source="fasterrcnn_resnet50_fpn published for COCO, and models fine-tuned from it: batch norm with epsilon 0",
     markers=(),  # the names are the same
     prepare=_with_our_epsilon,
 )
@@ -284,12 +293,12 @@ FORMATS = (
     DETECTRON2_FPN,
 )
 
-# First digits of the SHA-256 of files that their names alone would take for another format.
+# First digits of the SHA-256 of files whose names would give another format.
 PUBLISHED = {"258fb6c6": TORCHVISION_FPN_EPSILON_0}
 
 
 def find(rows: tuple[Row, ...], ours: str) -> tuple[tuple[str, ...], Layout] | None:
-    """Returns what `ours` (a name without its last part) is called there, and its layout; None without a row."""
+    """Returns their names of `ours` (our name without its last part) and the layout; None if there is no row."""
     for row in rows:
         match = _pattern(row.ours).fullmatch(ours)
         if match:
@@ -298,7 +307,7 @@ def find(rows: tuple[Row, ...], ours: str) -> tuple[tuple[str, ...], Layout] | N
 
 
 def is_named(rows: tuple[Row, ...], theirs: str) -> bool:
-    """True where some row, for some number, has the name `theirs`."""
+    """Returns whether any row has the name `theirs` for some number."""
     return any(_pattern(name).fullmatch(theirs) for row in rows for name in row.theirs)
 
 

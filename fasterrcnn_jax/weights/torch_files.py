@@ -1,6 +1,6 @@
-"""Files of `torch.save`: an uncompressed zip since version 1.6, before that pickles followed by the numbers.
+"""Reads files of `torch.save`: an uncompressed zip since version 1.6; before that, pickles followed by the numbers.
 
-Read with NumPy alone. Numbers are only read of the tensors that are asked for, not of an optimizer's state.
+Needs only NumPy. Numbers are read only for the requested tensors, not for an optimizer's state.
 """
 
 import io
@@ -16,10 +16,10 @@ import numpy as np
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.weights import restricted_pickle
 
-# The pickled number that files before version 1.6 begin with.
+# The pickled magic number at the start of files before version 1.6.
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# What damage becomes in `zipfile`, an unknown version or encryption among it.
+# Exceptions of `zipfile` for damaged files, unknown versions and encryption.
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, ValueError, RuntimeError)
 
 DTYPES = {
@@ -37,17 +37,17 @@ DTYPES = {
 
 
 class Storage(NamedTuple):
-    """Numbers of one type that tensors are views of."""
+    """Numbers of one type; tensors are views of a storage."""
 
     key: str
     dtype: np.dtype
     size: int  # in numbers
-    fetch: Callable[[str], tuple[memoryview, str]]  # the bytes of a key, and where they stand
+    fetch: Callable[[str], tuple[memoryview, str]]  # from a key to its bytes and their place for messages
 
     def read(self) -> np.ndarray:
         raw, where = self.fetch(self.key)
         if self.size * self.dtype.itemsize > len(raw):
-            raise InputError(f"{where}: {len(raw)} bytes, {self.size} numbers of {self.dtype} were announced")
+            raise InputError(f"{where}: must have {self.size} numbers of {self.dtype}, got {len(raw)} bytes")
         return np.frombuffer(raw, self.dtype, self.size)
 
 
@@ -68,17 +68,17 @@ class Tensor(NamedTuple):
         except (
             ValueError,
             OverflowError,
-        ):  # unequal numbers of axes, or more or larger ones than NumPy can have
+        ):  # unequal numbers of axes, or too many or too long axes for NumPy
             pass
         _, where = self.storage.fetch(self.storage.key)
-        raise InputError(f"{where}: {len(numbers)} numbers hold no tensor of {self[1:]} (offset, shape, strides)")
+        raise InputError(f"{where}: {len(numbers)} numbers do not fit a tensor of {self[1:]} (offset, shape, strides)")
 
     def _fits(self, numbers: int) -> bool:
         if min(self.offset, *self.shape, *self.strides, 0) < 0:
             return False
         size = math.prod(self.shape)
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        # A stride of 0 would make any shape out of one number.
+        # With a stride of 0, one number could fill a tensor of any shape.
         return size <= numbers and (size == 0 or last < numbers)
 
 
@@ -92,13 +92,13 @@ def read_zip(path: Path) -> Any:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except ZIP_ERRORS as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+        raise InputError(f"{path}: the zip is damaged ({error})") from error
     entries = {entry.filename: entry for entry in archive.infolist()}
     for name, entry in entries.items():
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise InputError(f"{path}: entry {name} is compressed, which torch.save never does")
+            raise InputError(f"{path}: entry {name} is compressed; torch.save writes uncompressed entries only")
         if entry.file_size > len(data):
-            raise InputError(f"{path}: entry {name} says it has {entry.file_size} bytes, more than the file")
+            raise InputError(f"{path}: entry {name} states {entry.file_size} bytes, more than the file has")
 
     def fetch(name: str) -> tuple[memoryview, str]:
         where = f"{path}: entry {name}"
@@ -107,14 +107,14 @@ def read_zip(path: Path) -> Any:
         try:
             return memoryview(archive.read(name)), where
         except ZIP_ERRORS as error:
-            raise InputError(f"{where}: damaged ({error})") from error
+            raise InputError(f"{where} is damaged ({error})") from error
 
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise InputError(f"{path}: a zip without one data.pkl, so nothing that torch.save wrote")
+        raise InputError(f"{path}: not a file of torch.save: the zip must contain one data.pkl, got {len(pickles)}")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in entries and fetch(f"{folder}byteorder")[0] != b"little":
-        raise InputError(f"{path}: entry {folder}byteorder: only little-endian numbers are read")
+        raise InputError(f"{path}: entry {folder}byteorder: only little-endian numbers are supported")
 
     def storage(pid: tuple) -> Storage:
         kind, dtype, key, _, size = pid
@@ -143,8 +143,8 @@ def read_legacy(path: Path) -> Any:
 
     def storage(pid: tuple) -> Storage:
         kind, dtype, key, _, size, view = pid
-        if view is not None:  # a storage within another, which only the first versions wrote
-            raise ValueError("a view of a storage")
+        if view is not None:  # a view of another storage, which only the first versions wrote
+            raise ValueError("views of a storage are not supported")
         return announced.setdefault(key, _storage(kind, dtype, key, size, fetch))
 
     def pickled(entry: str) -> Any:
@@ -154,16 +154,16 @@ def read_legacy(path: Path) -> Any:
     pickled("version")
     system = pickled("system")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise InputError(f"{path}: system: only little-endian numbers are read")
+        raise InputError(f"{path}: system: only little-endian numbers are supported")
     saved, keys = pickled("object"), pickled("storage keys")
     position = file.tell()
     for key in keys if isinstance(keys, list) else []:
         if key not in announced:
-            raise InputError(f"{path}: storage {key} belongs to no tensor")
+            raise InputError(f"{path}: no tensor uses storage {key}")
         size = int.from_bytes(data[position : position + 8], "little")
         end = position + 8 + size * announced[key].dtype.itemsize
         if end > len(data):
-            raise InputError(f"{path}: storage {key}: {size} numbers, and the file ends before them")
+            raise InputError(f"{path}: storage {key}: the file ends before its {size} numbers")
         found[key] = memoryview(data)[position + 8 : end]
         position = end
     return saved
@@ -171,16 +171,16 @@ def read_legacy(path: Path) -> Any:
 
 def _storage(kind: Any, dtype: Any, key: str, size: Any, fetch: Callable) -> Storage:
     if kind != "storage" or dtype not in DTYPES or not isinstance(size, int) or size < 0:
-        raise ValueError(f"a persistent id of {kind} {dtype} {size}")
+        raise ValueError(f"unknown persistent id {kind} {dtype} {size}")
     return Storage(key, np.dtype(DTYPES[dtype]), size, fetch)
 
 
 def _names() -> dict[str, Callable | str]:
-    """Returns the stand-ins, new ones for each pickle: it can set attributes of what it is given."""
+    """Returns the replacements for pickled names; new ones per pickle, because a pickle can set their attributes."""
 
     def rebuild(storage, offset, shape, strides, *gradient):
         if not isinstance(storage, Storage):
-            raise ValueError("a tensor of no storage")
+            raise ValueError("a tensor without a storage")
         return Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
     def parameter(tensor, *gradient):

@@ -1,0 +1,90 @@
+"""What the training loop puts off by one step: the report of a step and the saving of a checkpoint."""
+
+import pytest
+
+from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training.checkpoint import DeferredSave, Snapshot
+from fasterrcnn_jax.training.progress import LateReport, StepReport
+
+
+def report(number):
+    return StepReport(number, metrics=None, batch=None, data_wait=0.0)
+
+
+def test_a_report_is_passed_on_when_the_next_one_comes():
+    written = []
+    late = LateReport(written.append)
+    late.offer(report(1))
+    assert written == []
+    late.offer(report(2))
+    assert written == [report(1)]
+    late.flush()
+    late.flush()
+    assert written == [report(1), report(2)]
+
+
+def test_a_report_that_fails_is_not_passed_on_again():
+    """A step that is not finite stops the run once, not a second time while the run ends."""
+
+    def refuse(report):
+        raise ArithmeticError(f"step {report.number}")
+
+    late = LateReport(refuse)
+    late.offer(report(1))
+    with pytest.raises(ArithmeticError, match="step 1"):
+        late.flush()
+    late.flush()
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The checkpoints that are written, as (state, metric)."""
+    written = []
+    monkeypatch.setattr(
+        checkpoint, "save", lambda checkpoints, *, state, measured, **_: written.append((state, measured))
+    )
+    return written
+
+
+@pytest.fixture
+def saver(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path, keep=1) as checkpoints:
+        yield DeferredSave(checkpoints)
+
+
+def snapshot(state):
+    return Snapshot(state, config=None, iterator_state={})
+
+
+def test_a_snapshot_is_written_when_it_is_confirmed_and_only_once(saver, saved):
+    saver.confirm()
+    saver.offer(snapshot("step 2"))
+    assert saved == [] and saver.pending is not None
+    saver.confirm()
+    saver.confirm()
+    assert saved == [("step 2", None)] and saver.pending is None
+
+
+def test_a_snapshot_that_is_never_confirmed_is_never_written(saver, saved):
+    """The loss of the step after it was not finite."""
+    saver.offer(snapshot("step 2"))
+    assert saved == []
+
+
+def test_the_metric_of_an_evaluation_is_written_with_its_snapshot(saver, saved):
+    saver.offer(snapshot("step 2"))
+    saver.measured(0.5)
+    saver.confirm()
+    saver.measured(0.7)  # of no snapshot
+    assert saved == [("step 2", 0.5)]
+
+
+def test_a_failed_evaluation_does_not_cost_the_snapshot_before_it(saver, saved):
+    saver.offer(snapshot("step 2"))
+    with pytest.raises(KeyboardInterrupt), saver.confirmed_on_error():
+        raise KeyboardInterrupt
+    assert saved == [("step 2", None)]
+    saver.offer(snapshot("step 4"))
+    with saver.confirmed_on_error():
+        pass
+    assert saved == [("step 2", None)] and saver.pending is not None
