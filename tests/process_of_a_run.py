@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fasterrcnn_jax.data.sources import open_split  # noqa: E402
 from fasterrcnn_jax.inference import dataset as dataset_loop  # noqa: E402
+from fasterrcnn_jax.models.detector import backbone_class  # noqa: E402
 from fasterrcnn_jax.processes import per_device  # noqa: E402
 from fasterrcnn_jax.scripts import cli  # noqa: E402
 from fasterrcnn_jax.scripts import train as train_script  # noqa: E402
@@ -36,7 +37,8 @@ def main(out, argv):
 
     looked_at, gathered = [], dataset_loop.gathered
     dataset_loop.gathered = lambda found: looked_at.extend(found) or gathered(found)
-    model = checkpoint.load(config.run)
+    # The configuration of the test itself may name a backbone.
+    model = checkpoint.load(config.run, backbone=backbone_class(config.model.backbone))
     found = dataset_loop.detect_dataset(model, dataset, batch_size=per_device(config.train.batch_size))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.split(model)[1])
     np.savez(

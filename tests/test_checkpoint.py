@@ -87,7 +87,8 @@ def blank_state():
 
 def save(run, state, config, *, keep=2, ap50s):
     """Saves `state` at every {step: AP50}; step n's weights are shifted by n - 1 tenths."""
-    with checkpoint.open_checkpoints(run, keep=keep) as checkpoints:
+    checkpoints = checkpoint.open_checkpoints(run, keep=keep)
+    with checkpoint.closing(checkpoints):
         for step, ap50 in ap50s.items():
             checkpoint.save(
                 checkpoints,
@@ -289,7 +290,7 @@ def test_an_absent_or_empty_folder_is_named(tmp_path):
             with pytest.raises(InputError, match=f"{path}: contains no checkpoint"):
                 function(path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: no such folder"):
+    with pytest.raises(InputError, match="file: is a file, not a run folder"):
         checkpoint.load(tmp_path / "file")
 
 
