@@ -3,7 +3,9 @@
 Everything here happens before the package or JAX is imported.
 """
 
+import atexit
 import os
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -29,8 +31,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time of the suite is compilation, and many tests compile the same program. Each session has a cache of its
 # own, which its processes share: a program from an earlier session would not be the one under test.
-_CACHE = os.environ.setdefault("FASTERRCNN_TEST_CACHE", tempfile.mkdtemp(prefix="fasterrcnn_tests_"))
-jax.config.update("jax_compilation_cache_dir", _CACHE)
+if "FASTERRCNN_TEST_CACHE" not in os.environ:
+    os.environ["FASTERRCNN_TEST_CACHE"] = tempfile.mkdtemp(prefix="fasterrcnn_tests_")
+    atexit.register(shutil.rmtree, os.environ["FASTERRCNN_TEST_CACHE"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["FASTERRCNN_TEST_CACHE"])
 
 # Examples share one compiled program per test, but the first one pays for it: no deadline.
 # Derandomised: a red test is red for everybody.

@@ -13,8 +13,13 @@ import numpy as np
 import pytest
 import tiny
 
+from fasterrcnn_jax.data.proposal_files import write_proposals
+from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.training import tensorboard
+from fasterrcnn_jax.evaluation.files import write_coco_json
+from fasterrcnn_jax.inference.drawing import save_image
+from fasterrcnn_jax.structures import Batch, GroundTruth
+from fasterrcnn_jax.training import replay, run_folder, tensorboard
 from fasterrcnn_jax.training.progress import MetricsWriter
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +87,34 @@ def test_events_are_what_tensorboard_reads(tmp_path):
     values = [(event.step, value.tag) for event in events for value in event.summary.value]
     assert values == [(5, "loss"), (5, "images/test")]
     assert events[2].summary.value[0].simple_value == 0.25 and events[3].summary.value[0].image.width == 6
+
+
+def batch_of_zeros():
+    boxes = np.zeros((1, 2, 4), np.float32)
+    truth = GroundTruth(boxes, np.zeros((1, 2), np.int32), np.zeros((1, 2), bool))
+    pair = np.ones((1, 2), np.float32)
+    return Batch(np.zeros((1, 8, 8, 3), np.float32), pair, pair, np.zeros(1, np.int32), np.ones(1, bool), truth)
+
+
+WRITERS = {
+    "config": lambda folder: run_folder.write_config(tiny.config(folder), folder),
+    "failed batch": lambda folder: replay.write_batch(folder, 3, batch_of_zeros(), ["a"]),
+    "image": lambda folder: save_image(folder / "a.png", np.zeros((4, 4, 3), np.uint8)),
+    "proposals": lambda folder: write_proposals(folder / "p.safetensors", {}, made_by="w"),
+    "coco": lambda folder: write_coco_json(folder / "d.json", [], Dataset("empty", ("a",), (), (), (1,))),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_writer_names_the_file_and_leaves_nothing_behind(tmp_path, monkeypatch, kind):
+    def full(path, content):
+        path.open("wb").close()  # the name fits, the content does not
+        raise FULL
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=rf"{tmp_path}/.* cannot be written: No space left on device"):
+        WRITERS[kind](tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """Draws boxes on images."""
 
 import colorsys
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import (
     Dataset,
@@ -69,6 +72,22 @@ def draw_boxes(
         pen.rectangle((x, y, x + right - left + 2 * unit, y + bottom - top + 2 * unit), fill=colour)
         pen.text((x + unit - left, y + unit - top), caption, fill="black", font=font)
     return np.array(canvas)
+
+
+def save_image(path: Path, pixels: Pixels, *, quality: int = 90) -> None:
+    """Writes a PNG or JPEG file, by the extension of `path`; it appears whole or not at all.
+
+    Args:
+      quality: of a JPEG file.
+    Raises:
+      InputError: the file cannot be written; names it.
+    """
+    encoded = io.BytesIO()
+    if path.suffix == ".png":
+        Image.fromarray(pixels).save(encoded, "PNG")
+    else:
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=quality)
+    write_atomically(path, encoded.getvalue())
 
 
 def label_colour(label: int) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from fasterrcnn_jax.models.rpn import (
     batch_rpn_losses,
     rpn_output,
 )
-from fasterrcnn_jax.ops.losses import BoxLosses, RpnLosses
+from fasterrcnn_jax.ops.losses import StageLosses
 from fasterrcnn_jax.structures import (
     AnchorTargets,
     Batch,
@@ -123,7 +123,7 @@ def rpn_training_losses(
     features = _training_features(model, batch)
     rpn = rpn_output(model, features, batch.image_hw, batch.image_valid)
     targets = batch_anchor_targets(model.config, keys.anchors, rpn, ground_truth, canvas=_canvas(batch))
-    return _summed(_losses(batch_rpn_losses(model.config, rpn, targets), BoxLosses.none(len(batch.images))))
+    return _summed(_losses(batch_rpn_losses(model.config, rpn, targets), StageLosses.none(len(batch.images))))
 
 
 def box_training_losses(
@@ -149,7 +149,7 @@ def box_training_losses(
     proposals = batch.proposals._replace(valid=batch.proposals.valid & batch.image_valid[:, None])
     rois = sample_rois(model.config, keys.rois, proposals, ground_truth, num_devices=num_devices)
     found = batch_box_losses(model, features, rois, keys.dropout, implementation)
-    return _summed(_losses(RpnLosses.none(len(batch.images)), found))
+    return _summed(_losses(StageLosses.none(len(batch.images)), found))
 
 
 def detect(
@@ -241,9 +241,9 @@ def _canvas(batch: Batch) -> tuple[int, int]:
     return batch.images.shape[1], batch.images.shape[2]
 
 
-def _losses(rpn: RpnLosses, box: BoxLosses) -> Losses:
+def _losses(rpn: StageLosses, box: StageLosses) -> Losses:
     return Losses(
-        rpn_objectness=rpn.objectness,
+        rpn_objectness=rpn.classification,
         rpn_box=rpn.box,
         box_class=box.classification,
         box_delta=box.box,

@@ -12,7 +12,7 @@ from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, Features
 from fasterrcnn_jax.models.rpn import ImageKeys
 from fasterrcnn_jax.ops.anchors import strides_of
-from fasterrcnn_jax.ops.losses import BoxLosses, box_losses
+from fasterrcnn_jax.ops.losses import StageLosses, box_losses
 from fasterrcnn_jax.ops.postprocessing import postprocess
 from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.targets import roi_targets
@@ -87,7 +87,7 @@ def batch_box_losses(
     rois: RoiTargets,
     dropout_keys: ImageKeys | None = None,
     implementation: Implementation = None,
-) -> BoxLosses:
+) -> StageLosses:
     """Returns the two losses of the box head for each image; eq. 1 to 3.
 
     Args:

@@ -20,7 +20,7 @@ from fasterrcnn_jax.ops.anchors import (
     anchors_on_image,
     check_border,
 )
-from fasterrcnn_jax.ops.losses import RpnLosses, rpn_losses
+from fasterrcnn_jax.ops.losses import StageLosses, rpn_losses
 from fasterrcnn_jax.ops.proposals import propose
 from fasterrcnn_jax.ops.targets import anchor_targets
 from fasterrcnn_jax.structures import AnchorTargets, GroundTruth, Proposals
@@ -119,7 +119,7 @@ def batch_proposals(
     return jax.vmap(per_image)(rpn.objectness, rpn.deltas, rpn.anchor_valid, rpn.image_hw, scale)
 
 
-def batch_rpn_losses(config: ModelConfig, rpn: RpnOutput, targets: AnchorTargets) -> RpnLosses:
+def batch_rpn_losses(config: ModelConfig, rpn: RpnOutput, targets: AnchorTargets) -> StageLosses:
     """Returns the two losses of the RPN for each image; eq. 1."""
 
     def per_image(objectness, deltas, targets, num_locations):

@@ -17,30 +17,16 @@ from fasterrcnn_jax.ops.matching import FOREGROUND
 from fasterrcnn_jax.structures import AnchorTargets, Mean, PerDelta, RoiTargets
 
 
-class RpnLosses(NamedTuple):
-    """The losses of the RPN for one image, or for each image of a batch."""
+class StageLosses(NamedTuple):
+    """The two losses of the RPN or of the box head, for one image or for each image of a batch."""
 
-    objectness: Mean
+    classification: Mean  # of objectness in the RPN, of classes in the box head
     box: Mean
-    foreground: Float[Array, "*b"]  # number of sampled anchors that are foreground
+    foreground: Float[Array, "*b"]  # number of sampled anchors or RoIs that are foreground
 
     @classmethod
-    def none(cls, batch_size: int) -> "RpnLosses":
-        """Returns a sum of 0 and a count of 0 for each image."""
-        zeros = jnp.zeros(batch_size)
-        return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
-
-
-class BoxLosses(NamedTuple):
-    """The losses of the box head for one image, or for each image of a batch."""
-
-    classification: Mean
-    box: Mean
-    foreground: Float[Array, "*b"]  # number of sampled RoIs that are foreground
-
-    @classmethod
-    def none(cls, batch_size: int) -> "BoxLosses":
-        """Returns a sum of 0 and a count of 0 for each image."""
+    def none(cls, batch_size: int) -> "StageLosses":
+        """Returns a sum of 0 and a count of 0 for each image: this stage is not trained."""
         zeros = jnp.zeros(batch_size)
         return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
 
@@ -66,7 +52,7 @@ def rpn_losses(
     num_locations: Int[Array, ""],
     *,
     config: LossConfig,
-) -> RpnLosses:
+) -> StageLosses:
     """Returns the binary cross-entropy and the smooth L1 loss of one image's anchors.
 
     The box loss is the sum over the anchors that `config.rpn_box_anchors` selects, divided by the count that
@@ -91,8 +77,8 @@ def rpn_losses(
     normalizer, weight = config.rpn_box_normalizer, config.rpn_box_weight
     if config.rpn_positive_weight is not None:
         normalizer, weight = "positives", weight * config.rpn_positive_weight
-    return RpnLosses(
-        objectness=Mean(jnp.where(sampled, entropy, 0.0).sum(), counts["sampled"].astype(jnp.float32)),
+    return StageLosses(
+        classification=Mean(jnp.where(sampled, entropy, 0.0).sum(), counts["sampled"].astype(jnp.float32)),
         box=Mean(weight * jnp.where(regressed, distance, 0.0).sum(), counts[normalizer].astype(jnp.float32)),
         foreground=foreground.sum().astype(jnp.float32),
     )
@@ -104,7 +90,7 @@ def box_losses(
     targets: RoiTargets,
     *,
     config: LossConfig,
-) -> BoxLosses:
+) -> StageLosses:
     """Returns the softmax cross-entropy and the smooth L1 loss of one image's RoIs.
 
     Only the deltas of a RoI's own class enter the box loss, and only if this class is not background. The box
@@ -124,7 +110,7 @@ def box_losses(
         of_class = jnp.einsum("rkd,rk->rd", deltas, one_hot, precision=jax.lax.Precision.HIGHEST)
     distance = _distance(of_class, targets.deltas, config.roi_box_inside_weights, config.roi_sigma)
     foreground = targets.valid & (targets.labels > 0)
-    return BoxLosses(
+    return StageLosses(
         classification=Mean(jnp.where(targets.valid, entropy, 0.0).sum(), count),
         box=Mean(config.roi_box_weight * jnp.where(foreground, distance, 0.0).sum(), count),
         foreground=foreground.sum().astype(jnp.float32),

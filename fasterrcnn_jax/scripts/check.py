@@ -25,7 +25,7 @@ from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.data.sources import guess
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.inference.drawing import draw_boxes
+from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
 from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
 from fasterrcnn_jax.scripts import cli
 
@@ -179,7 +179,7 @@ def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
         row, column = divmod(number, COLUMNS)
         sheet.paste(Image.fromarray(_shown(record, dataset.class_names)), (column * SIDE, row * SIDE))
     path = folder / f"{name.replace('+', '_')}.jpg"
-    sheet.save(path, quality=90)
+    save_image(path, np.array(sheet))
     return path
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from PIL import Image
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Prediction
 from fasterrcnn_jax.data.sources import open_images
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json
 from fasterrcnn_jax.inference.dataset import detect_dataset
-from fasterrcnn_jax.inference.drawing import draw
+from fasterrcnn_jax.inference.drawing import draw, save_image
 from fasterrcnn_jax.scripts import cli
 
 
@@ -55,15 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     drawn_images = arguments.out / "images"
-    drawn_images.mkdir(parents=True, exist_ok=True)
     write_coco_json(arguments.out / "detections.json", detections, dataset)
-    (arguments.out / "classes.txt").write_text("".join(f"{name}\n" for name in model.class_names), "utf-8")
+    write_atomically(arguments.out / "classes.txt", "".join(f"{name}\n" for name in model.class_names))
     for record, found in zip(dataset.records, detections, strict=True):
         names = tuple(model.class_names[label - 1] for label in found.labels)
         prediction = Prediction(found.boxes, found.scores, found.labels, names)
         drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
         # Keep the whole file name: the folder may hold both a.jpg and a.png.
-        Image.fromarray(drawn).save(drawn_images / f"{record.id}.png")
+        save_image(drawn_images / f"{record.id}.png", drawn)
     print(f"images     {len(dataset.records)}")
     print(f"files      {arguments.out}")
 

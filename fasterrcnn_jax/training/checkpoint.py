@@ -80,7 +80,11 @@ class Snapshot(NamedTuple):
 @contextlib.contextmanager
 def closing(checkpoints: ocp.training.Checkpointer) -> Iterator[None]:
     """Closes the checkpointer after the body. After an error it is left as it is: closing would wait for writes."""
-    yield
+    try:
+        yield
+    except SystemExit:  # a run that was asked to stop, and has saved
+        checkpoints.close()
+        raise
     checkpoints.close()
 
 

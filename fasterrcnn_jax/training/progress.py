@@ -4,7 +4,6 @@ The numbers of a step are read one step late, while the device already works on 
 """
 
 import contextlib
-import io
 import json
 import math
 import sys
@@ -13,13 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
-from fasterrcnn_jax.inference.drawing import Pixels
+from fasterrcnn_jax.inference.drawing import Pixels, save_image
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.structures import Batch, LossTerms
 from fasterrcnn_jax.training import compilations, replay
@@ -108,9 +106,7 @@ class MetricsWriter:
         """
         path = image_path(self._run, step, split)
         if self._board is not None:
-            encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, "PNG")
-            write_atomically(path, encoded.getvalue())
+            save_image(path, image)
             self._board.add_image(f"images{split and '/'}{split}", image, step)
         return path
 

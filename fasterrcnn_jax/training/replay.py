@@ -4,6 +4,7 @@ A step depends only on the seed, the step number and the images. A run that cont
 therefore reaches the failed step with the same weights again. Then each image of the batch is examined by itself.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import shared_features
 from fasterrcnn_jax.models.rpn import rpn_output
@@ -35,10 +37,11 @@ class Examined(NamedTuple):
 def write_batch(run: Path, number: int, batch: Batch, ids: list[str], *, process: int = 0) -> Path:
     """Writes RUN/failed/step_NUMBER.npz and returns its path. Processes after the first add their number to it."""
     path = failed_batch_path(run, number, process)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"step": np.int64(number), "ids": np.array(ids, str), **_flat(batch)}
+    content = io.BytesIO()
     # No field of a batch has the name of an option.
-    np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomically(path, content.getvalue())
     return path
 
 
