@@ -210,3 +210,25 @@ def test_verbs_run_the_scripts_and_unknown_ones_are_refused(capsys):
     assert all(verb in text for verb in verbs.VERBS)
     assert verbs.main(["trian"]) == 2 and "unknown verb 'trian'" in capsys.readouterr().err
     assert verbs.main([]) == 2 and "usage" in capsys.readouterr().err
+
+
+STUCK = """
+import threading, time
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.scripts import cli
+
+
+@cli.script
+def main(argv=None):
+    threading.Thread(target=time.sleep, args=(60,)).start()  # as a thread of the storage that waits for a full disk
+    raise InputError("file: no space left")
+
+
+cli.run_as_program(main)
+"""
+
+
+def test_a_program_ends_after_an_error_even_if_a_thread_waits():
+    command = [sys.executable, "-c", STUCK]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: file: no space left")
