@@ -1,7 +1,7 @@
 """Ships train.py and evaluate.py inside the package; everything else about the build is in pyproject.toml.
 
-At the top of a repository they are the scripts that a reader looks for. Installed under those names they would take
-`train` from everybody else, so a wheel holds them as `fasterrcnn_jax.scripts.train` and `.evaluate`.
+At the top of a repository they are the scripts that a reader looks for. Installed under those names they would
+block other packages named `train`, so a wheel holds them as `fasterrcnn_jax.scripts.train` and `.evaluate`.
 """
 
 from setuptools import setup

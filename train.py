@@ -44,7 +44,7 @@ from fasterrcnn_jax.training.progress import (
     StepReport,
     say,
 )
-from fasterrcnn_jax.training.stages import Stage, failed_stage, stages_of
+from fasterrcnn_jax.training.stages import Stage, failed_stage, split_names, stages_of
 from fasterrcnn_jax.training.state import TrainState, merge
 from fasterrcnn_jax.training.step import (
     TrainStep,
@@ -69,9 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         check_batch_size(config, stage)
     splits = {name: sources.open_split(config.data, name) for name in split_names(config)}
     train_set = prepare_training_set(splits[config.data.train_split], config.data)
-    # A replay writes nothing. Process 0 holds the lock for all processes of the run.
-    locks = processes.is_main() and config.replay is None
-    lock = run_folder.locked(config.run) if locks else contextlib.nullcontext()
+    # A replay writes nothing.
+    lock = run_folder.locked(config.run) if config.replay is None else contextlib.nullcontext()
     with lock, preemption.noted_signals() as asked_to_stop:
         for stage in stages:
             result = fit(config, stage, train_set, splits, asked_to_stop)
@@ -170,12 +169,6 @@ def fit(
     if best is not None:
         lines.append(f"best       {run_folder.checkpoint_folder(run, best.step)}: {stage.metric} {best.metric:.3f}")
     return "\n".join(lines)
-
-
-def split_names(config: Config) -> tuple[str, ...]:
-    """Returns the splits that a run reads, each once."""
-    data, train = config.data, config.train
-    return tuple(dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split)))
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:

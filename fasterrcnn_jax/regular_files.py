@@ -16,7 +16,7 @@ _KINDS = (
 def check_regular(path: Path) -> None:
     """Raises InputError where a pipe, a device or a socket lies in place of a file: reading it might never end.
 
-    A missing file, and one that cannot be looked at, is left to the reader, whose error says more.
+    Missing and unreadable files pass: the code that opens them reports the error.
     """
     try:
         mode = path.stat().st_mode

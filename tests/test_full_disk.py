@@ -1,4 +1,5 @@
-"""A disk that is full: the run ends in seconds with one line that names the file; TensorBoard alone is no reason."""
+"""A disk that is full: the run ends in seconds with one line that names the file. A TensorBoard error alone does not
+stop the run."""
 
 import errno
 import json

@@ -1,5 +1,6 @@
 """Two trainings in one run folder: the second one is refused, and a killed one leaves no lock behind."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -63,13 +64,42 @@ def test_training_in_a_folder_that_is_in_use_is_refused_in_one_line(tmp_path, ca
         train.main(["--config", str(config)])
     assert ended.value.code == 2
     assert f"error: --run {tmp_path / 'run'}: another process is training" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match="file/run: the run folder cannot be written: Not a directory"),
+        pytest.raises(InputError, match="--run .*file/run: .*file.* cannot be written: Not a directory"),
         run_folder.locked(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+    """Injected: root may write anywhere."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    says = r"--run .*: .*\.lock cannot be written: Read-only file system"
+    with pytest.raises(InputError, match=says), run_folder.locked(tmp_path):
+        pass
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_named_before_the_first_step(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(InputError, match="checkpoints cannot be written: File exists"), run_folder.locked(tmp_path):
+        pass
+
+
+def test_all_processes_are_refused_together(tmp_path, monkeypatch):
+    """The others see nothing of the lock; process 0 tells them."""
+    monkeypatch.setattr(run_folder, "is_main", lambda: False)
+    monkeypatch.setattr(run_folder, "any_process", lambda flag: True)
+    with pytest.raises(InputError, match="process 0 cannot train in this run folder"), run_folder.locked(tmp_path):
+        pass
+    monkeypatch.setattr(run_folder, "any_process", lambda flag: False)
+    with run_folder.locked(tmp_path):
+        assert not list(tmp_path.iterdir())

@@ -3,9 +3,7 @@
 Everything runs offline on a copy, so the checkout under test stays as it is.
 """
 
-import ast
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +12,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import check_types
 import pytest
 
 import fasterrcnn_jax
@@ -72,14 +71,10 @@ def assert_works(folder, *, cwd, package, kernels, python=sys.executable):
 
 
 def copy_clone(target):
-    """Copies what a commit of everything would hold: files that git does not ignore, links as links."""
+    """Copies what a commit of everything would hold."""
     if not (ROOT / ".git").exists():
         pytest.skip("this copy of the source is no git checkout")
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in filter(None, listed.split("\0")):
-        if os.path.lexists(ROOT / name):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+    check_types.copy_tree(target)
     return target
 
 
@@ -207,23 +202,6 @@ def test_every_folder_with_modules_is_packaged():
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fasterrcnn_jax").rglob("*.py")}
     inside = {".".join(folder.parts) for folder in folders}
     assert packages == inside | {"fasterrcnn_jax.configs", "fasterrcnn_jax.kernels"}
-
-
-def test_kernels_import_jax_and_nothing_of_ours():
-    allowed = {"jax", "numpy"} | sys.stdlib_module_names
-    for path in (ROOT / "kernels").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(), str(path))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            beyond = [
-                name
-                for name in names
-                if name.split(".")[0] not in allowed and not name.startswith("fasterrcnn_jax.kernels")
-            ]
-            assert not beyond, f"{path}:{node.lineno} imports {beyond}"
 
 
 @pytest.mark.parametrize(("argv", "problem"), [([], ""), (["tran"], "unknown verb 'tran'")])

@@ -1,6 +1,8 @@
 """A named pipe in place of a file is refused by every reader: opening it would wait for ever."""
 
 import os
+import shutil
+import signal
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ import fasterrcnn_jax
 from fasterrcnn_jax.data import coco, images, proposal_files, voc
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.training import replay
+from fasterrcnn_jax.training.progress import MetricsWriter
 
 CLASSES = tiny.CLASS_NAMES
 
@@ -26,6 +29,46 @@ def in_voc(name):
             images.record_pixels(record)
 
     return read
+
+
+def in_run(name):
+    """Puts the pipe in place of one file of a run folder, and loads the run or opens its log."""
+
+    def read(path, small_run):
+        run = shutil.copytree(small_run, path.parent / "run")
+        target = run / name
+        target.unlink()
+        path.rename(target)
+        if name == "metrics.jsonl":
+            MetricsWriter(run, after=2)
+        else:
+            fasterrcnn_jax.load(run)
+
+    return read
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """A reader that waits fails after 20 seconds and does not stop the suite."""
+
+    def ring(*_):
+        raise TimeoutError("the reader waits for the pipe")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints/2/_CHECKPOINT_METADATA", "checkpoints/2/meta/_strings.json"]
+)
+def test_a_named_pipe_in_a_run_folder_is_refused(tmp_path, small_run, name):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="must be a regular file, but is a named pipe"):
+        in_run(name)(path, small_run)
 
 
 READERS = {

@@ -1,5 +1,7 @@
 """The images in a run folder."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -57,3 +59,14 @@ def test_a_silent_writer_leaves_nothing_behind(tmp_path):
         metrics.write(1, {"loss": 1.0})
         metrics.write_image(1, np.zeros((4, 4, 3), np.uint8))
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_lines_of_the_log_are_removed_with_a_warning(tmp_path, caplog):
+    lines = ['{"step": 1}\n', '{"bad}\n', "[]\n", '{"step": "x"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"ste']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with MetricsWriter(tmp_path, after=2) as metrics:
+        metrics.write(3, {})
+    kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [1, 2, 3]
+    (record,) = caplog.records
+    assert "metrics.jsonl: 3 damaged lines are removed" in record.getMessage()

@@ -174,7 +174,8 @@ _FIELD_OF = {
 
 def _check_feature_types(path: Path) -> None:
     """Raises InputError if features.json contains anything except the classes in the table above."""
-    check_regular(path)
+    for file in path.parent.iterdir():
+        check_regular(file)
     try:
         top = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -25,6 +25,7 @@ from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.tfds import first_sentence, import_tfds
 from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.regular_files import check_regular
 
 _POSES = ("frontal", "rear", "left", "right", "unspecified")
 _VERSIONS = {"voc": "5.0.0", "coco": "1.1.0"}
@@ -143,11 +144,12 @@ def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
         done = unpacked / f"{name}.done"
         if done.exists():
             continue
+        check_regular(archives / name)
         try:
             # Both methods refuse or correct paths outside the folder.
             if name.endswith(".zip"):
                 with zipfile.ZipFile(archives / name) as file:
-                    links = [item.filename for item in file.infolist() if stat.S_ISLNK(item.external_attr >> 16)]
+                    links = [item.filename for item in file.infolist() if _is_special(item.external_attr >> 16)]
                     _refuse_links(links)
                     file.extractall(unpacked)
             else:
@@ -160,6 +162,11 @@ def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
     if not (unpacked / part.listing).is_file():
         raise InputError(f"{archives / part.archives[-1]}: the archive does not contain {part.listing}")
     return unpacked
+
+
+def _is_special(mode: int) -> bool:
+    """True for a link or a device. Archives of systems without file modes have 0."""
+    return stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
 def _refuse_links(names: list[str]) -> None:

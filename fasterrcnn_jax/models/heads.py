@@ -3,7 +3,6 @@
 Ren et al. 2015 (arXiv:1506.01497), section 3.1; He et al. 2015 (arXiv:1512.03385), appendix A.
 """
 
-import functools
 import math
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
@@ -87,9 +86,14 @@ class FcTail(nnx.Module):
         for number, layer in enumerate(self.fcs):
             x = jax.nn.relu(layer(x))
             if dropout_keys is not None and self.rate > 0.0:
-                keys = jax.vmap(functools.partial(jax.random.fold_in, data=number))(dropout_keys)
-                x = jax.vmap(functools.partial(dropout, rate=self.rate))(keys, x)
+                x = jax.vmap(self._dropped, in_axes=(0, 0, None))(dropout_keys, x, number)
         return x
+
+    def _dropped(
+        self, key: PRNGKeyArray | UInt32[Array, "2"], x: Float[Array, "r d"], number: int
+    ) -> Float[Array, "r d"]:
+        """Returns the activations of one image after layer `number` with dropout."""
+        return dropout(jax.random.fold_in(key, number), x, rate=self.rate)
 
 
 @runtime_checkable

@@ -147,7 +147,8 @@ def run_as_program(main: Callable[[], object]) -> NoReturn:
         status: str | int | None = 0
     except SystemExit as ended:
         status = ended.code
-    if status == ERROR_STATUS:
+    # Several processes take leave of each other in an ordinary exit.
+    if status == ERROR_STATUS and not jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ERROR_STATUS)

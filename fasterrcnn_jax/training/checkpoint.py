@@ -26,6 +26,7 @@ from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.config.text import from_json, to_json
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
+from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.training.run_folder import (
     CHECKPOINTS,
     checkpoints_folder,
@@ -128,7 +129,11 @@ class DeferredSave:
         try:
             yield
         except BaseException:
-            self.confirm()
+            try:
+                self.confirm()
+            except OSError as error:
+                # The error of the evaluation is the one that ends the run.
+                logger.error("%s", error)
             raise
 
 
@@ -290,6 +295,8 @@ def _read(folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     Raises:
       InputError: a part cannot be read, or it differs from what was saved.
     """
+    for path in folder.rglob("*"):
+        check_regular(path)
     try:
         meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
         texts = {name: text for name, text in meta.items() if name != "digest"}

@@ -5,6 +5,7 @@ The numbers of a step are read one step late, while the device already works on 
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels, save_image
 from fasterrcnn_jax.processes import is_main, process
+from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, LossTerms
 from fasterrcnn_jax.training import compilations, replay
 from fasterrcnn_jax.training.optimizer import learning_rates
@@ -26,6 +28,8 @@ from fasterrcnn_jax.training.run_folder import image_path, metrics_path
 from fasterrcnn_jax.training.stages import Stage
 from fasterrcnn_jax.training.state import StepMetrics
 from fasterrcnn_jax.training.tensorboard import TensorBoard
+
+logger = logging.getLogger(__name__)
 
 
 def say(text: str) -> None:
@@ -62,6 +66,15 @@ class LateReport:
             self._write(report)
 
 
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of metrics.jsonl; None if the line is damaged."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 class MetricsWriter:
     """Appends the numbers of each step to metrics.jsonl and to TensorBoard events. With `silent` it writes nothing.
 
@@ -74,9 +87,14 @@ class MetricsWriter:
         if silent:
             return
         path = metrics_path(run)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        check_regular(path)
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        steps = [_step_of(line) for line in lines]
         # A killed process may have left an incomplete last line.
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= after]
+        damaged = sum(step is None for step in steps[:-1])
+        if damaged:
+            logger.warning("%s: %d damaged lines are removed", path, damaged)
+        kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
         if kept != lines:
             write_atomically(path, "".join(kept))
         self._lines = path.open("a", buffering=1)
@@ -160,7 +178,10 @@ class Progress:
         try:
             values = finite_metrics(number, report.metrics, ids)
         except NonFiniteLossError as error:
-            path = replay.write_batch(self._stage.run, number, batch, ids, process=process()[0])
+            try:
+                path = replay.write_batch(self._stage.run, number, batch, ids, process=process()[0])
+            except InputError as unwritten:
+                raise NonFiniteLossError(f"{error}; its batch is not kept: {unwritten}") from None
             raise NonFiniteLossError(f"{error}; --replay {path} shows where it comes from") from None
         seconds, self._reported = time.perf_counter() - self._reported, time.perf_counter()
         rate = self._stage.train.batch_size / seconds

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.processes import any_process, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -21,28 +22,36 @@ CHECKPOINTS = "checkpoints"
 def locked(run: Path) -> Iterator[None]:
     """Keeps other trainings out of a run folder while the body runs.
 
-    The operating system frees the lock when the process ends, however it ends. Of several processes of one run only
-    the first takes it.
+    Process 0 takes the lock for all processes of the run; all must call this, and all are refused together. The
+    operating system frees the lock when the process ends, however it ends.
 
     Raises:
       InputError: another process trains in this folder, or nothing can be written there.
     """
     lock = FileLock(run / ".lock")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"--run {run}: another process is training in this run folder; wait for it, or choose another --run"
-        ) from None
-    except NotImplementedError:
-        logger.warning("%s: this file system has no locks; make sure that no other process trains here", run)
-    except OSError as error:
-        raise InputError(f"--run {run}: the run folder cannot be written: {error.strerror or error}") from error
+    refusal = _taken(lock, run) if is_main() else None
+    if bool(any_process(refusal is not None)):
+        raise InputError(refusal or f"--run {run}: process 0 cannot train in this run folder")
     try:
         yield
     finally:
-        lock.release()
+        if is_main():
+            lock.release()
+
+
+def _taken(lock: BaseFileLock, run: Path) -> str | None:
+    """Makes the folder and takes its lock; returns why that is not possible, or None."""
+    try:
+        # The folder of the checkpoints too: that it cannot be made must not show at the first checkpoint.
+        checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return f"--run {run}: another process is training in this run folder; wait for it, or choose another --run"
+    except NotImplementedError:
+        logger.warning("%s: this file system has no locks; make sure that no other process trains here", run)
+    except OSError as error:
+        return f"--run {run}: {error.filename or run} cannot be written: {error.strerror or error}"
+    return None
 
 
 def write_config(config: Config, run: Path) -> None:

@@ -48,9 +48,15 @@ class Stage(NamedTuple):
         return RECALL if self.evaluated == "proposals" else self.train.best_metric
 
 
+def split_names(config: Config) -> tuple[str, ...]:
+    """Returns the splits that a run reads, each once."""
+    data, train = config.data, config.train
+    return tuple(dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split)))
+
+
 def stages_of(config: Config) -> tuple[Stage, ...]:
     """Returns the stages in order. Each stage needs the earlier stages to be complete."""
-    data, train = config.data, config.train
+    train = config.train
     if train.scheme != "alternating":
         is_rpn = train.scheme == "rpn"
         return (
@@ -71,7 +77,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     names = ("1_rpn", "2_detector", "3_rpn", "4_detector")
     runs = (*(stage_folder(config.run, name) for name in names[:3]), config.run)
     # The detector of stage 2 has no trained RPN, so it is evaluated in stored proposals of every split.
-    splits = tuple(dict.fromkeys((data.train_split, train.best_split or data.test_split, data.test_split)))
+    splits = split_names(config)
     rpn = partial(Stage, losses=rpn_training_losses, proposals=None, evaluated="proposals")
     box = partial(Stage, losses=box_training_losses, proposes_on=())
     stages = (

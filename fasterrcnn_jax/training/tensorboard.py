@@ -4,6 +4,7 @@ The usual writer of tensorboardX has a thread of its own. When the disk is full,
 blocks for ever. Written here, the error arrives where it can be handled.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -68,7 +69,9 @@ class TensorBoard:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        logger.warning(
-            "%s: TensorBoard events cannot be written (%s); the run goes on without them", self._run, error.strerror
-        )
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
+        reason = error.strerror or error
+        logger.warning("%s: TensorBoard events cannot be written (%s); the run goes on without them", self._run, reason)
