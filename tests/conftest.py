@@ -77,3 +77,34 @@ def small_run(tmp_path_factory):
     with tarfile.open(Path(__file__).parent / "golden" / "run_of_0.1.0.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / "run"
+
+
+# Modules that compile or train much, the longest first. Taken up last, one process would work alone at the end.
+LONGEST = [
+    "test_scripts",
+    "test_detector",
+    "test_whole_models",
+    "test_fine_tuning",
+    "test_whole_pyramid",
+    "test_stages",
+    "test_kill",
+    "test_training",
+    "test_fpn",
+    "test_distributed",
+    "test_own_backbone",
+    "test_summary",
+    "test_benchmarks",
+    "test_inference",
+    "test_parallel",
+]
+
+
+def pytest_configure(config):
+    # pytest-xdist would sort the modules by their number of tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

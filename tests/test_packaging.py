@@ -127,6 +127,18 @@ def test_a_source_tree_works_without_an_installation(clone):
     assert "--train.learning_rate" in run(sys.executable, "train.py", "--help", cwd=clone)
 
 
+def test_a_source_tree_uses_its_own_kernels_where_another_one_is_installed(clone, tmp_path):
+    """An editable install of another tree has a finder that knows `fasterrcnn_jax.kernels` as well."""
+    other = copy_clone(tmp_path / "other")
+    folder = tmp_path / "installed"
+    run(*PIP, "--target", folder, "--editable", other, cwd=tmp_path)
+    # Files ending in .pth are read in site folders only.
+    code = f"import site; site.addsitedir({str(folder)!r})\n{WHERE}"
+    found, kernel, _ = run(sys.executable, "-c", code, cwd=clone).splitlines()
+    assert Path(found) == clone / "fasterrcnn_jax" / "__init__.py"
+    assert Path(kernel) == clone / "kernels" / "nms.py"
+
+
 def test_an_installed_wheel_works_from_any_folder(wheel, tmp_path):
     target = assert_installs(wheel, tmp_path)
     shown = run(target / "bin" / "fasterrcnn-jax", "evaluate", "--help", cwd=tmp_path, path=target)
