@@ -29,9 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasterrcnn_jax.training.optimizer import create_optimizer
-from fasterrcnn_jax.training.step import make_train_step
-
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -330,19 +327,21 @@ def train_step(
 
     from fasterrcnn_jax.config import TrainConfig
     from fasterrcnn_jax.models.detector import create_detector
-    from fasterrcnn_jax.training.step import AXIS
+    from fasterrcnn_jax.processes import AXIS
+    from fasterrcnn_jax.training.optimizer import create_optimizer
+    from fasterrcnn_jax.training.step import create_state, make_train_step
 
     optimizer = create_optimizer(TrainConfig(steps=1, batch_size=1, learning_rate=0.001))
     model = nnx.eval_shape(lambda: create_detector(config, class_names, seed=0))
     # What is static about the state comes out beside its arrays.
     structure = []
 
-    def create_state():
+    def first_state():
         graphdef, state = create_state(model, optimizer, seed=0)
         structure.append(graphdef)
         return state
 
-    state = jax.eval_shape(create_state)
+    state = jax.eval_shape(first_state)
     step = jax.shard_map(
         make_train_step(structure[0], optimizer, axis_name=AXIS, accumulate=accumulate),
         mesh=mesh,
@@ -376,7 +375,7 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from fasterrcnn_jax.training.step import AXIS
+    from fasterrcnn_jax.processes import AXIS
 
     # A program from a cache would not meet the assembler.
     jax.config.update("jax_enable_compilation_cache", False)
