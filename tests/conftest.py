@@ -1,4 +1,4 @@
-"""What every test runs under: annotations enforced, strict promotion, several virtual devices.
+"""Settings of every test: annotations are enforced, promotion is strict, and there are several virtual devices.
 
 Everything here happens before the package or JAX is imported.
 """
@@ -79,7 +79,7 @@ def small_run(tmp_path_factory):
     return folder / "run"
 
 
-# Modules that compile or train much, the longest first. Taken up last, one process would work alone at the end.
+# Modules that compile or train much, the longest first. If they came last, one process would work alone at the end.
 LONGEST = [
     "test_scripts",
     "test_detector",

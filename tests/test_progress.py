@@ -1,4 +1,4 @@
-"""What the training loop puts off by one step: the report of a step and the saving of a checkpoint."""
+"""The training loop reports a step, and saves a checkpoint, one step late."""
 
 import pytest
 

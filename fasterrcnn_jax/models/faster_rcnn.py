@@ -69,17 +69,10 @@ def training_losses(
     anchor_targets = batch_anchor_targets(config, keys.anchors, rpn, ground_truth, canvas=_canvas(batch))
     proposals = batch_proposals(config, rpn, batch.scale, config.train_proposals, implementation)
     rois = sample_rois(config, keys.rois, proposals, ground_truth, num_devices=num_devices)
-    return _summed(
-        losses_for_targets(
-            model,
-            features,
-            rpn,
-            anchor_targets,
-            rois,
-            dropout_keys=keys.dropout,
-            implementation=implementation,
-        )
+    losses = losses_for_targets(
+        model, features, rpn, anchor_targets, rois, dropout_keys=keys.dropout, implementation=implementation
     )
+    return _summed(losses)
 
 
 def losses_for_targets(
