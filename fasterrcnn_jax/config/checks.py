@@ -1,5 +1,15 @@
 """Checks of field values. Each raises a ValueError that names the field and the value."""
 
+from typing import Literal, TypeVar
+
+from fasterrcnn_jax.errors import InputError
+
+# The value of a field that a training fits to its data.
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+
+Value = TypeVar("Value")
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -19,3 +29,14 @@ def require_positive(**fields: float) -> None:
 def require_not_negative(**fields: float) -> None:
     for name, value in fields.items():
         require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+def fitted(value: Value | Auto, field: str) -> Value:
+    """Returns the value of a field that can be "auto".
+
+    Raises:
+      InputError: the value is "auto". A training fits such fields to its data before it reads them.
+    """
+    if value == AUTO:
+        raise InputError(f"{field} is auto, which only a training can fit to its data; give a value")
+    return value  # pyright: ignore[reportReturnType] - not AUTO

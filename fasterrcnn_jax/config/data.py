@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from fasterrcnn_jax.config.checks import (
+    AUTO,
+    Auto,
     require,
     require_not_negative,
     require_positive,
@@ -75,6 +77,10 @@ class DataConfig:
     one, for example train[:90%]"""
     test_split: str = "test"
     """splits to evaluate on, written like train_split"""
+    split: tuple[float, ...] | Auto = ()
+    """fractions (training, validation) or (training, validation, test) by which the images of train_split are divided
+    into the splits train, val and test, by train.seed, with near copies of an image on one side; one number is the
+    fraction for training; auto: 0.8 where the data set has one split; empty: the data set's own splits"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False
@@ -103,6 +109,12 @@ class DataConfig:
     """make the built-in data set of drawn shapes in root if it is not there yet"""
 
     def __post_init__(self):
+        if self.split != AUTO and self.split:
+            require(
+                len(self.split) <= 3 and min(self.split) > 0.0 and sum(self.split) <= 1.0 + 1e-6,
+                f"split must be one to three positive fractions with a sum of at most 1, got {self.split}",
+            )
+            require(self.split != (1.0,), "split must leave images for validation, got (1.0,)")
         require_positive(max_boxes=self.max_boxes, threads=self.threads)
         require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:

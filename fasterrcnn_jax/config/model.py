@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 from fasterrcnn_jax.config.checks import (
+    AUTO,
+    Auto,
     require,
     require_fraction,
     require_not_negative,
@@ -23,9 +25,10 @@ class ImageConfig:
     stays below short_side"""
     size_rounding: Literal["nearest", "down"] = "nearest"
     """how resized side lengths are rounded to whole pixels; torchvision rounds down"""
-    canvases: tuple[tuple[int, int], ...] = ((608, 800), (800, 608), (608, 1008), (1008, 608))
+    canvases: tuple[tuple[int, int], ...] | Auto = ((608, 800), (800, 608), (608, 1008), (1008, 608))
     """sizes (height, width) of the padded network input; each image is put on the smallest canvas that holds it; the
-    network is compiled once per canvas"""
+    network is compiled once per canvas; auto: at most three that fit the images of the data set, and one that holds
+    every image"""
     channel_order: Literal["bgr", "rgb"] = "bgr"
     """order of the network's input channels, and of mean and std"""
     mean: tuple[float, float, float] = (102.9801, 115.9465, 122.7717)
@@ -42,6 +45,8 @@ class ImageConfig:
             self.long_side >= self.short_side,
             f"long_side must be at least short_side, got {self.long_side} < {self.short_side}",
         )
+        if self.canvases == AUTO:
+            return
         for needed in ((self.short_side, self.long_side), (self.long_side, self.short_side)):
             require(
                 any(h >= needed[0] and w >= needed[1] for h, w in self.canvases),
@@ -142,8 +147,9 @@ class RpnConfig:
     anchor_base: float = 16.0
     """side of the base square that anchor_scales multiply, in pixels of the network input; with a pyramid: the side on
     the finest level, doubled at each coarser level"""
-    anchor_scales: tuple[float, ...] = (8.0, 16.0, 32.0)
-    """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO"""
+    anchor_scales: tuple[float, ...] | Auto = (8.0, 16.0, 32.0)
+    """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO; auto: fitted to the boxes of
+    the training images, four, or one with a pyramid"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """aspect ratios of the anchors, height / width"""
     anchor_rounding: Literal["base", "half", "none"] = "base"
@@ -184,7 +190,7 @@ class RpnConfig:
         require(bool(self.anchor_scales and self.anchor_ratios), "anchor_scales and anchor_ratios are empty")
         require_positive(
             anchor_base=self.anchor_base,
-            anchor_scales=min(self.anchor_scales),
+            anchor_scales=1.0 if self.anchor_scales == AUTO else min(self.anchor_scales),
             anchor_ratios=min(self.anchor_ratios),
             channels=self.channels,
             convs=self.convs,
@@ -401,7 +407,7 @@ class ModelConfig:
             self.roi_features.operator == "align",
             f"roi_features.operator must be align with a pyramid, got {self.roi_features.operator}",
         )
-        for canvas in self.image.canvases:
+        for canvas in () if self.image.canvases == AUTO else self.image.canvases:
             require(
                 canvas[0] % 32 == 0 and canvas[1] % 32 == 0,
                 f"canvas sides must be multiples of 32 with a pyramid, got {canvas}",

@@ -3,9 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from fasterrcnn_jax.config.checks import (
-    require,
-)
+from fasterrcnn_jax.config.checks import AUTO, Auto, require
 from fasterrcnn_jax.config.data import DataConfig
 from fasterrcnn_jax.config.model import ModelConfig
 from fasterrcnn_jax.config.train import DistributedConfig, TrainConfig
@@ -19,7 +17,11 @@ class Config:
     model: ModelConfig
     train: TrainConfig
     run: Path
-    """run folder, which receives the configuration, metrics, checkpoints and images"""
+    """run folder, which receives the configuration, metrics, checkpoints and images; {data} in it stands for the name
+    of the data folder, and -2, -3 and so on follow where that folder holds another run"""
+    size: int | Auto | None = None
+    """length of the longer image side in the network, in pixels; it sets model.image.short_side, long_side and
+    canvases; auto: 320, or more where objects would be small; None: model.image decides"""
     init: Path | None = None
     """weights file that a new run starts from, ours (written by `weights convert`) or another program's; the classes
     may differ; None: random weights"""
@@ -35,6 +37,8 @@ class Config:
             rois is None or rois % self.train.batch_size == 0,
             f"rois_per_batch must be a multiple of batch_size, got {rois} and {self.train.batch_size}",
         )
+        if self.size is not None and self.size != AUTO:
+            require(self.size >= 32, f"size must be at least 32, got {self.size}")
         largest = max(self.data.augment.short_sides, default=0)
         require(
             largest <= self.model.image.short_side,

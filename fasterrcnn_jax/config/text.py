@@ -7,8 +7,9 @@ form.
 import dataclasses
 import json
 import runpy
+import types
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typeguard
 
@@ -45,9 +46,19 @@ def check_types(config: Any, name: str) -> None:
                 value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
             )
         except typeguard.TypeCheckError:
-            raise InputError(f"{where} must be {field.type}, got {value!r}") from None
+            raise InputError(f"{where} must be {_type_name(field.type)}, got {value!r}") from None
         if dataclasses.is_dataclass(value):
             check_types(value, where)
+
+
+def _type_name(kind: Any) -> str:
+    """Returns the name of a type for a message, for example: int or 'auto'."""
+    alternatives = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, alternatives))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(_type_name, alternatives))
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
 
 
 def to_json(config: Config | ModelConfig) -> str:

@@ -5,6 +5,8 @@ import math
 from typing import Literal
 
 from fasterrcnn_jax.config.checks import (
+    AUTO,
+    Auto,
     require,
     require_positive,
 )
@@ -37,8 +39,11 @@ class TrainConfig:
     RPN"""
     alternating: AlternatingConfig = AlternatingConfig()
     """stages of scheme alternating"""
-    steps: int
-    """number of optimizer steps, over all stages"""
+    steps: int | Auto
+    """number of optimizer steps, over all stages; auto: as many as train.epochs takes, or else fitted to the number of
+    training images"""
+    epochs: float | None = None
+    """number of passes over the training images, instead of train.steps; decay_steps are scaled with it"""
     batch_size: int
     """images per optimizer step, over all devices and micro-batches"""
     accumulate: int = 1
@@ -52,8 +57,9 @@ class TrainConfig:
     """schedule steps: numbers of optimizer steps after which the learning rate falls"""
     decay_factor: float = 0.1
     """schedule steps: factor on the learning rate at each fall"""
-    warmup_steps: int = 0
-    """number of optimizer steps in which the learning rate rises linearly to its peak"""
+    warmup_steps: int | Auto = 0
+    """number of optimizer steps in which the learning rate rises linearly to its peak; auto: a twentieth of the steps,
+    at most 500"""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """sgd: SGD with momentum; adam: Adam; both add the weight decay to the gradient; adamw: AdamW, with decoupled
     weight decay"""
@@ -81,13 +87,13 @@ class TrainConfig:
     implementation: Literal["xla", "mosaic"] | None = None
     """implementation of NMS and region features: xla: plain JAX; mosaic: GPU kernels; None: GPU kernels where they can
     run"""
-    checkpoint_every: int = 500
-    """steps between checkpoints; the last step is always saved"""
+    checkpoint_every: int | Auto = 500
+    """steps between checkpoints; the last step is always saved; auto: a sixth of the steps, at most 1000"""
     keep_checkpoints: int = 2
     """number of newest checkpoints to keep, in addition to the best one"""
-    evaluate_every: int = 0
+    evaluate_every: int | Auto = 0
     """steps between the evaluations that select the best checkpoint, a multiple of checkpoint_every; 0: evaluate only
-    after the last step"""
+    after the last step; auto: at every checkpoint"""
     best_split: str | None = None
     """split that selects the best checkpoint; it should not be a split on which you report results; None:
     data.test_split"""
@@ -96,12 +102,15 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(
-            steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
+            **{name: getattr(self, name) for name in ("steps", "checkpoint_every") if getattr(self, name) != AUTO},
         )
+        if self.epochs is not None:
+            require_positive(epochs=self.epochs)
+            require(math.isfinite(self.epochs), f"epochs must be finite, got {self.epochs}")
+            require(self.scheme != "alternating", f"epochs is not for scheme alternating, got {self.epochs}")
         require(math.isfinite(self.learning_rate), f"learning_rate must be finite, got {self.learning_rate}")
         if self.scheme == "alternating":
             self._check_stages(self.alternating)
@@ -127,15 +136,21 @@ class TrainConfig:
             f"decay_steps is for schedule steps, got {self.decay_steps} with {self.schedule}",
         )
         require(0.0 < self.decay_factor <= 1.0, f"decay_factor must be in (0, 1], got {self.decay_factor}")
+        if self.warmup_steps != AUTO:
+            require(
+                0 <= self.warmup_steps and (self.steps == AUTO or self.warmup_steps < self.steps),
+                f"need 0 <= warmup_steps < steps, got {self.warmup_steps} and {self.steps}",
+            )
         require(
-            0 <= self.warmup_steps < self.steps,
-            f"need 0 <= warmup_steps < steps, got {self.warmup_steps} and {self.steps}",
+            self.checkpoint_every != AUTO or self.evaluate_every in (0, AUTO),
+            f"evaluate_every must be 0 or auto where checkpoint_every is auto, got {self.evaluate_every}",
         )
-        require(
-            self.evaluate_every >= 0 and self.evaluate_every % self.checkpoint_every == 0,
-            "evaluate_every must be a multiple of checkpoint_every, got "
-            f"{self.evaluate_every} and {self.checkpoint_every}",
-        )
+        if self.evaluate_every != AUTO and self.checkpoint_every != AUTO:
+            require(
+                self.evaluate_every >= 0 and self.evaluate_every % self.checkpoint_every == 0,
+                "evaluate_every must be a multiple of checkpoint_every, got "
+                f"{self.evaluate_every} and {self.checkpoint_every}",
+            )
 
     def _check_stages(self, stages: AlternatingConfig) -> None:
         require(
@@ -143,7 +158,7 @@ class TrainConfig:
             f"steps must be the sum of alternating.steps, got {self.steps} and {stages.steps}",
         )
         require(
-            self.warmup_steps < min(stages.steps),
+            self.warmup_steps == AUTO or self.warmup_steps < min(stages.steps),
             f"warmup_steps must be less than the steps of each stage, got {self.warmup_steps} and {stages.steps}",
         )
         require(

@@ -9,6 +9,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.checks import AUTO
+from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
+
 Scales = tuple[float, ...]
 Sizes = Float[np.ndarray, "n 2"]
 
@@ -56,6 +60,29 @@ def fit_scales(sizes: Sizes, scales: Scales, anchors_of: Callable[[Scales], list
             if len(set(rounded)) == len(scales) and mean > reached:
                 best, reached = rounded, mean
     return best
+
+
+def anchor_sizes(model: ModelConfig, scales: Scales) -> list[Float[np.ndarray, "c 2"]]:
+    """Returns the (width, height) of the anchors of each scale, on all levels, in network pixels."""
+    rpn, strides = model.rpn, strides_of(model)
+
+    def on_level(scale: float, stride: int) -> np.ndarray:
+        base = rpn.anchor_base * stride / strides[0]
+        boxes = cell_anchors(base, (scale,), rpn.anchor_ratios, rounding=rpn.anchor_rounding).astype(np.float64)
+        return boxes[:, 2:] - boxes[:, :2]
+
+    return [np.concatenate([on_level(scale, stride) for stride in strides]) for scale in scales]
+
+
+def model_scales(model: ModelConfig, sizes: Sizes) -> Scales:
+    """Returns the anchor scales that fit boxes of these sizes best: as many as the model has.
+
+    Where `model.rpn.anchor_scales` is auto: one for a pyramid, whose levels differ already, otherwise four.
+    """
+    scales = model.rpn.anchor_scales
+    if scales == AUTO:
+        scales = (1.0,) if model.fpn is not None else (1.0, 2.0, 4.0, 8.0)
+    return fit_scales(sizes, scales, lambda scales: anchor_sizes(model, scales))
 
 
 def fit_sizes(sizes: Sizes, count: int) -> Float[np.ndarray, "c 2"]:

@@ -72,13 +72,18 @@ def identical(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
 
 
 def shifted_views(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
-    """Returns the pairs that show the same scene, shifted but not scaled; the highest correlation first."""
+    """Returns the pairs that show the same scene, shifted but not scaled; the highest correlation first.
+
+    If both lists are the same object, each pair of different images is compared once.
+    """
     shared = []
     coarse = [_spectra(_coarser(other.thumbnail), COARSER) for other in others]
     for first, one in enumerate(watched(traces, "comparing images", len(traces))):
         small = _coarser(one.thumbnail)
         own = _spectra(small, COARSER)
         for second, theirs in enumerate(coarse):
+            if others is traces and second <= first:
+                continue
             if _best_shift(own, theirs, small.size, COARSER)[0] < MIN_COARSE_CORRELATION:
                 continue
             pair = _spectra(_detail(one.thumbnail), 1), _spectra(_detail(others[second].thumbnail), 1)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.config.checks import fitted
 
 
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
@@ -33,9 +34,10 @@ def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, in
     Raises:
       ValueError: `size` fits no canvas; a single resized image always fits.
     """
-    fitting = [canvas for canvas in config.canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
+    canvases = fitted(config.canvases, "model.image.canvases")
+    fitting = [canvas for canvas in canvases if canvas[0] >= size[0] and canvas[1] >= size[1]]
     if not fitting:
-        raise ValueError(f"no canvas of {config.canvases} fits {size[0]} x {size[1]} pixels (height x width)")
+        raise ValueError(f"no canvas of {canvases} fits {size[0]} x {size[1]} pixels (height x width)")
     return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
 

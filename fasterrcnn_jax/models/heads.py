@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
@@ -27,7 +28,7 @@ class RpnHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
         rpn = config.rpn
-        anchors = len(rpn.anchor_scales) * len(rpn.anchor_ratios)
+        anchors = len(fitted(rpn.anchor_scales, "model.rpn.anchor_scales")) * len(rpn.anchor_ratios)
         self.convs = nnx.List(
             [
                 Conv(rpn.channels if i else in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)

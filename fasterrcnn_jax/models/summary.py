@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.models.detector import Detector, create_detector, shared_features, split
 from fasterrcnn_jax.models.roi_heads import detections_in_regions
 from fasterrcnn_jax.ops.anchors import anchors_of, strides_of
@@ -42,7 +43,7 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
     Args:
       num_classes: number of classes without background.
     """
-    canvas = max(config.image.canvases, key=lambda sides: sides[0] * sides[1])
+    canvas = max(fitted(config.image.canvases, "model.image.canvases"), key=lambda sides: sides[0] * sides[1])
     names = tuple(f"class{i}" for i in range(num_classes))
     model = nnx.eval_shape(lambda: create_detector(config, names, seed=0))
     images = jax.ShapeDtypeStruct((1, *canvas, 3), config.image.pixel_dtype)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError
 
 
@@ -89,12 +90,13 @@ def strides_of(config: ModelConfig) -> tuple[int, ...]:
 def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> AnchorGrid:
     """Returns the anchors of feature maps with the (rows, columns) in `grids`, fine to coarse."""
     rpn, strides = config.rpn, strides_of(config)
+    scales = fitted(rpn.anchor_scales, "model.rpn.anchor_scales")
     canvas = [cells * strides[0] for cells in grids[0]]
     anchors, corners = [], []
     for grid_hw, stride in zip(grids, strides, strict=True):
         cells = cell_anchors(
             rpn.anchor_base * stride / strides[0],
-            rpn.anchor_scales,
+            scales,
             rpn.anchor_ratios,
             rounding=rpn.anchor_rounding,
         )
@@ -104,7 +106,7 @@ def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> Ancho
         anchors.append(grid_anchors(cells, grid_hw, apart, centre=rpn.anchor_centre))
         corners.append(np.repeat(cell_corners(grid_hw, (stride, stride)), len(cells), axis=0))
     sizes = tuple(len(level) for level in anchors)
-    per_cell = len(rpn.anchor_scales) * len(rpn.anchor_ratios)
+    per_cell = len(scales) * len(rpn.anchor_ratios)
     return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, per_cell)
 
 

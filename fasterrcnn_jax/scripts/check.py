@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fasterrcnn_jax.config import ModelConfig, RpnConfig
+from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.checks import AUTO
 from fasterrcnn_jax.data import check, sources
-from fasterrcnn_jax.data.anchor_scales import Scales, fit_scales, fit_sizes, size_iou
+from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
 from fasterrcnn_jax.data.shapes import make_shapes
@@ -26,7 +27,7 @@ from fasterrcnn_jax.data.sources import guess
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
-from fasterrcnn_jax.ops.anchors import cell_anchors, strides_of
+from fasterrcnn_jax.ops.anchors import strides_of
 from fasterrcnn_jax.scripts import cli
 
 # A sheet shows at most SHEET images, COLUMNS in a row; the longer side of each has SIDE pixels.
@@ -128,18 +129,13 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         return ["anchors    no fit: the data set has no boxes"]
     rpn, strides = model.rpn, strides_of(model)
 
-    def anchors_of(scales: Scales) -> list[np.ndarray]:
-        return [
-            np.concatenate([_cell_sizes(rpn, rpn.anchor_base * stride / strides[0], scale) for stride in strides])
-            for scale in scales
-        ]
-
     def line(name: str, anchors: np.ndarray, words: str) -> str:
         iou = size_iou(sizes, anchors).max(axis=1)
         return f"{name:10} {iou.mean():8.3f} {(iou >= rpn.fg_iou).mean():10.1%}  {words}"
 
-    fitted = fit_scales(sizes, rpn.anchor_scales, anchors_of)
-    configured = np.concatenate(anchors_of(rpn.anchor_scales))
+    best = model_scales(model, sizes)
+    given = best if rpn.anchor_scales == AUTO else rpn.anchor_scales
+    configured = np.concatenate(anchor_sizes(model, given))
     free = fit_sizes(sizes, min(len(configured), len(sizes)))
     ratios = " ".join(f"{ratio:g}" for ratio in rpn.anchor_ratios)
     small = (sizes.min(axis=1) < strides[0]).mean()
@@ -147,15 +143,10 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         f"anchors    for {dataset.name} at network scale ({model.image.short_side} to {model.image.long_side} pixels); "
         f"{small:.1%} of the boxes are narrower than a feature cell",
         f"{'':10} {'mean IoU':>8} {f'>= {rpn.fg_iou:g}':>10}",
-        line(name, configured, f"anchor_scales {_words(rpn.anchor_scales)}, ratios {ratios}"),
-        line("k-means", np.concatenate(anchors_of(fitted)), f"--model.rpn.anchor_scales {_words(fitted)}"),
+        line(name, configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
+        line("k-means", np.concatenate(anchor_sizes(model, best)), f"--model.rpn.anchor_scales {_words(best)}"),
         line("any shape", free, " ".join(f"{width:.0f}x{height:.0f}" for width, height in free)),
     ]
-
-
-def _cell_sizes(rpn: RpnConfig, base: float, scale: float) -> np.ndarray:
-    boxes = cell_anchors(base, (scale,), rpn.anchor_ratios, rounding=rpn.anchor_rounding).astype(np.float64)
-    return boxes[:, 2:] - boxes[:, :2]
 
 
 def _words(scales: Scales) -> str:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.config.checks import fitted
 
 # Of a leaf, as JAX gives it: keys and indices from the root on.
 KeyPath = tuple[Any, ...]
@@ -17,14 +18,15 @@ KeyPath = tuple[Any, ...]
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     """Returns the learning-rate schedule: linear warm-up from above zero, then steps down or a cosine to zero."""
+    warmup_steps, steps = fitted(config.warmup_steps, "train.warmup_steps"), fitted(config.steps, "train.steps")
     if config.schedule == "cosine":
-        first = config.learning_rate / max(config.warmup_steps, 1)
-        return optax.warmup_cosine_decay_schedule(first, config.learning_rate, config.warmup_steps, config.steps, 0.0)
+        first = config.learning_rate / max(warmup_steps, 1)
+        return optax.warmup_cosine_decay_schedule(first, config.learning_rate, warmup_steps, steps, 0.0)
 
     def schedule(step: ArrayLike) -> Array:
         passed = jnp.asarray(step, jnp.float32)
-        first = 1.0 / max(config.warmup_steps, 1)
-        warmup = jnp.minimum(first + (1.0 - first) * passed / max(config.warmup_steps, 1), 1.0)
+        first = 1.0 / max(warmup_steps, 1)
+        warmup = jnp.minimum(first + (1.0 - first) * passed / max(warmup_steps, 1), 1.0)
         falls = (passed >= jnp.asarray(config.decay_steps, jnp.float32)).sum()
         return config.learning_rate * warmup * config.decay_factor ** falls.astype(jnp.float32)
 
@@ -33,7 +35,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 def learning_rates(config: TrainConfig) -> list[float]:
     """Returns the learning rate of every step, in order."""
-    steps = jnp.arange(config.steps, dtype=jnp.int32)
+    steps = jnp.arange(fitted(config.steps, "train.steps"), dtype=jnp.int32)
     return jax.jit(jax.vmap(learning_rate_schedule(config)))(steps).tolist()
 
 
