@@ -81,6 +81,9 @@ class DataConfig:
     """fractions (training, validation) or (training, validation, test) by which the images of train_split are divided
     into the splits train, val and test, by train.seed, with near copies of an image on one side; one number is the
     fraction for training; auto: 0.8 where the data set has one split; empty: the data set's own splits"""
+    split_of: str | None = None
+    """the split that data.split divides; None: train_split. A run stores it here and names the parts in train_split and
+    test_split"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False

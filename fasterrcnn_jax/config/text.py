@@ -58,6 +58,8 @@ def _type_name(kind: Any) -> str:
         return " or ".join(map(repr, alternatives))
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(_type_name, alternatives))
+    if kind is type(None):
+        return "None"
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
 
 
