@@ -54,9 +54,29 @@ def _taken(lock: BaseFileLock, run: Path) -> str | None:
     return None
 
 
+def config_path(run: Path) -> Path:
+    """Returns the file of the configuration."""
+    return run / "config.json"
+
+
 def write_config(config: Config, run: Path) -> None:
     """Writes config.json. A run continues with the copy in its checkpoint, not with this file."""
-    write_atomically(run / "config.json", to_json(config))
+    write_atomically(config_path(run), to_json(config))
+
+
+def division_path(run: Path) -> Path:
+    """Returns the file that says which image is in which part of a divided split."""
+    return run / "splits.json"
+
+
+def is_unused(run: Path) -> bool:
+    """Returns whether a folder is missing, or holds only what a run writes before its first step."""
+    before = {".lock", division_path(run).name, CHECKPOINTS}
+    return not run.exists() or (
+        run.is_dir()
+        and all(path.name in before for path in run.iterdir())
+        and not any(checkpoints_folder(run).glob("*"))
+    )
 
 
 def metrics_path(run: Path) -> Path:
