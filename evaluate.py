@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: python evaluate.py --ckpt runs/shapes
+"""Evaluates a checkpoint: python evaluate.py runs/shapes, or --ckpt runs/shapes
 
 The model and the configuration come from the checkpoint. Prints the average precision per class, and writes the
 detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the RPN's proposals cover.
@@ -42,7 +42,7 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    arguments = tyro.cli(Arguments, description=__doc__, args=cli.with_flag(argv, "--ckpt"), use_underscores=True)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     config = checkpoint.load_run_config(arguments.ckpt)

@@ -1,8 +1,10 @@
-"""Your own images in a VOC folder: a thin ResNet-18 at 320 x 240 pixels, trained from random weights on a CPU or GPU.
+"""Your own images, in a folder as a labelling tool writes it: a thin ResNet-18, trained from random weights.
 
-    python train.py --config configs/folder.py --data.root FOLDER --data.class_names NAME NAME --run runs/NAME
+    fasterrcnn-jax train FOLDER
+    python train.py --config configs/folder.py --data.root FOLDER
 
-It suits objects of roughly 15 to 200 pixels in an image whose shorter side is resized to 240 pixels.
+The layout, the classes and the splits are recognised; the input size, the anchors and the number of steps are fitted to
+the images. Every fitted value is printed and stored in the run folder.
 """
 
 from pathlib import Path
@@ -24,16 +26,19 @@ from fasterrcnn_jax.config import (
 from fasterrcnn_jax.config.families import IMAGENET_RGB
 
 config = Config(
-    run=Path("runs/folder"),
+    run=Path("runs/{data}"),
+    size="auto",
     data=DataConfig(
         root=Path("data/folder"),
+        layout="auto",
+        split="auto",
         keep_empty=True,
         flip="random",
         crop_aspect=None,
         rank_by_aspect=False,
     ),
     model=ModelConfig(
-        image=ImageConfig(short_side=240, long_side=320, canvases=((240, 320), (320, 240)), **IMAGENET_RGB),
+        image=ImageConfig(short_side=320, long_side=320, canvases="auto", **IMAGENET_RGB),
         backbone=BackboneConfig(
             name="resnet18",
             width=32,
@@ -44,7 +49,7 @@ config = Config(
             mask_padding=True,
         ),
         rpn=RpnConfig(
-            anchor_scales=(1.25, 2.5, 5.0, 10.0),
+            anchor_scales="auto",
             anchor_rounding="none",
             allowed_border=None,
             channels=128,
@@ -58,7 +63,7 @@ config = Config(
         postprocess=PostprocessConfig(nms_threshold=0.4),
     ),
     train=TrainConfig(
-        steps=600,
+        steps="auto",
         batch_size=4,
         optimizer="adamw",
         learning_rate=1e-3,
@@ -67,8 +72,8 @@ config = Config(
         double_bias=False,
         double_objectness=False,
         clip_norm=10.0,
-        warmup_steps=30,
-        checkpoint_every=200,
-        evaluate_every=200,
+        warmup_steps="auto",
+        checkpoint_every="auto",
+        evaluate_every="auto",
     ),
 )

@@ -4,9 +4,12 @@ A configuration file is Python code that builds one `Config` named `config`. A m
 form.
 """
 
+import ast
 import dataclasses
+import inspect
 import json
 import runpy
+import textwrap
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -61,6 +64,18 @@ def _type_name(kind: Any) -> str:
     if kind is type(None):
         return "None"
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Returns the text under each field in the source of a configuration class, as one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    texts, name = {}, ""
+    for node in definition.body:  # pyright: ignore[reportAttributeAccessIssue] - a class
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            texts[name] = " ".join(str(node.value.value).split())
+    return texts
 
 
 def to_json(config: Config | ModelConfig) -> str:

@@ -94,6 +94,8 @@ class TrainConfig:
     evaluate_every: int | Auto = 0
     """steps between the evaluations that select the best checkpoint, a multiple of checkpoint_every; 0: evaluate only
     after the last step; auto: at every checkpoint"""
+    patience: int | None = None
+    """end the training after this many evaluations in a row without a higher best_metric; None: never"""
     best_split: str | None = None
     """split that selects the best checkpoint; it should not be a split on which you report results; None:
     data.test_split"""
@@ -111,6 +113,9 @@ class TrainConfig:
             require_positive(epochs=self.epochs)
             require(math.isfinite(self.epochs), f"epochs must be finite, got {self.epochs}")
             require(self.scheme != "alternating", f"epochs is not for scheme alternating, got {self.epochs}")
+        if self.patience is not None:
+            require_positive(patience=self.patience)
+            require(self.evaluate_every != 0, f"patience needs evaluate_every, got {self.patience} with 0")
         require(math.isfinite(self.learning_rate), f"learning_rate must be finite, got {self.learning_rate}")
         if self.scheme == "alternating":
             self._check_stages(self.alternating)

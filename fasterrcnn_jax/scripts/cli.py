@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import tyro
 from fasterrcnn_jax import configs
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.rules import unread_fields
-from fasterrcnn_jax.config.text import check_types, load_config
+from fasterrcnn_jax.config.text import check_types, field_help, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, import_class
 from fasterrcnn_jax.zoo import load
@@ -28,10 +29,33 @@ ERROR_STATUS = 2
 # Not empty where this process is one script: then an error may end it.
 _program: list[bool] = []
 CONFIGS = Path(configs.__file__).parent
+# The configuration for a folder of labelled images.
+START = CONFIGS / "folder.py"
+# The fields in the short help text.
+IMPORTANT = (
+    "data.root",
+    "data.layout",
+    "data.class_names",
+    "data.train_split",
+    "data.test_split",
+    "data.split",
+    "run",
+    "init",
+    "size",
+    "train.epochs",
+    "train.steps",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.patience",
+    "train.seed",
+)
 
 
 def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
     """Returns the configuration of `--config FILE`, with every other argument applied to its field.
+
+    The first argument may be the subject without a flag: a folder of labelled images, read as `data.root` of the
+    configuration START unless `--config` is given, or a configuration file.
 
     Exits with status 2 and one message if an argument is unknown or its value is invalid.
 
@@ -39,12 +63,20 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
       InputError: the file cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        is_file = argv[0].endswith(".py")
+        argv = [*(("--config",) if is_file else ("--data.root",)), *argv]
+        argv += [] if is_file or _config_path(argv) else ["--config", str(START)]
     path = _config_path(argv)
-    if path is None and {"-h", "--help"} & set(argv):
-        path = CONFIGS / "shapes.py"
+    asked = {"-h", "--help", "--help_all"} & set(argv)
+    if path is None and asked:
+        path = START
     if path is None:
-        raise InputError("--config FILE is missing, for example --config configs/shapes.py")
+        raise InputError("give a folder of labelled images, or --config FILE, for example --config configs/shapes.py")
     default = load_config(path)
+    if asked and "--help_all" not in asked:
+        print(short_help(default, path, description))
+        sys.exit(0)
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
@@ -55,7 +87,7 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
     parsed = tyro.cli(
         CommandLine,
         description=description,
-        args=argv,
+        args=["--help" if argument == "--help_all" else argument for argument in argv],
         default=CommandLine(path, default),
         use_underscores=True,
         config=(tyro.conf.AvoidSubcommands,),
@@ -64,6 +96,26 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
     for sentence in unread_fields(parsed.fields):
         logger.warning("%s", sentence)
     return parsed.fields
+
+
+def short_help(config: Config, path: Path, description: str | None) -> str:
+    """Returns the help text with the fields that most runs set; `--help_all` shows all of them."""
+    lines = [f"usage: {Path(sys.argv[0]).name} [FOLDER | CONFIG.py] [--config FILE] [--FIELD VALUE ...]", ""]
+    lines += [(description or "").strip(), "", f"fields that most runs set, with the values of {path}:", ""]
+    for name in IMPORTANT:
+        *parts, field = name.split(".")
+        owner = functools.reduce(getattr, parts, config)
+        value = getattr(owner, field)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"  --{name} (default: {shown or 'empty'})")
+        lines += textwrap.wrap(field_help(type(owner))[field], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join([*lines, "", "--help_all shows all fields"])
+
+
+def with_flag(argv: list[str] | None, flag: str) -> list[str]:
+    """Returns the arguments with `flag` before the ones that lead without a flag: `evaluate RUN` is `--ckpt RUN`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def load_model(path: Path, backbone: str | None) -> Detector:
