@@ -1,0 +1,62 @@
+"""Estimates how long a training will take, from its first steps."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# The estimate is made after this many steps.
+STEPS = 10
+# Seconds of detection per image over seconds of training per image: the forward pass is about a third of a step.
+DETECTION = 0.4
+# Seconds to compile detection on one canvas over seconds to compile a training step.
+DETECTION_COMPILATION = 0.6
+
+
+class TimedStep(NamedTuple):
+    canvas: tuple[int, int]  # size of its images; the first step on a canvas compiles the network
+    seconds: float
+
+
+def expected_seconds(
+    timed: Sequence[TimedStep],
+    *,
+    steps: int,
+    batch_size: int,
+    canvases: int,
+    evaluations: int,
+    evaluated: int,
+    evaluated_canvases: int,
+) -> float:
+    """Returns the expected seconds after the timed steps.
+
+    Args:
+      timed: the first steps of this start.
+      steps: number of steps that are left.
+      canvases: number of canvases of the training images.
+      evaluations: number of evaluations that are left.
+      evaluated: number of images in each of them.
+      evaluated_canvases: number of canvases of these images.
+    """
+    first, later = {}, []
+    for step in timed:
+        if step.canvas in first:
+            later.append(step.seconds)
+        else:
+            first[step.canvas] = step.seconds
+    typical = statistics.median(later or first.values())
+    compilation = max(0.0, statistics.mean(first.values()) - typical)
+    detection = typical / batch_size * DETECTION * evaluated
+    return (
+        steps * typical
+        + compilation * max(0, canvases - len(first))
+        + evaluations * detection
+        + (compilation * DETECTION_COMPILATION * evaluated_canvases if evaluations else 0.0)
+    )
+
+
+def in_words(seconds: float) -> str:
+    """Returns a duration such as 45 s, 12 min or 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
