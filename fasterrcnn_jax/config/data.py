@@ -52,13 +52,24 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: a folder in VOC layout, a VOCdevkit, COCO JSON, or a data set of TensorFlow Datasets (TFDS)."""
+    """Labelled images: a folder as a labelling tool writes it, or a data set of TensorFlow Datasets (TFDS)."""
 
     root: Path
-    """folder of the data set; layout voc: contains JPEGImages, Annotations and ImageSets/Main; vocdevkit: contains
-    VOC2007 and VOC2012; coco: contains the annotations and the images; tfds: the data_dir of TFDS"""
-    layout: Literal["voc", "vocdevkit", "coco", "tfds"] = "voc"
-    """file layout of root"""
+    """folder of the data set; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the data_dir of TFDS; every other
+    layout: contains the annotations and the images"""
+    layout: Literal["auto", "voc", "vocdevkit", "coco", "yolo", "labelme", "csv", "tfds"] = "voc"
+    """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
+    class names and the splits that are not there"""
+    voc_images: str = "JPEGImages"
+    """layout voc: folder of a split's images, relative to root; may contain {split}"""
+    voc_annotations: str = "Annotations"
+    """layout voc: folder of a split's XML files, relative to root; may contain {split}"""
+    voc_lists: str | None = "ImageSets/Main/{split}.txt"
+    """layout voc: list of a split's images, relative to root; None: a split is every image and every XML file in its
+    folders"""
+    voc_counts_from: Literal[0, 1] = 1
+    """layouts voc and vocdevkit: 1: corners are whole pixels counted from 1, and the last one is included, as in PASCAL
+    VOC; 0: corners are continuous coordinates from 0, as CVAT writes them"""
     coco_annotations: str = "annotations/instances_{split}.json"
     """layout coco: annotation file of a split, relative to root"""
     coco_images: str = "{split}"

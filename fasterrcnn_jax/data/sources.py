@@ -20,13 +20,12 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import image_size, read_image
+from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS
 from fasterrcnn_jax.data.records import Dataset, ImageRecord
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 _VOC_ARCHIVES = {
     "2007": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar",
