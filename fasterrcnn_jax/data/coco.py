@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
     FAULTY_OBJECT,
@@ -27,7 +28,8 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names
+from fasterrcnn_jax.data.links import Guard, link_guard
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names, joined_names
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -69,6 +71,8 @@ def read_coco(
     class_names: tuple[str, ...],
     *,
     faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
 ) -> Dataset:
     """Returns the records of one annotation file, sorted by image id; a record's id is the image id.
 
@@ -82,18 +86,20 @@ def read_coco(
       class_names: label k is class_names[k - 1]; names are compared exactly.
       faults: "skip" skips the image or the annotation with a fault. A fault of the whole file, an image id
         that appears twice, and a file_name outside the folder are always errors.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
     """
-    path, folder = Path(annotation_path), Path(image_folder)
+    path, folder, guard = Path(annotation_path), Path(image_folder), link_guard(within)
     check_class_names(class_names)
-    content = _load(path)
+    content = _load(path, guard)
     name_of = _categories(path, content)
     id_of = {name: category_id for category_id, name in name_of.items()}
     absent = [name for name in class_names if name not in id_of]
     if absent:
-        raise InputError(f"{path}, categories: no category is named {absent[0]!r}; the file has {', '.join(id_of)}")
+        raise InputError(f"{path}, categories: no category is named {absent[0]!r}; the file has {joined_names(id_of)}")
     label_of = {id_of[name]: label for label, name in enumerate(class_names, start=1)}
 
     found = defaultdict(list)
@@ -112,7 +118,8 @@ def read_coco(
         field = f"{path}, image {image_id}"
         image_path = _image_path(items[0], folder, field)
         with skipping(FAULTY_IMAGE, found, faults):
-            images[image_id] = (image_path, *_frame(items[0], image_path, field, found))
+            guard(image_path)
+            images[image_id] = (image_path, *_frame(items[0], image_path, field, found, max_pixels))
     objects = {image_id: [] for image_id in places}
     seen = set()
     for number, item in enumerate(_list(path, content, "annotations")):
@@ -127,7 +134,7 @@ def read_coco(
                 raise InputError(f"{field}, image_id: the file has no image with id {image_id}")
             # Annotations of a skipped image are skipped with it.
             if image_id in images:
-                label = _label(item, field, label_of, name_of)
+                label = _label(item, field, label_of, name_of, class_names)
                 row = _object(item, field, label, images[image_id][1], found)
                 if row is not None:
                     objects[image_id].append(row)
@@ -147,13 +154,18 @@ def read_coco(
     return Dataset(str(path), tuple(class_names), tuple(records), notes_of(findings), tuple(label_of), findings)
 
 
-def category_names(annotation_path: Path | str) -> tuple[str, ...]:
-    """Returns the names of the file's categories in the order of their ids."""
-    names = _categories(Path(annotation_path), _load(Path(annotation_path)))
+def category_names(annotation_path: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
+    """Returns the names of the file's categories in the order of their ids.
+
+    Args:
+      within: as in `read_coco`.
+    """
+    names = _categories(Path(annotation_path), _load(Path(annotation_path), link_guard(within)))
     return tuple(names[category_id] for category_id in sorted(names))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, guard: Guard) -> dict[str, Any]:
+    guard(path)
     check_regular(path)
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -176,16 +188,17 @@ def _list(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]]
 
 
 def _categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
-    names = {}
+    names, used = {}, set()
     for number, item in enumerate(_list(path, content, "categories")):
         field = f"{path}, categories[{number}]"
         category_id, name = _id(item, "id", field), item.get("name")
         # JSON can contain unpaired surrogates, which cannot be written to a file or a terminal.
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or re.search(r"[\ud800-\udfff]", name):
             raise InputError(f"{field}, name: must be text of at most {MAX_NAME} characters, {_got(item, 'name')}")
-        if category_id in names or name in names.values():
-            raise InputError(f"{field}: id {category_id} or name {name!r} appears twice in categories")
+        if category_id in names or name in used:
+            raise InputError(f"{field}: id {category_id} or name {quoted(name)} appears twice in categories")
         names[category_id] = name
+        used.add(name)
     return names
 
 
@@ -203,22 +216,25 @@ def _image_path(item: dict[str, Any], folder: Path, field: str) -> Path:
     return folder / name
 
 
-def _frame(item: dict[str, Any], path: Path, field: str, found: Found) -> tuple[tuple[int, int], bool]:
+def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
     if "width" not in item and "height" not in item:
         found[NO_SIZE].append(field)
-        return annotated_frame(path, None, field, found)
-    return annotated_frame(path, (_number(item, "height", field), _number(item, "width", field)), field, found)
+        return annotated_frame(path, None, field, found, max_pixels=max_pixels)
+    stated = _number(item, "height", field), _number(item, "width", field)
+    return annotated_frame(path, stated, field, found, max_pixels=max_pixels)
 
 
-def _label(item: dict[str, Any], field: str, label_of: dict[int, int], name_of: dict[int, str]) -> int:
+def _label(
+    item: dict[str, Any], field: str, label_of: dict[int, int], name_of: dict[int, str], class_names: tuple[str, ...]
+) -> int:
     category_id = _id(item, "category_id", field)
     if category_id not in name_of:
         raise InputError(f"{field}, category_id: the file has no category with id {category_id}")
     if category_id not in label_of:
-        known = ", ".join(name_of[known_id] for known_id in label_of)
         raise InputError(
-            f"{field}, category_id: {category_id} ({name_of[category_id]!r}) is not one of the classes {known}"
+            f"{field}, category_id: {category_id} ({quoted(name_of[category_id])}) is not one of the classes "
+            f"{joined_names(class_names)}"
         )
     return label_of[category_id]
 
@@ -254,8 +270,9 @@ def _object(item: dict[str, Any], field: str, label: int, image_hw: tuple[int, i
 
 
 def _id(item: dict[str, Any], key: str, field: str) -> int:
-    if type(item.get(key)) is not int:  # a bool is also an int
-        raise InputError(f"{field}, {key}: must be an integer, {_got(item, key)}")
+    # A bool is also an int. Longer integers can be chosen so that all have one hash value, and no dict is fast then.
+    if type(item.get(key)) is not int or abs(item[key]) >= 2**63:
+        raise InputError(f"{field}, {key}: must be an integer of at most 64 bits, {_got(item, key)}")
     return item[key]
 
 

@@ -20,7 +20,7 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import image_size, read_image
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, joined_names
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -58,18 +58,26 @@ def read(data: DataConfig, split: str) -> Dataset:
     """Returns the same as `open_split`, but decodes no image and logs nothing."""
     names = split.split("+")
     if not data.class_names:
-        found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
+        found = joined_names(
+            sorted({class_name for name in names for class_name in _class_names(data, name)}), most=1000
+        )
         raise InputError(f"data.class_names is empty; give class names, the objects in {data.root} are named: {found}")
     return _joined([read_split(data, name) for name in names])
 
 
 def read_split(data: DataConfig, name: str) -> Dataset:
     """Returns the records of one split; pixels are not decoded."""
+    options = {"faults": data.faults, "max_pixels": data.max_pixels, "within": _within(data)}
     if data.tfds_name is not None:  # of layout tfds alone, and always
-        return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, faults=data.faults)
+        return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, **options)
     if data.layout == "coco":
-        return coco.read_coco(*_coco_place(data, name), data.class_names, faults=data.faults)
-    return voc.read_voc(*_voc_place(data, name), data.class_names, faults=data.faults)
+        return coco.read_coco(*_coco_place(data, name), data.class_names, **options)
+    return voc.read_voc(*_voc_place(data, name), data.class_names, **options)
+
+
+def _within(data: DataConfig) -> Path | None:
+    """Returns the folder that symbolic links must not lead out of, or None."""
+    return None if data.follow_links else data.root
 
 
 def with_class_names(data: DataConfig) -> DataConfig:
@@ -85,13 +93,19 @@ def with_class_names(data: DataConfig) -> DataConfig:
 
 def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
     if data.tfds_name is not None:
-        return tfds.class_names_of(data.root, data.tfds_name)
+        return tfds.class_names_of(data.root, data.tfds_name, within=_within(data))
     if data.layout == "coco":
-        return coco.category_names(_coco_place(data, name)[0])
-    return voc.class_names_in(*_voc_place(data, name))
+        return coco.category_names(_coco_place(data, name)[0], within=_within(data))
+    return voc.class_names_in(*_voc_place(data, name), within=_within(data))
 
 
-def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def open_images(
+    folder: Path,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+) -> Dataset:
     """Returns the images of a folder, sorted by name, without objects; the file name is the id.
 
     Images are turned as EXIF says, as image viewers show them. Files without an image extension and subfolders are
@@ -100,6 +114,7 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
     Args:
       class_names: the class names of the detector that predicts on the images.
       faults: "skip" skips images that cannot be decoded; every image is then decoded once to find them.
+      max_pixels: an image with more pixels is a fault.
 
     Raises:
       InputError: the folder is missing or has no image, or a file with an image extension is not an image.
@@ -114,7 +129,7 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
             continue
         with skipping(FAULTY_IMAGE, found, faults):
             if faults == "skip":
-                read_image(path)
+                read_image(path, max_pixels=max_pixels)
             arrays = (
                 np.zeros((0, 4), np.float32),
                 none.astype(np.int32),
@@ -122,7 +137,8 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
                 none.astype(bool),
                 none,
             )
-            records.append(ImageRecord(path.name, path, image_size(path, upright=True), *arrays, upright=True))
+            image_hw = image_size(path, upright=True, max_pixels=max_pixels)
+            records.append(ImageRecord(path.name, path, image_hw, *arrays, upright=True))
     findings = findings_of(found)
     ids = tuple(range(1, len(class_names) + 1))
     notes = notes_of(findings)
@@ -219,10 +235,10 @@ def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
     years = sorted(path for path in root.glob("VOC[0-9][0-9][0-9][0-9]") if voc.splits(path))
     if voc.splits(root):
         places = {name: (root, name) for name in voc.splits(root)}
-        return DataConfig(root=root, class_names=_names(places)), tuple(places)
+        return DataConfig(root=root, class_names=_names(places, root)), tuple(places)
     if years:
         places = {f"{path.name[3:]}_{name}": (path, name) for path in years for name in voc.splits(path)}
-        return DataConfig(root=root, layout="vocdevkit", class_names=_names(places)), tuple(places)
+        return DataConfig(root=root, layout="vocdevkit", class_names=_names(places, root)), tuple(places)
     files = sorted(root.glob("annotations/instances*.json")) or sorted(root.glob("instances*.json"))
     if not files:
         raise InputError(
@@ -239,13 +255,13 @@ def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
         for folder in _IMAGE_FOLDERS
         if all((root / folder.replace("{split}", split)).is_dir() for split in splits)
     )
-    names = coco.category_names(root / pattern.replace("{split}", splits[0]))
+    names = coco.category_names(root / pattern.replace("{split}", splits[0]), within=root)
     data = DataConfig(root=root, layout="coco", coco_annotations=pattern, coco_images=images, class_names=names)
     return data, splits
 
 
-def _names(places: dict[str, tuple[Path, str]]) -> tuple[str, ...]:
-    names = {name for place in places.values() for name in voc.class_names_in(*place)}
+def _names(places: dict[str, tuple[Path, str]], root: Path) -> tuple[str, ...]:
+    names = {name for place in places.values() for name in voc.class_names_in(*place, within=root)}
     if not names:
         raise InputError(f"{next(iter(places.values()))[0]}: no image in its lists has a named object")
     return tuple(sorted(names))

@@ -17,6 +17,7 @@ from typing import Literal, overload
 
 import numpy as np
 
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
     FAULTY_OBJECT,
@@ -28,7 +29,8 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names
+from fasterrcnn_jax.data.links import Guard, link_guard
+from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names, joined_names
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -55,7 +57,15 @@ OTHER_IMAGE = "A <filename> that names another image was ignored"
 NO_SIZE = "A <size> of 0 x 0 was replaced by the size of the image file"
 
 
-def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def read_voc(
+    root: Path | str,
+    split: str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
+) -> Dataset:
     """Returns the records of one split, in the order of its list.
 
     Every annotation is parsed and the header of every image is read; pixels are not decoded. An image
@@ -67,6 +77,8 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
       class_names: label k is class_names[k - 1]; names are compared exactly, without surrounding blanks.
       faults: "skip" skips the image or the object with a fault. A fault of the list or of the folders is
         always an error.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
@@ -76,7 +88,8 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
     label_of = {name: label for label, name in enumerate(class_names, start=1)}
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    list_path = _list_path(root, split)
+    guard = link_guard(within)
+    list_path = _list_path(root, split, guard)
     # Listing both folders once is faster than testing several names per image, and it compares upper and lower case
     # on every file system.
     images, annotations = _file_names(root / "JPEGImages"), _file_names(root / "Annotations")
@@ -88,9 +101,11 @@ def read_voc(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
         with skipping(FAULTY_IMAGE, found, faults):
             if xml_path.name not in annotations:
                 raise InputError(f"{xml_path}: no such annotation file, but {where} lists it")
+            guard(xml_path)
             annotation = _parse(xml_path)
             image_path = _image_path(root / "JPEGImages", image_id, images, annotation, xml_path, where, found)
-            image_hw, upright = _frame(annotation, xml_path, image_path, found)
+            guard(image_path)
+            image_hw, upright = _frame(annotation, xml_path, image_path, found, max_pixels)
             boxes, labels, difficult = [], [], []
             for number, element in enumerate(annotation.findall("object"), start=1):
                 field = f"{xml_path}, object {number}"
@@ -113,29 +128,37 @@ def splits(root: Path | str) -> tuple[str, ...]:
     """Returns the names of the lists, without VOC's lists of one class (cat_train if there is also train)."""
     folder = Path(root) / "ImageSets" / "Main"
     names = sorted(path.stem for path in folder.glob("*.txt")) if folder.is_dir() else []
-    return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in names)
+    known = set(names)
+    return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
 
-def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
-    """Returns the sorted class names of the objects of one split; for a message, so faults are ignored."""
-    root = Path(root)
+def class_names_in(root: Path | str, split: str, *, within: Path | None = None) -> tuple[str, ...]:
+    """Returns the sorted class names of the objects of one split; for a message, so faults are ignored.
+
+    Args:
+      within: as in `read_voc`.
+    """
+    root, guard = Path(root), link_guard(within)
     names = set()
     images, annotations = _file_names(root / "JPEGImages"), _file_names(root / "Annotations")
-    for image_id, _ in _read_list(_list_path(root, split), images, annotations, defaultdict(list)):
+    for image_id, _ in _read_list(_list_path(root, split, guard), images, annotations, defaultdict(list)):
         with contextlib.suppress(InputError):
             if f"{image_id}.xml" in annotations:
-                annotation = _parse(root / "Annotations" / f"{image_id}.xml")
+                path = root / "Annotations" / f"{image_id}.xml"
+                guard(path)
+                annotation = _parse(path)
                 names.update((element.findtext("name") or "").strip() for element in annotation.findall("object"))
     return tuple(sorted(names - {""}))
 
 
-def _list_path(root: Path, split: str) -> Path:
+def _list_path(root: Path, split: str, guard: Guard) -> Path:
     folder = root / "ImageSets" / "Main"
     path = folder / f"{split}.txt"
     if not split or re.search(r"[/\\\0]", split):
         raise InputError(f"split must be the name of a list in {folder}, got {split!r}")
     if not path.is_file():
-        raise InputError(f"{path}: no such list; the existing splits are: {', '.join(splits(root)) or 'none'}")
+        raise InputError(f"{path}: no such list; the existing splits are: {joined_names(splits(root)) or 'none'}")
+    guard(path)
     return path
 
 
@@ -143,6 +166,10 @@ def _file_names(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a VOC folder contains JPEGImages, Annotations and ImageSets/Main")
     return {path.name for path in folder.iterdir()}
+
+
+# What VOC's lists of one class say about an image.
+_SECOND_COLUMNS = ("0", "1", "-0", "-1", "+0", "+1")
 
 
 def _read_list(path: Path, images: set[str], annotations: set[str], found: Found) -> list[tuple[str, str]]:
@@ -158,7 +185,9 @@ def _read_list(path: Path, images: set[str], annotations: set[str], found: Found
             continue
         where = f"{path} line {number}"
         # The longest reading that names an existing file is used: names may contain blanks and dots, or end in " 1".
-        first_column = re.sub(r"\s+[+-]?[01]$", "", line)
+        first_column, second_column = (*line.rsplit(None, 1), "")[:2]
+        if second_column not in _SECOND_COLUMNS:
+            first_column = line
         readings = [line, _without_extension(line), first_column, _without_extension(first_column)]
         exists = [r for r in readings if f"{r}.xml" in annotations or any(r + e in images for e in EXTENSIONS)]
         image_id = exists[0] if exists else readings[-1]
@@ -230,7 +259,7 @@ def _image_path(
 
 
 def _frame(
-    annotation: ElementTree.Element, xml_path: Path, image_path: Path, found: Found
+    annotation: ElementTree.Element, xml_path: Path, image_path: Path, found: Found, max_pixels: int
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
     field = f"{xml_path}, size"
@@ -241,13 +270,13 @@ def _frame(
         if stated == (0, 0):
             found[NO_SIZE].append(str(xml_path))
             stated = None
-    return annotated_frame(image_path, stated, field, found)
+    return annotated_frame(image_path, stated, field, found, max_pixels=max_pixels)
 
 
 def _label(element: ElementTree.Element, field: str, label_of: dict[str, int]) -> int:
     name = (_child(element, "name", f"{field}, name").text or "").strip()
     if name not in label_of:
-        raise InputError(f"{field}, name: {quoted(name)} is not one of the classes {', '.join(label_of)}")
+        raise InputError(f"{field}, name: {quoted(name)} is not one of the classes {joined_names(label_of)}")
     return label_of[name]
 
 
