@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from fasterrcnn_jax.config.checks import (
     require_not_negative,
     require_positive,
 )
+from fasterrcnn_jax.errors import quoted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,11 +112,15 @@ class DataConfig:
     faults: Literal["error", "skip"] = "error"
     """what to do with an image or object that cannot be used: stop with an error, or skip it with a warning; skip
     decodes every image once when it reads the annotations"""
+    max_pixels: int = 100_000_000
+    """largest number of pixels (width times height) of an image; a larger one is refused before it is decoded"""
+    follow_links: bool = False
+    """open files that symbolic links in the data set place outside root; otherwise they are refused"""
     shapes: ShapesConfig | None = None
     """make the built-in data set of drawn shapes in root if it is not there yet"""
 
     def __post_init__(self):
-        require_positive(max_boxes=self.max_boxes, threads=self.threads)
+        require_positive(max_boxes=self.max_boxes, threads=self.threads, max_pixels=self.max_pixels)
         require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:
             require(self.crop_aspect >= 1.0, f"crop_aspect must be at least 1, got {self.crop_aspect}")
@@ -127,5 +133,5 @@ class DataConfig:
                 re.fullmatch(r"[a-z0-9_]+(/[\w-][\w.-]*)?(:\d+\.\d+\.\d+)?", self.tfds_name) is not None,
                 f"tfds_name must be NAME or NAME/CONFIG, optionally with :VERSION, got {self.tfds_name!r}",
             )
-        repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
-        require(not repeated, f"class_names contains {sorted(repeated)} more than once")
+        repeated = sorted(name for name, count in Counter(self.class_names).items() if count > 1)
+        require(not repeated, f"class_names contains {quoted(repeated)} more than once")

@@ -34,6 +34,7 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.images import annotated_frame
 from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, in_order, names_below
+from fasterrcnn_jax.data.links import Guard, link_guard
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
@@ -67,7 +68,7 @@ EXTENT = "Missing boxes were replaced by the extent of the outline"
 IGNORED = "Objects marked ignore are used like crowds: they are not trained on"
 GROUPING = "Categories that no annotation uses and that only group others were left out"
 REPEATED = "Repeated categories and images were read once"
-SEPARATOR = "A \\ in a file_name was read as /"
+SEPARATOR = "A file_name of Windows was read with / as separator and without drive"
 ELSEWHERE = "A file_name that does not exist was replaced by the only file that fits it"
 
 _FLAGS = {"1": True, "true": True, "0": False, "false": False, "none": False, "": False}
@@ -90,6 +91,8 @@ def read_coco(
     class_names: tuple[str, ...],
     *,
     faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
 ) -> Dataset:
     """Returns the records of one annotation file, sorted by image id; a record's id is the image id.
 
@@ -103,13 +106,15 @@ def read_coco(
       image_folder: folder that every file_name is relative to; no file outside it is opened.
       class_names: label k is class_names[k - 1]; names are compared exactly, without surrounding blanks.
       faults: "skip" skips the image or the annotation with a fault. A fault of the whole file is always an error.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
     """
-    path, folder = Path(annotation_path), Path(image_folder)
+    path, folder, guard = Path(annotation_path), Path(image_folder), link_guard(within)
     check_class_names(class_names)
-    content, found = _load(path), defaultdict(list)
+    content, found = _load(path, guard), defaultdict(list)
     name_of = _categories(path, content, found)
     label_of_name = {name: label for label, name in enumerate(class_names, start=1)}
     label_of = {key: label_of_name[name] for key, name in name_of.items() if name in label_of_name}
@@ -127,7 +132,8 @@ def read_coco(
     for image_id, image_path in watched(paths.items(), f"reading {path}", len(paths)):
         field = f"{path}, image {image_id}"
         with skipping(FAULTY_IMAGE, found, faults):
-            images[image_id] = (image_path, *_frame(places[image_id][0], image_path, field, found))
+            guard(image_path)
+            images[image_id] = (image_path, *_frame(places[image_id][0], image_path, field, found, max_pixels))
     objects = {image_id: [] for image_id in places}
     seen = set()
     for number, item in enumerate(_list(path, content, "annotations")):
@@ -167,9 +173,14 @@ def read_coco(
     return Dataset(str(path), tuple(class_names), tuple(records), notes_of(findings), ids, findings)
 
 
-def category_names(annotation_path: Path | str) -> tuple[str, ...]:
-    """Returns the names of the file's categories in the order of their ids, without those that only group others."""
-    names = _categories(Path(annotation_path), _load(Path(annotation_path)), defaultdict(list))
+def category_names(annotation_path: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
+    """Returns the names of the file's categories in the order of their ids, without those that only group others.
+
+    Args:
+      within: as in `read_coco`.
+    """
+    path = Path(annotation_path)
+    names = _categories(path, _load(path, link_guard(within)), defaultdict(list))
     return tuple(names[category_id] for category_id in sorted(names))
 
 
@@ -190,7 +201,7 @@ def recognise(root: Path) -> Layout | None:
     for split, path in files.items():
         # What is wrong with a file is said when it is read.
         with contextlib.suppress(InputError):
-            content, found = _load(path), defaultdict(list)
+            content, found = _load(path, link_guard(root)), defaultdict(list)
             in_file = _categories(path, content, found)
             class_names |= dict.fromkeys(in_file[key] for key in sorted(in_file))
             notes += [f"{sentence}: {places[0]}" for sentence, places in found.items() if sentence == GROUPING]
@@ -267,7 +278,8 @@ def _result_ids(class_names: tuple[str, ...], id_of: dict[str, int]) -> tuple[in
     return tuple(id_of[name] if name in id_of else next(free) for name in class_names)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, guard: Guard) -> dict[str, Any]:
+    guard(path)
     check_regular(path)
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -342,10 +354,9 @@ def _image_paths(
                 raise InputError(
                     f"{field}, file_name: must be a path inside the image folder, {_got(items[0], 'file_name')}"
                 )
-            inside = name.replace("\\", "/")
-            # A drive letter is refused on every system, because the file may come from another system.
-            outside = re.match(r"/|[A-Za-z]:", inside) or ".." in inside.split("/")
-            if outside or not (folder / inside).exists():
+            # Separators and drives are read alike on every system, because the file may come from another system.
+            inside = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
+            if inside.startswith("/") or ".." in inside.split("/") or not (folder / inside).exists():
                 elsewhere[image_id] = inside
             else:
                 if inside != name:
@@ -360,23 +371,25 @@ def _image_paths(
 def _searched(
     path: Path, folder: Path, names: dict[Id, str], taken: set[Path], found: Found, faults: Faults
 ) -> dict[Id, Path]:
-    of_letters = defaultdict(list)
+    exact, letters = defaultdict(list), defaultdict(list)
     for name in names_below(folder):
-        of_letters[name.rpartition("/")[2].lower()].append(name)
+        for end in _ends(name):
+            # Two are enough to know that a path fits several files.
+            for files, key in ((exact, end), (letters, end.lower())):
+                if len(files[key]) < 2:
+                    files[key].append(name)
     fitting = {}
     for image_id, name in names.items():
-        # The files that share the most folders with the path, then those in the same letters.
-        ranked = {file: _agreement(name, file) for file in of_letters[name.rpartition("/")[2].lower()]}
-        fitting[image_id] = [file for file, rank in ranked.items() if rank == max(ranked.values())]
+        # The file that shares the most folders with the path, then the one in the same letters.
+        fits = (exact.get(end) or letters.get(end.lower()) for end in _ends(name))
+        fitting[image_id] = next(filter(None, fits), [])
     counts = Counter(files[0] for files in fitting.values() if len(files) == 1)
     paths = {}
     for image_id, files in fitting.items():
         field = f"{path}, image {image_id}, file_name"
         with skipping(FAULTY_IMAGE, found, faults):
             if not files:
-                raise InputError(
-                    f"{field}: {folder / names[image_id]}: no such image file, and no file below {folder} has that name"
-                )
+                raise InputError(f"{field}: {quoted(names[image_id])}: no such image file below {folder}")
             file = folder / files[0]
             if len(files) > 1:
                 raise InputError(f"{field}: {quoted(names[image_id])} fits several files: {files[0]} and {files[1]}")
@@ -387,20 +400,19 @@ def _searched(
     return paths
 
 
-def _agreement(name: str, file: str) -> tuple[int, int]:
-    """Returns how many parts at the end of two paths are equal without regard to letter case, and how many exactly."""
-    pairs = list(zip(reversed(name.split("/")), reversed(file.split("/")), strict=False))
-    length = next((k for k, (a, b) in enumerate(pairs) if a.lower() != b.lower()), len(pairs))
-    return length, sum(a == b for a, b in pairs[:length])
+def _ends(name: str) -> list[str]:
+    """Returns a path, then the path without its first folder, and so on."""
+    parts = name.split("/")[-20:]
+    return ["/".join(parts[k:]) for k in range(len(parts))]
 
 
-def _frame(item: dict[str, Any], path: Path, field: str, found: Found) -> tuple[tuple[int, int], bool]:
+def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
     sides = [None if item.get(key) in _UNKNOWN else _number(item, key, field, found) for key in ("height", "width")]
     if any(side in _UNKNOWN for side in sides):
         found[NO_SIZE].append(field)
-        return annotated_frame(path, None, field, found)
-    return annotated_frame(path, (sides[0], sides[1]), field, found)
+        return annotated_frame(path, None, field, found, max_pixels=max_pixels)
+    return annotated_frame(path, (sides[0], sides[1]), field, found, max_pixels=max_pixels)
 
 
 def _label(
@@ -411,7 +423,7 @@ def _label(
     if category_id not in name_of:
         raise InputError(f"{field}, category_id: the file has no category with id {category_id}")
     if category_id not in label_of:
-        found[OTHER_CLASS].append(f"{field}, category_id: {category_id} ({name_of[category_id]!r})")
+        found[OTHER_CLASS].append(f"{field}, category_id: {category_id} ({quoted(name_of[category_id])})")
     return label_of.get(category_id)
 
 
@@ -485,7 +497,7 @@ def _flag(item: dict[str, Any], key: str, field: str) -> bool:
 def _id(item: dict[str, Any], key: str, field: str, found: Found) -> Id:
     value = _plain_id(item.get(key))
     if value is None:
-        raise InputError(f"{field}, {key}: must be an integer or text, {_got(item, key)}")
+        raise InputError(f"{field}, {key}: must be an integer of at most 64 bits or text, {_got(item, key)}")
     if isinstance(item[key], str) and isinstance(value, int):
         found[TEXT].append(f"{field}, {key}: {quoted(item[key])}")
     return value
@@ -501,7 +513,8 @@ def _plain_id(value: Any) -> Id | None:
         return text if printable else None
     if type(value) is float and value.is_integer() and abs(value) < 2**53:
         return int(value)
-    return value if type(value) is int else None  # a bool is also an int
+    # A bool is also an int. Longer integers can be chosen so that all have one hash value, and no dict is fast then.
+    return value if type(value) is int and abs(value) < 2**63 else None
 
 
 def _number(item: dict[str, Any], key: str, field: str, found: Found) -> float:

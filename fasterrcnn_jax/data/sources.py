@@ -32,7 +32,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -71,19 +71,27 @@ def read(data: DataConfig, split: str) -> Dataset:
     data = with_layout(data)
     names = split.split("+")
     if not data.class_names:
-        found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
+        found = joined_names(
+            sorted({class_name for name in names for class_name in _class_names(data, name)}), most=1000
+        )
         raise InputError(f"data.class_names is empty; give class names, the objects in {data.root} are named: {found}")
     return _joined([(name, read_split(data, name)) for name in names])
 
 
 def read_split(data: DataConfig, name: str) -> Dataset:
     """Returns the records of one split; pixels are not decoded."""
+    options = {"faults": data.faults, "max_pixels": data.max_pixels, "within": _within(data)}
     if data.tfds_name is not None:  # of layout tfds alone, and always
-        return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, faults=data.faults)
+        return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, **options)
     if data.layout == "coco":
-        return coco.read_coco(*_coco_place(data, name), data.class_names, faults=data.faults)
+        return coco.read_coco(*_coco_place(data, name), data.class_names, **options)
     root, of_list, places = _voc_place(data, name)
-    return voc.read_voc(root, of_list, data.class_names, places, faults=data.faults)
+    return voc.read_voc(root, of_list, data.class_names, places, **options)
+
+
+def _within(data: DataConfig) -> Path | None:
+    """Returns the folder that symbolic links must not lead out of, or None."""
+    return None if data.follow_links else data.root
 
 
 def with_class_names(data: DataConfig) -> DataConfig:
@@ -118,9 +126,7 @@ def _check_class_names(data: DataConfig) -> None:
     name = next(name for name in data.class_names if name in absent)
     letters = {other.lower(): other for other in sorted(known)}
     near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]
-    meant = (
-        f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {', '.join(sorted(known)[:20])}"
-    )
+    meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {joined_names(sorted(known))}"
     raise InputError(f"data.class_names: no object in {data.root} is named {name!r}; {meant}")
 
 
@@ -132,7 +138,7 @@ def _declares(data: DataConfig) -> bool:
 def _all_class_names(data: DataConfig) -> Iterator[str]:
     """Yields the class names of all splits. A split that cannot be read has none here."""
     if data.layout == "voc":
-        yield from voc.object_names(data.root, _voc_places(data))
+        yield from voc.object_names(data.root, _voc_places(data), within=_within(data))
         return
     for split in dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)]):
         with contextlib.suppress(InputError):
@@ -148,10 +154,10 @@ def _splits(data: DataConfig) -> tuple[str, ...]:
 
 def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
     if data.tfds_name is not None:
-        return tfds.class_names_of(data.root, data.tfds_name)
+        return tfds.class_names_of(data.root, data.tfds_name, within=_within(data))
     if data.layout == "coco":
-        return coco.category_names(_coco_place(data, name)[0])
-    return voc.class_names_in(*_voc_place(data, name))
+        return coco.category_names(_coco_place(data, name)[0], within=_within(data))
+    return voc.class_names_in(*_voc_place(data, name), within=_within(data))
 
 
 def _recognise_devkit(root: Path) -> Layout | None:
@@ -272,7 +278,13 @@ def _seen(root: Path) -> str:
     return found
 
 
-def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def open_images(
+    folder: Path,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+) -> Dataset:
     """Returns the images of a folder, sorted by name, without objects; the file name is the id.
 
     Images are turned as EXIF says, as image viewers show them. Files without an image extension and subfolders are
@@ -281,6 +293,7 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
     Args:
       class_names: the class names of the detector that predicts on the images.
       faults: "skip" skips images that cannot be decoded; every image is then decoded once to find them.
+      max_pixels: an image with more pixels is a fault.
 
     Raises:
       InputError: the folder is missing or has no image, or a file with an image extension is not an image.
@@ -295,7 +308,7 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
             continue
         with skipping(FAULTY_IMAGE, found, faults):
             if faults == "skip":
-                read_image(path)
+                read_image(path, max_pixels=max_pixels)
             arrays = (
                 np.zeros((0, 4), np.float32),
                 none.astype(np.int32),
@@ -303,7 +316,8 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
                 none.astype(bool),
                 none,
             )
-            records.append(ImageRecord(path.name, path, image_size(path, upright=True), *arrays, upright=True))
+            image_hw = image_size(path, upright=True, max_pixels=max_pixels)
+            records.append(ImageRecord(path.name, path, image_hw, *arrays, upright=True))
     findings = findings_of(found)
     ids = tuple(range(1, len(class_names) + 1))
     notes = notes_of(findings)

@@ -42,6 +42,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
+from fasterrcnn_jax.data.links import Guard, link_guard
 from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
@@ -91,10 +92,14 @@ class Places(NamedTuple):
         return Places(*filled, self.counts_from)
 
 
+OWN_PLACES = Places()
+
+
 class _Files(NamedTuple):
     """The files of one kind below a folder; names are relative to it, stems are names without extension."""
 
     folder: Path
+    guard: Guard
     of_stem: dict[str, list[str]]
     of_letters: dict[str, list[str]]  # the same with the stem in lower case
 
@@ -109,17 +114,16 @@ class _Files(NamedTuple):
             raise InputError(f"{self.folder / stem}: no such file, and several differ in letters only: {names[:3]}")
         return names
 
-    def paths(self) -> Iterator[Path]:
-        return (self.folder / name for names in self.of_stem.values() for name in names)
-
 
 def read_voc(
     root: Path | str,
     split: str,
     class_names: tuple[str, ...],
-    places: Places = Places(),  # noqa: B008
+    places: Places = OWN_PLACES,
     *,
     faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
 ) -> Dataset:
     """Returns the records of one split, in the order of its list; without lists, sorted by name.
 
@@ -133,6 +137,8 @@ def read_voc(
       split: name of a list, without ".txt", or of the folder that stands for {split}.
       class_names: label k is class_names[k - 1]; names are compared exactly, without surrounding blanks.
       faults: "skip" skips the image or the object with a fault. A list or folder that is missing is always an error.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
@@ -140,7 +146,7 @@ def read_voc(
     root = Path(root)
     check_class_names(class_names)
     label_of = {name: label for label, name in enumerate(class_names, start=1)}
-    images, annotations, listed = _open(root, split, places)
+    images, annotations, listed = _open(root, split, places, within)
 
     name, found, records = f"{root} ({split})", defaultdict(list), []
     ids = _ids(listed, images, annotations, found, faults)
@@ -150,7 +156,8 @@ def read_voc(
             xml_path = _xml_path(annotations, image_id, where, found)
             annotation = _parse(xml_path)
             image_path = _image_path(images, image_id, annotation, xml_path, where, found)
-            image_hw, upright = _frame(annotation, xml_path, image_path, found)
+            images.guard(image_path)
+            image_hw, upright = _frame(annotation, xml_path, image_path, found, max_pixels)
             boxes, labels, difficult = [], [], []
             for number, element in enumerate(annotation.findall("object"), start=1):
                 field = f"{xml_path}, object {number}"
@@ -174,15 +181,28 @@ def read_voc(
     return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
 
 
-def splits(root: Path | str, places: Places = Places()) -> tuple[str, ...]:  # noqa: B008
+def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:
     """Returns the names of the splits: of the lists, without VOC's lists of one class (cat_train if there is train)."""
-    names = splits_of(Path(root), places.lists or places.annotations) or (WHOLE,)
-    return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in names)
+    names = splits_of(Path(root), places.lists or places.annotations)
+    if names is None:
+        return (WHOLE,)
+    known = set(names)
+    return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
 
-def class_names_in(root: Path | str, split: str, places: Places = Places()) -> tuple[str, ...]:  # noqa: B008
-    """Returns the sorted class names of the objects of one split; faults are ignored."""
-    images, annotations, listed = _open(Path(root), split, places)
+def class_names_in(
+    root: Path | str,
+    split: str,
+    places: Places = OWN_PLACES,
+    *,
+    within: Path | None = None,
+) -> tuple[str, ...]:
+    """Returns the sorted class names of the objects of one split; faults are ignored.
+
+    Args:
+      within: as in `read_voc`.
+    """
+    images, annotations, listed = _open(Path(root), split, places, within)
     found, names = defaultdict(list), set()
     for image_id, where in _ids(listed, images, annotations, found, "skip"):
         with contextlib.suppress(InputError):
@@ -204,7 +224,7 @@ def recognise(root: Path) -> Layout | None:
     if _counts_from_0(root, _sample(xml, 40)):
         places = places._replace(counts_from=0)
     found = splits(root, places)
-    voc_own = places[:3] == Places()[:3]
+    voc_own = places[:3] == OWN_PLACES[:3]
     where = f"{len(xml)} XML files in {_shown(annotations)}, images of the same names in {_shown(images)}"
     if images == annotations:
         where = f"{len(xml)} XML files beside images of the same names in {_shown(images)}"
@@ -297,9 +317,7 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
         for name, stem in zip(lists, stems, strict=True):
             with contextlib.suppress(InputError):
                 text = _read_bytes(root / name).decode("utf-8-sig", "replace")
-                lines[stem.rpartition("_")[2]].add(
-                    frozenset(re.sub(r"\s+[+-]?[01]$", "", li) for li in text.split("\n"))
-                )
+                lines[stem.rpartition("_")[2]].add(frozenset(_first_column(line.strip()) for line in text.split("\n")))
         if all(len(distinct) == 1 for distinct in lines.values()):
             own = places._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
             return own, f"the lists of the classes name the same images, so {own.lists} is used"
@@ -320,12 +338,22 @@ def _all_decimals(element: ElementTree.Element) -> bool:
     return all("." in corner for corner in corners)
 
 
-def object_names(root: Path | str, places: Places = Places()) -> Iterator[str]:  # noqa: B008
-    """Yields the class names of the objects of every XML file, listed or not; faults are ignored."""
-    pattern = places.annotations.split("{split}")[0].rpartition("/")[0] if "{split}" in places.annotations else None
-    for path in _files(Path(root) / (places.annotations if pattern is None else pattern), (".xml",)).paths():
-        with contextlib.suppress(InputError):
-            yield from _names(_parse(path))
+def object_names(
+    root: Path | str,
+    places: Places = OWN_PLACES,
+    *,
+    within: Path | None = None,
+) -> Iterator[str]:
+    """Yields the class names of the objects of every XML file, listed or not; faults are ignored.
+
+    Args:
+      within: as in `read_voc`.
+    """
+    for split in splits(root, places) if "{split}" in places.annotations else (WHOLE,):
+        files = _files(Path(root) / places.of(split).annotations, (".xml",), link_guard(within))
+        for image_id in files.of_stem:
+            with contextlib.suppress(InputError):
+                yield from _names(_parse(_xml_path(files, image_id, "", defaultdict(list))))
 
 
 def _names(annotation: ElementTree.Element) -> set[str]:
@@ -333,7 +361,7 @@ def _names(annotation: ElementTree.Element) -> set[str]:
     return names - {""}
 
 
-def _open(root: Path, split: str, places: Places) -> tuple[_Files, _Files, Path | None]:
+def _open(root: Path, split: str, places: Places, within: Path | None) -> tuple[_Files, _Files, Path | None]:
     """Returns the images and the XML files of a split, and its list.
 
     The folders are listed once, which is faster than testing several names per image, and which compares upper and
@@ -344,19 +372,20 @@ def _open(root: Path, split: str, places: Places) -> tuple[_Files, _Files, Path 
     if not part_of_a_name(split):
         lists = root / (places.lists or places.annotations)
         raise InputError(f"split must be the name of a list in {lists.parent}, got {split!r}")
-    here = places.of(split)
+    here, guard = places.of(split), link_guard(within)
     listed = None
     if here.lists is not None:
         listed = root / here.lists
         if not listed.is_file():
             raise no_such_split(f"{listed}: no such list", splits(root, places))
+        guard(listed)
     elif split not in splits(root, places):
         raise no_such_split(f"{root / here.annotations}: no such split", splits(root, places))
-    images = _files(root / here.images, IMAGE_EXTENSIONS)
-    return images, _files(root / here.annotations, (".xml",)), listed
+    images = _files(root / here.images, IMAGE_EXTENSIONS, guard)
+    return images, _files(root / here.annotations, (".xml",), guard), listed
 
 
-def _files(folder: Path, extensions: tuple[str, ...]) -> _Files:
+def _files(folder: Path, extensions: tuple[str, ...], guard: Guard) -> _Files:
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; a VOC folder contains JPEGImages, Annotations and ImageSets/Main, "
@@ -366,8 +395,10 @@ def _files(folder: Path, extensions: tuple[str, ...]) -> _Files:
     for name in names_below(folder):
         if PurePosixPath(name).suffix.lower() in extensions:
             of_stem[_stem(name)].append(name)
-            of_letters[_stem(name).lower()].append(name)
-    return _Files(folder, dict(of_stem), dict(of_letters))
+            # No search needs more; without a limit, names in many letter cases would take time with their square.
+            if len(of_letters[_stem(name).lower()]) < len(IMAGE_EXTENSIONS) * 2:
+                of_letters[_stem(name).lower()].append(name)
+    return _Files(folder, guard, dict(of_stem), dict(of_letters))
 
 
 def _stem(name: str) -> str:
@@ -419,25 +450,40 @@ def _id_of_line(line: str, where: str, images: _Files, annotations: _Files, foun
     The longest reading that names an existing file is used: names may contain blanks and dots, or end in " 1". Lists
     of other programs contain paths, so folders in front are left out until a file fits.
     """
-    first_column = re.sub(r"\s+[+-]?[01]$", "", line)
+    first_column = _first_column(line)
     readings = [
         (text, column != line) for column in (line, first_column) for text in (column, _without_extension(column))
     ]
     for text, is_second_column in readings:
-        parts = text.replace("\\", "/").split("/")
+        # No data set is deeper; the limit keeps the time linear in the length of the line.
+        parts = text.replace("\\", "/").split("/")[-20:]
         for k in range(len(parts)):
             image_id = "/".join(parts[k:])
             exact = image_id in annotations.of_stem or image_id in images.of_stem
-            letters = image_id.lower() in annotations.of_letters or image_id.lower() in images.of_letters
-            if exact or letters:
-                if k:
-                    found[LINE_FOLDER].append(f"{where}: {quoted(line)}")
-                return image_id, is_second_column
+            similar = [] if exact else [*_similar(annotations, image_id), *_similar(images, image_id)]
+            if not exact and not similar:
+                continue
+            if k:
+                found[LINE_FOLDER].append(f"{where}: {quoted(line)}")
+            if len(set(similar)) == 1:
+                found[LETTER_CASE].append(f"{where}: {image_id}, and the file is {similar[0]}")
+                return similar[0], is_second_column
+            return image_id, is_second_column
     image_id, is_second_column = readings[-1]
     outside = re.search(r"\0|^/|^[A-Za-z]:", image_id) or {"..", "."} & set(re.split(r"[/\\]", image_id))
     if outside or len(image_id) > MAX_PATH:
         raise InputError(f"{where}: the id must name a file inside {images.folder}, got {quoted(image_id)}")
     return image_id, is_second_column
+
+
+def _similar(files: _Files, stem: str) -> list[str]:
+    return [_stem(name) for name in files.of_letters.get(stem.lower(), ())]
+
+
+def _first_column(line: str) -> str:
+    """Returns a line without VOC's second column, with which lists of one class say whether the image has the class."""
+    first, second = (*line.rsplit(None, 1), "")[:2]
+    return first if second in ("0", "1", "-0", "-1", "+0", "+1") else line
 
 
 def _without_extension(name: str) -> str:
@@ -475,6 +521,7 @@ def _xml_path(annotations: _Files, image_id: str, where: str, found: Found) -> P
         raise InputError(f"{annotations.folder / image_id}.xml: no such annotation file, but {where} lists it")
     if _stem(names[0]) != image_id:
         found[LETTER_CASE].append(f"{where}: {image_id}, and the file is {annotations.folder / names[0]}")
+    annotations.guard(annotations.folder / names[0])
     return annotations.folder / names[0]
 
 
@@ -506,7 +553,7 @@ def _image_path(
 
 
 def _frame(
-    annotation: ElementTree.Element, xml_path: Path, image_path: Path, found: Found
+    annotation: ElementTree.Element, xml_path: Path, image_path: Path, found: Found, max_pixels: int
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
     field = f"{xml_path}, size"
@@ -518,7 +565,7 @@ def _frame(
             found[NO_SIZE].append(str(xml_path))
         else:
             stated = (sides[0], sides[1])
-    return annotated_frame(image_path, stated, field, found)
+    return annotated_frame(image_path, stated, field, found, max_pixels=max_pixels)
 
 
 def _side(size: ElementTree.Element, tag: str, field: str) -> float | None:
