@@ -17,13 +17,16 @@ from bad_cases import (
     of_annotation,
     of_image,
     twice,
+    with_items,
     write_coco,
 )
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fasterrcnn_jax.data import coco
 from fasterrcnn_jax.data.coco import CLASS_NAMES, category_names, read_coco
+from fasterrcnn_jax.data.faults import OTHER_CLASS
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.voc import read_voc
@@ -57,25 +60,24 @@ FAULTS = {
     "0 images": ({"images": [], "annotations": [], "categories": instances()["categories"]}, ["images is empty"]),
     "no annotations": (changed(("annotations",), None), ["annotations", "missing"]),
     "no categories": (changed(("categories",), None), ["categories", "missing"]),
-    "image twice": (twice("images"), ["images", "id 10", "twice"]),
+    "two images of one id": (of_image("id", 11), ["images", "id 11", "twice"]),
     "annotation twice": (twice("annotations"), ["annotations", "id 1", "twice"]),
-    "category twice": (twice("categories"), ["categories[2]", "id 3"]),
-    "category name twice": (changed(("categories", 1, "name"), "square"), ["categories[1]", "'square'"]),
+    "category id twice": (changed(("categories", 1, "id"), 3), ["categories[1]", "id 3", "'square'", "'disc'"]),
+    "category name twice": (changed(("categories", 1, "name"), "square"), ["categories", "'square'", "3 and 7"]),
+    "category id is no number": (changed(("categories", 1, "id"), "disc"), ["categories[1], id", "integer"]),
+    "category name is true": (changed(("categories", 1, "name"), True), ["categories[1], name", "True"]),
+    "category name is blank": (changed(("categories", 1, "name"), "  "), ["categories[1], name"]),
     "category without a name": (changed(("categories", 1, "name"), None), ["categories[1], name", "missing"]),
     "category name half a character": (changed(("categories", 1, "name"), "\ud800"), ["categories[1], name", "text"]),
     "category without an id": (changed(("categories", 1, "id"), None), ["categories[1], id", "missing"]),
-    "image id is text": (of_image("id", "10"), ["images[0], id", "'10'"]),
     "image id is true": (of_image("id", True), ["images[0], id", "True"]),
     "no image id": (of_image("id", None), ["images[0], id", "missing"]),
-    "no annotation id": (of_annotation("id", None), ["annotations[0], id", "missing"]),
     "no image_id": (of_annotation("image_id", None), ["annotation 1, image_id", "missing"]),
     "unknown image": (of_annotation("image_id", 999), ["annotation 1, image_id", "999"]),
-    "image_id is text": (of_annotation("image_id", "10"), ["annotation 1, image_id", "'10'"]),
     "no category_id": (of_annotation("category_id", None), ["annotation 1, category_id", "missing"]),
     "unknown category": (of_annotation("category_id", 99), ["annotation 1, category_id", "99"]),
     "no bbox": (of_annotation("bbox", None), ["annotation 1, bbox", "missing"]),
     "three numbers": (of_annotation("bbox", [9, 9, 30]), ["annotation 1, bbox", "[9, 9, 30]"]),
-    "numbers as text": (of_annotation("bbox", ["9", "9", "30", "30"]), ["annotation 1, bbox", "'9'"]),
     "nan": (of_annotation("bbox", [9, float("nan"), 30, 30]), ["annotation 1, bbox", "nan"]),
     "infinity": (of_annotation("bbox", [9, 9, float("inf"), 30]), ["annotation 1, bbox", "inf"]),
     "endless integer": (of_annotation("bbox", [9, 9, 10**400, 30]), ["annotation 1, bbox"]),
@@ -84,24 +86,23 @@ FAULTS = {
     "negative height": (of_annotation("bbox", [9, 9, 30, -30]), ["annotation 1, bbox", "-30"]),
     "right of the image": (of_annotation("bbox", [97, 9, 30, 30]), ["annotation 1, bbox", "outside", "96 x 64"]),
     "above the image": (of_annotation("bbox", [9, -40, 30, 30]), ["annotation 1, bbox", "outside", "96 x 64"]),
-    "area is text": (of_annotation("area", "900"), ["annotation 1, area", "'900'"]),
+    "area is text": (of_annotation("area", "large"), ["annotation 1, area", "'large'"]),
     "area nan": (of_annotation("area", float("nan")), ["annotation 1, area", "nan"]),
     "area negative": (of_annotation("area", -1), ["annotation 1, area", "-1"]),
     "crowd not 0 or 1": (of_annotation("iscrowd", 2), ["annotation 1, iscrowd", "2"]),
-    "crowd is text": (of_annotation("iscrowd", "1"), ["annotation 1, iscrowd", "'1'"]),
+    "crowd is text": (of_annotation("iscrowd", "many"), ["annotation 1, iscrowd", "'many'"]),
     "axes swapped": (
         instances() | {"images": [instances()["images"][0] | {"width": HEIGHT, "height": WIDTH}]},
         ["image 10", "64 x 96", "96 x 64", "10.png", "swapped"],
     ),
     "size wrong": (of_image("width", 97), ["image 10", "97 x 64", "96 x 64", "10.png"]),
-    "size half there": (of_image("width", None), ["image 10, width", "missing"]),
-    "size is text": (of_image("width", "96"), ["image 10, width", "'96'"]),
+    "size is a word": (of_image("width", "wide"), ["image 10, width", "'wide'"]),
+    "text for a number": (of_annotation("bbox", ["9", "9", "30", "wide"]), ["annotation 1, bbox", "'wide'"]),
     "no file_name": (of_image("file_name", None), ["image 10, file_name", "missing"]),
     "file absent": (of_image("file_name", "12.png"), ["12.png", "no such image"]),
     "file_name outside": (of_image("file_name", "../outside.png"), ["image 10, file_name", "'../outside.png'"]),
     "file_name turns outside": (of_image("file_name", "a/../../outside.png"), ["image 10, file_name"]),
     "file_name absolute": (of_image("file_name", "/etc/passwd"), ["image 10, file_name", "'/etc/passwd'"]),
-    "file_name with a drive": (of_image("file_name", "C:10.png"), ["image 10, file_name", "'C:10.png'"]),
     "file_name with backslash": (of_image("file_name", "..\\outside.png"), ["image 10, file_name"]),
     "file_name with zero": (of_image("file_name", "10.png\0"), ["image 10, file_name"]),
     "file_name empty": (of_image("file_name", ""), ["image 10, file_name"]),
@@ -170,14 +171,158 @@ def test_category_id_zero_is_not_background(folder):
     assert dataset.category_ids == (0, 7)
 
 
-def test_object_of_a_class_that_is_not_asked_for_is_named(folder):
-    with pytest.raises(InputError, match=r"annotation 2, category_id: 7 \('disc'\) is not one of .* square$"):
-        read(folder, instances(), ("square",))
+POLYGON = [[9, 10, 39, 9, 30, 39]]
 
 
-def test_class_that_the_file_does_not_have_is_named(folder):
-    with pytest.raises(InputError, match="categories: no category is named 'Disc'; the file has square, disc"):
-        read(folder, instances(), ("square", "Disc"))
+def without(item, *keys):
+    return {key: value for key, value in item.items() if key not in keys}
+
+
+def sizes(width, height):
+    return with_items("images", lambda image: image | {"width": width, "height": height})
+
+
+def polygons(**fields):
+    return with_items("annotations", lambda a: without(a, "bbox") | {"segmentation": POLYGON, "area": 5, **fields})
+
+
+FIRST = [[9, 9, 39, 39], [51.25, 24, 83.25, 56]]
+# case -> (content, boxes expected of image 10, sentences of the notes)
+VARIANTS = {
+    "sizes null": (sizes(None, None), FIRST, [coco.NO_SIZE]),
+    "sizes zero": (sizes(0, 0), FIRST, [coco.NO_SIZE]),
+    "sizes minus one": (sizes(-1, -1.0), FIRST, [coco.NO_SIZE]),
+    "sizes zero as text": (sizes("0", "0.0"), FIRST, [coco.TEXT, coco.NO_SIZE]),
+    "sizes empty text": (sizes("", ""), FIRST, [coco.NO_SIZE]),
+    "size half there": (of_image("width", None), FIRST, [coco.NO_SIZE]),
+    "sizes as text": (sizes("96", "64.0"), FIRST, [coco.TEXT]),
+    "area null": (with_items("annotations", lambda a: a | {"area": None}), FIRST, [coco.NO_AREA]),
+    "area as text": (with_items("annotations", lambda a: a | {"area": str(a["area"])}), FIRST, [coco.TEXT]),
+    "crowd false": (with_items("annotations", lambda a: a | {"iscrowd": False}), FIRST, []),
+    "crowd null": (with_items("annotations", lambda a: a | {"iscrowd": None}), FIRST, []),
+    "crowd as text": (with_items("annotations", lambda a: a | {"iscrowd": "0"}), FIRST, []),
+    "boxes as text": (with_items("annotations", lambda a: a | {"bbox": [*map(str, a["bbox"])]}), FIRST, [coco.TEXT]),
+    "image_ids as text": (
+        with_items("annotations", lambda a: a | {"image_id": str(a["image_id"])}), FIRST, [coco.TEXT]
+    ),
+    "image ids as text": (with_items("images", lambda image: image | {"id": f"{image['id']}"}), FIRST, [coco.TEXT]),
+    "image ids as fractions": (with_items("images", lambda image: image | {"id": float(image["id"])}), FIRST, []),
+    "category ids as text": (
+        with_items("categories", lambda c: c | {"id": str(c["id"])}), FIRST, [coco.TEXT]
+    ),
+    "no annotation ids": (with_items("annotations", lambda a: without(a, "id")), FIRST, [coco.NO_ID]),
+    "annotation ids null": (with_items("annotations", lambda a: a | {"id": None}), FIRST, [coco.NO_ID]),
+    "no boxes": (polygons(), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "boxes empty": (polygons(bbox=[]), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "boxes null": (polygons(bbox=None), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "boxes zero": (polygons(bbox=[0, 0, 0, 0]), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "polygons of two parts": (
+        polygons(segmentation=[[9, 10, 20, 9, 20, 39], ["30", "9", "39", "12", "35", "30"]]),
+        [[9, 9, 39, 39]] * 2,
+        [coco.EXTENT],
+    ),
+    "polygon of points": (polygons(segmentation=[[9, 10], [39, 9], [30, 39]]), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "polygon not in a list": (polygons(segmentation=POLYGON[0]), [[9, 9, 39, 39]] * 2, [coco.EXTENT]),
+    "ignored": (with_items("annotations", lambda a: a | {"ignore": 1}), FIRST, [coco.IGNORED]),
+    "ignore 0": (with_items("annotations", lambda a: a | {"ignore": 0}), FIRST, []),
+    "category names padded": (with_items("categories", lambda c: c | {"name": f" {c['name']} "}), FIRST, []),
+    "categories once more per image": (
+        instances() | {"categories": instances()["categories"] * 3}, FIRST, [coco.REPEATED]
+    ),
+    "an image twice": (twice("images"), FIRST, [coco.REPEATED]),
+    "other class": (
+        instances() | {"categories": [*instances()["categories"], {"id": 9, "name": "triangle"}],
+                       "annotations": [*instances()["annotations"],
+                                       instances()["annotations"][0] | {"id": 5, "category_id": 9}]},
+        FIRST,
+        [OTHER_CLASS],
+    ),
+    "category that groups": (
+        instances() | {"categories": [{"id": 0, "name": "shapes", "supercategory": "none"},
+                                      *(c | {"supercategory": "shapes"} for c in instances()["categories"])]},
+        FIRST,
+        [coco.GROUPING],
+    ),
+    "category that groups one of the same name": (
+        instances() | {"categories": [{"id": 0, "name": "disc", "supercategory": "none"},
+                                      *(c | {"supercategory": "disc"} for c in instances()["categories"])]},
+        FIRST,
+        [coco.GROUPING],
+    ),
+    "file_name of Windows": (of_image("file_name", ".\\10.png"), FIRST, [coco.SEPARATOR]),
+    "file_name with a drive": (of_image("file_name", "C:10.png"), FIRST, [coco.SEPARATOR]),
+    "file_name of another machine": (of_image("file_name", "/home/a/set/10.png"), FIRST, [coco.ELSEWHERE]),
+    "file_name of another Windows": (of_image("file_name", "D:\\set\\10.png"), FIRST, [coco.ELSEWHERE]),
+    "file_name of a Label Studio": (of_image("file_name", "..\\..\\media\\upload\\4\\10.png"), FIRST, [coco.ELSEWHERE]),
+    "file_name from the root": (of_image("file_name", "images/10.png"), FIRST, [coco.ELSEWHERE]),
+    "file_name in other letters": (of_image("file_name", "10.PNG"), FIRST, [coco.ELSEWHERE]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_a_value_with_one_meaning_is_read_and_noted(folder, case):
+    content, boxes, sentences = VARIANTS[case]
+    dataset = read(folder, content)
+    assert [record.id for record in dataset.records] == ["10", "11"]
+    np.testing.assert_array_equal(dataset.records[0].boxes, np.float32(boxes))
+    np.testing.assert_array_equal(dataset.records[0].labels, [1, 2])
+    assert list(dict.fromkeys(finding.sentence for finding in dataset.findings)) == sentences
+    assert not any(finding.is_fault for finding in dataset.findings)
+    assert dataset.records[0].path == folder / "images/10.png" and dataset.category_ids == (3, 7)
+    assert dataset.records[0].crowd.all() == (case == "ignored")
+    assert dataset.class_names == category_names(folder / "instances.json") or case == "other class"
+
+
+@pytest.mark.parametrize("value", [True, "1", "True", 1.0])
+def test_a_crowd_is_one_however_it_is_written(folder, value):
+    assert read(folder, of_annotation("iscrowd", value)).records[0].crowd.tolist() == [True, False]
+
+
+def test_names_that_are_numbers_are_classes(folder):
+    content = instances() | {"categories": [{"id": 3, "name": 0}, {"id": 7, "name": 1.0}]}
+    dataset = read(folder, content, ("0", "1"))
+    np.testing.assert_array_equal(dataset.records[0].labels, [1, 2])
+    assert category_names(folder / "instances.json") == ("0", "1")
+
+
+def test_images_with_text_as_id_are_read_after_the_others(folder):
+    content = json.loads(json.dumps(instances()).replace('"image_id": 10', '"image_id": "a 1"'))
+    content["images"][0]["id"] = "a 1"
+    assert [record.id for record in read(folder, content).records] == ["11", "a 1"]
+
+
+def test_a_class_that_the_file_does_not_declare_has_no_object_and_a_free_id(folder):
+    dataset = read(folder, instances(), ("cat", "disc", "dog"))
+    assert dataset.category_ids == (8, 7, 9)
+    np.testing.assert_array_equal(dataset.records[0].labels, [2])
+
+
+def test_a_grouping_category_with_objects_is_a_class(folder):
+    content = with_items("categories", lambda c: c | {"supercategory": "square"})
+    assert read(folder, content).notes == () and category_names(folder / "instances.json") == CLASSES
+
+
+@pytest.mark.parametrize("name", ["/home/a/10.png", "b/10.png", "10.PNG"])
+def test_a_path_that_fits_several_files_or_the_file_of_another_image_is_a_fault(folder, name):
+    (folder / "images/a").mkdir()
+    (folder / "images/10.png").rename(folder / "images/a/10.png")
+    content = of_image("file_name", name)
+    assert read(folder, content).records[0].path == folder / "images/a/10.png"
+    content["images"].append(content["images"][0] | {"id": 12, "file_name": "c/10.png"})
+    with pytest.raises(InputError, match=r"image 1[02], file_name: .*10.png, which is the file of another image$"):
+        read(folder, content)
+    (folder / "images/z").mkdir()
+    shutil.copy(folder / "images/11.png", folder / "images/z/10.png")
+    with pytest.raises(InputError, match="image 1[02], file_name: .* fits several files: a/10.png and z/10.png$"):
+        read(folder, content)
+
+
+def test_the_file_that_shares_the_most_folders_fits(folder):
+    for day in ("1", "2"):
+        (folder / "images" / day).mkdir()
+        shutil.copy(folder / "images/10.png", folder / "images" / day / "10.png")
+    content = of_image("file_name", "/home/me/images/2/10.png")
+    assert read(folder, content).records[0].path == folder / "images/2/10.png"
 
 
 @pytest.mark.parametrize("class_names", [(), ("disc", "disc")])

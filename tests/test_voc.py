@@ -1,5 +1,6 @@
 """Tests the VOC reader: exact pixels on healthy folders, one clear sentence for every fault."""
 
+import re
 import shutil
 
 import numpy as np
@@ -23,7 +24,7 @@ from bad_cases import (
 from PIL import Image
 
 from fasterrcnn_jax.data.images import read_image, record_pixels
-from fasterrcnn_jax.data.voc import CLASS_NAMES, read_voc
+from fasterrcnn_jax.data.voc import CLASS_NAMES, DECIMALS, NO_XML, Places, read_voc
 from fasterrcnn_jax.errors import InputError
 
 
@@ -59,7 +60,6 @@ FAULTS = {
     "text for a number": (replace("<xmin>10", "<xmin>ten"), ["odd.xml", "object 1, xmin", "'ten'"]),
     # A fuzzer's finding: such a message was as long as the file.
     "endless text for a number": (replace("<xmin>10", "<xmin>" + "a" * 5000), ["odd.xml", "object 1, xmin", "a ..."]),
-    "endless class": (replace("<name>disc", "<name>" + "a" * 5000), ["odd.xml", "object 2, name", "a ..."]),
     "endless id": (listing(b"ok\n" + b"[" * 5000), ["train.txt line 2", "[ ..."]),
     "endless tag": (content(b"<" + b"a" * 5000 + b"/>"), ["odd.xml", "not a VOC annotation"]),
     "empty number": (replace("<xmin>10", "<xmin>"), ["odd.xml", "object 1, xmin", "''"]),
@@ -69,11 +69,6 @@ FAULTS = {
         lambda root: xml_of(root).write_text(annotation().replace("bndbox", "polygon")),
         ["odd.xml", "object 1, bndbox"],
     ),
-    "unknown class": (
-        replace("<name>disc", "<name>triangle"),
-        ["odd.xml", "object 2, name", "'triangle'", "square, disc"],
-    ),
-    "class in other case": (replace("<name>disc", "<name>Disc"), ["odd.xml", "object 2, name", "'Disc'"]),
     "no class": (replace("<name>square</name>", ""), ["odd.xml", "object 1, name"]),
     "empty class": (replace("<name>square<", "<name><"), ["odd.xml", "object 1, name", "''"]),
     "difficult not 0 or 1": (
@@ -85,9 +80,7 @@ FAULTS = {
         ["odd.xml", "size", "64 x 96", "96 x 64", "odd.png", "swapped"],
     ),
     "size wrong": (replace("<width>96", "<width>97"), ["odd.xml", "size", "97 x 64", "96 x 64", "odd.png"]),
-    "size half zero": (replace("<width>96", "<width>0"), ["odd.xml", "size", "0 x 64"]),
     "size is text": (replace("<width>96", "<width>wide"), ["odd.xml", "size, width", "'wide'"]),
-    "size without height": (replace("<height>64</height>", ""), ["odd.xml", "size, height"]),
     "xml cut": (lambda root: content(xml_of(root).read_bytes()[:200])(root), ["odd.xml", "line"]),
     "xml empty": (content(b""), ["odd.xml", "not well-formed"]),
     "xml of another kind": (content(b"<html><body>404</body></html>"), ["odd.xml", "not a VOC annotation", "<html>"]),
@@ -99,11 +92,13 @@ FAULTS = {
         lambda root: xml_of(root).write_bytes(annotation("café.png").encode("latin-1")),
         ["odd.xml", "not well-formed", "line 2"],
     ),
-    "xml is a folder": (lambda root: (xml_of(root).unlink(), xml_of(root).mkdir()), ["odd.xml", "cannot be read"]),
+    "xml is a folder": (
+        lambda root: (xml_of(root).unlink(), xml_of(root).mkdir()),
+        ["odd.xml", "no such annotation file"],
+    ),
     "entity": (lambda root: xml_of(root).write_bytes(doctype("utf-8")), ["odd.xml", "refused", "entities"]),
     "entity in UTF-16": (lambda root: xml_of(root).write_bytes(doctype("utf-16")), ["odd.xml", "refused", "entities"]),
     "id outside the folder": (listed_outside, ["train.txt line 2", "'../../outside'"]),
-    "id in a subfolder": (listing(b"sub/ok\n"), ["train.txt line 1", "'sub/ok'"]),
     "id absolute": (listing(b"/etc/passwd\n"), ["train.txt line 1", "'/etc/passwd'"]),
     "id is the parent": (listing(b"ok\n..\n"), ["train.txt line 2", "'..'"]),
     "image absent": (
@@ -252,6 +247,46 @@ READ_ANYWAY = {
     "list with extensions": (listing(b"ok.jpg\nodd.PNG\n"), BOXES, None),
     "list with class column": (listing(b"ok  1\nodd -1\n"), BOXES, ["second column", ": 2", "train.txt line 1"]),
     "list with repeated id": (listing(b"ok\nodd\nodd\n"), BOXES, ["Repeated", ": 1", "train.txt line 3", "odd"]),
+    "list with folders": (listing(b"JPEGImages/ok.png\nodd\n"), BOXES, ["folder in a line", "train.txt line 1"]),
+    "list with paths of another machine": (
+        listing(b"ok\nC:\\photos\\set 1\\odd.JPG\n"),
+        BOXES,
+        ["folder in a line", "train.txt line 2"],
+    ),
+    "list of XML files": (listing(b"ok.xml\nodd.XML\n"), BOXES, None),
+    "list in other letters": (listing(b"ok\nODD\n"), BOXES, ["upper or lower case", ": 1", "train.txt line 2"]),
+    "XML in capital letters": (lambda root: xml_of(root).rename(root / "Annotations/odd.XML"), BOXES, None),
+    "size empty": (replace(SIZE, "<size><width/><height/></size>"), BOXES, ["<size>", "odd.xml"]),
+    "size without sides": (replace(SIZE, "<size></size>"), BOXES, ["<size>", "odd.xml"]),
+    "size minus one": (replace("<width>96", "<width>-1"), BOXES, ["<size>", "odd.xml"]),
+    "size zero with a point": (replace("<width>96", "<width>0.0"), BOXES, ["<size>", "odd.xml"]),
+    "size half zero": (replace("<width>96", "<width>0"), BOXES, ["<size>", "odd.xml"]),
+    "size without height": (replace("<height>64</height>", ""), BOXES, ["<size>", "odd.xml"]),
+    "document type": (
+        lambda root: xml_of(root).write_text('<?xml version="1.0"?>\n<!DOCTYPE annotation>\n' + annotation()),
+        BOXES,
+        None,
+    ),
+    "document type of another place": (
+        lambda root: xml_of(root).write_text('<!DOCTYPE annotation SYSTEM "/etc/hostname">\n' + annotation()),
+        BOXES,
+        None,
+    ),
+    "other class": (
+        replace("<name>disc", "<name>triangle"),
+        BOXES[:1],
+        ["classes outside data.class_names", ": 1", "odd.xml, object 2, name: 'triangle'"],
+    ),
+    "class in other case": (replace("<name>disc", "<name>Disc"), BOXES[:1], ["odd.xml, object 2, name: 'Disc'"]),
+    "endless class": (replace("<name>disc", "<name>" + "a" * 5000), BOXES[:1], ["odd.xml, object 2, name", "aaa ."]),
+    **{
+        f"difficult {text!r}": (
+            replace("<difficult>0", f"<difficult>{text}"),
+            BOXES,
+            None if text in ("0.0", "1.0") else ["<difficult>", "odd.xml, object 1", repr(text)],
+        )
+        for text in ("False", "true", "no", "", "Unspecified", "0.0", "1.0")
+    },
     "unlisted files": (lambda root: (root / "JPEGImages/extra.png").write_bytes(b""), BOXES, None),
 }
 
@@ -272,6 +307,75 @@ def test_oddity_is_read_as_stated(root, case):
     else:
         (note,) = dataset.notes
         assert [part for part in parts if part not in note] == [], note
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("1", True), ("1.0", True), ("True", True), ("yes", True), ("0", False), ("", False)]
+)
+def test_difficult_is_read_as_it_is_written(root, text, expected):
+    replace("<difficult>0", f"<difficult>{text}")(root)
+    assert read_voc(root, "train", CLASSES).records[1].difficult.tolist() == [expected, False]
+
+
+def test_an_empty_entry_of_a_document_type_is_still_refused(root):
+    xml_of(root).write_text("<!DOCTYPE annotation SYSTEM 'a.dtd' []>" + annotation())
+    with pytest.raises(InputError, match="odd.xml: the file is refused"):
+        read_voc(root, "train", CLASSES)
+
+
+def test_corners_that_count_from_0_are_taken_as_they_are(root):
+    for name in ("ok", "odd"):
+        path = root / f"Annotations/{name}.xml"
+        path.write_text(path.read_text().replace("</xmin>", ".0</xmin>").replace("</ymax>", ".5</ymax>"))
+    read = read_voc(root, "train", CLASSES, Places(counts_from=0))
+    np.testing.assert_array_equal(read.records[1].boxes, np.float32([[10, 10, 39, 39.5], [52, 25, 83, 56.5]]))
+    assert read.notes == () and read_voc(root, "train", CLASSES).notes == ()
+
+
+def test_corners_that_all_have_decimals_are_noted_where_they_are_counted_from_1(root):
+    for name in ("ok", "odd"):
+        path = root / f"Annotations/{name}.xml"
+        path.write_text(re.sub(r"<([xy]m..)>(\d+)<", r"<\1>\2.0<", path.read_text()))
+    dataset = read_voc(root, "train", CLASSES)
+    np.testing.assert_array_equal(dataset.records[1].boxes, np.float32(BOXES))
+    assert [finding.sentence for finding in dataset.findings] == [DECIMALS]
+    assert read_voc(root, "train", CLASSES, Places(counts_from=0)).notes == ()
+
+
+def test_a_name_in_other_letters_that_fits_two_files_is_a_fault(root):
+    for name in ("Odd", "oDD"):
+        shutil.copy(xml_of(root), root / f"Annotations/{name}.xml")
+    listing(b"ok\nODD\n")(root)
+    xml_of(root).unlink()
+    with pytest.raises(InputError, match="ODD: no such file, and several differ in letters only"):
+        read_voc(root, "train", CLASSES)
+
+
+def test_without_lists_a_split_is_every_xml_file_and_images_without_one_are_left_out(root):
+    shutil.copy(root / "JPEGImages/ok.png", root / "JPEGImages/new.png")
+    dataset = read_voc(root, "all", CLASSES, Places(lists=None))
+    assert [record.id for record in dataset.records] == ["odd", "ok"]
+    (note,) = dataset.notes
+    assert note == f"{NO_XML}: 1, the first in {root / 'JPEGImages/new.png'}."
+    with pytest.raises(InputError, match="no such split; the existing splits are: all"):
+        read_voc(root, "train", CLASSES, Places(lists=None))
+
+
+def test_ids_with_folders_are_read(root):
+    for day in ("1", "2"):
+        for folder, name in (("JPEGImages", "ok.png"), ("Annotations", "ok.xml")):
+            (root / folder / day).mkdir(exist_ok=True)
+            shutil.copy(root / folder / name, root / folder / day / name)
+    listing(b"1/ok\n2\\ok.png\n")(root)
+    dataset = read_voc(root, "train", CLASSES)
+    assert [record.id for record in dataset.records] == ["1/ok", "2/ok"] and dataset.notes == ()
+    assert dataset.records[1].path == root / "JPEGImages/2/ok.png"
+
+
+def test_a_faulty_line_of_the_list_is_skipped_when_faults_are(root):
+    listed_outside(root)
+    dataset = read_voc(root, "train", CLASSES, faults="skip")
+    assert [record.id for record in dataset.records] == ["ok"] and dataset.findings[0].is_fault
 
 
 def test_arrays_have_the_stated_types_and_shapes(root):
@@ -414,7 +518,10 @@ def test_split_without_any_object_is_read(root):
 def test_missing_split_names_splits_but_not_the_lists_per_class(root):
     for name in ("val", "disc_train", "disc_val", "small_set"):
         (root / f"ImageSets/Main/{name}.txt").write_text("ok\n")
-    with pytest.raises(InputError, match="existing splits are: small_set, train, val$"):
+    with pytest.raises(
+        InputError,
+        match="existing splits are: train, val, small_set; name one, for example --data.test_split train, or ",
+    ):
         read_voc(root, "test", CLASSES)
 
 

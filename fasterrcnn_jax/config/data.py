@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from fasterrcnn_jax.config.checks import (
     require_not_negative,
     require_positive,
 )
+from fasterrcnn_jax.errors import quoted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,24 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: a folder in VOC layout, a VOCdevkit, COCO JSON, or a data set of TensorFlow Datasets (TFDS)."""
+    """Labelled images: a folder as a labelling tool writes it, or a data set of TensorFlow Datasets (TFDS)."""
 
     root: Path
-    """folder of the data set; layout voc: contains JPEGImages, Annotations and ImageSets/Main; vocdevkit: contains
-    VOC2007 and VOC2012; coco: contains the annotations and the images; tfds: the data_dir of TFDS"""
-    layout: Literal["voc", "vocdevkit", "coco", "tfds"] = "voc"
-    """file layout of root"""
+    """folder of the data set; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the data_dir of TFDS; every other
+    layout: contains the annotations and the images"""
+    layout: Literal["auto", "voc", "vocdevkit", "coco", "yolo", "labelme", "csv", "tfds"] = "voc"
+    """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
+    class names and the splits that are not there"""
+    voc_images: str = "JPEGImages"
+    """layout voc: folder of a split's images, relative to root; may contain {split}"""
+    voc_annotations: str = "Annotations"
+    """layout voc: folder of a split's XML files, relative to root; may contain {split}"""
+    voc_lists: str | None = "ImageSets/Main/{split}.txt"
+    """layout voc: list of a split's images, relative to root; None: a split is every image and every XML file in its
+    folders"""
+    voc_counts_from: Literal[0, 1] = 1
+    """layouts voc and vocdevkit: 1: corners are whole pixels counted from 1, and the last one is included, as in PASCAL
+    VOC; 0: corners are continuous coordinates from 0, as CVAT writes them"""
     coco_annotations: str = "annotations/instances_{split}.json"
     """layout coco: annotation file of a split, relative to root"""
     coco_images: str = "{split}"
@@ -108,6 +121,10 @@ class DataConfig:
     faults: Literal["error", "skip"] = "error"
     """what to do with an image or object that cannot be used: stop with an error, or skip it with a warning; skip
     decodes every image once when it reads the annotations"""
+    max_pixels: int = 100_000_000
+    """largest number of pixels (width times height) of an image; a larger one is refused before it is decoded"""
+    follow_links: bool = False
+    """open files that symbolic links in the data set place outside root; otherwise they are refused"""
     shapes: ShapesConfig | None = None
     """make the built-in data set of drawn shapes in root if it is not there yet"""
 
@@ -118,7 +135,7 @@ class DataConfig:
                 f"split must be one to three positive fractions with a sum of at most 1, got {self.split}",
             )
             require(self.split != (1.0,), "split must leave images for validation, got (1.0,)")
-        require_positive(max_boxes=self.max_boxes, threads=self.threads)
+        require_positive(max_boxes=self.max_boxes, threads=self.threads, max_pixels=self.max_pixels)
         require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:
             require(self.crop_aspect >= 1.0, f"crop_aspect must be at least 1, got {self.crop_aspect}")
@@ -131,5 +148,5 @@ class DataConfig:
                 re.fullmatch(r"[a-z0-9_]+(/[\w-][\w.-]*)?(:\d+\.\d+\.\d+)?", self.tfds_name) is not None,
                 f"tfds_name must be NAME or NAME/CONFIG, optionally with :VERSION, got {self.tfds_name!r}",
             )
-        repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
-        require(not repeated, f"class_names contains {sorted(repeated)} more than once")
+        repeated = sorted(name for name, count in Counter(self.class_names).items() if count > 1)
+        require(not repeated, f"class_names contains {quoted(repeated)} more than once")

@@ -1,11 +1,15 @@
 """Describes a data set and finds its irregularities."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.data.faults import FAULTY_IMAGE, decoded
 from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, box_iou, large_enough
@@ -57,17 +61,68 @@ def box_findings(record: ImageRecord) -> list[Finding]:
         Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False)
         for k in np.flatnonzero(~large_enough(record.boxes))
     ]
-    iou = np.triu(box_iou(record.boxes, record.boxes), 1)
-    same_class = record.labels[:, None] == record.labels
-    for i, j in np.argwhere(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)):
-        if record.crowd[i] or record.crowd[j]:
-            continue
-        sentence = NEARLY_SAME_BOX if same_class[i, j] else TWO_CLASSES
+    for i, j, iou in coinciding(record):
+        sentence = NEARLY_SAME_BOX if record.labels[i] == record.labels[j] else TWO_CLASSES
         if sentence == NEARLY_SAME_BOX and (record.boxes[i] == record.boxes[j]).all():
             sentence = SAME_BOX
-        where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou[i, j]:.3f}"
+        where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou:.3f}"
         findings.append(Finding(sentence, where, False))
     return findings
+
+
+def coinciding(record: ImageRecord) -> Iterator[tuple[int, int, float]]:
+    """Yields (i, j, IoU) for each box j that almost coincides with an earlier box i that coincides with none.
+
+    Time and memory are proportional to the number of boxes: boxes are compared only with those of about the same size
+    and place, and a box that was yielded as j is not compared again.
+    """
+    kept = defaultdict(list)
+    for j in np.flatnonzero(~record.crowd).tolist():
+        x1, y1, x2, y2 = record.boxes[j].tolist()
+        (own_x, *near_x), (own_y, *near_y) = _cells(x1, x2 - x1), _cells(y1, y2 - y1)
+        near = [i for cell in itertools.product(near_x, near_y) for i in kept.get(cell, ())]
+        iou = box_iou(record.boxes[near], record.boxes[j : j + 1])[:, 0]
+        same_class = record.labels[near] == record.labels[j]
+        found = np.flatnonzero(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)).tolist()
+        if found:
+            first = min(found, key=near.__getitem__)
+            yield near[first], j, float(iou[first])
+        else:
+            kept[own_x, own_y].append(j)
+
+
+def _cells(low: float, side: float) -> list[tuple[int, int]]:
+    """Returns the cell of a side of a box on one axis, then the cells of all sides that may almost coincide with it.
+
+    A cell is (level, place): the side has at least 1.25^level pixels and begins at a multiple of that. Where the IoU is
+    above 0.8, the sides differ by less than a factor 1.25, and their beginnings by less than a fifth of the longer one.
+    """
+    growth = 1.0 / NEARLY_OF_ONE_CLASS
+    level = math.floor(math.log(max(side, 1e-3), growth))
+    cells = [(level, math.floor(low / growth**level))]
+    for near in (level - 1, level, level + 1):
+        step, reach = growth**near, (1.0 - NEARLY_OF_ONE_CLASS) * growth ** (near + 2)
+        cells += {(near, math.floor((low - reach) / step)), (near, math.floor((low + reach) / step))}
+    return cells
+
+
+def capped(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
+    """Returns a sentence about the objects that a detector cannot find because it gives too few boxes; or none."""
+    caps = {
+        "model.postprocess.max_detections": model.postprocess.max_detections,
+        "model.test_proposals.post_nms_top_n": model.test_proposals.post_nms_top_n,
+    }
+    counts = np.array([int((~record.crowd).sum()) for record in records])
+    name, cap = min(caps.items(), key=lambda item: item[1])
+    over = {name: value for name, value in caps.items() if len(counts) and value < counts.max()}
+    if not over:
+        return []
+    recall = np.minimum(counts, cap).sum() / counts.sum()
+    return [
+        f"{(counts > cap).sum()} images have more objects ({counts.max()} at most) than "
+        f"{' and '.join(f'{name} {value}' for name, value in over.items())}: "
+        f"recall is at most {recall:.3f}"
+    ]
 
 
 def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
@@ -79,10 +134,9 @@ def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
     compared = f"{one.dataset.name} and {other.dataset.name}: {pairs:,} pairs of images"
     if pairs > MOST_PAIRS:
         return findings, f"{compared}, compared only for the same pixels: too many for shifted views"
-    known = {(pair.first, pair.second) for pair in same}
     longest = [max(record.image_hw) for record in a]
     for pair in shifted_views(one.traces, other.traces):
-        if (pair.first, pair.second) not in known:
+        if one.traces[pair.first].digest != other.traces[pair.second].digest:
             x, y = (round(shift * longest[pair.first]) for shift in pair.shift)
             where = (
                 f"{a[pair.first].path} and {b[pair.second].path}: shifted by {x}, {y} pixels, "
@@ -107,15 +161,20 @@ def table(dataset: Dataset) -> list[str]:
         f"{'side 5 %':>8} {'50 %':>6} {'95 %':>6} {'h/w 5 %':>7} {'95 %':>5}",
     ]
     labels, absent = _joined(records, "labels", np.int32), []
-    for label, name in [*enumerate(dataset.class_names, start=1), (None, "all")]:
-        here = np.ones(len(labels), bool) if label is None else labels == label
-        if not here.any():
+    flags = [_joined(records, flag, bool) for flag in ("difficult", "crowd")]
+    sides = _sides(records)
+    images = Counter(label for record in records for label in {*record.labels.tolist(), *["all"][: len(record.labels)]})
+    # The objects of each class, found in one pass: there can be as many classes as objects.
+    order = np.argsort(labels, kind="stable")
+    members = np.split(order, np.searchsorted(labels[order], np.arange(2, len(dataset.class_names) + 1)))
+    named = zip([*range(1, len(members) + 1), "all"], [*dataset.class_names, "all"], [*members, order], strict=True)
+    for label, name, here in named:
+        if not len(here):
             absent.append(name)
             continue
-        images = sum(len(r.labels) > 0 if label is None else bool((r.labels == label).any()) for r in records)
-        counts = [int(_joined(records, flag, bool)[here].sum()) for flag in ("difficult", "crowd")]
-        row = f"{name:20} {here.sum():8,} {images:7,} {counts[0]:9,} {counts[1]:6,}"
-        width, height = _sides(records)[here].T
+        counts = [int(flag[here].sum()) for flag in flags]
+        row = f"{name:20} {len(here):8,} {images[label]:7,} {counts[0]:9,} {counts[1]:6,}"
+        width, height = sides[here].T
         side, ratio = np.sqrt(width * height), height / width
         row += " {:8.0f} {:6.0f} {:6.0f}".format(*np.quantile(side, (0.05, 0.5, 0.95)))
         row += " {:7.2f} {:5.2f}".format(*np.quantile(ratio, (0.05, 0.95)))

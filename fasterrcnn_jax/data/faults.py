@@ -16,6 +16,8 @@ Faults = Literal["error", "skip"]
 
 FAULTY_IMAGE = "Faulty images were skipped"
 FAULTY_OBJECT = "Faulty objects were skipped"
+# A choice of the user and no fault: every reader leaves these objects out.
+OTHER_CLASS = "Objects of classes outside data.class_names were ignored"
 
 # Sentence about one kind of finding -> file, field and value of each finding.
 Found = defaultdict[str, list[str]]

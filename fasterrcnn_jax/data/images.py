@@ -1,12 +1,15 @@
 """Decodes image files to uint8 [H, W, 3], or raises an InputError that names the file.
 
 The content decides the format, never the file name. The EXIF orientation is applied only with `upright`: a data set
-reader knows from the annotated size whether the boxes refer to the stored or to the upright image. Pillow's limit on
-the number of pixels stays in force.
+reader knows from the annotated size whether the boxes refer to the stored or to the upright image.
+
+`max_pixels` bounds the memory: a file of some bytes can declare any number of pixels. It is compared with the header
+before anything is decoded, and takes the place of Pillow's own limit, which does not change.
 """
 
 import contextlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,16 +17,41 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.ImageFile import ImageFile as Opened
 
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.records import ImageRecord, StoredImage
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.regular_files import check_regular
 
 ImageFile = Path | str | StoredImage
 
-# An explicit list, because some of Pillow's formats start other programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# Each format with the bytes that its files start with. An explicit list, because some of Pillow's formats start other
+# programs (EPS runs Ghostscript).
+_PLUGINS: dict[str, tuple[bytes, type[Opened]]] = {
+    "JPEG": (rb"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    "BMP": (rb"BM", BmpImagePlugin.BmpImageFile),
+    "GIF": (rb"GIF8[79]a", GifImagePlugin.GifImageFile),
+    "TIFF": (rb"II[*+]\0|MM\0[*+]|MM[*]\0|II\0[*]", TiffImagePlugin.TiffImageFile),
+    "WEBP": (rb"RIFF....WEBPVP8[ LX]", WebPImagePlugin.WebPImageFile),
+    "PPM": (rb"P[1-6]\s", PpmImagePlugin.PpmImageFile),
+}
+FORMATS = tuple(_PLUGINS)
+
+# A JPEG can repeat a scan of a few bytes without end, and each passes over all pixels. Writers of progressive files
+# use about 10 scans; no image may need more passes than this, nor more pixels in all its passes.
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 2_500_000_000
 
 # Exceptions that Pillow's decoders raise on damaged or mislabelled bytes, as observed or documented.
 _DECODER_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError)
@@ -43,19 +71,23 @@ _TURNS = {
 }
 
 
-def image_size(path: ImageFile, *, upright: bool = False) -> tuple[int, int]:
+def image_size(path: ImageFile, *, upright: bool = False, max_pixels: int = DataConfig.max_pixels) -> tuple[int, int]:
     """Returns (height, width) as stored or, with `upright`, turned as EXIF says; reads only the header.
 
     Raises:
-      InputError: the file is missing, empty, not an image, or larger than Pillow's pixel limit.
+      InputError: the file is missing, empty, not an image, or has more than `max_pixels` pixels.
     """
-    with _open(path) as image:
-        turned = upright and _orientation(image) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+    with _open(path, max_pixels) as image:
+        return _shown_hw(image, upright)
 
 
 def annotated_frame(
-    path: ImageFile, stated_hw: tuple[float, float] | None, field: str, found: dict[str, list[str]]
+    path: ImageFile,
+    stated_hw: tuple[float, float] | None,
+    field: str,
+    found: dict[str, list[str]],
+    *,
+    max_pixels: int = DataConfig.max_pixels,
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the annotated boxes refer to, and whether it is that of the upright image.
 
@@ -68,9 +100,9 @@ def annotated_frame(
       found: receives the note about an EXIF orientation that was not applied.
 
     Raises:
-      InputError: the annotated size fits neither.
+      InputError: as in `image_size`, or the annotated size fits neither.
     """
-    with _open(path) as image:
+    with _open(path, max_pixels) as image:
         stored_hw, turned_hw, orientation = (
             (image.height, image.width),
             (image.width, image.height),
@@ -90,7 +122,9 @@ def annotated_frame(
     return stored_hw, False
 
 
-def read_image(path: ImageFile, *, upright: bool = False) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(
+    path: ImageFile, *, upright: bool = False, max_pixels: int = DataConfig.max_pixels
+) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the pixels as uint8 [H, W, 3], RGB, as stored or, with `upright`, turned as EXIF says.
 
     Grey is repeated for all channels, palettes are expanded, alpha is dropped, CMYK is converted, and 16-bit values
@@ -99,31 +133,82 @@ def read_image(path: ImageFile, *, upright: bool = False) -> UInt8[np.ndarray, "
     Raises:
       InputError: as in `image_size`, or the pixels are incomplete or cannot be converted to 8 bits.
     """
-    with _open(path) as image:
-        # Read before the pixels: a PNG can have an orientation after its pixels, which `image_size` does not see.
-        turn = _TURNS.get(_orientation(image)) if upright else None
-        image.load()
-        pixels = _rgb(image, path)
-        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+    with _open(path, max_pixels) as image:
+        return _pixels(image, path, upright)
 
 
 def record_pixels(record: ImageRecord) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the pixels that the boxes of `record` refer to."""
-    return read_image(record.path, upright=record.upright)
+    """Returns the pixels that the boxes of `record` refer to.
+
+    Raises:
+      InputError: as in `read_image`, or the file now has another size than in the record, to which its boxes refer.
+    """
+    height, width = record.image_hw
+    with _open(record.path, height * width, was=record.image_hw) as image:
+        now = _shown_hw(image, record.upright)
+        if now != record.image_hw:
+            raise _changed(record.path, record.image_hw, now)
+        return _pixels(image, record.path, record.upright)
 
 
-def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
+def _shown_hw(image: Opened, upright: bool) -> tuple[int, int]:
+    turned = upright and _orientation(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, "h w 3"]:
+    # Read before the pixels: a PNG can have an orientation after its pixels, which `image_size` does not see.
+    turn = _TURNS.get(_orientation(image)) if upright else None
+    passes = min(MAX_SCANS, MAX_SCANNED_PIXELS // (image.width * image.height))
+    if image.format == "JPEG" and _scans(image) > passes:
+        raise InputError(
+            f"{path}: the image is refused because more than {passes} scans pass over its {image.width} x "
+            f"{image.height} pixels; convert it to a JPEG with fewer scans"
+        )
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    # In parts, because each conversion is a copy of its part.
+    rows = max(1, _PART // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = _rgb(part, path)
+    image.close()  # gives its memory back
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+# Pixels that are converted at once.
+_PART = 2**22
+
+
+def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w _"]:
+    """Returns [h, w, 3], or [h, w, 1] if the image is grey."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _grey16_to_rgb(np.asarray(image), path)
+        return _grey16_to_8(np.asarray(image), path)
     if image.mode == "F":
         raise InputError(f"{path}: the image has floating point values; convert it to 8 bits per channel")
     if image.mode in ("P", "PA"):
         # Converted to RGBA first: a direct conversion warns if the palette has transparent entries.
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def _scans(image: Opened) -> int:
+    """Returns the number of scans of a JPEG, or more than `MAX_SCANS`; decodes nothing."""
+    assert image.fp is not None, "the image is open"
+    image.fp.seek(0)
+    content, place, scans = image.fp.read(), 2, 0
+    while scans <= MAX_SCANS and (marker := _MARKER.search(content, place)) is not None and marker[1] != b"\xd9":
+        # A segment has its length behind its marker; the pixels of a scan follow its segment.
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+        scans += marker[1] == b"\xda"
+    return scans
+
+
+# All markers of JPEG except those without a segment, and the zero behind a pixel byte of 255 (ITU T.81, B.1.1.3).
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])", re.DOTALL)
+
+
+def _orientation(image: Opened) -> int:
     """Returns tag 0x0112 of EXIF's first directory (TIFF 6.0, section 2), or 1."""
     # Pillow's getexif is not used: for a PNG it decodes the pixels first, and broken tags make it warn or raise.
     # A TIFF has no EXIF block; Pillow itself turns its pixels and its size.
@@ -141,21 +226,39 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _grey16_to_rgb(grey: np.ndarray, path: ImageFile) -> np.ndarray:
+def _grey16_to_8(grey: np.ndarray, path: ImageFile) -> UInt8[np.ndarray, "h w 1"]:
     # Pillow's own conversion of these modes clips at 255. The high byte is used, as Pillow does for 16-bit RGB.
     if grey.size and (grey.min() < 0 or grey.max() > 0xFFFF):
         raise InputError(f"{path}: grey values must have at most 16 bits (0..65535), got {grey.min()}..{grey.max()}")
-    return np.repeat((grey.astype(np.int32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return (grey.astype(np.int32) >> 8).astype(np.uint8)[..., None]
 
 
 @contextlib.contextmanager
-def _open(path: ImageFile) -> Iterator[Image.Image]:
-    """Yields the opened image; an exception of the decoder in the block becomes an InputError."""
+def _open(path: ImageFile, max_pixels: int, *, was: tuple[int, int] | None = None) -> Iterator[Opened]:
+    """Yields the opened image; an exception of the decoder in the block becomes an InputError.
+
+    Args:
+      max_pixels: an image with more pixels is refused.
+      was: (height, width) of the image in its record, whose pixels `max_pixels` are; None: the image has no record.
+    """
     if not isinstance(path, StoredImage):
         check_regular(Path(path))
     try:
-        file = io.BytesIO(path.read_bytes()) if isinstance(path, StoredImage) else path
-        with Image.open(file, formats=FORMATS) as image:
+        with io.BytesIO(path.read_bytes()) if isinstance(path, StoredImage) else open(path, "rb") as file:
+            start = file.read(30)
+            name = next((name for name, (magic, _) in _PLUGINS.items() if re.match(magic, start, re.DOTALL)), None)
+            if name is None:
+                reason = f"the content has none of the formats {', '.join(FORMATS)}" if start else "the file is empty"
+                raise InputError(f"{path}: not an image: {reason}")
+            if name == "WEBP":
+                # Opening it already takes the memory of its pixels.
+                _check_size(_webp_size(start), path, max_pixels, was, name)
+            file.seek(0)
+            image = _PLUGINS[name][1](file, str(path))
+            is_large = image.width * image.height > max_pixels * _SHARES[SEVERAL_SCANS]
+            if is_large and name == "JPEG" and _scans(image) > 1:
+                name = SEVERAL_SCANS
+            _check_size(image.size, path, max_pixels, was, name)
             yield image
     except InputError:
         raise
@@ -163,9 +266,45 @@ def _open(path: ImageFile) -> Iterator[Image.Image]:
         raise InputError(f"{path}: no such image file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path}: the image is refused because it is too large to decode: {error}") from None
-    except UnidentifiedImageError:
-        size = len(path.read_bytes()) if isinstance(path, StoredImage) else Path(path).stat().st_size
-        reason = "the file is empty" if size == 0 else f"the content has none of the formats {', '.join(FORMATS)}"
-        raise InputError(f"{path}: not an image: {reason}") from None
     except _DECODER_ERRORS as error:
         raise InputError(f"{path}: the image cannot be decoded: {error}") from None
+
+
+# Parts of `max_pixels` that these formats may have, because Pillow decodes them through further copies of the pixels.
+SEVERAL_SCANS = "JPEG of several scans"
+_SHARES = {"WEBP": 0.6, SEVERAL_SCANS: 0.8}
+
+
+def _check_size(
+    size: tuple[int, int], path: ImageFile, max_pixels: int, was: tuple[int, int] | None, kind: str
+) -> None:
+    width, height = size
+    allowed = max_pixels if was is not None else int(max_pixels * _SHARES.get(kind, 1.0))
+    if width * height <= allowed:
+        return
+    if was is not None:
+        raise _changed(path, was, (height, width))
+    raise InputError(
+        f"{path}: the image is refused because it is too large: {width} x {height} = {width * height:,} pixels, but "
+        f"data.max_pixels = {max_pixels:,} allows {allowed:,} in a {kind}; raise max_pixels if you trust the file"
+    )
+
+
+def _changed(path: ImageFile, was: tuple[int, int], now: tuple[int, int]) -> InputError:
+    return InputError(
+        f"{path}: the image has changed: {was[1]} x {was[0]} pixels (width x height) when the data set was read, now "
+        f"{now[1]} x {now[0]}; start again when no program writes to the data set"
+    )
+
+
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """Returns the (width, height) in the first 30 bytes of a WebP file (RFC 9649, sections 2.5 to 2.7)."""
+    kind = start[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(start[at : at + 3], "little") for at in (24, 27))
+        return width + 1, height + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(start[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", start, 26)
+    return width & 0x3FFF, height & 0x3FFF

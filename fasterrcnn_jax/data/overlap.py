@@ -42,12 +42,13 @@ class SharedImage(NamedTuple):
 
 def trace(pixels: UInt8[np.ndarray, "h w 3"]) -> Trace:
     """Returns the digest and the thumbnail of an image."""
-    digest = hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels))
     height, width = pixels.shape[:2]
     scale = THUMBNAIL_SIDE / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    grey = pixels.mean(axis=2, dtype=np.float32)
-    return Trace(digest, _means(_means(grey, rows, 0), columns, 1))
+    grey = np.concatenate([part.mean(axis=2, dtype=np.float32) for part in np.array_split(pixels, rows)])
+    return Trace(digest.digest(), _means(_means(grey, rows, 0), columns, 1))
 
 
 def _means(grey: np.ndarray, count: int, axis: int) -> np.ndarray:
@@ -60,14 +61,14 @@ def _means(grey: np.ndarray, count: int, axis: int) -> np.ndarray:
 
 
 def identical(traces: list[Trace], others: list[Trace]) -> list[SharedImage]:
-    """Returns the pairs of images with the same pixels."""
+    """Returns each image with the first of the others that has the same pixels."""
     places = {}
     for index, other in enumerate(others):
-        places.setdefault(other.digest, []).append(index)
+        places.setdefault(other.digest, index)
     return [
-        SharedImage(first, second, 1.0, (0.0, 0.0))
+        SharedImage(first, places[one.digest], 1.0, (0.0, 0.0))
         for first, one in enumerate(traces)
-        for second in places.get(one.digest, [])
+        if one.digest in places
     ]
 
 

@@ -5,14 +5,15 @@ covers [x1, x2) x [y1, y2). Labels are 1..K in the order of `class_names`; 0 is 
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 
 # Smaller objects are not visible. Also, an empty box in a 0-based file is one pixel wide by VOC's 1-based rule.
 MIN_SIDE = 2.0
@@ -94,10 +95,16 @@ def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)
 
 
+def joined_names(names: Collection[str], most: int = 20) -> str:
+    """Returns the first names for a message, joined, and the number of the others."""
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(itertools.islice(names, most)) + others
+
+
 def check_class_names(class_names: tuple[str, ...]) -> None:
     """Raises InputError unless there is at least one class name and none appears twice."""
     if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
-        raise InputError(f"class_names must contain at least one name and no name twice, got {class_names!r}")
+        raise InputError(f"class_names must contain at least one name and no name twice, got {quoted(class_names)}")
 
 
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:

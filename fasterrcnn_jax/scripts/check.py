@@ -32,6 +32,8 @@ from fasterrcnn_jax.scripts import cli
 
 # A sheet shows at most SHEET images, COLUMNS in a row; the longer side of each has SIDE pixels.
 SHEET, COLUMNS, SIDE = 40, 5, 320
+# Findings whose images are looked for, to come first on a sheet.
+SEARCHED = 1000
 # Without --all, at most this many findings of one kind are printed.
 SHOWN = 20
 
@@ -54,6 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         help="write one sheet per split into FOLDER: a JPEG of many images with their boxes",
     )
     parser.add_argument("--all", action="store_true", help=f"print every finding, not only {SHOWN} of each kind")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        metavar="N",
+        help="report images of more pixels as faults, without decoding them; default: data.max_pixels",
+    )
     arguments, rest = parser.parse_known_args(argv)
 
     if arguments.what.suffix == ".py":
@@ -67,7 +75,10 @@ def main(argv: list[str] | None = None) -> None:
         model = None
     if data.shapes is not None:
         make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
-    data = dataclasses.replace(data, faults="skip")
+    max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
+    if max_pixels < 1:
+        raise InputError(f"--max_pixels must be positive, got {max_pixels}")
+    data = dataclasses.replace(data, faults="skip", max_pixels=max_pixels)
 
     checked = {name: check.check_split(sources.read(data, name)) for name in splits}
     findings = [finding for split in checked.values() for finding in split.dataset.findings]
@@ -159,7 +170,8 @@ def write_sheet(folder: Path, name: str, dataset: Dataset) -> Path:
     Images with a finding come first; the others are spread evenly over the data set.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told = " ".join(finding.where for finding in dataset.findings)
+    # A part of many findings, because the text is searched for every image.
+    told = " ".join(finding.where for finding in dataset.findings[:SEARCHED])
     named = [record for record in dataset.records if f"/{record.path.name}" in told or f"/{record.id}.xml" in told]
     spread = np.linspace(0, len(dataset.records) - 1, min(SHEET, len(dataset.records))).astype(int)
     others = [dataset.records[index] for index in spread]

@@ -11,6 +11,7 @@ from typing import Literal
 import tyro
 
 from fasterrcnn_jax.atomic_write import write_atomically
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Prediction
 from fasterrcnn_jax.data.sources import open_images
@@ -34,6 +35,8 @@ class Arguments:
     faults: Literal["error", "skip"] = "error"
     """what to do with an image that cannot be decoded: stop with an error, or skip it with a warning; skip decodes
     every image twice"""
+    max_pixels: int = DataConfig.max_pixels
+    """largest number of pixels (width times height) of an image; a larger one is refused before it is decoded"""
     batch_size: int = 1
     """number of images detected at once"""
     score_threshold: float = 0.5
@@ -48,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
+    if arguments.max_pixels < 1:
+        raise InputError(f"--max_pixels must be positive, got {arguments.max_pixels}")
     model = cli.load_model(arguments.ckpt, arguments.backbone)
-    dataset = open_images(arguments.images, model.class_names, faults=arguments.faults)
+    dataset = open_images(arguments.images, model.class_names, faults=arguments.faults, max_pixels=arguments.max_pixels)
     detections = detect_dataset(
         model, dataset, batch_size=arguments.batch_size, implementation=arguments.implementation
     )
