@@ -1,7 +1,6 @@
 """Settings: invalid values are refused with field and value; JSON keeps every value; all sources are checked."""
 
 import dataclasses
-import inspect
 import json
 import re
 import subprocess
@@ -32,7 +31,7 @@ from fasterrcnn_jax.config import (
     TrainConfig,
 )
 from fasterrcnn_jax.config.rules import unread_fields
-from fasterrcnn_jax.config.text import from_json, load_config, to_json
+from fasterrcnn_jax.config.text import field_help, from_json, load_config, to_json, with_fields
 from fasterrcnn_jax.errors import InputError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -61,10 +60,7 @@ def test_every_field_has_its_help_text_in_the_source():
     """tyro shows the docstring under a field as its help text."""
     for cls in vars(config_module).values():
         if dataclasses.is_dataclass(cls) and cls not in (Config, ModelConfig):
-            lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
-            for field in dataclasses.fields(cls):
-                at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}: "))
-                assert lines[at + 1].startswith('"""'), f"{cls.__name__}.{field.name}"
+            assert set(field_help(cls)) == {field.name for field in dataclasses.fields(cls)}, cls.__name__
 
 
 INVALID = [
@@ -319,3 +315,28 @@ def test_an_absent_config_file_is_named(tmp_path):
         load_config(tmp_path / "absent.py")
     with pytest.raises(InputError, match="no such file"):
         load_config(tmp_path)
+
+
+# ---------------------------------------------------------------- fields by name
+
+
+def test_fields_are_replaced_by_their_full_or_last_name():
+    got = with_fields(TINY, {"train.batch_size": 8, "steps": 7, "run": "x", "split": [0.7], "class_names": ["a"]})
+    assert (got.train.batch_size, got.train.steps, got.run) == (8, 7, Path("x"))
+    assert got.data.split == (0.7,) and got.data.class_names == ("a",)
+    assert with_fields(TINY, {}) == TINY
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batchsize": 8}, "batchsize: no field has this name; batch_size or"),
+        ({"pre_nms_top_n": 8}, "pre_nms_top_n: several fields have this name; model.train_proposals.pre_nms_top_n or"),
+        ({"batch_size": 0}, "train.batch_size: batch_size must be positive, got 0"),
+        ({"steps": "many"}, "train.steps must be int or 'auto', got 'many'"),
+        ({"seed": 1.5}, "train.seed must be int, got 1.5"),
+    ],
+)
+def test_a_field_that_does_not_exist_or_fit_is_named(values, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        with_fields(TINY, values)

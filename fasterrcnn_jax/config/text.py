@@ -6,11 +6,13 @@ form.
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import json
 import runpy
 import textwrap
 import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -43,15 +45,17 @@ def check_types(config: Any, name: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
-        try:
-            # By default typeguard checks only the first item of a collection.
-            typeguard.check_type(
-                value, field.type, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-            )
-        except typeguard.TypeCheckError:
-            raise InputError(f"{where} must be {_type_name(field.type)}, got {value!r}") from None
+        _check_type(value, field.type, where)
         if dataclasses.is_dataclass(value):
             check_types(value, where)
+
+
+def _check_type(value: Any, kind: Any, where: str) -> None:
+    try:
+        # By default typeguard checks only the first item of a collection.
+        typeguard.check_type(value, kind, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        raise InputError(f"{where} must be {_type_name(kind)}, got {value!r}") from None
 
 
 def _type_name(kind: Any) -> str:
@@ -64,6 +68,50 @@ def _type_name(kind: Any) -> str:
     if kind is type(None):
         return "None"
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration with other values of some fields.
+
+    Args:
+      values: values by the field's full name (train.batch_size), or by its last part (batch_size), which means the
+        outermost field of that name. Lists become tuples and, for a path, text becomes a path.
+    Raises:
+      InputError: there is no such field, several fields have the name, or the value does not suit it.
+    """
+    places = dict(_leaves(config, ""))
+    for name, value in values.items():
+        found = [place for place in places if place == name or place.endswith(f".{name}")]
+        depths = [place.count(".") for place in found]
+        found = [place for place, depth in zip(found, depths, strict=True) if depth == min(depths)]
+        if len(found) != 1:
+            near = difflib.get_close_matches(name, [*places, *(place.rpartition(".")[2] for place in places)])
+            meant = " or ".join(found or dict.fromkeys(near)) or "see train.py --help_all"
+            raise InputError(f"{name}: {'several fields have' if found else 'no field has'} this name; {meant}")
+        value = _tuples(list(value)) if isinstance(value, list | tuple) else value
+        kind = places[found[0]]
+        value = Path(value) if Path in (kind, *get_args(kind)) and isinstance(value, str) else value
+        _check_type(value, kind, found[0])
+        try:
+            config = _replaced(config, found[0].split("."), value)
+        except ValueError as error:
+            raise InputError(f"{found[0]}: {error}") from error
+    return config
+
+
+def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yields the full name and the type of every field that is not itself a group of fields."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field.type
+
+
+def _replaced(config: Any, names: list[str], value: Any) -> Any:
+    first, *rest = names
+    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})
 
 
 def field_help(cls: type) -> dict[str, str]:
