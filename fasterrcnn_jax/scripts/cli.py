@@ -1,5 +1,6 @@
 """Shared parts of the scripts: the command line, one-line error messages, the log, and the compilation cache."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, Protocol, runtime_checkable
+from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import tyro
@@ -20,6 +21,7 @@ from fasterrcnn_jax.config.rules import unread_fields
 from fasterrcnn_jax.config.text import check_types, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, import_class
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.zoo import load
 
 logger = logging.getLogger(__name__)
@@ -52,18 +54,38 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
         """Python file that builds the configuration; the fields below override it"""
         fields: Annotated[Config, tyro.conf.arg(name="")]
 
-    parsed = tyro.cli(
+    parsed = parse(
         CommandLine,
+        argv,
         description=description,
-        args=argv,
         default=CommandLine(path, default),
-        use_underscores=True,
         config=(tyro.conf.AvoidSubcommands,),
     )
     check_types(parsed.fields, "command line")
     for sentence in unread_fields(parsed.fields):
         logger.warning("%s", sentence)
     return parsed.fields
+
+
+def parse(kind: Any, argv: list[str] | None, **options: Any) -> Any:
+    """Returns the command line as an instance of `kind`.
+
+    Exits with status 2 and one message if an argument is refused.
+
+    Args:
+      options: options of `tyro.cli`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    shown = list(map(printable, argv))
+    if shown != argv:
+        # tyro prints a refused argument as it is. A shell that expands * may have made it from a stranger's file name.
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                return tyro.cli(kind, args=argv, use_underscores=True, **options)
+        except SystemExit as ended:
+            if not ended.code:
+                raise
+    return tyro.cli(kind, args=shown, use_underscores=True, **options)
 
 
 def load_model(path: Path, backbone: str | None) -> Detector:
@@ -93,6 +115,13 @@ def _config_path(argv: list[str]) -> Path | None:
     return None
 
 
+class PrintableFormatter(logging.Formatter):
+    """Makes the message of every record one printable line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 @runtime_checkable
 class Script(Protocol):
     """The main function of a script. Without `argv` it uses the command line of the process."""
@@ -109,7 +138,9 @@ def script(main: Script) -> Script:
         # File and class names may contain characters that the terminal's encoding does not have.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
-        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
         # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
         for name in ("absl", "asyncio"):
@@ -131,7 +162,7 @@ def _one_line(error: Exception) -> int:
         # Threads of the storage print tracebacks of the same error. They must not come after the line that says it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         time.sleep(0.2)
-    print(f"error: {error}", file=stream, flush=True)
+    print(printable(f"error: {error}"), file=stream, flush=True)
     return ERROR_STATUS
 
 

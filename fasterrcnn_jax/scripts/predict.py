@@ -8,8 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Prediction
@@ -18,6 +16,7 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.drawing import draw, save_image
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 
 
@@ -45,7 +44,7 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    arguments = cli.parse(Arguments, argv, description=__doc__)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     model = cli.load_model(arguments.ckpt, arguments.backbone)
@@ -63,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
         # Keep the whole file name: the folder may hold both a.jpg and a.png.
         save_image(drawn_images / f"{record.id}.png", drawn)
-    print(f"images     {len(dataset.records)}")
-    print(f"files      {arguments.out}")
+    print_lines(f"images     {len(dataset.records)}", f"files      {arguments.out}")
 
 
 if __name__ == "__main__":
