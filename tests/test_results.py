@@ -128,8 +128,8 @@ def test_voc_file_of_a_class_without_detections_is_there_and_empty(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ("/../../escaped", "a/b", "a\\b", "", "a\0b"))
-def test_name_with_a_path_separator_writes_nothing(tmp_path, name):
+@pytest.mark.parametrize("name", ("/../../escaped", "a/b", "a\\b", "", "a\0b", "a\nb", "a\x1bb", "a\ud800b"))
+def test_name_with_a_path_separator_or_a_control_character_writes_nothing(tmp_path, name):
     for split, last_class in (("test", name), (name, "ox")):
         data = dataset(class_names=("cat", "dog", last_class))
         with pytest.raises(InputError, match="hand made: (class|split) "):

@@ -16,7 +16,7 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.drawing import draw, save_image
-from fasterrcnn_jax.printing import print_lines
+from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.scripts import cli
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
     drawn_images = arguments.out / "images"
     write_coco_json(arguments.out / "detections.json", detections, dataset)
-    write_atomically(arguments.out / "classes.txt", "".join(f"{name}\n" for name in model.class_names))
+    write_atomically(arguments.out / "classes.txt", "".join(f"{printable(name)}\n" for name in model.class_names))
     for record, found in zip(dataset.records, detections, strict=True):
         names = tuple(model.class_names[label - 1] for label in found.labels)
         prediction = Prediction(found.boxes, found.scores, found.labels, names)
