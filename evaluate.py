@@ -8,12 +8,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
 from fasterrcnn_jax.inference.scoring import score
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.processes import per_device
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
@@ -42,7 +41,7 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, description=__doc__, args=cli.with_flag(argv, "--ckpt"), use_underscores=True)
+    arguments = cli.parse(Arguments, argv, subject="--ckpt", description=__doc__)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     config = checkpoint.load_run_config(arguments.ckpt)
@@ -61,14 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     of = "proposals" if arguments.proposals else "detections"
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
     if found.detections is None:  # proposals are not written to files
-        print(found.table)
+        print_lines(*found.table.split("\n"))
         return
 
     out.mkdir(parents=True, exist_ok=True)
     write_coco_json(out / "detections.json", found.detections, dataset)
     write_voc_files(out, found.detections, dataset, split=split)
-    print(found.table)
-    print(f"files      {out}")
+    print_lines(*found.table.split("\n"), f"files      {out}")
 
 
 if __name__ == "__main__":

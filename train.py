@@ -26,6 +26,7 @@ from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
 from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.structures import Batch
 from fasterrcnn_jax.training import (
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         for stage in stages:
             result = fit(config, stage, train_set, splits, asked_to_stop)
             if result is not None and processes.is_main():
-                print("\n".join(filter(None, (stage.name, result))))
+                print_lines(*([stage.name] if stage.name else []), *result)
 
 
 def fit(
@@ -84,11 +85,12 @@ def fit(
     train_set: Dataset,
     splits: dict[str, Dataset],
     asked_to_stop: Callable[[], str | None],
-) -> str | None:
+) -> list[str] | None:
     """Trains one stage to its end, evaluates it, and writes everything into its folder.
 
     Returns:
-      The table of results and where the files are. None where a step was replayed, or nothing was left to do.
+      The lines of the table of results and where the files are. None where a step was replayed, or nothing was left
+        to do.
     """
     data, train, run = config.data, stage.train, stage.run
     best_split = train.best_split or data.test_split
@@ -114,7 +116,8 @@ def fit(
         say(f"continuing {run} from step {state.step}")
     state, done = replicate(state), int(state.step)
     if config.replay is not None:
-        return replay_step(config.replay, stage, graphdef, state, step, batches)
+        replay_step(config.replay, stage, graphdef, state, step, batches)
+        return None
     if processes.is_main():
         run_folder.write_config(config, run)
 
@@ -165,10 +168,10 @@ def fit(
 
     if result is None:
         return None
-    lines = [result.table, f"checkpoint {run_folder.checkpoint_folder(run, train.steps)}"]
+    lines = [*result.table.split("\n"), f"checkpoint {run_folder.checkpoint_folder(run, train.steps)}"]
     if best is not None:
         lines.append(f"best       {run_folder.checkpoint_folder(run, best.step)}: {stage.metric} {best.metric:.3f}")
-    return "\n".join(lines)
+    return lines
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:
@@ -244,7 +247,7 @@ def replay_step(
     losses = functools.partial(
         stage.losses, num_devices=stage.train.batch_size, implementation=stage.train.implementation
     )
-    print(replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)))
+    print_lines(*replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)).split("\n"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import importlib
 import sys
 from typing import NoReturn
 
+from fasterrcnn_jax.printing import print_lines
+
 VERBS = {
     "train": "trains a detector and evaluates it",
     "evaluate": "evaluates a checkpoint",
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         width = max(map(len, VERBS))
         lines = [f"  {name:{width}}  {meaning}" for name, meaning in VERBS.items()]
-        print("\n".join([USAGE, "", *lines, "", f"{PROGRAM} VERB --help shows the arguments of a verb"]))
+        print_lines(USAGE, "", *lines, "", f"{PROGRAM} VERB --help shows the arguments of a verb")
         return 0
     if verb not in VERBS:
         problem = "" if verb is None else f"\nerror: unknown verb {verb!r}"

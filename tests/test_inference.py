@@ -286,6 +286,7 @@ def test_detections_below_the_threshold_are_not_drawn():
     found = found_at((10, 12, 50, 44), (5, 5, 20, 20), scores=[0.5, 0.49])
     only = found_at((10, 12, 50, 44), scores=[0.5])
     np.testing.assert_array_equal(draw(image, found), draw(image, only))
+    assert draw(image, only).any()  # a score equal to the threshold is drawn
     assert not draw(image, found, score_threshold=0.95).any()
     assert np.any(draw(image, found, score_threshold=0.1) != draw(image, only))
     np.testing.assert_array_equal(draw(image, found_at()), image)

@@ -7,8 +7,16 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from fasterrcnn_jax.config import BackboneConfig, ImageConfig
+from fasterrcnn_jax.config import (
+    BackboneConfig,
+    BoxHeadConfig,
+    ImageConfig,
+    ModelConfig,
+    RoiFeaturesConfig,
+    RpnConfig,
+)
 from fasterrcnn_jax.config.families import IMAGENET_RGB
+from fasterrcnn_jax.models.heads import RpnHead
 from fasterrcnn_jax.models.layers import (
     EPSILON,
     Conv,
@@ -23,6 +31,7 @@ from fasterrcnn_jax.models.resnet import (
     BLOCKS,
     STEM_POOL_PADDING,
     ResNet,
+    ResNetTail,
     Stage,
     stage_channels,
 )
@@ -248,6 +257,38 @@ def test_a_block_whose_branch_is_zero_is_the_identity(name):
     assert np.any(apply(stage.blocks[1], x) != x)
     stage.blocks[1].norms[-1].scale[...] = jnp.zeros(stage_channels(config, 1))
     np.testing.assert_array_equal(apply(stage.blocks[1], x), x)
+
+
+@pytest.mark.parametrize("summary", ["mean", "flatten"])
+def test_the_head_of_a_resnet_averages_or_flattens_the_cells_of_stage_4(summary):
+    config = ModelConfig(
+        image=IMAGE,
+        backbone=BackboneConfig(name="resnet18", width=8, norm="group"),
+        box_head=BoxHeadConfig(summary=summary),
+        roi_features=RoiFeaturesConfig(output_size=6),
+    )
+    tail = ResNetTail(config, rng=rng())
+    pooled = normal(2, 3, 6, 6, stage_channels(config.backbone, 3))
+    cells = np.stack([apply(tail.stage, regions) for regions in pooled])
+    assert cells.shape == (2, 3, 3, 3, 64) and len(np.unique(cells[0, 0, :, :, 0])) > 2
+    expected = cells.reshape(2, 3, 9, 64).mean(axis=2) if summary == "mean" else cells.reshape(2, 3, 9 * 64)
+    found = apply(tail, pooled, None)
+    assert found.shape == (2, 3, tail.channels)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_rpn_has_a_relu_after_its_convolution():
+    """Objectness and deltas are linear in the activations, so without the ReLU the RPN would be linear."""
+    config = ModelConfig(image=IMAGE, rpn=RpnConfig(channels=8))
+    head = RpnHead(config, 4, rng=rng())
+    head.convs[0].kernel[...] = normal(3, 3, 4, 8)
+    level = normal(1, 5, 6, 4, seed=1)
+    before = np.asarray(apply(head.convs[0], level))
+    assert (before < 0).mean() > 0.3
+    objectness, deltas = apply(head, (level,))
+    for found, layer in ((objectness, head.objectness), (deltas, head.deltas)):
+        expected = np.maximum(before, 0) @ np.asarray(layer.kernel[...])[0, 0]
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride_in, strides", [("1x1", (2, 1, 1)), ("3x3", (1, 2, 1))])

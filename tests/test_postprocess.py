@@ -1,5 +1,6 @@
 """From the box head's outputs to the detections of one image."""
 
+import dataclasses
 import functools
 
 import jax
@@ -184,6 +185,15 @@ def test_only_scores_above_the_threshold_are_detections(probability, count):
     if count:
         assert found.labels[0] == 2 and found.scores[0] == pytest.approx(probability, rel=1e-4)
         np.testing.assert_allclose(found.boxes[0], [10, 10, 30, 40], atol=1e-4)
+
+
+def test_a_score_equal_to_the_threshold_is_not_a_detection():
+    """py-faster-rcnn and faster-rcnn.pytorch keep scores above `thresh`. The softmax of two equal logits is 1/2."""
+    config = dataclasses.replace(CONFIG, score_threshold=0.5)
+    for logit, count in ((0.0, 0), (1e-6, 1)):
+        logits, deltas, proposals = one_proposal(0.5)
+        logits[0, [0, 2]] = 0.0, logit
+        assert np.asarray(run(logits, deltas, proposals, config=config).valid).sum() == count
 
 
 def test_padding_of_detections_is_zero():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.inference.drawing import draw
 from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
@@ -39,6 +40,13 @@ def call(model, tmp_path, monkeypatch):
         return tmp_path / "out"
 
     return run
+
+
+def test_a_class_name_with_a_line_break_is_one_line_of_the_list(call, model, monkeypatch):
+    nothing = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    monkeypatch.setattr(script, "detect_dataset", lambda model, dataset, **_: [nothing] * len(dataset.records))
+    monkeypatch.setattr(model, "class_names", ("ring\nerror: all is well\ud800", "disc"))
+    assert (call() / "classes.txt").read_text() == "ring\\nerror: all is well\\ud800\ndisc\n"
 
 
 def test_every_image_gets_its_detections_and_its_image(call, model, tmp_path, capsys):

@@ -1,10 +1,19 @@
 """The training loop reports a step, and saves a checkpoint, one step late."""
 
-import pytest
+import json
+import re
+import types
 
+import numpy as np
+import pytest
+import tiny
+
+from fasterrcnn_jax.structures import LossTerms
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.checkpoint import DeferredSave, Snapshot
-from fasterrcnn_jax.training.progress import LateReport, StepReport
+from fasterrcnn_jax.training.progress import LateReport, MetricsWriter, Progress, StepReport
+from fasterrcnn_jax.training.stages import stages_of
+from fasterrcnn_jax.training.state import StepMetrics
 
 
 def report(number):
@@ -34,6 +43,23 @@ def test_a_report_that_fails_is_not_passed_on_again():
     with pytest.raises(ArithmeticError, match="step 1"):
         late.flush()
     late.flush()
+
+
+def test_the_bar_shows_the_four_losses_and_the_images_per_second(tmp_path, capsys):
+    config = tiny.config(tmp_path, steps=4)
+    data = tiny.dataset(tmp_path / "images", [(np.zeros((9, 9, 3), np.uint8), [], [])])
+    config.run.mkdir()
+    batch = types.SimpleNamespace(image_index=np.array([0]), image_valid=np.array([True]))
+    numbers = dict.fromkeys(StepMetrics._fields, 7.0) | dict(zip(LossTerms._fields, (0.125, 0.25, 0.5, 0.75)))
+    metrics = MetricsWriter(config.run, after=0)
+    with metrics, Progress(stages_of(config)[0], data, metrics, done=0) as progress:
+        progress.write(StepReport(3, StepMetrics(**numbers), batch, data_wait=0.0))
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(
+        r"3/4 .*rpn_objectness=0.125, rpn_box=0.250, box_class=0.500, box_delta=0.750, images/s=\d+.\d", last
+    )
+    logged = json.loads((config.run / "metrics.jsonl").read_text())
+    assert logged["step"] == 3 and numbers.items() <= logged.items()
 
 
 @pytest.fixture

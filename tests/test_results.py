@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,8 +128,8 @@ def test_voc_file_of_a_class_without_detections_is_there_and_empty(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ("/../../escaped", "a/b", "a\\b", "", "a\0b"))
-def test_name_with_a_path_separator_writes_nothing(tmp_path, name):
+@pytest.mark.parametrize("name", ("/../../escaped", "a/b", "a\\b", "", "a\0b", "a\nb", "a\x1bb", "a\ud800b"))
+def test_name_with_a_path_separator_or_a_control_character_writes_nothing(tmp_path, name):
     for split, last_class in (("test", name), (name, "ox")):
         data = dataset(class_names=("cat", "dog", last_class))
         with pytest.raises(InputError, match="hand made: (class|split) "):
@@ -178,6 +179,20 @@ def test_table_shows_each_class_the_mean_and_ends_with_ap50():
     assert lines[4].split() == ["mAP", "4", *numbers]
     assert lines[5:] == ["AP50 0.50"]
     assert len({len(line) for line in lines[:5]}) == 1  # columns line up
+
+
+def test_the_last_row_of_the_table_counts_the_objects_of_all_classes():
+    data = dataset()
+    first, *rest = data.records
+    data = data._replace(records=(first._replace(labels=first.labels[::-1]), *rest))
+    metrics = evaluate_detections([NOTHING] * len(data.records), data)
+    rows = format_table(data, metrics.voc07, metrics.voc_area, metrics.coco).splitlines()[1:5]
+    assert [re.split("  +", row)[:2] for row in rows] == [
+        ["cat", "3"],
+        ["traffic light", "1"],
+        ["ox", "0"],
+        ["mAP", "4"],
+    ]
 
 
 def test_table_of_a_data_set_without_objects_ends_with_nan():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from flax import nnx
 
 from fasterrcnn_jax.config import AugmentConfig, DataConfig
 from fasterrcnn_jax.data import loader
@@ -14,6 +15,9 @@ from fasterrcnn_jax.data.proposal_files import read_proposals, write_proposals
 from fasterrcnn_jax.data.records import ImageProposals
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.inference import dataset as inference
+from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.structures import Detections
 
 SIZES = [(48, 72), (72, 48), (30, 90), (64, 64), (90, 30)]
 
@@ -153,6 +157,31 @@ def test_evaluation_shows_whole_images_with_their_proposals(dataset):
             seen.append(record.id)
         assert not batch.proposals.valid[~batch.image_valid].any()
     assert sorted(seen) == [record.id for record in dataset.records]
+
+
+# Of the fields of detections, without batch and count.
+SHAPES = (((4,), np.float32), ((), np.float32), ((), np.int32), ((), bool))
+
+
+def test_detection_takes_the_best_given_proposals_up_to_the_limit_of_detection(dataset, monkeypatch):
+    """Detection and training have limits of their own, of which only the one of detection counts here."""
+    limits = tiny.MODEL.test_proposals.post_nms_top_n, tiny.MODEL.train_proposals.post_nms_top_n
+    assert limits == (8, 16)
+    boxes = np.arange(12, dtype=np.float32)[:, None] / 2 + np.float32([0, 0, 9, 9])
+    scores = np.linspace(1, 0.5, 12, dtype=np.float32)
+    seen = []
+
+    def nothing(model, images, image_hw, proposals, *, implementation):
+        seen.extend(found[valid] for found, valid in zip(proposals.scores, proposals.valid))
+        return Detections(*(np.zeros((len(images), 1, *more), kind) for more, kind in SHAPES))
+
+    monkeypatch.setattr(inference, "jitted_detect_in_proposals", nothing)
+    model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    stored = {record.id: ImageProposals(boxes, scores) for record in dataset.records}
+    found = inference.detect_dataset_in_proposals(model, dataset, stored, batch_size=5)
+    assert len(found) == len(dataset.records) == sum(len(of) > 0 for of in seen)
+    for of in seen:
+        np.testing.assert_array_equal(of, scores[:8] if len(of) else [])
 
 
 def test_proposals_do_not_change_the_rest_of_a_batch(dataset):

@@ -72,12 +72,15 @@ def test_average_precision_of_a_curve_equals_py_faster_rcnn():
 
 
 def test_11_points_carry_the_float_noise_of_the_reference():
-    np.testing.assert_array_equal(np.flatnonzero(RECALL_POINTS != np.arange(11) / 10), [3, 6, 7])
+    np.testing.assert_array_equal(np.flatnonzero(RECALL_POINTS > np.arange(11) / 10), [3, 6, 7])
+    np.testing.assert_array_equal(RECALL_POINTS, [k * 0.1 for k in range(11)])
+    np.testing.assert_array_equal(RECALL_POINTS, np.linspace(0, 1, 11))
 
 
-def test_recall_of_three_tenths_misses_the_fourth_point_as_in_the_reference():
-    assert average_precision(np.array([0.3]), np.array([1.0]), use_07_metric=True) == pytest.approx(3 / 11, abs=1e-12)
-    assert average_precision(np.array([0.5]), np.array([1.0]), use_07_metric=True) == pytest.approx(6 / 11, abs=1e-12)
+@pytest.mark.parametrize("tenths, points", [(0, 1), (1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 6), (7, 7), (10, 11)])
+def test_recall_of_three_six_and_seven_tenths_misses_its_point_as_in_the_reference(tenths, points):
+    found = average_precision(np.array([tenths / 10]), np.array([1.0]), use_07_metric=True)
+    assert found == pytest.approx(points / 11, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -4,6 +4,7 @@ Boxes are xyxy in continuous pixels of the original image; labels are 1..K.
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def write_voc_files(folder: str | Path, detections: Sequence[ImageDetections], d
     """
     check_detections(detections, dataset)
     for field, name in [("split", split), *(("class", name) for name in dataset.class_names)]:
-        # Both separators are refused on every system, because the files may be used on another system.
-        if not name or any(character in name for character in "/\\\0"):
+        # Both separators are refused on every system, because the files may be used on another system. Control
+        # characters and lone surrogates are refused, because they are hostile or no file system takes them.
+        if not name or any(character in "/\\" or unicodedata.category(character) in ("Cc", "Cs") for character in name):
             raise InputError(f"{dataset.name}: {field} {name!r} cannot be part of a file name; rename the {field}")
     lines = {label: [] for label in range(1, len(dataset.class_names) + 1)}
     for found, record in zip(detections, dataset.records, strict=True):

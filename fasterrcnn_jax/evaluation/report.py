@@ -9,6 +9,7 @@ import numpy as np
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.evaluation.coco import CocoResult
 from fasterrcnn_jax.evaluation.detections import object_counts
+from fasterrcnn_jax.printing import printable
 
 
 class Metrics(NamedTuple):
@@ -75,7 +76,7 @@ def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco
     """
     counts = object_counts(dataset)
     columns = (voc07, voc_area, coco.class_ap50, coco.class_ap)
-    rows = list(zip(dataset.class_names, counts, *columns, strict=True))
+    rows = list(zip(map(printable, dataset.class_names), counts, *columns, strict=True))
     rows.append(("mAP", counts.sum(), *(mean_over_classes(column) for column in columns)))
     width = max(len("class"), *(len(row[0]) for row in rows))
     lines = [f"{'class':<{width}}  {'boxes':>7}  {'VOC07':>8}  {'VOC area':>8}  {'AP50':>8}  {'AP':>8}"]

@@ -16,7 +16,8 @@ import numpy as np
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
 
-# Not k / 10: the points of the reference have rounding errors (0.30000000000000004 for 3/10), so a recall of
+# The points of py-faster-rcnn's `voc_ap`, np.arange(0., 1.1, 0.1). np.linspace(0, 1, 11) has the same bits. k / 10 has
+# not: at 3, 6 and 7 the points of the reference are one rounding higher (0.30000000000000004 for 3/10), so a recall of
 # exactly 3/10 does not reach the fourth point. Published numbers are computed with these points.
 RECALL_POINTS = np.arange(0.0, 1.1, 0.1)
 
@@ -29,7 +30,8 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, *, use_07_metri
     Args:
       recall: [M] non-decreasing, in 0..1.
       precision: [M] in 0..1.
-      use_07_metric: the mean over the 11 recall points 0, 0.1, ..., 1; otherwise the area under the curve.
+      use_07_metric: the mean over the 11 recall points 0, 0.1, ..., 1, rounded as in the reference
+        (`RECALL_POINTS`); otherwise the area under the curve.
 
     Raises:
       ValueError: recall and precision are not vectors of the same length.

@@ -14,6 +14,7 @@ from fasterrcnn_jax.inference.prediction import jitted_detect, to_original
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect_in_proposals, find_proposals
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.processes import gather_rows, process
 from fasterrcnn_jax.structures import Batch, Detections
 
@@ -100,7 +101,7 @@ def _over_dataset(
     )
     with tqdm(
         total=len(dataset.records) // count,
-        desc=title or dataset.name,
+        desc=printable(title or dataset.name),
         unit="image",
         leave=False,
         mininterval=0.1 if sys.stderr.isatty() else 15.0,

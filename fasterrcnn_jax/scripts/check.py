@@ -28,6 +28,7 @@ from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
 from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 
 # A sheet shows at most SHEET images, COLUMNS in a row; the longer side of each has SIDE pixels.
@@ -83,17 +84,17 @@ def main(argv: list[str] | None = None) -> None:
     checked = {name: check.check_split(sources.read(data, name)) for name in splits}
     findings = [finding for split in checked.values() for finding in split.dataset.findings]
     for name, split in checked.items():
-        print("\n".join([f"\n{name}: {split.dataset.name}", *check.table(split.dataset)]))
+        print_lines("", f"{name}: {split.dataset.name}", *check.table(split.dataset))
     for one, other in _apart(checked):
         found, compared = check.shared_images(checked[one], checked[other])
         findings += found
-        print(f"\n{compared}")
+        print_lines("", compared)
     largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
-    print("\n".join(["", *anchor_lines(largest, model)]))
-    print("\n".join(["", *finding_lines(findings, SHOWN if not arguments.all else len(findings))]))
+    print_lines("", *anchor_lines(largest, model))
+    print_lines("", *finding_lines(findings, SHOWN if not arguments.all else len(findings)))
     if arguments.sheets is not None:
         for name, split in checked.items():
-            print(f"sheet    {write_sheet(arguments.sheets, name, split.dataset)}")
+            print_lines(f"sheet    {write_sheet(arguments.sheets, name, split.dataset)}")
     sys.exit(severity(findings))
 
 

@@ -1,5 +1,6 @@
 """Shared parts of the scripts: the command line, one-line error messages, the log, and the compilation cache."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -10,7 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, Protocol, runtime_checkable
+from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import tyro
@@ -21,6 +22,7 @@ from fasterrcnn_jax.config.rules import unread_fields
 from fasterrcnn_jax.config.text import check_types, field_help, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, import_class
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.zoo import load
 
 logger = logging.getLogger(__name__)
@@ -84,12 +86,11 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
         """Python file that builds the configuration; the fields below override it"""
         fields: Annotated[Config, tyro.conf.arg(name="")]
 
-    parsed = tyro.cli(
+    parsed = parse(
         CommandLine,
+        ["--help" if argument == "--help_all" else argument for argument in argv],
         description=description,
-        args=["--help" if argument == "--help_all" else argument for argument in argv],
         default=CommandLine(path, default),
-        use_underscores=True,
         config=(tyro.conf.AvoidSubcommands,),
     )
     check_types(parsed.fields, "command line")
@@ -112,10 +113,28 @@ def short_help(config: Config, path: Path, description: str | None) -> str:
     return "\n".join([*lines, "", "--help_all shows all fields"])
 
 
-def with_flag(argv: list[str] | None, flag: str) -> list[str]:
-    """Returns the arguments with `flag` before the ones that lead without a flag: `evaluate RUN` is `--ckpt RUN`."""
+def parse(kind: Any, argv: list[str] | None, *, subject: str | None = None, **options: Any) -> Any:
+    """Returns the command line as an instance of `kind`.
+
+    Exits with status 2 and one message if an argument is refused.
+
+    Args:
+      subject: flag of the arguments that lead without a flag: `evaluate RUN` is `evaluate --ckpt RUN`.
+      options: options of `tyro.cli`.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+    if subject is not None and argv and not argv[0].startswith("-"):
+        argv = [subject, *argv]
+    shown = list(map(printable, argv))
+    if shown != argv:
+        # tyro prints a refused argument as it is. A shell that expands * may have made it from a stranger's file name.
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                return tyro.cli(kind, args=argv, use_underscores=True, **options)
+        except SystemExit as ended:
+            if not ended.code:
+                raise
+    return tyro.cli(kind, args=shown, use_underscores=True, **options)
 
 
 def load_model(path: Path, backbone: str | None) -> Detector:
@@ -145,6 +164,13 @@ def _config_path(argv: list[str]) -> Path | None:
     return None
 
 
+class PrintableFormatter(logging.Formatter):
+    """Makes the message of every record one printable line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 @runtime_checkable
 class Script(Protocol):
     """The main function of a script. Without `argv` it uses the command line of the process."""
@@ -161,7 +187,9 @@ def script(main: Script) -> Script:
         # File and class names may contain characters that the terminal's encoding does not have.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
-        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
         # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
         for name in ("absl", "asyncio"):
@@ -183,7 +211,7 @@ def _one_line(error: Exception) -> int:
         # Threads of the storage print tracebacks of the same error. They must not come after the line that says it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         time.sleep(0.2)
-    print(f"error: {error}", file=stream, flush=True)
+    print(printable(f"error: {error}"), file=stream, flush=True)
     return ERROR_STATUS
 
 

@@ -8,8 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.images import record_pixels
@@ -19,6 +17,7 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.drawing import draw, save_image
+from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.scripts import cli
 
 
@@ -48,7 +47,7 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    arguments = cli.parse(Arguments, argv, description=__doc__)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     if arguments.max_pixels < 1:
@@ -61,15 +60,14 @@ def main(argv: list[str] | None = None) -> None:
 
     drawn_images = arguments.out / "images"
     write_coco_json(arguments.out / "detections.json", detections, dataset)
-    write_atomically(arguments.out / "classes.txt", "".join(f"{name}\n" for name in model.class_names))
+    write_atomically(arguments.out / "classes.txt", "".join(f"{printable(name)}\n" for name in model.class_names))
     for record, found in zip(dataset.records, detections, strict=True):
         names = tuple(model.class_names[label - 1] for label in found.labels)
         prediction = Prediction(found.boxes, found.scores, found.labels, names)
         drawn = draw(record_pixels(record), prediction, score_threshold=arguments.score_threshold)
         # Keep the whole file name: the folder may hold both a.jpg and a.png.
         save_image(drawn_images / f"{record.id}.png", drawn)
-    print(f"images     {len(dataset.records)}")
-    print(f"files      {arguments.out}")
+    print_lines(f"images     {len(dataset.records)}", f"files      {arguments.out}")
 
 
 if __name__ == "__main__":

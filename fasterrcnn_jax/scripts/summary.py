@@ -6,6 +6,7 @@ As in train.py, any field on the command line overrides the field in the file.
 import sys
 
 from fasterrcnn_jax.models.summary import format_summary, summarize
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 
 
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = ["--config", *argv]
     config = cli.parse_config(argv, description=__doc__)
     # Without class names, show the network for one class.
-    print(format_summary(summarize(config.model, max(1, len(config.data.class_names)))))
+    print_lines(*format_summary(summarize(config.model, max(1, len(config.data.class_names)))).split("\n"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fasterrcnn_jax.data import tfds_builder
+from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 
 
@@ -28,11 +29,10 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, description=__doc__, args=argv, use_underscores=True)
+    arguments = cli.parse(Arguments, argv, description=__doc__)
     folder, counts = tfds_builder.build(arguments.name, arguments.archives, arguments.root.expanduser())
-    for split, count in counts.items():
-        print(f"{split:10} {count} images")
-    print(f"folder     {folder}")
+    lines = [f"{split:10} {count} images" for split, count in counts.items()]
+    print_lines(*lines, f"folder     {folder}")
 
 
 if __name__ == "__main__":

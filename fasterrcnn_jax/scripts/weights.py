@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.weights import files, save_weights
 from fasterrcnn_jax.weights.load import FORMAT, formats_of
@@ -41,7 +42,7 @@ class Convert:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Inspect | Convert, description=__doc__, args=argv, use_underscores=True)
+    arguments = cli.parse(Inspect | Convert, argv, description=__doc__)
     if isinstance(arguments, Inspect):
         inspect(arguments.file)
     else:
@@ -50,14 +51,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def inspect(file: Path) -> None:
     weights = files.read(file)
-    names = [f"{known.name}  {known.source}" for known in formats_of(weights)] or ["unknown"]
-    print(f"format     {f'{chr(10)}or         '.join(names)}")
-    print(f"arrays     {len(weights.arrays)}")
-    print(f"numbers    {sum(array.size for array in weights.arrays.values()):,}")
-    print(f"sha256     {weights.sha256}")
-    width = max(map(len, weights.arrays))
-    for name, array in weights.arrays.items():
-        print(f"{name:{width}}  {array.dtype}  {' x '.join(map(str, array.shape))}")
+    formats = [f"{known.name}  {known.source}" for known in formats_of(weights)] or ["unknown"]
+    names = list(map(printable, weights.arrays))
+    width = max(map(len, names))
+    print_lines(
+        *(f"{'or' if number else 'format':10} {name}" for number, name in enumerate(formats)),
+        f"arrays     {len(weights.arrays)}",
+        f"numbers    {sum(array.size for array in weights.arrays.values()):,}",
+        f"sha256     {weights.sha256}",
+        *(
+            f"{name:{width}}  {array.dtype}  {' x '.join(map(str, array.shape))}"
+            for name, array in zip(names, weights.arrays.values(), strict=True)
+        ),
+    )
 
 
 def convert(source: Path, out: Path, backbone: str | None = None) -> None:
@@ -71,7 +77,7 @@ def convert(source: Path, out: Path, backbone: str | None = None) -> None:
         if not found:
             raise InputError(f"{source}: the format is unknown; `weights inspect` shows the arrays in the file")
         files.write(out, weights.arrays, weights.metadata | ({FORMAT: found[0].name} if len(found) == 1 else {}))
-    print(f"file       {out}")
+    print_lines(f"file       {out}")
 
 
 if __name__ == "__main__":

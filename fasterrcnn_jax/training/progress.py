@@ -19,6 +19,7 @@ from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels, save_image
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, LossTerms
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 def say(text: str) -> None:
     """Prints a line above the progress bar, in the first process only."""
     if is_main():
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
 
 class StepReport(NamedTuple):
@@ -149,7 +150,7 @@ class Progress:
         self._rates = learning_rates(stage.train)
         self._reported = time.perf_counter()
         self._bar = tqdm(
-            desc=stage.name or None,
+            desc=printable(stage.name) or None,
             total=stage.train.steps,
             initial=done,
             unit="step",

@@ -19,6 +19,7 @@ from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import shared_features
 from fasterrcnn_jax.models.rpn import rpn_output
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, GroundTruth, Losses, LossTerms, Proposals
 from fasterrcnn_jax.training.run_folder import failed_batch_path
@@ -120,16 +121,17 @@ _WAY = ("pixels", "boxes", "features", "objectness", "deltas of the RPN", "losse
 
 def format_examined(number: int, examined: list[Examined]) -> str:
     """Returns the text that `train.py --replay` prints: a table, and a sentence if every number is finite."""
-    width = max(len("image"), *(len(row.id) for row in examined))
+    ids = [printable(row.id) for row in examined]
+    width = max(len("image"), *map(len, ids))
     columns = ("objectness", "rpn box", "class", "box", "gradient")
     lines = [
         f"step {number}, each image alone",
         f"{'image':<{width}}" + "".join(f"{c:>12}" for c in columns),
     ]
-    for row in examined:
+    for name, row in zip(ids, examined, strict=True):
         numbers = "".join(f"{float(value):>12.4g}" for value in (*row.losses, row.gradient_norm))
         found = "" if row.first_not_finite is None else f"  first not finite: {row.first_not_finite}"
-        lines.append(f"{row.id:<{width}}{numbers}{found}")
+        lines.append(f"{name:<{width}}{numbers}{found}")
     if all(row.first_not_finite is None for row in examined):
         lines.append(
             "Every number of each image is finite. The sum over the images or devices, or the update, was not finite."
