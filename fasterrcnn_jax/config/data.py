@@ -99,6 +99,9 @@ class DataConfig:
     faults: Literal["error", "skip"] = "error"
     """what to do with an image or object that cannot be used: stop with an error, or skip it with a warning; skip
     decodes every image once when it reads the annotations"""
+    accept_changed: bool = False
+    """continue a run although its lists, labels or images have changed since the checkpoint; otherwise that is an
+    error"""
     shapes: ShapesConfig | None = None
     """make the built-in data set of drawn shapes in root if it is not there yet"""
 

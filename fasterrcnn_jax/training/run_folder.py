@@ -74,6 +74,11 @@ def checkpoints_folder(run: Path) -> Path:
     return run / CHECKPOINTS
 
 
+def has_checkpoints(run: Path) -> bool:
+    """Returns whether the run folder has a complete checkpoint."""
+    return any(path.name.isdecimal() for path in checkpoints_folder(run).glob("*"))
+
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Returns the folder of the checkpoint of `step`."""
     return checkpoints_folder(run) / str(step)
