@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.data import loader, sources
+from fasterrcnn_jax.data.fingerprint import Fingerprint
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
@@ -69,11 +70,15 @@ def main(argv: list[str] | None = None) -> None:
         check_batch_size(config, stage)
     splits = {name: sources.open_split(config.data, name) for name in split_names(config)}
     train_set = prepare_training_set(splits[config.data.train_split], config.data)
+    # Process 0 compares the data for all.
+    fingerprint = Fingerprint(splits if processes.is_main() else {})
     # A replay writes nothing.
     lock = run_folder.locked(config.run) if config.replay is None else contextlib.nullcontext()
-    with lock, preemption.noted_signals() as asked_to_stop:
-        for stage in stages:
-            result = fit(config, stage, train_set, splits, asked_to_stop)
+    with lock:
+        for number, stage in enumerate(stages):
+            # The newest checkpoint of all stages knows which data was accepted last.
+            is_newest = not any(run_folder.has_checkpoints(later.run) for later in stages[number + 1 :])
+            result = fit(config, stage, train_set, splits, fingerprint, compare=is_newest)
             if result is not None and processes.is_main():
                 print("\n".join(filter(None, (stage.name, result))))
 
@@ -83,10 +88,14 @@ def fit(
     stage: Stage,
     train_set: Dataset,
     splits: dict[str, Dataset],
-    asked_to_stop: Callable[[], str | None],
+    fingerprint: Fingerprint,
+    *,
+    compare: bool,
 ) -> str | None:
     """Trains one stage to its end, evaluates it, and writes everything into its folder.
 
+    Args:
+      compare: the data must be as at the stage's newest checkpoint.
     Returns:
       The table of results and where the files are. None where a step was replayed, or nothing was left to do.
     """
@@ -107,7 +116,7 @@ def fit(
     checkpoints = checkpoint.open_checkpoints(run, keep=train.keep_checkpoints)
     model = first_model(config, stage, fresh=checkpoints.latest is None)
     graphdef, state, step = create_training(stage, model)
-    restored = checkpoint.restore(checkpoints, state, config=config)
+    restored = checkpoint.restore(checkpoints, state, config=config, data=fingerprint if compare else None)
     if restored is not None:
         state, position = restored
         batches.set_state(position)
@@ -117,19 +126,23 @@ def fit(
         return replay_step(config.replay, stage, graphdef, state, step, batches)
     if processes.is_main():
         run_folder.write_config(config, run)
+    fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
     progress = Progress(stage, train_set, metrics, done=done)
     report, saver = LateReport(progress.write), checkpoint.DeferredSave(checkpoints)
     batch_size = processes.per_device(train.batch_size // train.accumulate)
-    evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size, log=done < train.steps)
+    evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size)
     result, stop = None, False
-    with checkpoint.closing(checkpoints), metrics, progress:
+    with checkpoint.closing(checkpoints), metrics, progress, contextlib.ExitStack() as noting:
+        asked_to_stop = None
         for number in range(done + 1, train.steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
             data_wait = time.perf_counter() - asked
             state, numbers = step(state, batch)
+            # Until the first step is compiled there is nothing to save, and a signal ends the process at once.
+            asked_to_stop = asked_to_stop or noting.enter_context(preemption.noted_signals())
             report.offer(StepReport(number, numbers, batch, data_wait))
             # Read one step late, like the losses. All processes know it then and end after the same step.
             stopping, stop = bool(stop), processes.any_process(asked_to_stop() is not None)
@@ -141,7 +154,8 @@ def fit(
             # The loss of this step is finite, so the state before it is worth keeping.
             saver.confirm()
             if is_due:
-                saver.offer(checkpoint.snapshot(state, config=config, iterator_state=batches.get_state()))
+                position, seen = batches.get_state(), fingerprint.text()
+                saver.offer(checkpoint.snapshot(state, config=config, iterator_state=position, data=seen))
             if is_last or (train.evaluate_every and number % train.evaluate_every == 0):
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
@@ -153,6 +167,12 @@ def fit(
                 say(f"asked to stop: saved step {number}, the same command continues {run}")
                 sys.exit(preemption.EXIT_STATUS)
         saver.confirm()
+        # Everything is saved, so from here a signal ends the process at once.
+        stop = processes.any_process(asked_to_stop is not None and asked_to_stop() is not None)
+        noting.close()
+        if bool(stop) and (run != config.run or best_split != data.test_split):
+            say(f"asked to stop: saved step {train.steps}, the same command continues {config.run}")
+            sys.exit(preemption.EXIT_STATUS)
 
         model = merge(graphdef, state)
         shown_before = done >= train.steps and run != config.run

@@ -20,7 +20,6 @@ class Evaluator(NamedTuple):
     best_split: str  # the split that decides which checkpoint is best
     metrics: MetricsWriter
     batch_size: int  # images at once, on one device; its share of a training batch is known to fit into memory
-    log: bool  # False for a finished run that is evaluated again: its numbers are already in the log
 
     def evaluate(self, model: Detector, split: str, number: int) -> Score:
         """Returns the score of `model` after step `number`; writes its numbers and an image of its detections."""
@@ -44,8 +43,10 @@ class Evaluator(NamedTuple):
             batch_size=batch_size,
             implementation=implementation,
         )
-        if self.log:
-            self.metrics.write(number, {f"{split}/{name}": value for name, value in result.values.items()})
+        values = {f"{split}/{name}": value for name, value in result.values.items()}
+        # A finished run that is evaluated again has them already.
+        if not self.metrics.has(number, values):
+            self.metrics.write(number, values)
         sheet = comparison_sheet(dataset, positions, result.detections, proposals)
         # The last step may be evaluated on both splits.
         image = self.metrics.write_image(number, sheet, split="" if split == self.best_split else split)

@@ -1,7 +1,9 @@
 """Ends a run that is asked to stop: between two steps, with a checkpoint of the last one.
 
-Schedulers send SIGTERM and, after a grace period, SIGKILL; the keyboard sends SIGINT. The first signal is only noted.
-A second signal ends the process at once, and the steps since the last checkpoint are lost.
+Schedulers send SIGTERM and, after a grace period, SIGKILL; the keyboard sends SIGINT. The training loop notes the first
+signal. A second signal ends the process at once, and the steps since the last checkpoint are lost. Outside the loop
+there is nothing to save: while data is read, while the first step compiles, and after the last checkpoint of a stage,
+a signal ends the process at once.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +84,7 @@ class MetricsWriter:
 
     def __init__(self, run: Path, *, after: int, silent: bool = False):
         self._run, self._lines, self._board = run, None, None
+        self._after, self._names_after = after, set()
         if silent:
             return
         path = metrics_path(run)
@@ -97,8 +98,13 @@ class MetricsWriter:
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
         if kept != lines:
             write_atomically(path, "".join(kept))
+        self._names_after = {name for line in kept if _step_of(line) == after for name in json.loads(line)}
         self._lines = path.open("a", buffering=1)
         self._board = TensorBoard(run, purge_step=after + 1)
+
+    def has(self, step: int, names: Iterable[str]) -> bool:
+        """Returns whether an earlier start wrote numbers of these names for `step`, where that is its last step."""
+        return step == self._after and self._names_after.issuperset(names)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one line.
