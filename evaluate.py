@@ -60,14 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = arguments.batch_size or per_device(config.train.batch_size // config.train.accumulate)
     of = "proposals" if arguments.proposals else "detections"
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    # Printed before a file can fail: the table is what took the time.
+    print(found.table, flush=True)
     if found.detections is None:  # proposals are not written to files
-        print(found.table)
         return
-
-    out.mkdir(parents=True, exist_ok=True)
     write_coco_json(out / "detections.json", found.detections, dataset)
     write_voc_files(out, found.detections, dataset, split=split)
-    print(found.table)
     print(f"files      {out}")
 
 
