@@ -59,14 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = arguments.batch_size or per_device(config.train.batch_size // config.train.accumulate)
     of = "proposals" if arguments.proposals else "detections"
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    # Printed before a file can fail: the table is what took the time.
+    print_lines(*found.table.split("\n"))
     if found.detections is None:  # proposals are not written to files
-        print_lines(*found.table.split("\n"))
         return
-
-    out.mkdir(parents=True, exist_ok=True)
     write_coco_json(out / "detections.json", found.detections, dataset)
     write_voc_files(out, found.detections, dataset, split=split)
-    print_lines(*found.table.split("\n"), f"files      {out}")
+    print_lines(f"files      {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a detector and evaluates it: python train.py --config configs/shapes.py
+"""Trains a detector and evaluates it: python train.py FOLDER, or --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
 metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
@@ -6,11 +6,10 @@ training with status 75. After a loss that is not finite, --replay FILE shows wh
 """
 
 import contextlib
-import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,12 +19,14 @@ from tqdm import tqdm
 
 from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import Config
-from fasterrcnn_jax.data import loader, sources
+from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.data import loader
+from fasterrcnn_jax.data.fingerprint import Fingerprint
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
-from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.data.transforms import canvases_of
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
-from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector
+from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector, parameter_count
 from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.structures import Batch
@@ -36,8 +37,11 @@ from fasterrcnn_jax.training import (
     replay,
     run_folder,
 )
-from fasterrcnn_jax.training.evaluation import Evaluator
+from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, outcome_of
+from fasterrcnn_jax.training.expected_time import Evaluations
 from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.patience import Patience
+from fasterrcnn_jax.training.preparation import prepare
 from fasterrcnn_jax.training.progress import (
     LateReport,
     MetricsWriter,
@@ -45,7 +49,7 @@ from fasterrcnn_jax.training.progress import (
     StepReport,
     say,
 )
-from fasterrcnn_jax.training.stages import Stage, failed_stage, split_names, stages_of
+from fasterrcnn_jax.training.stages import Stage, failed_stage, stages_of
 from fasterrcnn_jax.training.state import TrainState, merge
 from fasterrcnn_jax.training.step import (
     TrainStep,
@@ -59,24 +63,46 @@ from fasterrcnn_jax.weights import load_weights
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse_config(argv, description=__doc__)
+    try:
+        train(cli.parse_config(argv, description=__doc__))
+    except preemption.Stopped as stopped:
+        say(str(stopped))
+        sys.exit(preemption.EXIT_STATUS)
+
+
+def train(config: Config) -> Outcome | None:
+    """Trains every stage of a run, or continues it, and prints what comes of it.
+
+    Returns:
+      The results of the last stage. None where a step was replayed.
+    Raises:
+      InputError: the data or the run folder cannot be used.
+      NonFiniteLossError: training diverged.
+      preemption.Stopped: a signal asked the run to stop, and its last step is saved.
+    """
     processes.initialize(config.distributed)
     compilations.watch()
-    config = dataclasses.replace(config, data=sources.with_class_names(config.data))
+    config, splits, train_set, understood = prepare(config)
     stages = stages_of(config)
     if config.replay is not None:
         stages = (failed_stage(stages, config.replay),)
     for stage in stages:
         check_batch_size(config, stage)
-    splits = {name: sources.open_split(config.data, name) for name in split_names(config)}
-    train_set = prepare_training_set(splits[config.data.train_split], config.data)
+    for sentence in (*understood, processes.device_line(), f"run        {config.run}"):
+        say(sentence)
+    # Process 0 compares the data for all.
+    fingerprint = Fingerprint(splits if processes.is_main() else {})
     # A replay writes nothing.
     lock = run_folder.locked(config.run) if config.replay is None else contextlib.nullcontext()
-    with lock, preemption.noted_signals() as asked_to_stop:
-        for stage in stages:
-            result = fit(config, stage, train_set, splits, asked_to_stop)
-            if result is not None and processes.is_main():
-                print_lines(*([stage.name] if stage.name else []), *result)
+    outcome = None
+    with lock:
+        for number, stage in enumerate(stages):
+            # The newest checkpoint of all stages knows which data was accepted last.
+            is_newest = not any(run_folder.has_checkpoints(later.run) for later in stages[number + 1 :])
+            outcome = fit(config, stage, train_set, splits, fingerprint, compare=is_newest)
+            if outcome is not None and processes.is_main():
+                print_lines(*([stage.name] if stage.name else []), *outcome.lines)
+    return outcome
 
 
 def fit(
@@ -84,15 +110,21 @@ def fit(
     stage: Stage,
     train_set: Dataset,
     splits: dict[str, Dataset],
-    asked_to_stop: Callable[[], str | None],
-) -> list[str] | None:
+    fingerprint: Fingerprint,
+    *,
+    compare: bool,
+) -> Outcome | None:
     """Trains one stage to its end, evaluates it, and writes everything into its folder.
 
+    Args:
+      compare: the data must be as at the stage's newest checkpoint.
     Returns:
-      The lines of the table of results and where the files are. None where a step was replayed, or nothing was left
-        to do.
+      The results of the best checkpoint. None where a step was replayed, or nothing was left to do.
     """
     data, train, run = config.data, stage.train, stage.run
+    steps = fitted(train.steps, "train.steps")
+    checkpoint_every = fitted(train.checkpoint_every, "train.checkpoint_every")
+    evaluate_every = fitted(train.evaluate_every, "train.evaluate_every")
     best_split = train.best_split or data.test_split
     given = proposals_given_to(stage, splits)
     batches = loader.training_batches(
@@ -101,15 +133,17 @@ def fit(
         config.model.image,
         batch_size=train.batch_size,
         seed=train.seed,
-        steps=train.steps,
+        steps=steps,
         process=processes.process(),
         proposals=given.get(data.train_split),
     )
 
     checkpoints = checkpoint.open_checkpoints(run, keep=train.keep_checkpoints)
     model = first_model(config, stage, fresh=checkpoints.latest is None)
+    if checkpoints.latest is None:
+        say(f"model      {parameter_count(model):,} parameters")
     graphdef, state, step = create_training(stage, model)
-    restored = checkpoint.restore(checkpoints, state, config=config)
+    restored = checkpoint.restore(checkpoints, state, config=config, data=fingerprint if compare else None)
     if restored is not None:
         state, position = restored
         batches.set_state(position)
@@ -120,58 +154,79 @@ def fit(
         return None
     if processes.is_main():
         run_folder.write_config(config, run)
+    fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
-    progress = Progress(stage, train_set, metrics, done=done)
+    sizes = canvases_of(train_set, config.model.image), canvases_of(splits[best_split], config.model.image)
+    evaluations = Evaluations(steps // evaluate_every if evaluate_every else 1, len(splits[best_split].records), sizes[1])
+    progress = Progress(stage, train_set, metrics, done=done, canvases=sizes[0], evaluations=evaluations)
     report, saver = LateReport(progress.write), checkpoint.DeferredSave(checkpoints)
     batch_size = processes.per_device(train.batch_size // train.accumulate)
-    evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size, log=done < train.steps)
+    evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size)
+    patience = Patience(train, checkpoint.best(checkpoints))
     result, stop = None, False
-    with checkpoint.closing(checkpoints), metrics, progress:
-        for number in range(done + 1, train.steps + 1):
+    with checkpoint.closing(checkpoints), metrics, progress, contextlib.ExitStack() as noting:
+        asked_to_stop = None
+        for number in range(done + 1, done + 1 if patience.is_over(done) else steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
             data_wait = time.perf_counter() - asked
+            if number == 1:
+                metrics.write_first_batch(batch, config)
             state, numbers = step(state, batch)
+            # Until the first step is compiled there is nothing to save, and a signal ends the process at once.
+            asked_to_stop = asked_to_stop or noting.enter_context(preemption.noted_signals())
             report.offer(StepReport(number, numbers, batch, data_wait))
             # Read one step late, like the losses. All processes know it then and end after the same step.
             stopping, stop = bool(stop), processes.any_process(asked_to_stop() is not None)
 
-            is_last = number == train.steps
-            is_due = is_last or stopping or number % train.checkpoint_every == 0
+            is_last = number == steps
+            is_due = is_last or stopping or number % checkpoint_every == 0
             if is_due or saver.pending is not None:
                 report.flush()
             # The loss of this step is finite, so the state before it is worth keeping.
             saver.confirm()
             if is_due:
-                saver.offer(checkpoint.snapshot(state, config=config, iterator_state=batches.get_state()))
-            if is_last or (train.evaluate_every and number % train.evaluate_every == 0):
+                position, seen = batches.get_state(), fingerprint.text()
+                saver.offer(checkpoint.snapshot(state, config=config, iterator_state=position, data=seen))
+            if is_last or (evaluate_every and number % evaluate_every == 0):
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
                 saver.measured(result.values[stage.metric])
+                patience.measured(number, result.values[stage.metric])
                 progress.restart_clock()
             # After the evaluation of this step, which another start would not repeat.
             if stopping and not is_last:
                 saver.confirm()
-                say(f"asked to stop: saved step {number}, the same command continues {run}")
-                sys.exit(preemption.EXIT_STATUS)
+                raise preemption.Stopped(f"asked to stop: saved step {number}, the same command continues {run}")
+            if not is_last and patience.is_over(number):
+                say(f"step {number}: {train.patience} evaluations in a row without a higher {stage.metric}: the end")
+                break
         saver.confirm()
+        # Everything is saved, so from here a signal ends the process at once.
+        stop = processes.any_process(asked_to_stop is not None and asked_to_stop() is not None)
+        noting.close()
+        last = int(state.step)
+        if bool(stop) and (run != config.run or best_split != data.test_split):
+            raise preemption.Stopped(f"asked to stop: saved step {last}, the same command continues {config.run}")
 
         model = merge(graphdef, state)
-        shown_before = done >= train.steps and run != config.run
-        if not shown_before and (result is None or best_split != data.test_split):
-            result = evaluator.evaluate(model, data.test_split, train.steps)
         for name in stage.proposes_on:
             path = run_folder.proposals_path(run, name)
             stored_proposals(path, model, splits[name], batch_size=batch_size, implementation=train.implementation)
-        best = checkpoint.best(checkpoints)
-
-    if result is None:
-        return None
-    lines = [*result.table.split("\n"), f"checkpoint {run_folder.checkpoint_folder(run, train.steps)}"]
-    if best is not None:
-        lines.append(f"best       {run_folder.checkpoint_folder(run, best.step)}: {stage.metric} {best.metric:.3f}")
-    return lines
+        best, shown = checkpoint.best(checkpoints), last
+        if run == config.run:
+            if best is not None and best.step != last:
+                # The best checkpoint is what `load` takes, so it is what the table shows.
+                own = backbone_class(config.model.backbone)
+                model = checkpoint.load(run_folder.checkpoint_folder(run, best.step), backbone=own)
+                shown, result = best.step, None
+            if processes.is_main():
+                checkpoint.write_best(checkpoints, run)
+        shown_before = done >= last and run != config.run
+        if not shown_before and (result is None or best_split != data.test_split):
+            result = evaluator.evaluate(model, data.test_split, shown)
+    return None if result is None else outcome_of(stage, result, best, last, chosen_on=best_split, shown_on=data.test_split)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:
@@ -247,7 +302,7 @@ def replay_step(
     losses = functools.partial(
         stage.losses, num_devices=stage.train.batch_size, implementation=stage.train.implementation
     )
-    print_lines(*replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)).split("\n"))
+    print(replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and a batch has only the rows of this process. This module gathers the values th
 
 import socket
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -76,6 +77,15 @@ def _reason(error: Exception) -> str:
 def process() -> tuple[int, int]:
     """Returns (index of this process, number of processes); (0, 1) in a run of one process."""
     return jax.process_index(), jax.process_count()
+
+
+def device_line() -> str:
+    """Returns the line that names the devices; says where a GPU is installed that JAX does not use."""
+    devices = jax.devices()
+    line = f"device     {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if devices[0].platform == "cpu" and Path("/dev/nvidiactl").exists():
+        line += "; this computer has an NVIDIA GPU, but JAX does not see it: pip install 'jax[cuda13]'"
+    return line
 
 
 def is_main() -> bool:

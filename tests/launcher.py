@@ -8,6 +8,9 @@
 Importing takes seconds, and a kill test starts many runs. JAX is not initialised before the fork.
 """
 
+import functools
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -34,16 +37,18 @@ class Launcher:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(self, argv, *, log, threads=2, file_limit=None, plain_user=False):
+    def start(self, argv, *, log, threads=2, file_limit=None, plain_user=False, signal_at=None):
         """Returns the process id of `train.py argv`, whose output goes to the file `log`.
 
         Args:
           threads: threads of the loader.
           file_limit: largest size of a file in bytes; imitates a full disk.
           plain_user: file permissions bind the process even if it runs as root.
+          signal_at: (MODULE:FUNCTION, call, signal): the process gets the signal when that call of the function begins.
         """
         argv = [str(argument) for argument in argv]
-        return self._ask(argv=argv, log=str(log), threads=threads, file_limit=file_limit, plain_user=plain_user)
+        options = dict(threads=threads, file_limit=file_limit, plain_user=plain_user, signal_at=signal_at)
+        return self._ask(argv=argv, log=str(log), **options)
 
     def status(self, pid):
         """Returns the exit status, negative for the signal that ended it, or None while it runs."""
@@ -79,9 +84,24 @@ def drop_capabilities():
     assert ctypes.CDLL(None).capset(words, nothing) == 0
 
 
+def send_signal_at(place, call, number):
+    module, _, name = place.partition(":")
+    *outer, last = name.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    function, calls = getattr(owner, last), itertools.count(1)
+
+    @functools.wraps(function)
+    def signalling(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    setattr(owner, last, signalling)
+
+
 def serve():
     from fasterrcnn_jax.data import loader
-    from fasterrcnn_jax.scripts import train
+    from fasterrcnn_jax.scripts import cli, train
 
     for line in sys.stdin:
         question = json.loads(line)
@@ -107,7 +127,9 @@ def serve():
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["file_limit"],) * 2)
     if question["plain_user"] and os.geteuid() == 0:
         drop_capabilities()
-    train.main(question["argv"])
+    if question["signal_at"] is not None:
+        send_signal_at(*question["signal_at"])
+    cli.run_as_program(functools.partial(train.main, question["argv"]))
 
 
 if __name__ == "__main__":

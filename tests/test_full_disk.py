@@ -1,6 +1,7 @@
 """A disk that is full: the run ends in seconds with one line that names the file. A TensorBoard error alone does not
 stop the run."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -17,8 +18,9 @@ import tiny
 from fasterrcnn_jax.data.proposal_files import write_proposals
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.evaluation.files import write_coco_json
+from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
 from fasterrcnn_jax.inference.drawing import save_image
+from fasterrcnn_jax.scripts import weights as weights_script
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training import replay, run_folder, tensorboard
 from fasterrcnn_jax.training.progress import MetricsWriter
@@ -97,12 +99,14 @@ def batch_of_zeros():
     return Batch(np.zeros((1, 8, 8, 3), np.float32), pair, pair, np.zeros(1, np.int32), np.ones(1, bool), truth)
 
 
+EMPTY = Dataset("empty", ("a",), (), (), (1,))
 WRITERS = {
     "config": lambda folder: run_folder.write_config(tiny.config(folder), folder),
     "failed batch": lambda folder: replay.write_batch(folder, 3, batch_of_zeros(), ["a"]),
     "image": lambda folder: save_image(folder / "a.png", np.zeros((4, 4, 3), np.uint8)),
     "proposals": lambda folder: write_proposals(folder / "p.safetensors", {}, made_by="w"),
-    "coco": lambda folder: write_coco_json(folder / "d.json", [], Dataset("empty", ("a",), (), (), (1,))),
+    "coco": lambda folder: write_coco_json(folder / "d.json", [], EMPTY),
+    "voc": lambda folder: write_voc_files(folder, [], EMPTY, split="test"),
 }
 
 
@@ -134,29 +138,90 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_run_on_a_full_disk_ends_in_seconds_with_one_line(small_disk, tmp_path):
-    tiny.write_voc(tmp_path / "voc", train=4, test=2)
-    config = tiny.config(tmp_path, steps=400, checkpoint_every=4)
-    path = tiny.write_config(tmp_path / "config.py", config)
-    (tmp_path / "cache").mkdir()
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "rest").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_weights_that_do_not_fit_are_named_and_the_file_before_them_stays(small_disk, small_run, capsys):
+    path = small_disk / "w.safetensors"
+    path.write_text("before")
+    fill(small_disk)
+    with tiny.restored_logging(), pytest.raises(SystemExit) as ended:
+        weights_script.main(["convert", str(small_run), str(path)])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {path}: the file cannot be written") and "No space left" in last
+    assert path.read_text() == "before" and sorted(os.listdir(small_disk)) == ["rest", "w.safetensors"]
+
+
+def watched(tmp_path, command, *, before=()):
+    """Runs Python with a command; returns (exit status, stdout, lines of stderr, seconds from the error to the end).
+
+    Args:
+      before: a program that starts Python, with its arguments.
+    """
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, ROOT / "train.py", "--config", path, "--run", small_disk / "run"]
     process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*before, sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    # The error line, then the end: the process must not stay.
     lines, said_at = [], None
     with process:
         for line in process.stderr:
             lines.append(line)
             if line.startswith("error: ") or "\nerror: " in line:
                 said_at = time.monotonic()
-        process.stdout.read()
+        out = process.stdout.read()
         status = process.wait(timeout=60)
+    assert said_at is not None, "".join(lines)[-2000:]
+    return status, out, lines, time.monotonic() - said_at
+
+
+def assert_ended(status, lines, seconds, path):
+    """The error line is the last one and names the file, and the process does not stay."""
     assert status == 2, "".join(lines)[-2000:]
-    assert said_at is not None and time.monotonic() - said_at < 10.0
-    assert lines[-1].startswith("error: ") and f"{small_disk}/run/" in lines[-1], lines[-5:]
+    assert lines[-1].startswith("error: ") and str(path) in lines[-1], lines[-5:]
+    assert seconds < 10.0
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    tiny.write_voc(tmp_path / "voc", train=4, test=2)
+    return tiny.write_config(tmp_path / "config.py", tiny.config(tmp_path, steps=400, checkpoint_every=4))
+
+
+def test_a_run_on_a_full_disk_ends_in_seconds_with_one_line(small_disk, tmp_path, config_file):
+    status, _, lines, seconds = watched(tmp_path, ["train.py", "--config", config_file, "--run", small_disk / "run"])
+    assert_ended(status, lines, seconds, f"{small_disk}/run/")
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoint_does_not_fit_ends_in_seconds_with_one_line(tmp_path, config_file):
+    """Needs no mount: files are limited to 100 kB."""
+    limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "bash")  # blocks of 1024 bytes
+    status, _, lines, seconds = watched(tmp_path, ["train.py", "--config", config_file], before=limited)
+    assert_ended(status, lines, seconds, f"{tmp_path}/run/checkpoints/4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+def test_results_on_a_full_disk_end_in_seconds_with_one_line(small_disk, tmp_path, small_run, script):
+    tiny.write_voc(tmp_path / "voc", train=1, test=2)
+    fill(small_disk)
+    command = {
+        "evaluate": ["evaluate.py", "--ckpt", small_run, "--root", tmp_path / "voc"],
+        "predict": ["-m", "fasterrcnn_jax", "predict", "--ckpt", small_run, "--images", tmp_path / "voc/JPEGImages"],
+    }
+    status, out, lines, seconds = watched(tmp_path, [*command[script], "--out", small_disk / "out"])
+    assert_ended(status, lines, seconds, small_disk / "out")
+    assert script == "predict" or "AP50" in out  # the table is printed before the files

@@ -16,6 +16,8 @@ import tiny
 from launcher import Launcher
 from orbax.checkpoint import v1 as ocp
 
+from fasterrcnn_jax.training.preemption import EXIT_STATUS
+
 STEPS = 12
 CONFIG = """
 import dataclasses, sys
@@ -177,6 +179,69 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(launcher, fold
     assert rows[2][4], rows  # there was a partially written checkpoint
     assert_same_end(run, whole)
     assert not is_writing(run)
+
+
+# Where the process is killed: (function, its call). Each start continues where the one before was killed.
+MOMENTS = {
+    "before the first checkpoint": ("fasterrcnn_jax.training.checkpoint:save", 1),
+    "while the first evaluation runs": ("fasterrcnn_jax.training.evaluation:score", 1),
+    "between metrics.jsonl and TensorBoard": ("fasterrcnn_jax.training.tensorboard:TensorBoard.add_scalar", 40),
+    "while a checkpoint is written": ("os:rename", 1),
+    "while left-overs are removed": ("shutil:rmtree", 1),
+    "between an evaluation and its image": ("fasterrcnn_jax.training.evaluation:comparison_sheet", 2),
+    "before the last results": ("fasterrcnn_jax.training.checkpoint:best", 1),
+}
+QUICK = ("between an evaluation and its image",)
+
+
+@pytest.mark.parametrize("moments", [QUICK, pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)])
+def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder, whole, tmp_path, moments):
+    run = tmp_path / "run"
+    for moment in moments:
+        pid = start(launcher, folder, run, signal_at=(*MOMENTS[moment], signal.SIGKILL))
+        assert launcher.wait(pid) == -signal.SIGKILL, f"{moment}: {log_of(run).read_text()}"
+    finish(launcher, folder, run)
+    assert_same_end(run, whole)
+
+
+# Where a first signal comes: (function, its call, signal), the exit status, and the steps that are saved.
+ASKED = {
+    "while data is read": (("fasterrcnn_jax.data.sources:read_split", 1, signal.SIGTERM), -signal.SIGTERM, []),
+    "Ctrl-C while data is read": (("fasterrcnn_jax.data.sources:read_split", 1, signal.SIGINT), -signal.SIGINT, []),
+    "while the first step compiles": (
+        ("fasterrcnn_jax.training.stages:training_losses", 1, signal.SIGTERM),
+        -signal.SIGTERM,
+        [],
+    ),
+    "while an evaluation runs": (
+        ("fasterrcnn_jax.training.evaluation:score", 1, signal.SIGTERM),
+        EXIT_STATUS,
+        [2, 4],
+    ),
+    "while a checkpoint is written": (
+        ("fasterrcnn_jax.training.checkpoint:_digest", 1, signal.SIGTERM),
+        EXIT_STATUS,
+        [4, 5],
+    ),
+    "after the last checkpoint": (
+        ("fasterrcnn_jax.training.checkpoint:best", 1, signal.SIGTERM),
+        -signal.SIGTERM,
+        [10, 12],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "signal_at, status, steps",
+    [pytest.param(*case, id=moment, marks=pytest.mark.slow if case[2] else ()) for moment, case in ASKED.items()],
+)
+def test_a_request_to_stop_ends_the_run_at_each_moment(launcher, folder, whole, tmp_path, signal_at, status, steps):
+    run = tmp_path / "run"
+    assert launcher.wait(start(launcher, folder, run, signal_at=signal_at)) == status, log_of(run).read_text()
+    assert steps_in(run) == steps and "Traceback" not in log_of(run).read_text()
+    if steps:
+        finish(launcher, folder, run)
+        assert_same_end(run, whole)
 
 
 @pytest.fixture

@@ -361,6 +361,31 @@ def test_a_run_is_not_continued_with_another_configuration(folder, trained, tmp_
         np.testing.assert_array_equal(value, values_of(trained[0])[name])
 
 
+def test_changed_data_stops_a_run_until_the_change_is_accepted(folder, trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "6")
+    root = Path(shutil.copytree(folder / "voc", tmp_path / "voc"))
+    path = root / "Annotations" / "train3.xml"
+    path.write_text(path.read_text().replace("ring", "disc"))
+    argv = ("--run", run, "--data.root", root)
+    refused(train(folder, *argv), r"checkpoints/4: the data has changed .*labels or flags: 1, the first is train3")
+    status, out, err = train(folder, *argv, "--data.accept_changed")
+    assert status == 0 and "from step 4" in out and "the first is train3; the run continues" in err, err
+    # The newest checkpoint now has the fingerprint of the changed data.
+    path.write_text(path.read_text().replace("disc", "ring"))
+    refused(train(folder, *argv), r"checkpoints/6: the data has changed .*the first is train3")
+
+
+def test_an_evaluation_of_the_other_split_that_was_not_logged_is_logged_at_the_next_start(folder, trained, tmp_path):
+    """As if killed after the last checkpoint, while data.test_split was evaluated."""
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    for _ in range(2):
+        status, _, err = train(folder, "--run", run, "--data.test_split", "train", "--train.best_split", "test")
+        assert status == 0, err
+        assert [line["step"] for line in lines_of(run, "train/AP50")] == [STEPS]
+        assert [line["step"] for line in lines_of(run, "test/AP50")] == [4, STEPS]
+
+
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_weights_that_overflow_are_never_saved(folder, tmp_path, steps):
     """This includes the weights of the last step, which no later loss checks."""
@@ -379,6 +404,13 @@ def test_repeated_steps_are_logged_once(folder, trained, tmp_path):
     status, _, err = train(folder, "--run", run)
     assert status == 0, err
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
+
+
+def test_evaluate_prints_its_table_before_a_file_fails(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = called(evaluate_script.main, "--ckpt", trained[0], "--out", tmp_path / "file" / "out")
+    refused(result, rf"{tmp_path}/file/out/detections\.json cannot be written: Not a directory")
+    assert re.search(r"^AP50 [01]\.\d\d$", result[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize(

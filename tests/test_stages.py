@@ -475,7 +475,7 @@ def test_a_finished_run_only_prints_its_results_again(trained, folder):
 
 def test_replay_repeats_a_step_only_in_its_stage(folder, monkeypatch):
     met = []
-    monkeypatch.setattr(train_script, "fit", lambda config, stage, *_: met.append(stage.name))
+    monkeypatch.setattr(train_script, "fit", lambda config, stage, *_, **__: met.append(stage.name))
     batch = folder / "run" / "stages" / "2_detector" / "failed" / "step_00000001.npz"
     status, _, err = called(train_script.main, "--config", folder / "mine.py", "--replay", batch)
     assert (status, met) == (0, ["2_detector"]), err
@@ -494,6 +494,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(trained, folder, tmp_path):
     for path in ("stages/2_detector", "stages/3_rpn", "."):
         found, expected = parts_of(again / path), parts_of(run / path)
         assert all(same(found[part], expected[part]) for part in expected)
+
+
+def test_the_data_is_compared_with_the_newest_checkpoint_of_all_stages(trained, folder, tmp_path, monkeypatch):
+    """A change that a later stage accepted is no change for the stages before it."""
+    for name in NAMES[:2]:
+        shutil.copytree(trained[0] / "stages" / name / "checkpoints", tmp_path / "stages" / name / "checkpoints")
+    met = []
+    monkeypatch.setattr(train_script, "fit", lambda config, stage, *_, compare: met.append((stage.name, compare)))
+    status, _, err = called(train_script.main, "--config", folder / "mine.py", "--run", tmp_path)
+    assert status == 0, err
+    assert met == [("1_rpn", False), ("2_detector", True), ("3_rpn", True), ("4_detector", True)]
 
 
 def test_stored_proposals_are_reused_only_for_the_same_weights_and_images(trained, tmp_path):

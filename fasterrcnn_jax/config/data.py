@@ -125,6 +125,9 @@ class DataConfig:
     """largest number of pixels (width times height) of an image; a larger one is refused before it is decoded"""
     follow_links: bool = False
     """open files that symbolic links in the data set place outside root; otherwise they are refused"""
+    accept_changed: bool = False
+    """continue a run although its lists, labels or images have changed since the checkpoint; otherwise that is an
+    error"""
     shapes: ShapesConfig | None = None
     """make the built-in data set of drawn shapes in root if it is not there yet"""
 

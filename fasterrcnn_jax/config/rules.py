@@ -88,6 +88,7 @@ _INDIFFERENT = {
     "data.test_split",
     "data.threads",
     "data.cache_mb",
+    "data.accept_changed",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.evaluate_every",

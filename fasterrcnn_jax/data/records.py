@@ -30,6 +30,11 @@ class StoredImage:
     def name(self) -> str:
         return self.place.rpartition("/")[2]
 
+    @property
+    def file(self) -> Path:
+        """The larger file; a place is FILE[POSITION]."""
+        return Path(self.place.rpartition("[")[0])
+
     def __str__(self) -> str:
         return self.place
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.data.records import Dataset
 
 
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
@@ -26,6 +27,11 @@ def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, i
 def canvas_for(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
     """Returns the smallest canvas that fits the resized image."""
     return smallest_canvas(network_size(image_hw, config), config)
+
+
+def canvases_of(dataset: Dataset, config: ImageConfig) -> frozenset[tuple[int, int]]:
+    """Returns the canvases that the images of a data set need."""
+    return frozenset(canvas_for(size, config) for size in {record.image_hw for record in dataset.records})
 
 
 def smallest_canvas(size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:

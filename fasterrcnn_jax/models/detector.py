@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
@@ -152,3 +153,8 @@ def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2
                 f"{images.shape[1]} x {images.shape[2]} pixels, which does not have the configured stride {stride}"
             )
     return features
+
+
+def parameter_count(model: Detector) -> int:
+    """Returns the number of parameters, fixed ones and the statistics of fixed normalisation included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))

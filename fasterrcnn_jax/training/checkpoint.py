@@ -2,7 +2,8 @@
 
 A checkpoint is written to a temporary folder and then renamed, so an incomplete one never has a checkpoint's name.
 It contains `model` (trained, averaged and frozen values by path), `train` (optimizer, step, key), `metrics` if it was
-evaluated, and `meta` (configuration with the class names, position of the data iterator, digests of all parts).
+evaluated, and `meta` (configuration with the class names, position of the data iterator, fingerprint of the data,
+digests of all parts).
 Everything that is read is checked against the digests, because the storage does not detect flipped bits in arrays.
 """
 
@@ -24,9 +25,12 @@ from orbax.checkpoint import v1 as ocp
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.config.text import from_json, to_json
+from fasterrcnn_jax.data.fingerprint import Fingerprint
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
+from fasterrcnn_jax.processes import any_process
 from fasterrcnn_jax.regular_files import check_regular
+from fasterrcnn_jax.training import preemption
 from fasterrcnn_jax.training.run_folder import (
     CHECKPOINTS,
     checkpoints_folder,
@@ -75,6 +79,7 @@ class Snapshot(NamedTuple):
     state: TrainState
     config: Config
     iterator_state: dict[str, Any]
+    data: str | None = None  # fingerprint of the data
     measured: float | None = None  # the metric that decides which checkpoint is best; None: not evaluated
 
 
@@ -83,15 +88,15 @@ def closing(checkpoints: ocp.training.Checkpointer) -> Iterator[None]:
     """Closes the checkpointer after the body. After an error it is left as it is: closing would wait for writes."""
     try:
         yield
-    except SystemExit:  # a run that was asked to stop, and has saved
+    except preemption.Stopped:
         checkpoints.close()
         raise
     checkpoints.close()
 
 
-def snapshot(state: TrainState, *, config: Config, iterator_state: dict[str, Any]) -> Snapshot:
+def snapshot(state: TrainState, *, config: Config, iterator_state: dict[str, Any], data: str | None = None) -> Snapshot:
     """Returns a copy of everything that a checkpoint stores."""
-    return Snapshot(jax.tree.map(lambda leaf: np.array(leaf), state), config, iterator_state)
+    return Snapshot(jax.tree.map(lambda leaf: np.array(leaf), state), config, iterator_state, data)
 
 
 class DeferredSave:
@@ -144,9 +149,12 @@ def save(
     config: Config,
     iterator_state: dict[str, Any],
     measured: float | None,
+    data: str | None = None,
 ) -> None:
     """Writes the checkpoint of `state.step` and waits until it is complete. Only then are older checkpoints deleted.
 
+    Args:
+      data: fingerprint of the data.
     Raises:
       OSError: the checkpoint cannot be written; older checkpoints are unchanged.
     """
@@ -163,6 +171,8 @@ def save(
             {name: _digest(values) for name, values in parts.items()} | {"metrics": json.dumps(metrics)}
         ),
     }
+    if data is not None:
+        texts["data"] = data
     step = int(state.step)
     try:
         checkpoints.save_checkpointables(
@@ -176,16 +186,17 @@ def save(
 
 
 def restore(
-    checkpoints: ocp.training.Checkpointer, state: TrainState, *, config: Config
+    checkpoints: ocp.training.Checkpointer, state: TrainState, *, config: Config, data: Fingerprint | None = None
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Returns the newest checkpoint as (state, position of the data iterator), or None if there is none.
 
     Args:
       state: a state of the same configuration, which gives the structure and the shapes.
       config: configuration of the run that is to continue.
+      data: fingerprint of the data in process 0, an empty one in other processes; None: the data is not compared.
     Raises:
-      InputError: the checkpoint cannot be read, or it has another configuration; the message names the first
-        different field.
+      InputError: the checkpoint cannot be read, it has another configuration, or the data has changed; the message
+        names the first different field, split, image or file.
     """
     if checkpoints.latest is None:
         return None
@@ -196,8 +207,27 @@ def restore(
         raise InputError(
             f"{folder} is from a run with {difference}; continue it with its own value or choose another --run"
         )
+    if data is not None:
+        _check_data(found["meta"].get("data"), data, folder, accept=config.data.accept_changed)
     model, train = (_fit(found[part], tree, folder) for part, tree in _parts(state).items())
     return TrainState(**model, **train), json.loads(found["meta"]["iterator"])
+
+
+def _check_data(stored: str | None, data: Fingerprint, folder: Path, *, accept: bool) -> None:
+    """Raises InputError, or warns with `accept`, where the data differs from the fingerprint in a checkpoint."""
+    if stored is None:
+        logger.info("%s has no fingerprint of the data, so a change of the data is not noticed", folder)
+        return
+    try:
+        changes = data.changes(stored)
+    except InputError as error:
+        changes = [str(error)]
+    if not bool(any_process(bool(changes))):
+        return
+    sentence = f"{folder}: the data has changed since this checkpoint: {'; '.join(changes) or 'process 0 says where'}"
+    if not accept:
+        raise InputError(f"{sentence}; restore it, choose another --run, or add --data.accept_changed")
+    logger.warning("%s; the run continues, because data.accept_changed is set", sentence)
 
 
 def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:

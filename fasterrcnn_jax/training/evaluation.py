@@ -1,14 +1,49 @@
 """Evaluation within a training: detect, score, log, draw."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.inference.drawing import comparison_sheet, shown_positions
 from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.training.checkpoint import Best
 from fasterrcnn_jax.training.progress import MetricsWriter, say
+from fasterrcnn_jax.training.run_folder import best_path, checkpoint_folder
 from fasterrcnn_jax.training.stages import Stage
+
+
+class Outcome(NamedTuple):
+    """The results of one stage."""
+
+    run: Path
+    values: dict[str, float | None]  # metrics by name; None: undefined
+    lines: tuple[str, ...]  # the table, and where the files are
+
+
+def outcome_of(stage: Stage, result: Score, best: Best | None, last: int, *, chosen_on: str, shown_on: str) -> Outcome:
+    """Returns the results that a stage ends with.
+
+    Args:
+      best: the best checkpoint; None: none was evaluated.
+      last: the last step.
+      chosen_on: split that chose the best checkpoint.
+      shown_on: split of `result`.
+    """
+    lines = result.table.split("\n")
+    if best is not None and chosen_on == shown_on:
+        lines.append(f"split      {shown_on}, also used to choose the checkpoint")
+    else:
+        lines.append(f"split      {shown_on}")
+    lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")
+    if best is None:
+        lines.append(f"best       {best_path(stage.run)}: step {last}, the newest one, because none was evaluated")
+    else:
+        lines.append(
+            f"best       {best_path(stage.run)}: step {best.step}, {stage.metric} {best.metric:.3f} on {chosen_on}"
+        )
+    return Outcome(stage.run, result.values, tuple(lines))
 
 
 class Evaluator(NamedTuple):
@@ -20,7 +55,6 @@ class Evaluator(NamedTuple):
     best_split: str  # the split that decides which checkpoint is best
     metrics: MetricsWriter
     batch_size: int  # images at once, on one device; its share of a training batch is known to fit into memory
-    log: bool  # False for a finished run that is evaluated again: its numbers are already in the log
 
     def evaluate(self, model: Detector, split: str, number: int) -> Score:
         """Returns the score of `model` after step `number`; writes its numbers and an image of its detections."""
@@ -44,8 +78,10 @@ class Evaluator(NamedTuple):
             batch_size=batch_size,
             implementation=implementation,
         )
-        if self.log:
-            self.metrics.write(number, {f"{split}/{name}": value for name, value in result.values.items()})
+        values = {f"{split}/{name}": value for name, value in result.values.items()}
+        # A finished run that is evaluated again has them already.
+        if not self.metrics.has(number, values):
+            self.metrics.write(number, values)
         sheet = comparison_sheet(dataset, positions, result.detections, proposals)
         # The last step may be evaluated on both splits.
         image = self.metrics.write_image(number, sheet, split="" if split == self.best_split else split)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # The estimate is made after this many steps.
-STEPS = 10
+FIRST_STEPS = 10
 # Seconds of detection per image over seconds of training per image: the forward pass is about a third of a step.
 DETECTION = 0.4
 # Seconds to compile detection on one canvas over seconds to compile a training step.
@@ -17,25 +17,28 @@ class TimedStep(NamedTuple):
     seconds: float
 
 
+class Evaluations(NamedTuple):
+    """The evaluations of a training."""
+
+    count: int
+    images: int  # in each of them
+    canvases: frozenset[tuple[int, int]]  # of these images
+
+
 def expected_seconds(
     timed: Sequence[TimedStep],
     *,
     steps: int,
     batch_size: int,
-    canvases: int,
-    evaluations: int,
-    evaluated: int,
-    evaluated_canvases: int,
+    canvases: frozenset[tuple[int, int]],
+    evaluations: Evaluations,
 ) -> float:
     """Returns the expected seconds after the timed steps.
 
     Args:
       timed: the first steps of this start.
       steps: number of steps that are left.
-      canvases: number of canvases of the training images.
-      evaluations: number of evaluations that are left.
-      evaluated: number of images in each of them.
-      evaluated_canvases: number of canvases of these images.
+      canvases: canvases of the training images.
     """
     first, later = {}, []
     for step in timed:
@@ -45,12 +48,12 @@ def expected_seconds(
             first[step.canvas] = step.seconds
     typical = statistics.median(later or first.values())
     compilation = max(0.0, statistics.mean(first.values()) - typical)
-    detection = typical / batch_size * DETECTION * evaluated
+    detection = typical / batch_size * DETECTION * evaluations.images
     return (
         steps * typical
-        + compilation * max(0, canvases - len(first))
-        + evaluations * detection
-        + (compilation * DETECTION_COMPILATION * evaluated_canvases if evaluations else 0.0)
+        + compilation * len(canvases - set(first))
+        + evaluations.count * detection
+        + (compilation * DETECTION_COMPILATION * len(evaluations.canvases) if evaluations.count else 0.0)
     )
 
 

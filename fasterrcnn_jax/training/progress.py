@@ -9,28 +9,39 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from fasterrcnn_jax.atomic_write import write_atomically
+from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
-from fasterrcnn_jax.inference.drawing import Pixels, save_image
+from fasterrcnn_jax.inference.drawing import Pixels, batch_sheet, save_image
 from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, LossTerms
 from fasterrcnn_jax.training import compilations, replay
+from fasterrcnn_jax.training.expected_time import (
+    FIRST_STEPS,
+    Evaluations,
+    TimedStep,
+    expected_seconds,
+    in_words,
+)
 from fasterrcnn_jax.training.optimizer import learning_rates
-from fasterrcnn_jax.training.run_folder import image_path, metrics_path
+from fasterrcnn_jax.training.run_folder import first_batch_path, image_path, metrics_path
 from fasterrcnn_jax.training.stages import Stage
 from fasterrcnn_jax.training.state import StepMetrics
 from fasterrcnn_jax.training.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
+
+# Seconds between two lines where the output is no terminal.
+LINE_EVERY = 15.0
 
 
 def say(text: str) -> None:
@@ -85,6 +96,7 @@ class MetricsWriter:
 
     def __init__(self, run: Path, *, after: int, silent: bool = False):
         self._run, self._lines, self._board = run, None, None
+        self._after, self._names_after = after, set()
         if silent:
             return
         path = metrics_path(run)
@@ -98,8 +110,13 @@ class MetricsWriter:
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
         if kept != lines:
             write_atomically(path, "".join(kept))
+        self._names_after = {name for line in kept if _step_of(line) == after for name in json.loads(line)}
         self._lines = path.open("a", buffering=1)
         self._board = TensorBoard(run, purge_step=after + 1)
+
+    def has(self, step: int, names: Iterable[str]) -> bool:
+        """Returns whether an earlier start wrote numbers of these names for `step`, where that is its last step."""
+        return step == self._after and self._names_after.issuperset(names)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one line.
@@ -129,6 +146,15 @@ class MetricsWriter:
             self._board.add_image(f"images{split and '/'}{split}", image, step)
         return path
 
+    def write_first_batch(self, batch: Batch, config: Config) -> None:
+        """Writes images/first_batch.png: the first training batch as the network sees it.
+
+        Raises:
+          InputError: it cannot be written; names the file.
+        """
+        if self._board is not None:
+            save_image(first_batch_path(self._run), batch_sheet(batch, config.model.image, config.data.class_names))
+
     def __enter__(self) -> "MetricsWriter":
         return self
 
@@ -142,20 +168,41 @@ class MetricsWriter:
 
 
 class Progress:
-    """The progress bar and the numbers of one stage. Only the first process shows the bar."""
+    """Shows how far one stage is, in the first process: a bar on a terminal, elsewhere a line every LINE_EVERY seconds.
 
-    def __init__(self, stage: Stage, train_set: Dataset, metrics: MetricsWriter, *, done: int):
-        """Starts the progress bar at `done`, the number of steps that were completed before this start."""
+    After the first steps it says how long the training is expected to take.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        train_set: Dataset,
+        metrics: MetricsWriter,
+        *,
+        done: int,
+        canvases: frozenset[tuple[int, int]],
+        evaluations: Evaluations,
+    ):
+        """Starts the bar.
+
+        Args:
+          done: number of steps that were completed before this start.
+          canvases: canvases of the training images.
+          evaluations: the evaluations of the whole stage.
+        """
         self._stage, self._train_set, self._metrics = stage, train_set, metrics
+        self._canvases, self._evaluations = canvases, evaluations
         self._rates = learning_rates(stage.train)
-        self._reported = time.perf_counter()
+        self._steps = len(self._rates)
+        self._timed: list[TimedStep] = []
+        self._reported = self._shown = time.perf_counter()
+        self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc=printable(stage.name) or None,
-            total=stage.train.steps,
+            total=self._steps,
             initial=done,
             unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 15.0,
-            disable=not is_main(),
+            disable=not (is_main() and self._is_terminal),
         )
 
     def __enter__(self) -> "Progress":
@@ -192,9 +239,31 @@ class Progress:
             "data_wait": report.data_wait,
         }
         self._metrics.write(number, values | extra | compilations.so_far())
+        self._show(number, {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}, rate)
+        self._timed.append(TimedStep(batch.images.shape[1:3], seconds))
+        if len(self._timed) == FIRST_STEPS and number < self._steps:
+            self._say_expected_time(number)
+
+    def _show(self, number: int, losses: dict[str, str], rate: float) -> None:
         self._bar.update(number - self._bar.n)
-        losses = {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}
         self._bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
+        now = time.perf_counter()
+        if not self._is_terminal and (now - self._shown >= LINE_EVERY or number == self._steps):
+            self._shown = now
+            words = ", ".join(f"{name} {value}" for name, value in losses.items())
+            say(f"{self._stage.name} step {number} of {self._steps}: {words}, {rate:.1f} images/s".strip())
+
+    def _say_expected_time(self, number: int) -> None:
+        done = self._evaluations.count * number // self._steps
+        left = self._evaluations._replace(count=self._evaluations.count - done)
+        seconds = expected_seconds(
+            self._timed,
+            steps=self._steps - number,
+            batch_size=self._stage.train.batch_size,
+            canvases=self._canvases,
+            evaluations=left,
+        )
+        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {left.count} evaluations")
 
 
 def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dict[str, float]:

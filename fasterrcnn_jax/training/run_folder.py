@@ -89,9 +89,19 @@ def image_path(run: Path, step: int, split: str = "") -> Path:
     return run / "images" / f"{step:06d}{split and '_'}{split}.png"
 
 
+def first_batch_path(run: Path) -> Path:
+    """Returns the file of the image that shows the first training batch."""
+    return run / "images" / "first_batch.png"
+
+
 def checkpoints_folder(run: Path) -> Path:
     """Returns the folder of all checkpoints."""
     return run / CHECKPOINTS
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Returns whether the run folder has a complete checkpoint."""
+    return any(path.name.isdecimal() for path in checkpoints_folder(run).glob("*"))
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
