@@ -53,7 +53,7 @@ from fasterrcnn_jax.training.step import (
     make_train_step,
     replicate,
 )
-from fasterrcnn_jax.weights import load_weights
+from fasterrcnn_jax.zoo import load_weights
 
 
 @cli.script
@@ -194,7 +194,9 @@ def first_model(config: Config, stage: Stage, *, fresh: bool) -> Detector:
     """
     if stage.first is not None:
         # The configuration is the user's own, so the class that it names may be imported.
-        return checkpoint.load(stage.first, backbone=backbone_class(config.model.backbone))
+        # The stage continues from the newest checkpoint of the other, not from its best one.
+        newest = run_folder.checkpoints_folder(stage.first)
+        return checkpoint.load(newest, backbone=backbone_class(config.model.backbone))
     model = create_detector(config.model, config.data.class_names, seed=config.train.seed)
     return load_weights(model, config.init) if config.init is not None and fresh else model
 

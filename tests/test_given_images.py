@@ -115,4 +115,3 @@ def test_another_kind_is_refused_with_its_position_its_kind_and_a_remedy(image, 
     # Without the tests' type checker, as users run it.
     with pytest.raises(ValueError, match=said):
         inspect.unwrap(preprocess)(image, tiny.IMAGE)
-
