@@ -21,7 +21,7 @@ from fasterrcnn_jax.training import checkpoint, run_folder
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     ckpt: Path
-    """run folder (uses its newest checkpoint), or one checkpoint folder RUN/checkpoints/STEP"""
+    """run folder (uses its best checkpoint), or one checkpoint folder RUN/checkpoints/STEP"""
     backbone: str | None = None
     """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     root: Path | None = None

@@ -58,7 +58,7 @@ from fasterrcnn_jax.training.step import (
     make_train_step,
     replicate,
 )
-from fasterrcnn_jax.weights import load_weights
+from fasterrcnn_jax.zoo import load_weights
 
 
 @cli.script
@@ -157,9 +157,9 @@ def fit(
     fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
-    sizes = canvases_of(train_set, config.model.image), canvases_of(splits[best_split], config.model.image)
-    evaluations = Evaluations(steps // evaluate_every if evaluate_every else 1, len(splits[best_split].records), sizes[1])
-    progress = Progress(stage, train_set, metrics, done=done, canvases=sizes[0], evaluations=evaluations)
+    evaluations = Evaluations.of(splits[best_split], config.model.image, steps=steps, every=evaluate_every)
+    canvases = canvases_of(train_set, config.model.image)
+    progress = Progress(stage, train_set, metrics, done=done, canvases=canvases, evaluations=evaluations)
     report, saver = LateReport(progress.write), checkpoint.DeferredSave(checkpoints)
     batch_size = processes.per_device(train.batch_size // train.accumulate)
     evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size)
@@ -226,7 +226,9 @@ def fit(
         shown_before = done >= last and run != config.run
         if not shown_before and (result is None or best_split != data.test_split):
             result = evaluator.evaluate(model, data.test_split, shown)
-    return None if result is None else outcome_of(stage, result, best, last, chosen_on=best_split, shown_on=data.test_split)
+    if result is None:
+        return None
+    return outcome_of(stage, result, best, last, chosen_on=best_split, shown_on=data.test_split)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:
@@ -252,7 +254,9 @@ def first_model(config: Config, stage: Stage, *, fresh: bool) -> Detector:
     """
     if stage.first is not None:
         # The configuration is the user's own, so the class that it names may be imported.
-        return checkpoint.load(stage.first, backbone=backbone_class(config.model.backbone))
+        # The stage continues from the newest checkpoint of the other, not from its best one.
+        newest = run_folder.checkpoints_folder(stage.first)
+        return checkpoint.load(newest, backbone=backbone_class(config.model.backbone))
     model = create_detector(config.model, config.data.class_names, seed=config.train.seed)
     return load_weights(model, config.init) if config.init is not None and fresh else model
 

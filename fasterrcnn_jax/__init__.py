@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fasterrcnn_jax.models.detector import Detector
     from fasterrcnn_jax.models.faster_rcnn import detect
     from fasterrcnn_jax.structures import Detections
-    from fasterrcnn_jax.weights import load_weights, save_weights
-    from fasterrcnn_jax.zoo import create, list_models, load, model_info
+    from fasterrcnn_jax.weights import save_weights
+    from fasterrcnn_jax.zoo import create, list_models, load, load_weights, model_info
 
 __all__ = [
     "Config",
@@ -49,7 +49,7 @@ _HOMES = {
     "draw": "inference.drawing",
     "list_models": "zoo",
     "load": "zoo",
-    "load_weights": "weights",
+    "load_weights": "zoo",
     "model_info": "zoo",
     "predict": "inference.prediction",
     "preprocess": "inference.prediction",

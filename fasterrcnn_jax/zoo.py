@@ -11,10 +11,12 @@ from fasterrcnn_jax.config import ModelConfig, families
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
-from fasterrcnn_jax.weights import files, load_weights
+from fasterrcnn_jax.weights import files
+from fasterrcnn_jax.weights import load_weights as load_file
 from fasterrcnn_jax.weights.files import Weights
 from fasterrcnn_jax.weights.load import (
     assign,
+    assign_own,
     formats_of,
     log,
     num_classes_of,
@@ -143,16 +145,16 @@ def create(
     seed: int = 0,
     backbone: BackboneClass | None = None,
 ) -> Detector:
-    """Returns the detector of a name or configuration, with weights from a file or with random weights.
+    """Returns the detector of a name or configuration, with weights from a path or with random weights.
 
     Args:
       class_names: class names without background. None: the classes of the model's published weights.
       num_classes: number of classes, instead of `class_names`. The names are those of the published weights if the
         number is the same, otherwise class 1, class 2, ...
-      weights: a file that `load_weights` reads. If its number of classes differs, the last layers get random weights.
+      weights: a path that `load_weights` reads. If its number of classes differs, the last layers get random weights.
       backbone: your own backbone class; see docs/backbone.md.
     Raises:
-      InputError: there is no such model, or the file does not fit it.
+      InputError: there is no such model, or the weights do not fit it.
       ValueError: `class_names` and `num_classes` are both given, or a configuration is given with neither.
     """
     info = model_info(model) if isinstance(model, str) else None
@@ -171,6 +173,36 @@ def create(
     if weights is None:
         return made
     return load_weights(made, weights)
+
+
+def load_weights(model: Detector, path: str | Path, *, format: str | None = None) -> Detector:
+    """Returns the model with the weights of a run folder, of one checkpoint or of a weights file; logs what was used.
+
+    From a detector with another number of classes, all layers except the last two are read. `model` gives the classes
+    of all layers, so a backbone class that a checkpoint names is never imported.
+
+    Args:
+      path: a run folder, RUN/best, one checkpoint RUN/checkpoints/STEP, or a file: `.safetensors`, `.pth` of torch, or
+        `.pkl` of NumPy arrays. No code in a file is run. ImageNet weights fill only the layers they have.
+      format: `name` of one of `weights.tables.FORMATS`, for a file of another program; None: the names in the file
+        decide. Caffe's and torchvision's ImageNet weights have the same names; the model's channel order decides
+        between them.
+    Raises:
+      InputError: the path cannot be read or is of another network; names the path and the array or the field.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load_file(model, path, format=format)
+    if format is not None:
+        raise InputError(f"{path}: format must be None for a run folder, got {format}")
+    # Imported here, because loading a weights file does not need Orbax.
+    from fasterrcnn_jax.training import checkpoint
+
+    found = checkpoint.read_weights(path)
+    where, config = str(found.folder), found.config
+    model, report = assign_own(model, found.arrays, config.model, config.data.class_names, where=where)
+    log(report, where)
+    return model
 
 
 def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:

@@ -49,6 +49,18 @@ def test_an_older_jax_has_no_kernels(monkeypatch):
         choose("pooling", "mosaic", unsupported=None)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "rocm"])
+def test_without_a_cuda_device_nobody_is_told_of_a_version_of_jax(monkeypatch, caplog, platform):
+    mosaic.pretend(monkeypatch, platform, (0, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
+        assert choose("pooling", None, unsupported=None) == "xla"
+    (message,) = caplog.messages
+    assert "JAX" not in message and f"the platform of this device is {platform}" in message
+    with pytest.raises(NotImplementedError, match=f"the platform of this device is {platform}"):
+        choose("pooling", "mosaic", unsupported=None)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 def test_a_named_kernel_runs_from_ampere_on(monkeypatch, capability):
     mosaic.pretend(monkeypatch, "cuda", capability)

@@ -23,8 +23,8 @@ class Config:
     """length of the longer image side in the network, in pixels; it sets model.image.short_side, long_side and
     canvases; auto: 320, or more where objects would be small; None: model.image decides"""
     init: Path | None = None
-    """weights file that a new run starts from, ours (written by `weights convert`) or another program's; the classes
-    may differ; None: random weights"""
+    """weights that a new run starts from: a run folder (its best checkpoint), one checkpoint RUN/checkpoints/STEP, or a
+    weights file, ours or another program's; the classes may differ; None: random weights"""
     replay: Path | None = None
     """a file in RUN/failed, written when a number was not finite; instead of training, repeat that step image by image
     and show where the first such number appears"""

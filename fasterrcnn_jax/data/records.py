@@ -5,6 +5,7 @@ covers [x1, x2) x [y1, y2). Labels are 1..K in the order of `class_names`; 0 is 
 """
 
 import dataclasses
+import html
 import itertools
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,6 +18,8 @@ from fasterrcnn_jax.errors import InputError, quoted
 
 # Smaller objects are not visible. Also, an empty box in a 0-based file is one pixel wide by VOC's 1-based rule.
 MIN_SIDE = 2.0
+# A prediction prints its best detections.
+PRINTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,3 +135,40 @@ class Prediction(NamedTuple):
     scores: Float[np.ndarray, "d"]
     labels: Int[np.ndarray, "d"]  # 1..K
     class_names: tuple[str, ...]  # one per detection
+
+    def to_dict(self) -> dict[str, list]:
+        """Returns {"boxes": [[x1, y1, x2, y2], ...], "scores", "labels", "class_names"}, all lists for `json.dumps`.
+
+        Each list has one entry per detection, best first. Boxes are in pixels of the given image; labels count from 1.
+        """
+        return {name: np.asarray(values).tolist() for name, values in self._asdict().items()}
+
+    def __repr__(self) -> str:
+        """Returns one line per detection: class name, score, and box; only the best ones if there are many."""
+        shown = self._shown()
+        name_width, box_width = (max((len(row[column]) for row in shown), default=0) for column in (0, 2))
+        lines = [f"  {name:{name_width}}  {score}  [{box:>{box_width}}]" for name, score, box in shown]
+        more = len(self.scores) - len(shown)
+        return "\n".join([self._title(), *lines, *([f"  and {more} more"] if more else [])])
+
+    def _repr_html_(self) -> str:
+        """Returns the same lines as a table, which notebooks show. It holds no image; `draw` draws the boxes."""
+        heads = "".join(f"<th>{name}</th>" for name in ("class name", "score", "x1, y1, x2, y2"))
+        rows = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in self._shown()]
+        more = len(self.scores) - len(rows)
+        last = [f'<td colspan="3">and {more} more</td>'] if more else []
+        body = "".join(f"<tr>{row}</tr>" for row in (heads, *rows, *last))
+        return f"<table><caption>{self._title()}</caption>{body}</table>"
+
+    def _title(self) -> str:
+        count = len(self.scores)
+        return f"Prediction: {count} detection{'' if count == 1 else 's'}"
+
+    def _shown(self) -> list[tuple[str, str, str]]:
+        """Returns (class name, score, box) of the best detections as text."""
+        rows = zip(self.class_names[:PRINTED], self.scores, self.boxes, strict=False)
+        return [
+            # The repr of a name without its quotes: a line break in it must not break the line.
+            (repr(name)[1:-1], f"{score:.2f}", ", ".join(f"{side:.1f}" for side in box))
+            for name, score, box in rows
+        ]

@@ -17,6 +17,7 @@ from fasterrcnn_jax.data.records import (
     ImageProposals,
     Prediction,
 )
+from fasterrcnn_jax.inference.given_images import given_image
 
 # Limits of a comparison sheet.
 SHOWN_IMAGES = 6
@@ -30,23 +31,22 @@ def draw(image: Any, detections: Any, *, score_threshold: float = 0.5) -> Pixels
     """Returns a copy of `image` with a labelled box for each detection whose score is at least `score_threshold`.
 
     Args:
-      image: uint8 RGB [height, width, 3].
+      image: one image of any kind that `predict` takes.
       detections: the `Prediction` of this image, from `predict`.
     Raises:
-      ValueError: `image` is not a uint8 image, or `detections` is not one `Prediction`.
+      InputError: a file cannot be read as an image.
+      ValueError: the image is of another kind, or `detections` is not one `Prediction`.
     """
     if not isinstance(detections, Prediction):
         raise ValueError(f"detections must be one Prediction, got {type(detections).__name__}")
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
+    pixels = given_image(image, "the image").pixels()
     shown = detections.scores >= score_threshold
     captions = [
         f"{name} {score:.2f}"
         for name, score, show in zip(detections.class_names, detections.scores, shown, strict=True)
         if show
     ]
-    return draw_boxes(image, detections.boxes[shown], detections.labels[shown], captions)
+    return draw_boxes(pixels, detections.boxes[shown], detections.labels[shown], captions)
 
 
 def draw_boxes(

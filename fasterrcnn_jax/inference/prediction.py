@@ -16,6 +16,7 @@ from fasterrcnn_jax.data.transforms import (
     smallest_canvas,
     to_canvas,
 )
+from fasterrcnn_jax.inference.given_images import GivenImage, given_images
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect
@@ -32,29 +33,40 @@ OnCanvas = tuple[
 
 
 def predict(
-    model: Detector, images: Any, *, batch_size: int = 1, implementation: Implementation = None
+    model: Detector,
+    images: Any,
+    *,
+    batch_size: int = 1,
+    score_threshold: float = 0.0,
+    implementation: Implementation = None,
 ) -> Prediction | list[Prediction]:
-    """Returns the detections in one image, in a list of images of any sizes, or in a batch array.
+    """Returns the detections in one image, in a list of images of any sizes and kinds, or in a batch array.
 
     Images are grouped by canvas, and every group is split into batches of exactly `batch_size`. The detections in an
     image therefore do not depend on the other images.
 
     Args:
-      images: uint8 RGB [height, width, 3], a list of such arrays, or [batch, height, width, 3].
+      images: a path, which is turned as its EXIF data says; a PIL image; or a NumPy or JAX array: grey [height, width]
+        or [height, width, 1], RGB [..., 3], or RGB with alpha [..., 4], which is dropped. Values are uint8, or
+        floating-point in 0..1, or bool. Or a list of them, or a batch array [batch, height, width, channels].
+      score_threshold: detections with a lower score are left out. `model.config.postprocess.score_threshold` applies
+        before it.
       implementation: implementation of NMS and region features, as in `detect`.
     Returns:
       One `Prediction` for one image, otherwise a list of them.
     Raises:
-      ValueError: an image is not a uint8 array [height, width, 3] with at least one pixel, or
-        `batch_size` is not positive.
+      InputError: a file cannot be read as an image.
+      ValueError: an image is of another kind, or `batch_size` or `score_threshold` is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    listed, single = _listed(images)
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
+    listed, single = given_images(images)
     by_position: dict[int, Prediction] = {}
     groups = defaultdict(list)
     for position, image in enumerate(listed):
-        groups[canvas_for(image.shape[:2], model.config.image)].append(position)
+        groups[canvas_for(image.image_hw, model.config.image)].append(position)
     for canvas, positions in groups.items():
         for start in range(0, len(positions), batch_size):
             chosen = positions[start : start + batch_size]
@@ -63,7 +75,9 @@ def predict(
             )
             found = jax.device_get(jitted_detect(model, pixels, image_hw, scale, implementation=implementation))
             for row, position in enumerate(chosen):
-                boxes, scores, labels = to_original(found, row, scale[row], listed[position].shape[:2])
+                original = to_original(found, row, scale[row], listed[position].image_hw)
+                kept = original.scores >= score_threshold
+                boxes, scores, labels = (values[kept] for values in original)
                 names = tuple(model.class_names[label - 1] for label in labels)
                 by_position[position] = Prediction(boxes, scores, labels, names)
     predictions = [by_position[position] for position in range(len(listed))]
@@ -76,43 +90,26 @@ def preprocess(images: Any, config: ImageConfig) -> OnCanvas:
     Divide boxes by `scale` (y, x) to get pixels of the original image.
 
     Args:
-      images: uint8 RGB, at least one image; a single image gives a batch of one.
+      images: as in `predict`, at least one image; a single image gives a batch of one.
       config: the model's `model.config.image`.
     Raises:
-      ValueError: there is no image, an image is not a uint8 array [height, width, 3], or no single canvas is large
-        enough for all images.
+      ValueError: there is no image, an image is of another kind, or no single canvas is large enough for all images.
     """
-    listed, _ = _listed(images)
+    listed, _ = given_images(images)
     if not listed:
         raise ValueError("preprocess needs at least one image")
-    needed = [network_size(image.shape[:2], config) for image in listed]
+    needed = [network_size(image.image_hw, config) for image in listed]
     height, width = (max(size[axis] for size in needed) for axis in (0, 1))
     return _on_canvas(listed, smallest_canvas((height, width), config), len(listed), config)
 
 
-def _listed(images: Any) -> tuple[list[UInt8[np.ndarray, "h w 3"]], bool]:
-    """Returns the list of images, and whether a single image was given. Raises ValueError for anything else."""
-    if not isinstance(images, (list, tuple)):
-        images = np.asarray(images)
-    single = not isinstance(images, (list, tuple)) and images.ndim != 4
-    listed: list[np.ndarray] = [np.asarray(image) for image in ([images] if single else images)]
-    for position, image in enumerate(listed):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"image {position} must be a uint8 array [height, width, 3], got {image.dtype} {list(image.shape)}"
-            )
-    return listed, single
-
-
-def _on_canvas(
-    images: list[UInt8[np.ndarray, "_ _ 3"]], canvas: tuple[int, int], rows: int, config: ImageConfig
-) -> OnCanvas:
+def _on_canvas(images: list[GivenImage], canvas: tuple[int, int], rows: int, config: ImageConfig) -> OnCanvas:
     """Returns (pixels, image_hw, scale) of the images; any further rows are empty images of size zero."""
     pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
     image_hw = np.zeros((rows, 2), np.float32)
     scale = np.ones((rows, 2), np.float32)
     for row, image in enumerate(images):
-        pixels[row], image_hw[row], scale[row] = to_canvas(image, canvas, config)
+        pixels[row], image_hw[row], scale[row] = to_canvas(image.pixels(), canvas, config)
     return pixels, image_hw, scale
 
 

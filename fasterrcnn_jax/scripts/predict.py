@@ -24,7 +24,7 @@ from fasterrcnn_jax.scripts import cli
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     ckpt: Path
-    """run folder (uses its newest checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
+    """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
     backbone: str | None = None
     """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     images: Path

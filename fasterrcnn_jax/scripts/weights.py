@@ -33,7 +33,7 @@ class Convert:
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
-    """run folder (uses its newest checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
+    """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """.safetensors file to write"""
     backbone: str | None = None

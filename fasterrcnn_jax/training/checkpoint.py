@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,17 +29,21 @@ from fasterrcnn_jax.config.text import from_json, to_json
 from fasterrcnn_jax.data.fingerprint import Fingerprint
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
-from fasterrcnn_jax.processes import any_process
+from fasterrcnn_jax.processes import any_process, is_main
 from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.training import preemption
 from fasterrcnn_jax.training.run_folder import (
     CHECKPOINTS,
+    best_folder,
     checkpoints_folder,
     run_of_checkpoints,
 )
 from fasterrcnn_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+# The end of every array's path in a model.
+_VALUE = "/value"
 
 # Format version of the checkpoints that are written. Version 1 has no entry "version" and is otherwise the same.
 VERSION = 2
@@ -231,7 +236,11 @@ def _check_data(stored: str | None, data: Fingerprint, folder: Path, *, accept: 
 
 
 def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:
-    """Returns the detector in `path`: a run folder (its newest intact checkpoint) or one checkpoint folder.
+    """Returns the detector in `path`.
+
+    `path` is a run folder, RUN/checkpoints, or one checkpoint: RUN/best or RUN/checkpoints/STEP. Of a run folder,
+    RUN/best is used, or the newest intact checkpoint if it is missing or damaged. Of RUN/checkpoints, the newest intact
+    checkpoint is used.
 
     Args:
       backbone: your own backbone class, for a model that was trained with it; see docs/backbone.md. A class that the
@@ -240,19 +249,39 @@ def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector
       InputError: there is no checkpoint, it is damaged, it does not fit its own configuration, or it needs a backbone
         class that is not given.
     """
-    folder, found = _newest_whole(Path(path), ("model",))
-    config = _config_in(found, folder)
+    folder, config, arrays = read_weights(path)
     names = config.data.class_names
     backbone = given_backbone(config.model.backbone, backbone, str(folder))
     model = jax.eval_shape(lambda: create_detector(config.model, names, seed=0, backbone=backbone))
     graphdef, values = nnx.split(model)
-    stored = {}
+    stored = {f"{name}{_VALUE}": array for name, array in arrays.items()}
+    return nnx.merge(graphdef, _fit(stored, values, folder))
+
+
+class Stored(NamedTuple):
+    """The weights of one checkpoint for detection."""
+
+    folder: Path
+    config: Config
+    arrays: dict[str, np.ndarray]  # by names such as backbone/stem/kernel
+
+
+def read_weights(path: str | Path) -> Stored:
+    """Returns the weights of a checkpoint, the averaged ones if there are any. `path` is as in `load`.
+
+    Raises:
+      InputError: there is no checkpoint, or it is damaged.
+    """
+    folder, found = _newest_whole(Path(path), ("model",))
+    arrays = {}
     for kind in ("frozen", "params", "averaged"):  # the averaged weights, if any, replace the trained weights
         prefix = f"{kind}/"
-        stored |= {
-            path.removeprefix(prefix): value for path, value in found["model"].items() if path.startswith(prefix)
+        arrays |= {
+            path.removeprefix(prefix).removesuffix(_VALUE): value
+            for path, value in found["model"].items()
+            if path.startswith(prefix)
         }
-    return nnx.merge(graphdef, _fit(stored, values, folder))
+    return Stored(folder, _config_in(found, folder), arrays)
 
 
 def load_run_config(path: str | Path) -> Config:
@@ -275,6 +304,56 @@ def best(checkpoints: ocp.training.Checkpointer) -> Best | None:
     """Returns the checkpoint with the best metric, the latest if several are equal; None if none was evaluated."""
     measured = [Best(found.step, _decisive(found.metrics)) for found in checkpoints.checkpoints if found.metrics]
     return max(measured, key=lambda found: (found.metric, found.step), default=None)
+
+
+def write_best(checkpoints: ocp.training.Checkpointer, run: Path, *, metric: str) -> str | None:
+    """Makes RUN/best a copy of the best checkpoint, or of the newest one if none was evaluated.
+
+    The copy holds `model` and `meta`, which detection needs, and no state of the optimizer. A process that is killed
+    leaves the old copy or the new one. Several processes may call this; the first one writes.
+
+    Args:
+      metric: name of the metric that decides which checkpoint is best.
+    Returns:
+      Which checkpoint it is, for a message, such as "step 40, AP50 0.812"; None if there is no checkpoint.
+    Raises:
+      OSError: the copy cannot be written.
+    """
+    found, newest = best(checkpoints), checkpoints.latest
+    if newest is None:
+        return None
+    step = newest.step if found is None else found.step
+    if is_main():
+        _replace_best(_path_of(checkpoints, step), run)
+    if found is None:
+        return f"step {step}, the newest, because no checkpoint was evaluated"
+    return f"step {step}, {metric} {found.metric:.3f}"
+
+
+def _replace_best(checkpoint: Path, run: Path) -> None:
+    target = best_folder(run)
+    new = target.with_name(f".{target.name}.new")
+    old = _replaced(target)
+    try:
+        if old.exists() and not target.exists():  # a process was killed between the two renamings
+            old.rename(target)
+        for left in (new, old):
+            if left.exists():
+                shutil.rmtree(left)
+        shutil.copytree(checkpoint, new, ignore=shutil.ignore_patterns("train", "metrics"))
+        # A folder that is not empty cannot be replaced by one renaming.
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        raise OSError(f"{target} cannot be written ({_first_line(error)}); the checkpoints are unchanged") from error
+
+
+def _replaced(best: Path) -> Path:
+    """Returns the folder of the old copy while the new one takes its place."""
+    return best.with_name(f".{best.name}.old")
 
 
 def run_of(path: str | Path) -> Path:
@@ -309,13 +388,14 @@ def _set_damaged_aside(folder: Path) -> None:
 
 
 def _newest_whole(path: Path, parts: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint that `path` names, or the newest intact one of a run, together with its contents."""
+    """Returns the first intact checkpoint of `_checkpoints_in`, together with its contents."""
     candidates = _checkpoints_in(path)
     for checkpoint in candidates[:-1]:
         try:
             return checkpoint, _read(checkpoint, parts)
         except InputError as error:
-            logger.warning("%s; the checkpoint before it is used", error)
+            other = "checkpoint before it" if checkpoint.name.isdigit() else "newest intact checkpoint"
+            logger.warning("%s; the %s is used", error, other)
     return candidates[-1], _read(candidates[-1], parts)
 
 
@@ -370,16 +450,19 @@ def _path_of(checkpoints: ocp.training.Checkpointer, step: int) -> Path:
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
-    """Returns the checkpoints that `path` names, newest first: one checkpoint, or all checkpoints of a run."""
+    """Returns one checkpoint, or all checkpoints of a run: RUN/best if `path` is the run folder, then newest first."""
     if not path.is_dir():
         what = "is a file, not a run folder" if path.exists() else "no such folder"
         raise InputError(f"{path}: {what}")
     resolved = path.resolve()
     inside = checkpoints_folder(resolved)
     folder = inside if inside.is_dir() else resolved
-    if folder.name.isdigit():
+    # The second is there only while a process replaces the first.
+    best = [copy for copy in (best_folder(resolved), _replaced(best_folder(resolved))) if copy.is_dir()][:1]
+    # A copy of RUN/best may have any name.
+    if not best and (folder.name.isdigit() or (folder / "meta").is_dir()):
         return [folder]
-    found = _numbered(folder)
+    found = best + _numbered(folder)
     if not found:
         raise InputError(f"{path}: contains no checkpoint; give a run folder or one of its {CHECKPOINTS}/STEP")
     return found

@@ -10,7 +10,7 @@ from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.training.checkpoint import Best
 from fasterrcnn_jax.training.progress import MetricsWriter, say
-from fasterrcnn_jax.training.run_folder import best_path, checkpoint_folder
+from fasterrcnn_jax.training.run_folder import best_folder, checkpoint_folder
 from fasterrcnn_jax.training.stages import Stage
 
 
@@ -38,10 +38,10 @@ def outcome_of(stage: Stage, result: Score, best: Best | None, last: int, *, cho
         lines.append(f"split      {shown_on}")
     lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")
     if best is None:
-        lines.append(f"best       {best_path(stage.run)}: step {last}, the newest one, because none was evaluated")
+        lines.append(f"best       {best_folder(stage.run)}: step {last}, the newest one, because none was evaluated")
     else:
         lines.append(
-            f"best       {best_path(stage.run)}: step {best.step}, {stage.metric} {best.metric:.3f} on {chosen_on}"
+            f"best       {best_folder(stage.run)}: step {best.step}, {stage.metric} {best.metric:.3f} on {chosen_on}"
         )
     return Outcome(stage.run, result.values, tuple(lines))
 

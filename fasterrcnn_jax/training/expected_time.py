@@ -1,8 +1,13 @@
 """Estimates how long a training will take, from its first steps."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.data.records import Dataset
+from fasterrcnn_jax.data.transforms import canvases_of
 
 # The estimate is made after this many steps.
 FIRST_STEPS = 10
@@ -23,6 +28,11 @@ class Evaluations(NamedTuple):
     count: int
     images: int  # in each of them
     canvases: frozenset[tuple[int, int]]  # of these images
+
+    @classmethod
+    def of(cls, dataset: Dataset, image: ImageConfig, *, steps: int, every: int) -> "Evaluations":
+        """Returns the evaluations on a data set after every `every` steps, or after the last step if `every` is 0."""
+        return cls(math.ceil(steps / every) if every else 1, len(dataset.records), canvases_of(dataset, image))
 
 
 def expected_seconds(

@@ -114,6 +114,11 @@ def run_of_checkpoints(folder: Path) -> Path:
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
+def best_folder(run: Path) -> Path:
+    """Returns the folder of the copy of the best checkpoint."""
+    return run / "best"
+
+
 def failed_batch_path(run: Path, step: int, process: int = 0) -> Path:
     """Returns the file of the batch whose step was not finite; processes after the first add their number."""
     suffix = f"_process_{process}" if process else ""

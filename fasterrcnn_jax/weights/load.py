@@ -1,8 +1,9 @@
 """Loads weights of other programs into our detector, and saves ours in files that these programs can read."""
 
+import functools
 import json
 import logging
-import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,6 +35,20 @@ logger = logging.getLogger(__name__)
 PREDICTORS = ("box_head/class_logits/", "box_head/deltas/")
 # Metadata keys in the files we write: the format, the model configuration and the class names.
 FORMAT, CONFIG, CLASS_NAMES = "weights_format", "model_config", "class_names"
+
+# Fields of the model that decide which arrays it has. The anchors come last: they can differ in other ways than in
+# their number.
+SHAPES = (
+    *("backbone.own", "backbone.name", "backbone.width", "backbone.norm", "fpn.channels", "fpn.norm"),
+    *("rpn.convs", "rpn.channels", "roi_features.output_size"),
+    *("box_head.class_agnostic", "box_head.summary", "box_head.convs", "box_head.layers", "box_head.channels"),
+    *("rpn.anchor_scales", "rpn.anchor_ratios"),
+)
+# Fields of the model that decide what its weights mean.
+MEANINGS = (
+    *("image.channel_order", "image.mean", "image.std", "backbone.stride", "backbone.stride_in", "backbone.stem_pool"),
+    *("rpn.anchor_base", "rpn.anchor_scales", "rpn.anchor_ratios", "roi_sampling.box_means", "roi_sampling.box_stds"),
+)
 
 
 class Report(NamedTuple):
@@ -139,14 +154,12 @@ def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> 
         another shape.
     """
     config, rows, arrays = model.config, format.rows(model.config), format.prepare(weights.arrays, where)
-    notes, anew = _differences(config, format, weights.metadata), ()
+    expected = {field: weights.metadata.get(field, str(value)) for field, value in format.expects.items()}
+    notes, anew = _differences(config, expected), ()
     classes = num_classes_of(weights, config, format)
     if classes is not None and classes != len(model.class_names):
         anew = PREDICTORS
-        notes.append(
-            f"the file has {classes} classes, the model {len(model.class_names)}: box_head.class_logits and "
-            "box_head.deltas are not loaded, all other layers are"
-        )
+        notes.append(_other_classes("file", classes, model))
     names, leaves, structure = _leaves(model)
     places = [find(rows, name.rpartition("/")[0]) for name in names]
     for name, place in zip(names, places, strict=True):
@@ -177,6 +190,62 @@ def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> 
         notes=tuple(notes),
     )
     return jax.tree.unflatten(structure, values), report
+
+
+def assign_own(
+    model: Detector, arrays: Mapping[str, np.ndarray], config: ModelConfig, class_names: tuple[str, ...], *, where: str
+) -> tuple[Detector, Report]:
+    """Returns the model with the weights of another detector of ours, and a report of what was used.
+
+    Args:
+      arrays: weights of the other detector by its names.
+      config: configuration of the other detector.
+      class_names: class names of the other detector.
+      where: name of the checkpoint for messages.
+
+    Raises:
+      InputError: the detectors do not have the same arrays, apart from the number of classes.
+    """
+    notes, anew = _differences(model.config, {field: str(_field(config, field)) for field in MEANINGS}), ()
+    if len(class_names) != len(model.class_names):
+        anew = PREDICTORS
+        notes.append(_other_classes("run", len(class_names), model))
+    elif class_names != model.class_names:
+        notes.append(
+            f"the classes of the run are {', '.join(class_names)}, those of the model {', '.join(model.class_names)}: "
+            "all layers are loaded, so class 1 must mean the same in both, and so on"
+        )
+    names, leaves, structure = _leaves(model)
+    by_name = dict(zip(names, leaves, strict=True))
+    for name in dict.fromkeys((*names, *arrays)):
+        stored, ours = (str(list(tree[name].shape)) if name in tree else "nothing" for tree in (arrays, by_name))
+        if stored != ours and not name.startswith(anew):
+            raise InputError(f"{where}: {name} is {stored}, but the model needs {ours}{_reason(config, model.config)}")
+    used = [name for name in names if not name.startswith(anew)]
+    report = Report(
+        "run folder",
+        {name: name for name in used},
+        unused=tuple(name for name in arrays if name.startswith(anew)),
+        kept=tuple(name for name in names if name.startswith(anew)),
+        notes=tuple(notes),
+    )
+    values = by_name | {name: jnp.asarray(arrays[name], by_name[name].dtype) for name in used}
+    return jax.tree.unflatten(structure, [values[name] for name in names]), report
+
+
+def _reason(stored: ModelConfig, ours: ModelConfig) -> str:
+    """Returns the first field that makes two models have different arrays, as the end of a message."""
+    for field in SHAPES:
+        if _field(stored, field) != _field(ours, field):
+            return f"; the run has model.{field} = {_field(stored, field)}, and the model has {_field(ours, field)}"
+    return ""
+
+
+def _other_classes(what: str, classes: int, model: Detector) -> str:
+    return (
+        f"the {what} has {classes} classes, the model {len(model.class_names)}: box_head.class_logits and "
+        "box_head.deltas are not loaded, all other layers are"
+    )
 
 
 def _leaves(model: Detector) -> tuple[list[str], list[Any], Any]:
@@ -241,14 +310,13 @@ def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> No
             raise InputError(f"{where}: the file is of another network: the model has no place for {key}")
 
 
-def _differences(config: ModelConfig, format: Format, metadata: dict[str, str]) -> list[str]:
+def _differences(config: ModelConfig, expected: Mapping[str, str]) -> list[str]:
     """Returns a sentence for each setting in which the model differs from the training of the weights."""
-    notes = []
-    for field, published in format.expects.items():
-        expected, ours = metadata.get(field, str(published)), str(_field(config, field))
-        if expected != ours and _matters(field, config):
-            notes.append(f"the weights were trained with model.{field} = {expected}, but the model has {ours}")
-    return notes
+    return [
+        f"the weights were trained with model.{field} = {value}, but the model has {_field(config, field)}"
+        for field, value in expected.items()
+        if value != str(_field(config, field)) and _matters(field, config)
+    ]
 
 
 def _matters(field: str, config: ModelConfig) -> bool:
@@ -259,4 +327,5 @@ def _matters(field: str, config: ModelConfig) -> bool:
 
 
 def _field(config: ModelConfig, field: str) -> Any:
-    return operator.attrgetter(field)(config)
+    # Without a pyramid, model.fpn is None and has no fields.
+    return functools.reduce(lambda part, name: getattr(part, name, None), field.split("."), config)

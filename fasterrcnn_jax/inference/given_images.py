@@ -1,0 +1,130 @@
+"""Reads the images that callers of `predict`, `preprocess` and `draw` give, as uint8 [height, width, 3], RGB.
+
+| given | rule |
+|---|---|
+| path, str | the file is decoded as in the data sets and turned as its EXIF data says |
+| PIL image | as Pillow's `convert("RGB")`, alpha dropped; not turned, because its pixels are what the caller sees |
+| array [h, w], [h, w, 1] | grey, repeated for all channels |
+| array [h, w, 3] | RGB |
+| array [h, w, 4] | RGB and alpha; alpha is dropped, as by Pillow's `convert("RGB")` |
+| array [b, h, w, channels] | a batch of such arrays |
+
+Arrays are NumPy's, JAX's, or have `__array__`. uint8 values are used as they are. Floating-point values must lie in
+0..1 up to rounding, and are multiplied by 255. In a bool array, True is 255, as in Pillow. Other integers are refused:
+nothing tells whether their white is 255, 4095 or 65535.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import Image
+
+from fasterrcnn_jax.data.images import image_size, read_image
+from fasterrcnn_jax.errors import InputError
+
+# Values that are rounded to 0 or 255 are in 0..1 up to rounding.
+HALF_STEP = 0.5 / 255
+
+Rgb = UInt8[np.ndarray, "h w 3"]
+
+
+class GivenImage(NamedTuple):
+    """One image of the caller. A file is decoded when `pixels` is called, because all files may not fit into memory."""
+
+    image_hw: tuple[int, int]
+    pixels: Callable[[], np.ndarray]  # returns uint8 [height, width, 3], RGB
+
+
+def given_images(images: Any) -> tuple[list[GivenImage], bool]:
+    """Returns the images of one image, a list or a batch array, and whether a single image was given.
+
+    Raises:
+      ValueError: as in `given_image`; names the position in the list.
+    """
+    is_list = isinstance(images, (list, tuple))
+    is_batch = not is_list and getattr(images, "ndim", 0) == 4
+    listed = list(np.asarray(images)) if is_batch else list(images) if is_list else [images]
+    return [given_image(image, f"image {position}") for position, image in enumerate(listed)], not is_list | is_batch
+
+
+def given_image(image: Any, name: str) -> GivenImage:
+    """Returns one image of the caller.
+
+    Args:
+      name: what to call the image in messages.
+    Raises:
+      InputError: a file cannot be read as an image.
+      ValueError: the image is of another kind, shape or type of values, or a value is out of range.
+    """
+    if isinstance(image, (str, Path)):
+        path = Path(image)
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, not an image; give its files as a list of paths")
+        return GivenImage(image_size(path, upright=True), functools.partial(read_image, path, upright=True))
+    if isinstance(image, Image.Image):
+        pixels = _of_pillow(image, name)
+    elif hasattr(image, "__array__"):
+        pixels = _rgb(_bytes(_shaped(np.asarray(image), name), name))
+    else:
+        raise ValueError(
+            f"{name} must be a path, a PIL image or an array, got {type(image).__name__}; give several images as a list"
+        )
+    height, width, _ = pixels.shape
+    return GivenImage((height, width), lambda: pixels)
+
+
+def _of_pillow(image: Image.Image, name: str) -> Rgb:
+    if image.mode.startswith(("I", "F")):  # integers and floating-point values, which Pillow would clip at 255
+        return _rgb(_bytes(_shaped(np.asarray(image), name), name))
+    if image.mode in ("P", "PA"):
+        # Converted to RGBA first: a direct conversion warns if the palette has transparent entries.
+        image = image.convert("RGBA")
+    return _shaped(np.asarray(image.convert("RGB")), name)
+
+
+def _shaped(pixels: np.ndarray, name: str) -> Shaped[np.ndarray, "h w _"]:
+    """Returns the array with an axis of channels."""
+    shape, got = pixels.shape, f"got {pixels.dtype} {list(pixels.shape)}"
+    if pixels.ndim == 2 and pixels.size:
+        return pixels[..., None]
+    if pixels.ndim == 3 and shape[2] in (1, 3, 4) and pixels.size:
+        return pixels
+    remedy = "use [batch, height, width, 1] for a batch of grey images"
+    if pixels.ndim == 3 and shape[0] in (1, 3, 4):
+        remedy = "move the channels to the end with image.transpose(1, 2, 0)"
+    if 0 in shape:
+        remedy = "give an image with at least one pixel"
+    raise ValueError(
+        f"{name} must have the shape [height, width] or [height, width, channels] with 1, 3 or 4 channels, {got}; "
+        f"{remedy}"
+    )
+
+
+def _bytes(pixels: Shaped[np.ndarray, "h w c"], name: str) -> UInt8[np.ndarray, "h w c"]:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels * np.uint8(255)
+    # NumPy's own test does not know JAX's bfloat16.
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must have uint8, bool or floating-point values, got {pixels.dtype}; use image.astype(np.uint8) "
+            "if they lie in 0..255, otherwise divide them by the value of white to get values in 0..1"
+        )
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low > -HALF_STEP and high < 1 + HALF_STEP):  # also refuses NaN
+        raise ValueError(
+            f"{name} has floating-point values from {low:g} to {high:g}, which must lie in 0..1; divide values of "
+            "0..255 by 255, and give pixels that are not normalised"
+        )
+    values = np.rint(pixels.astype(np.float32) * np.float32(255))
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _rgb(pixels: UInt8[np.ndarray, "h w _"]) -> Rgb:
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
