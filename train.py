@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import Config
@@ -27,7 +26,7 @@ from fasterrcnn_jax.data.transforms import canvases_of
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
 from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector, parameter_count
-from fasterrcnn_jax.printing import print_lines
+from fasterrcnn_jax.printing import print_lines, progress_bar
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.structures import Batch
 from fasterrcnn_jax.training import (
@@ -185,7 +184,8 @@ def fit(
             if is_due or saver.pending is not None:
                 report.flush()
             # The loss of this step is finite, so the state before it is worth keeping.
-            saver.confirm()
+            if saver.confirm() and run == config.run:
+                checkpoint.write_best(checkpoints, run, metric=stage.metric)
             if is_due:
                 position, seen = batches.get_state(), fingerprint.text()
                 saver.offer(checkpoint.snapshot(state, config=config, iterator_state=position, data=seen))
@@ -214,21 +214,21 @@ def fit(
         for name in stage.proposes_on:
             path = run_folder.proposals_path(run, name)
             stored_proposals(path, model, splits[name], batch_size=batch_size, implementation=train.implementation)
-        best, shown = checkpoint.best(checkpoints), last
+        shown, chosen = last, None
         if run == config.run:
+            chosen = checkpoint.write_best(checkpoints, run, metric=stage.metric)
+            best = checkpoint.best(checkpoints)
             if best is not None and best.step != last:
                 # The best checkpoint is what `load` takes, so it is what the table shows.
                 own = backbone_class(config.model.backbone)
                 model = checkpoint.load(run_folder.checkpoint_folder(run, best.step), backbone=own)
                 shown, result = best.step, None
-            if processes.is_main():
-                checkpoint.write_best(checkpoints, run)
         shown_before = done >= last and run != config.run
         if not shown_before and (result is None or best_split != data.test_split):
             result = evaluator.evaluate(model, data.test_split, shown)
     if result is None:
         return None
-    return outcome_of(stage, result, best, last, chosen_on=best_split, shown_on=data.test_split)
+    return outcome_of(stage, result, last, chosen=chosen, chosen_on=best_split, shown_on=data.test_split)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:
@@ -299,7 +299,9 @@ def replay_step(
             f"--replay {path}: holds step {number}, but the newest checkpoint of {stage.run} is already at "
             f"step {int(state.step)}"
         )
-    for _ in tqdm(range(int(state.step) + 1, number), desc="repeating steps", unit="step"):
+    for _ in progress_bar(
+        range(int(state.step) + 1, number), title="repeating steps", total=number - int(state.step) - 1, unit="step"
+    ):
         state, _ = step(state, next(batches))
     state = jax.tree.map(np.asarray, state)
     # An image alone gets as many RoIs as it gets in its batch.

@@ -4,7 +4,15 @@ The names of files, classes, arrays and fields come from strangers. CWE-150 desc
 can do to a terminal or a log.
 """
 
+import sys
 import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+# Seconds between two lines of progress where the error output is no terminal.
+LINE_EVERY = 15.0
 
 # Control characters, format characters (bidirectional overrides, zero width), lone surrogates (which stand for bytes
 # of a file name that cannot be decoded), and the separators of lines and paragraphs. Unassigned characters are not
@@ -25,6 +33,42 @@ def printable(text: object) -> str:
 def print_lines(*lines: object) -> None:
     """Prints one line per argument, made printable; every module prints with this function."""
     print("\n".join(map(printable, lines)))
+
+
+def progress_bar(
+    items: Iterable[Any] | None = None, *, title: str, total: int, unit: str, done: int = 0, shown: bool = True
+) -> Any:
+    """Returns a progress bar around `items`; where the error output is no terminal, a line every LINE_EVERY seconds.
+
+    Both appear only where the work takes longer than a second, or than LINE_EVERY seconds.
+
+    Args:
+      title: what is done, for example the name of a data set.
+      total: number of items.
+      done: number of items that were done before.
+      shown: False in all processes but one.
+    """
+    how: dict[str, Any] = dict(leave=False, delay=1.0)
+    if not sys.stderr.isatty():
+        how = dict(
+            file=_Lines(),
+            mininterval=LINE_EVERY,
+            delay=LINE_EVERY,
+            bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}{postfix}",
+        )
+    return tqdm(items, desc=printable(title) or None, total=total, unit=unit, initial=done, disable=not shown, **how)
+
+
+class _Lines:
+    """An output for tqdm that makes each of its refreshes a line."""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _shown(character: str) -> str:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from tqdm import tqdm
-
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.printing import printable
+from fasterrcnn_jax.printing import progress_bar
 
 Faults = Literal["error", "skip"]
 
@@ -96,5 +94,5 @@ def decoded(dataset: Dataset, measure: Callable[[ImageRecord, Any], Any]) -> Ite
 
 
 def watched(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Returns `items` with a progress bar, which appears on a terminal if they take longer than a second."""
-    return tqdm(items, desc=printable(what), total=total, unit="image", leave=False, disable=None, delay=1.0)
+    """Returns `items` with a progress bar."""
+    return progress_bar(items, title=what, total=total, unit="image")

@@ -1,12 +1,10 @@
 """Runs a model on every image of a data set: detections, detections in given proposals, or proposals."""
 
-import sys
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
@@ -14,7 +12,7 @@ from fasterrcnn_jax.inference.prediction import jitted_detect, to_original
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect_in_proposals, find_proposals
-from fasterrcnn_jax.printing import printable
+from fasterrcnn_jax.printing import progress_bar
 from fasterrcnn_jax.processes import gather_rows, process
 from fasterrcnn_jax.structures import Batch, Detections
 
@@ -99,14 +97,8 @@ def _over_dataset(
     batches = evaluation_batches(
         dataset, model.config.image, batch_size=batch_size, process=(index, count), proposals=proposals
     )
-    with tqdm(
-        total=len(dataset.records) // count,
-        desc=printable(title or dataset.name),
-        unit="image",
-        leave=False,
-        mininterval=0.1 if sys.stderr.isatty() else 15.0,
-        disable=index > 0,
-    ) as bar:
+    name = title or dataset.name
+    with progress_bar(title=name, total=len(dataset.records) // count, unit="image", shown=index == 0) as bar:
         for batch in batches:
             found = jax.device_get(find(batch))
             for row in np.flatnonzero(batch.image_valid).tolist():

@@ -123,15 +123,17 @@ class DeferredSave:
         if self.pending is not None:
             self.pending = self.pending._replace(measured=value)
 
-    def confirm(self) -> None:
-        """Writes the pending snapshot, if there is one.
+    def confirm(self) -> bool:
+        """Writes the pending snapshot, if there is one; returns whether a snapshot with a metric was written.
 
         Raises:
           OSError: the checkpoint cannot be written.
         """
-        if self.pending is not None:
-            snapshot, self.pending = self.pending, None
-            save(self._checkpoints, **snapshot._asdict())
+        if self.pending is None:
+            return False
+        snapshot, self.pending = self.pending, None
+        save(self._checkpoints, **snapshot._asdict())
+        return snapshot.measured is not None
 
     @contextlib.contextmanager
     def confirmed_on_error(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.inference.drawing import comparison_sheet, shown_positions
 from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
 from fasterrcnn_jax.models.detector import Detector
-from fasterrcnn_jax.training.checkpoint import Best
 from fasterrcnn_jax.training.progress import MetricsWriter, say
 from fasterrcnn_jax.training.run_folder import best_folder, checkpoint_folder
 from fasterrcnn_jax.training.stages import Stage
@@ -22,27 +21,20 @@ class Outcome(NamedTuple):
     lines: tuple[str, ...]  # the table, and where the files are
 
 
-def outcome_of(stage: Stage, result: Score, best: Best | None, last: int, *, chosen_on: str, shown_on: str) -> Outcome:
+def outcome_of(stage: Stage, result: Score, last: int, *, chosen: str | None, chosen_on: str, shown_on: str) -> Outcome:
     """Returns the results that a stage ends with.
 
     Args:
-      best: the best checkpoint; None: none was evaluated.
       last: the last step.
+      chosen: what RUN/best is, as `checkpoint.write_best` says it; None: the stage has no such folder.
       chosen_on: split that chose the best checkpoint.
       shown_on: split of `result`.
     """
-    lines = result.table.split("\n")
-    if best is not None and chosen_on == shown_on:
-        lines.append(f"split      {shown_on}, also used to choose the checkpoint")
-    else:
-        lines.append(f"split      {shown_on}")
+    twice = ", also used to choose the checkpoint" if chosen_on == shown_on and chosen is not None else ""
+    lines = [*result.table.split("\n"), f"split      {shown_on}{twice}"]
     lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")
-    if best is None:
-        lines.append(f"best       {best_folder(stage.run)}: step {last}, the newest one, because none was evaluated")
-    else:
-        lines.append(
-            f"best       {best_folder(stage.run)}: step {best.step}, {stage.metric} {best.metric:.3f} on {chosen_on}"
-        )
+    if chosen is not None:
+        lines.append(f"best       {best_folder(stage.run)}: {chosen}")
     return Outcome(stage.run, result.values, tuple(lines))
 
 

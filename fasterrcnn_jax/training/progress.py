@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels, batch_sheet, save_image
-from fasterrcnn_jax.printing import printable
+from fasterrcnn_jax.printing import printable, progress_bar
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.regular_files import check_regular
 from fasterrcnn_jax.structures import Batch, LossTerms
@@ -39,9 +38,6 @@ from fasterrcnn_jax.training.state import StepMetrics
 from fasterrcnn_jax.training.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
-
-# Seconds between two lines where the output is no terminal.
-LINE_EVERY = 15.0
 
 
 def say(text: str) -> None:
@@ -168,7 +164,7 @@ class MetricsWriter:
 
 
 class Progress:
-    """Shows how far one stage is, in the first process: a bar on a terminal, elsewhere a line every LINE_EVERY seconds.
+    """Shows how far one stage is, in the first process.
 
     After the first steps it says how long the training is expected to take.
     """
@@ -195,15 +191,8 @@ class Progress:
         self._rates = learning_rates(stage.train)
         self._steps = len(self._rates)
         self._timed: list[TimedStep] = []
-        self._reported = self._shown = time.perf_counter()
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=printable(stage.name) or None,
-            total=self._steps,
-            initial=done,
-            unit="step",
-            disable=not (is_main() and self._is_terminal),
-        )
+        self._reported = time.perf_counter()
+        self._bar = progress_bar(title=stage.name, total=self._steps, unit="step", done=done, shown=is_main())
 
     def __enter__(self) -> "Progress":
         return self
@@ -239,19 +228,12 @@ class Progress:
             "data_wait": report.data_wait,
         }
         self._metrics.write(number, values | extra | compilations.so_far())
-        self._show(number, {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}, rate)
+        self._bar.update(number - self._bar.n)
+        losses = {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}
+        self._bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
         self._timed.append(TimedStep(batch.images.shape[1:3], seconds))
         if len(self._timed) == FIRST_STEPS and number < self._steps:
             self._say_expected_time(number)
-
-    def _show(self, number: int, losses: dict[str, str], rate: float) -> None:
-        self._bar.update(number - self._bar.n)
-        self._bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
-        now = time.perf_counter()
-        if not self._is_terminal and (now - self._shown >= LINE_EVERY or number == self._steps):
-            self._shown = now
-            words = ", ".join(f"{name} {value}" for name, value in losses.items())
-            say(f"{self._stage.name} step {number} of {self._steps}: {words}, {rate:.1f} images/s".strip())
 
     def _say_expected_time(self, number: int) -> None:
         done = self._evaluations.count * number // self._steps
