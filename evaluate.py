@@ -6,28 +6,37 @@ detections as COCO JSON and as VOC comp4 files. With --proposals, prints how man
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from fasterrcnn_jax.config import Config, DataConfig
+from fasterrcnn_jax.config.data import Layout
 from fasterrcnn_jax.data import sources
+from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
-from fasterrcnn_jax.inference.scoring import score
+from fasterrcnn_jax.inference.scoring import Score, score
+from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.processes import per_device
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
+from fasterrcnn_jax.training.preparation import stored_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     ckpt: Path
-    """run folder (uses its best checkpoint), or one checkpoint folder RUN/checkpoints/STEP"""
+    """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file, which needs
+    --root"""
     backbone: str | None = None
     """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     root: Path | None = None
-    """data set folder with the layout of the training data; None: the folder that the run was trained on"""
+    """folder of labelled images; objects of classes that the model does not know are left out and counted; None: the
+    folder that the run was trained on"""
+    layout: Layout = "auto"
+    """file layout of --root; auto: recognised"""
     split: str | None = None
-    """split to evaluate, or several joined by +; None: the configuration's test split"""
+    """split to evaluate, or several joined by +; None: the test split of the run, or of --root"""
     batch_size: int | None = None
     """number of images detected at once, on one device; None: one device's share of the training batch"""
     implementation: Literal["xla", "mosaic"] | None = None
@@ -36,36 +45,85 @@ class Arguments:
     proposals: bool = False
     """print the recall of the proposals instead of detecting; use it for an RPN that was trained alone"""
     out: Path | None = None
-    """folder for the result files; None: evaluation/SPLIT in the run folder"""
+    """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file"""
+
+
+class Evaluated(NamedTuple):
+    """A model's results on one split."""
+
+    split: str
+    chose: bool  # the split also chose the checkpoint
+    dataset: Dataset
+    score: Score
 
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(Arguments, argv, subject="--ckpt", description=__doc__)
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
-    config = checkpoint.load_run_config(arguments.ckpt)
-    model = cli.load_model(arguments.ckpt, arguments.backbone)
-    if config.train.scheme == "rpn" and not arguments.proposals:
-        raise InputError(
-            f"--ckpt {arguments.ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals"
-        )
-    split = arguments.split or config.data.test_split
-    root = arguments.root or config.data.root
-    out = arguments.out or run_folder.evaluation_folder(checkpoint.run_of(arguments.ckpt), split)
-
-    # An evaluation never draws the data set: a relative root may belong to another working directory.
-    dataset = sources.open_split(dataclasses.replace(config.data, root=root, shapes=None), split)
-    batch_size = arguments.batch_size or per_device(config.train.batch_size // config.train.accumulate)
-    of = "proposals" if arguments.proposals else "detections"
-    found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    split, chose, dataset, found = evaluate(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     # Printed before a file can fail: the table is what took the time.
-    print_lines(*found.table.split("\n"))
+    also = ", also used to choose the checkpoint" if chose else ""
+    print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")
     if found.detections is None:  # proposals are not written to files
         return
+    ckpt = arguments.ckpt
+    run = ckpt.parent if ckpt.is_file() else checkpoint.run_of(ckpt)
+    out = arguments.out or run_folder.evaluation_folder(run, split)
     write_coco_json(out / "detections.json", found.detections, dataset)
     write_voc_files(out, found.detections, dataset, split=split)
     print_lines(f"files      {out}")
+
+
+def evaluate(arguments: Arguments, model: Detector) -> Evaluated:
+    """Returns the results of `model`, which was loaded from `arguments.ckpt`, on one split.
+
+    Raises:
+      InputError: the data cannot be used.
+    """
+    ckpt = arguments.ckpt
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
+    config = None if ckpt.is_file() else checkpoint.load_run_config(ckpt)
+    if config is not None and config.train.scheme == "rpn" and not arguments.proposals:
+        raise InputError(f"--ckpt {ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals")
+    split, dataset = _dataset(arguments, config, model)
+    batch_size = arguments.batch_size or _batch_size(config)
+    of = "proposals" if arguments.proposals else "detections"
+    found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    chose = (
+        arguments.root is None and config is not None and split == (config.train.best_split or config.data.test_split)
+    )
+    return Evaluated(split, chose, dataset, found)
+
+
+def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tuple[str, Dataset]:
+    """Returns the split to evaluate: of the run's own data, or of the folder `--root`."""
+    root, split = arguments.root, arguments.split
+    if root is None:
+        if config is None:
+            raise InputError(f"--ckpt {arguments.ckpt}: a weights file names no data; add --root FOLDER")
+        # An evaluation never draws the data set: a relative root may belong to another working directory.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shapes=None))
+        split = split or config.data.test_split
+        return split, stored_split(config, checkpoint.run_of(arguments.ckpt), split)
+    data = DataConfig(root=root) if config is None else config.data
+    data = dataclasses.replace(data, root=root, shapes=None, class_names=model.class_names, split=())
+    if data.layout != "tfds":
+        splits = sources.recognise(root).splits if arguments.layout == "auto" else ()
+        data = sources.with_layout(dataclasses.replace(data, layout=arguments.layout))
+        split = split or _held_out(splits, data.test_split)
+    split = split or data.test_split
+    return split, sources.open_split(data, split)
+
+
+def _held_out(splits: tuple[str, ...], usual: str) -> str:
+    """Returns the split that a folder holds out of training; a folder with one split is evaluated whole."""
+    wanted = (usual, "test", "val", "valid", "validation", *splits)
+    return next((name for name in wanted if name in splits), usual)
+
+
+def _batch_size(config: Config | None) -> int:
+    return 1 if config is None else per_device(config.train.batch_size // config.train.accumulate)
 
 
 if __name__ == "__main__":

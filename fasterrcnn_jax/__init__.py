@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fasterrcnn_jax.inference.prediction import predict, preprocess
     from fasterrcnn_jax.models.detector import Detector
     from fasterrcnn_jax.models.faster_rcnn import detect
+    from fasterrcnn_jax.programs import evaluate, train
     from fasterrcnn_jax.structures import Detections
     from fasterrcnn_jax.weights import save_weights
     from fasterrcnn_jax.zoo import create, list_models, load, load_weights, model_info
@@ -29,6 +30,7 @@ __all__ = [
     "create",
     "detect",
     "draw",
+    "evaluate",
     "list_models",
     "load",
     "load_weights",
@@ -36,6 +38,7 @@ __all__ = [
     "predict",
     "preprocess",
     "save_weights",
+    "train",
 ]
 __version__ = "0.2.0"
 
@@ -47,6 +50,7 @@ _HOMES = {
     "create": "zoo",
     "detect": "models.faster_rcnn",
     "draw": "inference.drawing",
+    "evaluate": "programs",
     "list_models": "zoo",
     "load": "zoo",
     "load_weights": "zoo",
@@ -54,6 +58,7 @@ _HOMES = {
     "predict": "inference.prediction",
     "preprocess": "inference.prediction",
     "save_weights": "weights",
+    "train": "programs",
 }
 
 

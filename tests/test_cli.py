@@ -104,9 +104,9 @@ PYRAMID = SHAPES.with_name("coco_resnet50_fpn.py")
 
 
 @pytest.mark.parametrize(
-    "argv", [["--config", str(SHAPES), "--help"], ["--config", str(PYRAMID), "--help"], ["--help"], ["-h"]]
+    "argv", [["--config", str(SHAPES), "--help_all"], ["--config", str(PYRAMID), "--help_all"], ["--help_all"]]
 )
-def test_help_lists_every_field_with_its_default(capsys, argv):
+def test_help_all_lists_every_field_with_its_default(capsys, argv):
     with pytest.raises(SystemExit) as caught:
         cli.parse_config(argv, description="Trains.")
     assert not caught.value.code
@@ -147,8 +147,29 @@ def test_a_missing_config_file_is_not_replaced_by_a_shipped_one(tmp_path, monkey
 
 @pytest.mark.parametrize("argv", [[], ["--train.steps", "3"], ["--config"]])
 def test_a_missing_config_argument_is_an_error(argv):
-    with pytest.raises(InputError, match="--config FILE is missing"):
+    with pytest.raises(InputError, match="give a folder of labelled images, or --config FILE"):
         cli.parse_config(argv, description="")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["somewhere", "--help"], ["--config", str(SHAPES), "--help"]])
+def test_help_shows_the_fields_that_most_runs_set(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse_config(argv, description="Trains.")
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    assert all(f"--{name} (default: " in text for name in cli.IMPORTANT) and "--help_all" in text
+    assert len(text.splitlines()) < 80 and "pre_nms_top_n" not in text
+
+
+def test_a_leading_folder_is_the_data_of_the_configuration_for_folders(tmp_path):
+    parsed = cli.parse_config([str(tmp_path), "--train.epochs", "3"], description="")
+    assert parsed.data.root == tmp_path and parsed.data.layout == "auto" and parsed.train.epochs == 3
+    parsed = cli.parse_config([str(tmp_path), "--config", str(SHAPES)], description="")
+    assert parsed.data.root == tmp_path and parsed.model == load_config(SHAPES).model
+
+
+def test_a_leading_configuration_file_is_the_configuration():
+    assert cli.parse_config([str(SHAPES)], description="") == load_config(SHAPES)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "zoo",
     "scripts",
+    "programs",
 )
 # The package's own face: they see everything and nothing sees them.
 FACE = ("__init__", "__main__", "_source_tree")

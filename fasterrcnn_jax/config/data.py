@@ -16,6 +16,9 @@ from fasterrcnn_jax.config.checks import (
 )
 from fasterrcnn_jax.errors import quoted
 
+# File layouts of labelled images.
+Layout = Literal["auto", "voc", "vocdevkit", "coco", "yolo", "labelme", "csv", "tfds"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
@@ -61,7 +64,7 @@ class DataConfig:
     root: Path
     """folder of the data set; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the data_dir of TFDS; every other
     layout: contains the annotations and the images"""
-    layout: Literal["auto", "voc", "vocdevkit", "coco", "yolo", "labelme", "csv", "tfds"] = "voc"
+    layout: Layout = "voc"
     """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
     class names and the splits that are not there"""
     voc_images: str = "JPEGImages"

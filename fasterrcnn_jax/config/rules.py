@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.config.run import Config
 from fasterrcnn_jax.config.text import to_json
 
@@ -63,19 +64,30 @@ def unread_fields(config: Config) -> list[str]:
 def first_difference(stored: Config, asked: Config) -> str | None:
     """Returns the first difference between two configurations that makes them different runs, or None.
 
-    Paths and intervals between checkpoints may differ: the trained parameters do not depend on them.
+    Paths and intervals between checkpoints may differ: the trained parameters do not depend on them. A run may become
+    longer: the steps that are done stay, and the learning rate follows the new schedule from there.
 
     Args:
       stored: configuration in the checkpoint.
       asked: configuration of the run that is to continue from it.
     """
     old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
+    indifferent = _INDIFFERENT | (_LENGTH if is_longer(stored, asked) else set())
     for name in old | new:
-        if name not in _INDIFFERENT and old.get(name) != new.get(name):
+        if name not in indifferent and old.get(name) != new.get(name):
             return f"{name} = {old.get(name)}, but {new.get(name)} was requested"
     return None
 
 
+def is_longer(stored: Config, asked: Config) -> bool:
+    """Returns whether `asked` has more steps than `stored`; stages of alternating training cannot become longer."""
+    return asked.train.scheme == stored.train.scheme != "alternating" and fitted(
+        asked.train.steps, "train.steps"
+    ) > fitted(stored.train.steps, "train.steps")
+
+
+# Fields that may differ where the run becomes longer.
+_LENGTH = {"train.steps", "train.epochs", "train.decay_steps", "train.warmup_steps"}
 _INDIFFERENT = {
     "run",
     "init",
@@ -89,11 +101,14 @@ _INDIFFERENT = {
     "data.threads",
     "data.cache_mb",
     "data.accept_changed",
+    "data.max_pixels",
+    "data.follow_links",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.best_split",
     "train.best_metric",
+    "train.patience",
     "train.implementation",
 }
 

@@ -150,19 +150,21 @@ def load_model(path: Path, backbone: str | None) -> Detector:
 
 
 def _config_path(argv: list[str]) -> Path | None:
-    """Returns the path after --config. If there is no such file, a shipped configuration of that name is used."""
+    """Returns the path after --config, or that of a shipped configuration."""
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
-            given = Path(argv[i + 1])
-        elif argument.startswith("--config="):
-            given = Path(argument.removeprefix("--config="))
-        else:
-            continue
-        shipped = CONFIGS / given.name
-        # A path in any other folder means the user's own file, not a shipped one.
-        by_name = given.parent in (Path("."), Path("configs"))
-        return shipped if by_name and not given.exists() and shipped.is_file() else given
+            return shipped_or_own(Path(argv[i + 1]))
+        if argument.startswith("--config="):
+            return shipped_or_own(Path(argument.removeprefix("--config=")))
     return None
+
+
+def shipped_or_own(path: Path) -> Path:
+    """Returns `path`; where there is no such file, the shipped configuration of that name, if there is one."""
+    shipped = CONFIGS / path.name
+    # A path in any other folder means the user's own file, not a shipped one.
+    by_name = path.parent in (Path("."), Path("configs"))
+    return shipped if by_name and not path.exists() and shipped.is_file() else path
 
 
 class PrintableFormatter(logging.Formatter):
@@ -170,6 +172,16 @@ class PrintableFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
+
+
+def set_up_libraries() -> None:
+    """Silences the log of Orbax, and keeps compiled programs in the user's cache folder."""
+    # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasterrcnn_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 @runtime_checkable
@@ -192,12 +204,7 @@ def script(main: Script) -> Script:
         handler.setFormatter(PrintableFormatter("%(message)s"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
-        # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasterrcnn_jax"
-            jax.config.update("jax_compilation_cache_dir", str(cache))
+        set_up_libraries()
         try:
             main(argv)
         except (InputError, NonFiniteLossError, OSError) as error:

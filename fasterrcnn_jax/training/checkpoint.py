@@ -212,7 +212,8 @@ def restore(
     difference = first_difference(_config_in(found, folder), config)
     if difference:
         raise InputError(
-            f"{folder} is from a run with {difference}; continue it with its own value or choose another --run"
+            f"{folder} is from a run with {difference}; continue it with its own value, or start another --run from "
+            f"its weights with --init {run_of_checkpoints(folder.parent)}"
         )
     if data is not None:
         _check_data(found["meta"].get("data"), data, folder, accept=config.data.accept_changed)
