@@ -106,22 +106,22 @@ def _cells(low: float, side: float) -> list[tuple[int, int]]:
     return cells
 
 
-def capped(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
-    """Returns a sentence about the objects that a detector cannot find because it gives too few boxes; or none."""
+def capped_recall(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
+    """Returns a sentence about images that have more objects than a detector returns boxes; [] if there are none."""
     caps = {
         "model.postprocess.max_detections": model.postprocess.max_detections,
         "model.test_proposals.post_nms_top_n": model.test_proposals.post_nms_top_n,
     }
-    counts = np.array([int((~record.crowd).sum()) for record in records])
-    name, cap = min(caps.items(), key=lambda item: item[1])
-    over = {name: value for name, value in caps.items() if len(counts) and value < counts.max()}
+    counts = np.array([int((~(record.crowd | record.difficult)).sum()) for record in records])
+    most = counts.max(initial=0)
+    over = [f"{name} = {cap}" for name, cap in caps.items() if cap < most]
     if not over:
         return []
+    cap = min(caps.values())
     recall = np.minimum(counts, cap).sum() / counts.sum()
     return [
-        f"{(counts > cap).sum()} images have more objects ({counts.max()} at most) than "
-        f"{' and '.join(f'{name} {value}' for name, value in over.items())}: "
-        f"recall is at most {recall:.3f}"
+        f"{(counts > cap).sum()} of {len(counts)} images have more than {cap} objects, up to {most}, but a detector "
+        f"returns no more boxes than {' and '.join(over)}; its recall is at most {recall:.3f}"
     ]
 
 

@@ -197,16 +197,17 @@ def recognise(root: Path) -> Layout | None:
     instances = [name for name in names if name.rpartition("/")[2].startswith("instances")]
     pattern, splits = _pattern(instances or names)
     files = {split: root / pattern.replace("{split}", split) for split in splits}
-    class_names, notes, listed = {}, [], {}
+    class_names, grouping, listed = {}, {}, {}
     for split, path in files.items():
         # What is wrong with a file is said when it is read.
         with contextlib.suppress(InputError):
             content, found = _load(path, link_guard(root)), defaultdict(list)
             in_file = _categories(path, content, found)
             class_names |= dict.fromkeys(in_file[key] for key in sorted(in_file))
-            notes += [f"{sentence}: {places[0]}" for sentence, places in found.items() if sentence == GROUPING]
+            grouping |= dict.fromkeys(place.rpartition(", ")[2] for place in found[GROUPING])
             listed[split] = [item.get("file_name") for item in _list(path, content, "images")]
     images = _folder_of(root, pattern, listed)
+    notes = [f"{name} is left out: no annotation uses it, it only groups others" for name in grouping]
     others = [name for name in names if root / name not in files.values()]
     if others:
         notes.append(f"other files with the keys of COCO are not used: {', '.join(others[:5])}")

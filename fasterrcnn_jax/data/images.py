@@ -59,6 +59,9 @@ _DECODER_ERRORS += (OverflowError, struct.error, zlib.error)
 
 NOT_TURNED = "The EXIF orientation was not applied because the annotated size fits both orientations or is missing"
 
+GREY_16 = "Grey images of 16 bits are divided by 16 if no value is above 4095, as in 12 bits, and otherwise by 256"
+_MODES_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
 # For each EXIF orientation except 1 ("as stored"): turns the stored pixels [H, W, 3] upright.
 _TURNS = {
     2: lambda pixels: pixels[:, ::-1],
@@ -97,7 +100,7 @@ def annotated_frame(
     Args:
       stated_hw: the (height, width) in the annotation; None: the annotation has none.
       field: file and field of the size, for messages.
-      found: receives the note about an EXIF orientation that was not applied.
+      found: receives the notes about an EXIF orientation that was not applied and about 16 bits.
 
     Raises:
       InputError: as in `image_size`, or the annotated size fits neither.
@@ -108,6 +111,8 @@ def annotated_frame(
             (image.width, image.height),
             _orientation(image),
         )
+        if image.mode in _MODES_16:
+            found[GREY_16].append(str(path))
     shown_hw = turned_hw if orientation >= 5 else stored_hw
     if stated_hw is not None and stated_hw != stored_hw:
         if stated_hw == shown_hw:
@@ -128,7 +133,8 @@ def read_image(
     """Returns the pixels as uint8 [H, W, 3], RGB, as stored or, with `upright`, turned as EXIF says.
 
     Grey is repeated for all channels, palettes are expanded, alpha is dropped, CMYK is converted, and 16-bit values
-    are reduced to their high byte. An animation gives its first frame.
+    are reduced to their high byte; grey values of at most 12 bits are reduced to the high 8 of the 12. An animation
+    gives its first frame.
 
     Raises:
       InputError: as in `image_size`, or the pixels are incomplete or cannot be converted to 8 bits.
@@ -169,9 +175,14 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     # In parts, because each conversion is a copy of its part.
     rows = max(1, _PART // image.width)
-    for top in range(0, image.height, rows):
-        part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = _rgb(part, path)
+    tops = range(0, image.height, rows)
+    parts = {top: (0, top, image.width, min(top + rows, image.height)) for top in tops}
+    is_16 = image.mode in _MODES_16
+    # Cameras, microscopes and thermal imagers store 12 bits in 16; their high byte would be nearly black.
+    shift = 4 if is_16 and all(np.asarray(image.crop(box)).max() < 4096 for box in parts.values()) else 8
+    for top, box in parts.items():
+        part = image.crop(box)
+        pixels[top : top + rows] = _grey16_to_8(np.asarray(part), path, shift) if is_16 else _rgb(part, path)
     image.close()  # gives its memory back
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
@@ -180,10 +191,7 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
 _PART = 2**22
 
 
-def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w _"]:
-    """Returns [h, w, 3], or [h, w, 1] if the image is grey."""
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _grey16_to_8(np.asarray(image), path)
+def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "F":
         raise InputError(f"{path}: the image has floating point values; convert it to 8 bits per channel")
     if image.mode in ("P", "PA"):
@@ -226,11 +234,12 @@ def _orientation(image: Opened) -> int:
     return 1
 
 
-def _grey16_to_8(grey: np.ndarray, path: ImageFile) -> UInt8[np.ndarray, "h w 1"]:
-    # Pillow's own conversion of these modes clips at 255. The high byte is used, as Pillow does for 16-bit RGB.
+def _grey16_to_8(grey: np.ndarray, path: ImageFile, shift: int) -> UInt8[np.ndarray, "h w 1"]:
+    # Pillow's own conversion of these modes clips at 255. A shift of 8 leaves the high byte, as Pillow does for 16-bit
+    # RGB.
     if grey.size and (grey.min() < 0 or grey.max() > 0xFFFF):
         raise InputError(f"{path}: grey values must have at most 16 bits (0..65535), got {grey.min()}..{grey.max()}")
-    return (grey.astype(np.int32) >> 8).astype(np.uint8)[..., None]
+    return (grey.astype(np.int32) >> shift).astype(np.uint8)[..., None]
 
 
 @contextlib.contextmanager

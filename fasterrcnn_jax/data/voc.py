@@ -183,9 +183,13 @@ def read_voc(
 
 def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:
     """Returns the names of the splits: of the lists, without VOC's lists of one class (cat_train if there is train)."""
-    names = splits_of(Path(root), places.lists or places.annotations)
+    root = Path(root)
+    names = splits_of(root, places.lists or places.annotations)
     if names is None:
         return (WHOLE,)
+    if places.lists is None:
+        folders = {name: root / places.of(name).annotations for name in names}
+        return tuple(name for name in names if any(map(_is_xml, names_below(folders[name]))))
     known = set(names)
     return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
@@ -213,7 +217,7 @@ def class_names_in(
 def recognise(root: Path) -> Layout | None:
     """Returns the layout of a folder with PASCAL VOC annotations, or None. Reads names, and at most 40 XML files."""
     names = names_below(root)
-    xml = [name for name in names if name.lower().endswith(".xml")]
+    xml = [name for name in names if _is_xml(name)]
     if not any(_is_annotation(root / name) for name in _sample(xml, 20)):
         return None
     annotations, folders = _pattern(name.rpartition("/")[0] for name in xml)
@@ -255,6 +259,10 @@ def _sample(items: list[str], count: int) -> list[str]:
 
 def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml")
 
 
 def _is_annotation(path: Path) -> bool:
