@@ -11,8 +11,9 @@ import tiny
 from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.data.faults import OTHER_CLASS
 from fasterrcnn_jax.data.images import record_pixels
-from fasterrcnn_jax.data.sources import open_images, open_split, with_class_names
+from fasterrcnn_jax.data.sources import OTHER_IDS, open_images, open_split, with_class_names
 from fasterrcnn_jax.errors import InputError
 
 
@@ -114,10 +115,33 @@ def test_an_image_in_two_joined_splits_is_named(voc, split):
     assert f"image id {shared} is also in" in one_sentence(voc, split)
 
 
-def test_joined_files_that_number_the_classes_differently_are_refused(coco):
+def test_joined_files_that_number_the_classes_differently_get_ids_from_one(coco):
     path = coco.root / "annotations/instances_b2017.json"
     path.write_text(path.read_text().replace('"id": 9,', '"id": 8,'))
-    assert "(5, 8)" in one_sentence(coco, "a2017+b2017")
+    joined = open_split(coco, "a2017+b2017")
+    assert joined.category_ids == (1, 2) and joined.findings[-1].sentence == OTHER_IDS
+    assert open_split(coco, "b2017").category_ids == (5, 8)
+
+
+def test_images_of_joined_files_with_the_same_ids_are_told_apart_by_their_split(coco):
+    path = coco.root / "annotations/instances_b2017.json"
+    content = json.loads(path.read_text())
+    content["images"] = [image | {"id": image["id"] - 2} for image in content["images"]]
+    content["annotations"] = [item | {"image_id": item["image_id"] - 2} for item in content["annotations"]]
+    path.write_text(json.dumps(content))
+    joined = open_split(coco, "a2017+b2017")
+    assert ids(joined) == ["a2017/0", "a2017/1", "b2017/0", "b2017/1"]
+    assert [record.path.parent.name for record in joined.records] == ["a2017", "a2017", "b2017", "b2017"]
+
+
+def test_joined_files_must_not_share_an_image_under_two_ids(coco):
+    for split in ("a2017", "b2017"):
+        for path in (coco.root / split).iterdir():
+            (coco.root / "images").mkdir(exist_ok=True)
+            path.replace(coco.root / "images" / path.name)
+    assert "splits joined by + must not share images" in one_sentence(
+        dataclasses.replace(coco, coco_images="images"), "a2017+b2017"
+    )
 
 
 def test_coco_folder_is_opened(coco):
@@ -148,7 +172,7 @@ def test_devkit_list_that_is_no_plain_name_is_refused(devkit):
 
 
 def test_unknown_devkit_list_names_the_existing_lists(devkit):
-    assert "existing splits are: test, trainval" in one_sentence(devkit, "2007_mine")
+    assert "existing splits are: trainval, test" in one_sentence(devkit, "2007_mine")
 
 
 VOC_SITE = "http://host.robots.ox.ac.uk/pascal/VOC/"
@@ -205,14 +229,46 @@ def test_without_class_names_those_in_the_data_are_listed(voc, devkit, coco):
         )
 
 
-def test_class_names_left_empty_are_those_that_coco_declares(voc, devkit, coco):
+def test_class_names_left_empty_are_those_that_the_file_declares_or_the_objects_sorted(voc, devkit, coco):
     empty = dataclasses.replace(coco, class_names=(), train_split="b2017+a2017")
     assert with_class_names(empty) == dataclasses.replace(empty, class_names=("ring", "disc"))
     chosen = dataclasses.replace(coco, class_names=("disc", "ring"))
     assert with_class_names(chosen) is chosen
-    for data in (voc, devkit):  # declares none: what its objects are called is no order, and may be too few
-        data = dataclasses.replace(data, class_names=())
-        assert with_class_names(data) is data
+    for data, split in ((voc, "train"), (devkit, "2007_trainval+2012_trainval")):
+        data = dataclasses.replace(data, class_names=(), train_split=split)
+        assert with_class_names(data) == dataclasses.replace(data, class_names=("disc", "ring"))
+
+
+@pytest.mark.parametrize("layout", ["voc", "devkit", "coco"])
+def test_a_class_name_that_no_split_has_is_refused_with_the_near_ones(layout, request):
+    data = dataclasses.replace(request.getfixturevalue(layout), class_names=("disc", "Rings"))
+    with pytest.raises(InputError) as caught:
+        with_class_names(data)
+    assert str(caught.value) == (f"data.class_names: no object in {data.root} is named 'Rings'; did you mean 'ring'?")
+    with pytest.raises(InputError, match="named 'cat'; they are named disc, ring$"):
+        with_class_names(dataclasses.replace(data, class_names=("cat",)))
+
+
+def test_a_class_that_only_another_split_has_is_no_error(voc):
+    for path in (voc.root / "Annotations").glob("train*.xml"):
+        path.write_text(path.read_text().replace("disc", "ring"))
+    assert with_class_names(voc) is voc
+
+
+@pytest.mark.parametrize("layout, split, other", [("voc", "train", "disc"), ("coco", "a2017", "ring")])
+def test_a_subset_of_the_classes_is_a_choice(layout, split, other, request):
+    data = request.getfixturevalue(layout)
+    (kept,) = {*tiny.CLASS_NAMES} - {other}
+    chosen = dataclasses.replace(data, class_names=(kept,))
+    every, part = open_split(data, split), open_split(chosen, split)
+    assert with_class_names(chosen) is chosen
+    label = tiny.CLASS_NAMES.index(kept) + 1
+    for one, of_part in zip(every.records, part.records, strict=True):
+        np.testing.assert_array_equal(of_part.boxes, one.boxes[one.labels == label])
+    left_out = sum(int((record.labels != label).sum()) for record in every.records)
+    assert left_out and not every.findings and not any(finding.is_fault for finding in part.findings)
+    (note,) = part.notes
+    assert note.startswith(f"{OTHER_CLASS}: {left_out}, the first in ") and repr(other) in note
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.data.faults import FAULTY_IMAGE, decoded
 from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, box_iou, large_enough
@@ -68,6 +69,25 @@ def box_findings(record: ImageRecord) -> list[Finding]:
         where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou[i, j]:.3f}"
         findings.append(Finding(sentence, where, False))
     return findings
+
+
+def capped(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
+    """Returns a sentence about the objects that a detector cannot find because it gives too few boxes; or none."""
+    caps = {
+        "model.postprocess.max_detections": model.postprocess.max_detections,
+        "model.test_proposals.post_nms_top_n": model.test_proposals.post_nms_top_n,
+    }
+    counts = np.array([int((~record.crowd).sum()) for record in records])
+    name, cap = min(caps.items(), key=lambda item: item[1])
+    over = {name: value for name, value in caps.items() if len(counts) and value < counts.max()}
+    if not over:
+        return []
+    recall = np.minimum(counts, cap).sum() / counts.sum()
+    return [
+        f"{(counts > cap).sum()} images have more objects ({counts.max()} at most) than "
+        f"{' and '.join(f'{name} {value}' for name, value in over.items())}: "
+        f"recall is at most {recall:.3f}"
+    ]
 
 
 def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:

@@ -4,12 +4,19 @@
 """
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.errors import InputError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+# Names of folders and files that stand for a split, in the order in which splits are listed.
+SPLIT_NAMES = ("train", "training", "trainval", "valid", "val", "validation", "dev", "test", "testing")
+# The split of a folder that is not split.
+WHOLE = "all"
 
 
 class Layout(NamedTuple):
@@ -23,9 +30,36 @@ class Layout(NamedTuple):
 
 
 def in_order(splits: set[str]) -> tuple[str, ...]:
-    """Returns the names of splits in the order train, valid or val, test, others."""
-    first = ("train", "valid", "val", "validation", "test")
-    return (*(name for name in first if name in splits), *sorted(splits.difference(first)))
+    """Returns the names of splits in the order of `SPLIT_NAMES`; others, for example with a year, follow sorted."""
+    first = [name for name in SPLIT_NAMES if name in splits]
+    return (*first, *sorted(splits.difference(first)))
+
+
+def splits_of(root: Path, pattern: str) -> tuple[str, ...] | None:
+    """Returns the names that stand for {split} in the existing paths `root`/`pattern`; None if it has no {split}."""
+    if "{split}" not in pattern:
+        return None
+    before, after = pattern.split("{split}", 1)
+    # A pattern can have the split twice: train/train.json.
+    wild = re.sub(r"([*?[])", r"[\1]", pattern).replace("{split}", "*")
+    of_name = re.compile(re.escape(before) + "([^/]+)" + re.escape(after).replace(re.escape("{split}"), r"\1"))
+    found = (of_name.fullmatch(path.relative_to(root).as_posix()) for path in root.glob(wild))
+    return in_order({match[1] for match in found if match})
+
+
+def part_of_a_name(split: str) -> bool:
+    """Returns whether a split can be part of a file name: it must not lead out of the folder."""
+    return bool(split) and split not in (".", "..") and re.search(r"[/\\\0]", split) is None
+
+
+def no_such_split(what: str, splits: tuple[str, ...]) -> InputError:
+    """Returns the error about a missing split, with the ways out; `what` names the file."""
+    if not splits:
+        return InputError(f"{what}; the existing splits are: none")
+    return InputError(
+        f"{what}; the existing splits are: {', '.join(splits)}; name one, for example --data.test_split {splits[0]}, "
+        "or divide the training split with --data.split"
+    )
 
 
 def names_below(folder: Path) -> tuple[str, ...]:

@@ -1,9 +1,12 @@
 """Opens the data sets that a configuration names, and folders of images without labels."""
 
+import contextlib
 import dataclasses
+import difflib
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,22 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import image_size, read_image
-from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.layouts import (
+    IMAGE_EXTENSIONS,
+    SPLIT_NAMES,
+    WHOLE,
+    Layout,
+    names_below,
+    part_of_a_name,
+    splits_of,
+)
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+OTHER_IDS = "Joined files give the classes different ids, so results have the ids 1, 2, 3 and so on"
 
 _VOC_ARCHIVES = {
     "2007": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar",
@@ -55,11 +68,12 @@ def open_split(data: DataConfig, split: str) -> Dataset:
 
 def read(data: DataConfig, split: str) -> Dataset:
     """Returns the same as `open_split`, but decodes no image and logs nothing."""
+    data = with_layout(data)
     names = split.split("+")
     if not data.class_names:
         found = ", ".join(sorted({class_name for name in names for class_name in _class_names(data, name)}))
         raise InputError(f"data.class_names is empty; give class names, the objects in {data.root} are named: {found}")
-    return _joined([read_split(data, name) for name in names])
+    return _joined([(name, read_split(data, name)) for name in names])
 
 
 def read_split(data: DataConfig, name: str) -> Dataset:
@@ -68,18 +82,68 @@ def read_split(data: DataConfig, name: str) -> Dataset:
         return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, faults=data.faults)
     if data.layout == "coco":
         return coco.read_coco(*_coco_place(data, name), data.class_names, faults=data.faults)
-    return voc.read_voc(*_voc_place(data, name), data.class_names, faults=data.faults)
+    root, of_list, places = _voc_place(data, name)
+    return voc.read_voc(root, of_list, data.class_names, places, faults=data.faults)
 
 
 def with_class_names(data: DataConfig) -> DataConfig:
-    """Returns `data`; if it has no class names, with those of the data set. A VOC folder does not declare any.
+    """Returns `data`; if it has no class names, with those of its training split.
+
+    They are in the order that the data declares, or sorted where it declares none, as in VOC.
 
     Raises:
-      InputError: the training split cannot be read.
+      InputError: the training split cannot be read or has no class, or the data has no class of a given name.
     """
-    if data.class_names or data.layout not in ("coco", "tfds"):
+    data = with_layout(data)
+    if data.class_names:
+        _check_class_names(data)
         return data
-    return dataclasses.replace(data, class_names=_class_names(data, data.train_split.split("+")[0]))
+    names = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
+    if not names:
+        raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
+    in_order = names if _declares(data) else sorted(names)
+    return dataclasses.replace(data, class_names=tuple(in_order))
+
+
+def _check_class_names(data: DataConfig) -> None:
+    """Raises InputError if a given class name is in no split: most likely it is mistyped."""
+    absent, known = set(data.class_names), set()
+    for name in _all_class_names(data):
+        known.add(name)
+        absent.discard(name)
+        if not absent:
+            return
+    if not known:  # reading says what is missing
+        return
+    name = next(name for name in data.class_names if name in absent)
+    letters = {other.lower(): other for other in sorted(known)}
+    near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]
+    meant = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {', '.join(sorted(known)[:20])}"
+    )
+    raise InputError(f"data.class_names: no object in {data.root} is named {name!r}; {meant}")
+
+
+def _declares(data: DataConfig) -> bool:
+    """Returns whether the layout lists its classes in an order."""
+    return data.layout in ("coco", "yolo", "tfds")
+
+
+def _all_class_names(data: DataConfig) -> Iterator[str]:
+    """Yields the class names of all splits. A split that cannot be read has none here."""
+    if data.layout == "voc":
+        yield from voc.object_names(data.root, _voc_places(data))
+        return
+    for split in dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)]):
+        with contextlib.suppress(InputError):
+            yield from _class_names(data, split)
+
+
+def _splits(data: DataConfig) -> tuple[str, ...]:
+    """Returns the splits that the folder has; () where the layout does not tell without reading."""
+    if data.layout == "vocdevkit":
+        return _devkit_splits(data.root)
+    return (splits_of(data.root, data.coco_annotations) or ()) if data.layout == "coco" else ()
 
 
 def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
@@ -88,6 +152,124 @@ def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
     if data.layout == "coco":
         return coco.category_names(_coco_place(data, name)[0])
     return voc.class_names_in(*_voc_place(data, name))
+
+
+def _recognise_devkit(root: Path) -> Layout | None:
+    splits = _devkit_splits(root)
+    if not splits:
+        return None
+    years = dict.fromkeys(f"VOC{split[:4]}" for split in splits)
+    why = f"lists are in ImageSets/Main of {', '.join(years)}"
+    return Layout("VOCdevkit", why, DataConfig(root=root, layout="vocdevkit"), splits)
+
+
+def _devkit_splits(root: Path) -> tuple[str, ...]:
+    years = sorted(root.glob("VOC[0-9][0-9][0-9][0-9]"))
+    return tuple(f"{path.name[3:]}_{name}" for path in years for name in voc.splits(path) if name != WHOLE)
+
+
+# In the order in which they are asked: the files of the first leave no doubt.
+_RECOGNISERS = (_recognise_devkit, coco.recognise, voc.recognise)
+
+
+def recognise(root: Path) -> Layout:
+    """Returns the layout of the labelled images in `root`, with the class names.
+
+    A folder that contains nothing but one folder is taken for that folder.
+
+    Raises:
+      InputError: the folder has no known layout; the sentence says what was found.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder or configuration file")
+    inner = _inner(root)
+    fitting = [layout for recogniser in _RECOGNISERS if (layout := recogniser(inner)) is not None]
+    if not fitting:
+        raise InputError(f"{root}: no known layout of labelled images: {_seen(inner)}")
+    layout, *others = fitting
+    notes = list(layout.notes)
+    if inner != root:
+        notes.insert(0, f"{root} contains only the folder {inner.relative_to(root)}, which is read")
+    notes += [
+        f"the folder could also be read as {other.name} with --data.layout {other.data.layout}" for other in others
+    ]
+    data = layout.data
+    if not data.class_names:
+        names = {name for split in layout.splits for name in _class_names(data, split)}
+        data = dataclasses.replace(data, class_names=tuple(sorted(names)))
+    return layout._replace(data=data, notes=tuple(notes))
+
+
+def with_layout(data: DataConfig) -> DataConfig:
+    """Returns `data` with layout "auto" replaced by the layout that is recognised; other data as it is.
+
+    The fields of the layout are those of the recognised one. Class names are found if there are none, and a split named
+    train or test, which are the defaults, becomes another one of the folder if there is no such split.
+
+    Raises:
+      InputError: as in `recognise`.
+    """
+    if data.layout != "auto":
+        return data
+    layout = recognise(data.root)
+    of_layout = ("root", "layout", "voc_images", "voc_annotations", "voc_lists", "voc_counts_from")
+    of_layout += ("coco_annotations", "coco_images")
+    fields = {name: getattr(layout.data, name) for name in of_layout}
+    train, test = data.train_split, data.test_split
+    if train == "train" and "train" not in layout.splits:
+        train = next((split for split in layout.splits if "train" in split), layout.splits[0])
+    if test == "test" and "test" not in layout.splits:
+        held_out = [split for split in layout.splits if split not in (train, "trainval") and "train" not in split]
+        test = next(iter(held_out), test)
+    names = data.class_names or layout.data.class_names
+    return dataclasses.replace(data, **fields, train_split=train, test_split=test, class_names=names)
+
+
+def _inner(root: Path) -> Path:
+    """Returns the folder that holds the data: archives are often unpacked into a folder of their own name."""
+    for _ in range(3):
+        inside = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+        folders = [path for path in inside if path.is_dir() and not path.is_symlink()]
+        others = [
+            path for path in inside if not path.is_dir() and not path.name.lower().startswith(("readme", "licen"))
+        ]
+        if len(folders) != 1 or others or _is_part(folders[0].name):
+            break
+        root = folders[0]
+    return root
+
+
+def _is_part(name: str) -> bool:
+    """Returns whether a folder of that name belongs to a layout."""
+    parts = (*SPLIT_NAMES, "images", "labels", "annotations", "jpegimages", "imagesets")
+    return name.lower() in parts or re.fullmatch(r"VOC\d{4}", name) is not None
+
+
+def _seen(root: Path) -> str:
+    """Returns what a folder without a known layout contains, and what it lacks for the nearest one."""
+    nearer = []
+    for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))[:20]:
+        if any(recogniser(path) is not None for recogniser in _RECOGNISERS):
+            nearer.append(path)
+    if nearer:
+        return f"did you mean {' or '.join(map(str, nearer[:3]))}, which have one?"
+    counts = defaultdict(int)
+    for name in names_below(root):
+        counts[Path(name).suffix.lower() or "no extension"] += 1
+    images = sum(counts.get(extension, 0) for extension in IMAGE_EXTENSIONS)
+    if not counts:
+        return "the folder contains no file"
+    found = [f"{count} of {extension}" for extension, count in sorted(counts.items(), key=lambda pair: -pair[1])[:6]]
+    found = f"the folder contains {', '.join(found)}"
+    if counts.get(".json"):
+        return f"{found}; the nearest layout is COCO, whose json has the lists images, annotations and categories"
+    if counts.get(".xml") and not images:
+        return f"{found}; the nearest layout is PASCAL VOC, which needs an image for each XML file"
+    if counts.get(".xml"):
+        return f"{found}; the nearest layout is PASCAL VOC, whose XML files are named like their images"
+    if images:
+        return f"{found}, and no annotations"
+    return found
 
 
 def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
@@ -132,40 +314,58 @@ def open_images(folder: Path, class_names: tuple[str, ...], *, faults: Faults = 
     return Dataset(str(folder), class_names, tuple(records), notes, ids, findings)
 
 
-def _joined(datasets: list[Dataset]) -> Dataset:
-    """Returns one data set with all records; image ids and category ids must stay unique in result files."""
+def _joined(splits: list[tuple[str, Dataset]]) -> Dataset:
+    """Returns one data set with all records; image ids and category ids are made unique for result files.
+
+    Files of several splits often number their images from 1. An id that several images have becomes SPLIT/ID.
+    """
+    datasets = [dataset for _, dataset in splits]
     first, *others = datasets
-    place = {record.id: first.name for record in first.records}
-    for dataset in others:
+    split_of = {}
+    for dataset in datasets:
         for record in dataset.records:
-            if record.id in place:
+            if split_of.setdefault(str(record.path), dataset) is not dataset:
                 raise InputError(
-                    f"{dataset.name}: image id {record.id} is also in {place[record.id]}; "
-                    "splits joined by + must not share image ids"
+                    f"{dataset.name}: image id {record.id} is also in {split_of[str(record.path)].name}; "
+                    "splits joined by + must not share images"
                 )
-            place[record.id] = dataset.name
-        if dataset.category_ids != first.category_ids:
-            raise InputError(
-                f"{dataset.name}: category ids {dataset.category_ids} differ from {first.category_ids} of "
-                f"{first.name}; splits joined by + must have the same category ids"
-            )
+    image_ids = [record.id for dataset in datasets for record in dataset.records]
+    told_apart = len(set(image_ids)) < len(image_ids)
+    records = [
+        record._replace(id=f"{name}/{record.id}") if told_apart else record
+        for name, dataset in splits
+        for record in dataset.records
+    ]
+    findings = [finding for dataset in datasets for finding in dataset.findings]
+    ids = first.category_ids
+    if any(dataset.category_ids != ids for dataset in others):
+        ids = tuple(range(1, len(first.class_names) + 1))
+        findings.append(Finding(OTHER_IDS, f"{' and '.join(dataset.name for dataset in datasets)}", False))
     return first._replace(
         name=" + ".join(dataset.name for dataset in datasets),
-        records=tuple(record for dataset in datasets for record in dataset.records),
+        records=tuple(records),
         notes=tuple(note for dataset in datasets for note in dataset.notes),
-        findings=tuple(finding for dataset in datasets for finding in dataset.findings),
+        category_ids=ids,
+        findings=tuple(findings),
     )
 
 
-def _voc_place(data: DataConfig, name: str) -> tuple[Path, str]:
-    """Returns the folder that contains JPEGImages, and the name of the list."""
+def _voc_places(data: DataConfig) -> voc.Places:
+    if data.layout == "voc":
+        return voc.Places(data.voc_images, data.voc_annotations, data.voc_lists, data.voc_counts_from)
+    return voc.Places(counts_from=data.voc_counts_from)
+
+
+def _voc_place(data: DataConfig, name: str) -> tuple[Path, str, voc.Places]:
+    """Returns the folder of the data, the name of the list in it, and the places of its files."""
+    places = _voc_places(data)
     if data.layout == "voc":
         if not data.root.is_dir():
             raise InputError(
                 f"{data.root}: no such folder; it must contain JPEGImages, Annotations and ImageSets, "
                 "give another folder with --data.root"
             )
-        return data.root, name
+        return data.root, name, places
     match = re.fullmatch(r"(\d{4})_(.+)", name)
     if match is None:
         raise InputError(f"split {name!r}: in a VOCdevkit it must be YEAR_NAME, for example 2007_trainval")
@@ -182,69 +382,23 @@ def _voc_place(data: DataConfig, name: str) -> tuple[Path, str]:
             f"{absent}: not found; unpack {archives} from http://host.robots.ox.ac.uk/pascal/VOC/, "
             "which creates a folder VOCdevkit, or give another folder with --data.root"
         )
-    return folder, list_name
+    return folder, list_name, places
 
 
 def _coco_place(data: DataConfig, name: str) -> tuple[Path, Path]:
     """Returns the annotation file and the folder of the images."""
-    if not name or re.search(r"[/\\\0]", name) or name in (".", ".."):
+    if not part_of_a_name(name):
         raise InputError(f"split must be a part of a file name, without a folder, got {name!r}")
     annotations, images = (
         data.root / pattern.replace("{split}", name) for pattern in (data.coco_annotations, data.coco_images)
     )
+    existing = splits_of(data.root, data.coco_annotations)
+    others = f"; the existing splits are: {', '.join(existing)}" if existing and name not in existing else ""
     for path, exists in ((annotations, annotations.is_file()), (images, images.is_dir())):
         if not exists:
             raise InputError(
-                f"{path}: not found; download images and annotations from https://cocodataset.org/#download, "
-                "or give other paths with --data.root, --data.coco_annotations and --data.coco_images"
+                f"{path}: not found{others}; download images and annotations from https://cocodataset.org/#download, "
+                "give other paths with --data.root, --data.coco_annotations and --data.coco_images, "
+                "or divide the training split with --data.split"
             )
     return annotations, images
-
-
-# Folders of COCO's images relative to `data.root`: as published, and other common places.
-_IMAGE_FOLDERS = ("{split}", "images/{split}", "images", "JPEGImages", ".")
-
-
-def guess(root: Path) -> tuple[DataConfig, tuple[str, ...]]:
-    """Returns the configuration of the data in `root` and the names of its splits.
-
-    The class names are those that the annotation file declares; for VOC, those of the objects of all splits.
-
-    Raises:
-      InputError: the folder has no known layout.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder or configuration file")
-    years = sorted(path for path in root.glob("VOC[0-9][0-9][0-9][0-9]") if voc.splits(path))
-    if voc.splits(root):
-        places = {name: (root, name) for name in voc.splits(root)}
-        return DataConfig(root=root, class_names=_names(places)), tuple(places)
-    if years:
-        places = {f"{path.name[3:]}_{name}": (path, name) for path in years for name in voc.splits(path)}
-        return DataConfig(root=root, layout="vocdevkit", class_names=_names(places)), tuple(places)
-    files = sorted(root.glob("annotations/instances*.json")) or sorted(root.glob("instances*.json"))
-    if not files:
-        raise InputError(
-            f"{root}: unknown layout; must contain ImageSets/Main with JPEGImages and Annotations, VOC2007 or another "
-            "year, or annotations/instances_SPLIT.json"
-        )
-    prefix = "annotations/" if files[0].parent.name == "annotations" else ""
-    pattern = f"{prefix}instances_{{split}}.json"
-    splits = tuple(path.stem.removeprefix("instances_") for path in files if "_" in path.stem)
-    if not splits:
-        pattern, splits = f"{prefix}{files[0].name}", (files[0].stem,)
-    images = next(
-        folder
-        for folder in _IMAGE_FOLDERS
-        if all((root / folder.replace("{split}", split)).is_dir() for split in splits)
-    )
-    names = coco.category_names(root / pattern.replace("{split}", splits[0]))
-    data = DataConfig(root=root, layout="coco", coco_annotations=pattern, coco_images=images, class_names=names)
-    return data, splits
-
-
-def _names(places: dict[str, tuple[Path, str]]) -> tuple[str, ...]:
-    names = {name for place in places.values() for name in voc.class_names_in(*place)}
-    if not names:
-        raise InputError(f"{next(iter(places.values()))[0]}: no image in its lists has a named object")
-    return tuple(sorted(names))
