@@ -32,10 +32,10 @@ from fasterrcnn_jax.data.faults import (
     skipping,
     watched,
 )
-from fasterrcnn_jax.data.file_names import SPLITS, files_below, first_line, image_named, read_text
+from fasterrcnn_jax.data.file_names import files_below, first_line, image_named, read_text
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import Layout, in_order
-from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, check_known, number, record_of
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
+from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 
@@ -66,7 +66,7 @@ REQUIRED = ("filename", "class", *CORNERS)
 HEADERLESS = ("filename", "xmin", "ymin", "xmax", "ymax", "class")
 
 # Folders, relative to the folder of the data set, that a table may lie in.
-FOLDERS = ("", "annotations", "data", "labels", "images", *SPLITS)
+FOLDERS = ("", "annotations", "data", "labels", "images", *SPLIT_NAMES)
 
 NO_SIZE = "Missing widths and heights were replaced by those of the image file"
 REPEATED_HEADER = "Repeated headers were ignored"
@@ -129,7 +129,7 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
     """
     root = Path(root)
     check_class_names(class_names)
-    name, found, seen = f"{root} ({split})", defaultdict(list), set()
+    name, found = f"{root} ({split})", defaultdict(list)
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
     path = _table_path(root, split)
     table = _read_table(path)
@@ -156,18 +156,17 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
     records = []
     for image, rows in watched(lines_of_image.items(), f"reading {name}", len(lines_of_image)):
         with skipping(FAULTY_IMAGE, found, faults):
-            first_size, objects = _size(rows[0][1]), []
-            field = f"{rows[0][0]}, width and height"
+            (first, first_row), objects = rows[0], []
+            first_size, field = _size(first_row), f"{first}, width and height"
             frame = annotated_frame(
                 root / image, _stated(first_size, "width" in table.columns, field, found), field, found
             )
             for where, row in rows:
-                size = _size(row)
-                if size != first_size:
-                    raise InputError(
-                        f"{where}, width and height: {quoted(size)} differs from {quoted(first_size)} in {rows[0][0]}"
-                    )
                 with skipping(FAULTY_OBJECT, found, faults):
+                    if (size := _size(row)) != first_size:
+                        raise InputError(
+                            f"{where}, width and height: {quoted(size)} differs from {quoted(first_size)} in {first}"
+                        )
                     if not any(row[column] for column in CORNERS):
                         continue
                     x1, y1, x2, y2 = (number(row[column], f"{where}, {column}") for column in CORNERS)
@@ -178,14 +177,11 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
                         raise InputError(
                             f"{where}, class: must be a name of at most {MAX_NAME} characters, got {quoted(class_name)}"
                         )
-                    seen.add(class_name)
                     if class_name in label_of:
                         objects.append(Object(box, label_of[class_name], f"{where}: {quoted(box)}"))
                     else:
                         found[OTHER_CLASS].append(f"{where}, class: {quoted(class_name)}")
             records.append(record_of(image, root / image, frame, objects, found))
-    missing = tuple(class_name for class_name in class_names if class_name not in seen)
-    check_known(missing, name, lambda: (n for other in splits(root) for n in class_names_in(root, other)))
     findings = findings_of(found)
     return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
 
@@ -201,7 +197,7 @@ def _tables(root: Path) -> dict[str, Path]:
     tables = {}
     for path in paths:
         parts = (*re.split("[^a-z]+", path.stem.lower()), path.parent.name if path.parent != root else "")
-        split = next((part for part in parts if part in SPLITS), path.stem if len(paths) > 1 else "all")
+        split = next((part for part in parts if part in SPLIT_NAMES), path.stem if len(paths) > 1 else WHOLE)
         if split in tables:
             raise InputError(f"{path}: split {split} is also in {tables[split]}; keep one of the tables")
         tables[split] = path
@@ -224,8 +220,7 @@ def _table_path(root: Path, split: str) -> Path:
         raise InputError(f"{root}: no such folder")
     tables = _tables(root)
     if split not in tables:
-        known = ", ".join(tables) or "none"
-        raise InputError(f"{root}: no table of boxes is named {quoted(split)}; the existing splits are: {known}")
+        raise no_such_split(f"{root}: no table of boxes is named {quoted(split)}", tuple(tables))
     return tables[split]
 
 

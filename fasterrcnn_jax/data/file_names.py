@@ -13,9 +13,6 @@ from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS, names_below
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
-# Names that folders and files of splits have.
-SPLITS = ("train", "valid", "val", "validation", "test")
-
 # The longest path that Linux allows.
 MAX_PATH = 4096
 

@@ -28,7 +28,6 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.file_names import (
-    SPLITS,
     Files,
     clean_path,
     files_below,
@@ -38,8 +37,8 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import Layout, in_order
-from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, check_known, record_of
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, names_below, no_such_split
+from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 
@@ -63,17 +62,14 @@ def recognise(root: Path) -> Layout | None:
     """Returns the layout if `root` holds LabelMe annotations; looks at the ends of a few files to find out."""
     if not root.is_dir():
         return None
-    below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    deeper = (path / name for path in below for name in SPLITS if (path / name).is_dir())
-    for folder in (root, *below, *deeper):
-        for path in sorted(folder.glob("*.json"))[:5]:
-            if _seems_annotation(path):
-                names = splits(root)
-                class_names = _in_declared_order({name for s in names for name in class_names_in(root, s)}, root)
-                data = DataConfig(root=root, layout="labelme", class_names=class_names)
-                why = f"{path.relative_to(root).as_posix()} has the shapes of one image"
-                return Layout("LabelMe", why, data, names)
-    return None
+    names = [name for name in names_below(root) if name.endswith(".json")]
+    taken = next((name for name in names[:20] if _seems_annotation(root / name)), None)
+    if taken is None:
+        return None
+    of_root = splits(root)
+    class_names = _in_declared_order({name for split in of_root for name in class_names_in(root, split)}, root)
+    data = DataConfig(root=root, layout="labelme", class_names=class_names)
+    return Layout("LabelMe", f"{taken} has the shapes of one image", data, of_root)
 
 
 def splits(root: Path | str) -> tuple[str, ...]:
@@ -113,13 +109,12 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
     """
     root = Path(root)
     check_class_names(class_names)
-    name, found, seen = f"{root} ({split})", defaultdict(list), set()
+    name, found = f"{root} ({split})", defaultdict(list)
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
     files = files_below(root)
     annotations = _annotations(files, found)
     if split not in annotations:
-        known = ", ".join(in_order(set(annotations))) or "none"
-        raise InputError(f"{root}: no split is named {quoted(split)}; the existing splits are: {known}")
+        raise no_such_split(f"{root}: no split is named {quoted(split)}", in_order(set(annotations)))
 
     records, owner = {}, {}
     for path in watched(annotations[split], f"reading {name}", len(annotations[split])):
@@ -144,7 +139,6 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
                         continue
                     class_name, box = _label(shape, where), _extent(shape, kind, where)
                     check_inside(box, frame[0], where)
-                    seen.add(class_name)
                     if class_name not in label_of:
                         found[OTHER_CLASS].append(f"{where}, label: {quoted(class_name)}")
                         continue
@@ -167,8 +161,6 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
                 records[image] = record_of(
                     image, root / image, annotated_frame(root / image, None, "", found), [], found
                 )
-    missing = tuple(class_name for class_name in class_names if class_name not in seen)
-    check_known(missing, name, lambda: (*_declared(root), *(n for s in annotations for n in class_names_in(root, s))))
     ordered = tuple(records[image] for image in sorted(records))
     findings = findings_of(found)
     return Dataset(name, tuple(class_names), ordered, notes_of(findings), tuple(label_of.values()), findings)
@@ -193,16 +185,16 @@ def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
     for name in names:
         placed[_folder_split(name)].append(name)
     if len(placed) > 1:
-        found[OUTSIDE_SPLITS] += [str(files.root / name) for name in placed.pop("all", ())]
+        found[OUTSIDE_SPLITS] += [str(files.root / name) for name in placed.pop(WHOLE, ())]
     return dict(placed)
 
 
 def _folder_split(name: str) -> str:
-    return next((part for part in name.split("/")[:-1] if part in SPLITS), "all")
+    return next((part for part in name.split("/")[:-1] if part in SPLIT_NAMES), WHOLE)
 
 
 def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
-    return "all" if "all" in annotations else _folder_split(image)
+    return WHOLE if WHOLE in annotations else _folder_split(image)
 
 
 def _json_of(image: str, files: Files) -> bool:

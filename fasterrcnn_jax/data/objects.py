@@ -1,8 +1,7 @@
 """Builds records from objects whose corners are in continuous pixels, for the readers of YOLO, LabelMe and csv."""
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,23 +65,6 @@ def record_of(
     none = np.zeros(len(inside), bool)
     arrays = inside, labels, none, none.copy(), box_areas(inside)
     return ImageRecord(name, path, image_hw, *arrays, upright=upright)
-
-
-def check_known(class_names: tuple[str, ...], name: str, everywhere: Callable[[], Iterable[str]]) -> None:
-    """Raises InputError for a class name that the data set neither declares nor gives to an object in any split.
-
-    Args:
-      name: the data set, for the message.
-      everywhere: returns all class names of the data set.
-    """
-    known = list(dict.fromkeys(everywhere()))
-    for absent in (class_name for class_name in class_names if class_name not in known):
-        near = difflib.get_close_matches(absent, known, 3, 0.5) or known[:20]
-        listed = ", ".join(map(quoted, near)) or "none"
-        raise InputError(
-            f"{name}: class_names: no object of any split is named {quoted(absent)}; "
-            f"{'near names' if near != known[:20] else 'the class names'} are {listed}"
-        )
 
 
 def number(text: str, field: str) -> float:

@@ -34,21 +34,19 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.file_names import (
-    SPLITS,
     Files,
     clean_path,
     ends,
     files_below,
     first_line,
     image_named,
-    is_image,
     lines_of,
     read_text,
     without_extension,
 )
 from fasterrcnn_jax.data.images import image_size
-from fasterrcnn_jax.data.layouts import Layout, in_order
-from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, check_known, number, record_of
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
+from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
 
@@ -139,12 +137,9 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
     description = _describe(root, found)
-    if description.names:
-        check_known(class_names, name, description.names.values)
-    elif all(re.fullmatch("[0-9]+", class_name) for class_name in class_names):
+    if not description.names and all(re.fullmatch("[0-9]+", class_name) for class_name in class_names):
         found[NO_NAMES].append(str(root))
-        check_known(class_names, name, lambda: (n for s in description.splits for n in _class_names(description, s)))
-    else:
+    elif not description.names:
         description = description._replace(names=dict(enumerate(class_names)), source="class_names")
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
 
@@ -170,7 +165,7 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
 
 
 def _sign(root: Path) -> str | None:
-    """Returns what shows that a folder holds YOLO labels; looks at names, and at the first line of a few files."""
+    """Returns what shows that a folder holds YOLO labels; looks at names, and at the first lines of some files."""
     if not root.is_dir():
         return None
     for path in _yaml_files(root):
@@ -180,17 +175,10 @@ def _sign(root: Path) -> str | None:
     for path in sorted(root.glob("*.data")):
         if {"train", "names"} <= _load_data_file(path).keys():
             return f"{path.name} names the lists and the classes"
-    below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for folder in (root, *below, *(path / name for path in below for name in ("labels", *SPLITS))):
-        if not folder.is_dir():
-            continue
-        names = sorted(path.name for path in folder.iterdir())
-        stems = {without_extension(name) for name in names if is_image(name)}
-        texts = [name for name in names if name.endswith(".txt") and not name.startswith(".")]
-        labels = [name for name in texts if "labels" in folder.parts[-2:] or without_extension(name) in stems]
-        if any(_is_label(folder / name) for name in labels[:20] if name not in NAME_FILES):
-            return f"{(folder / labels[0]).relative_to(root).as_posix()} holds YOLO labels"
-    return None
+    files = files_below(root)
+    labels = [label for image in files.images if (label := _label_path(image, files)) is not None]
+    taken = next((label for label in labels[:20] if _is_label(root / label)), None)
+    return None if taken is None else f"{taken} is the YOLO label of an image"
 
 
 def _is_label(path: Path) -> bool:
@@ -212,7 +200,9 @@ def _describe(root: Path, found: Found) -> _Description:
         for path in sorted(root.glob("*.data")):
             content = _load_data_file(path)
             if "train" in content:
-                places = _existing({key: [content[key]] for key in SPLITS if content.get(key)}, "", path, files, found)
+                places = _existing(
+                    {key: [content[key]] for key in SPLIT_NAMES if content.get(key)}, "", path, files, found
+                )
                 if "names" in content:
                     field = f"{path}, names"
                     place = _place(content["names"], "", files, field)
@@ -242,9 +232,7 @@ def _load_yaml(path: Path) -> Any:
         for event in yaml.parse(text, yaml.BaseLoader):
             # A few nested aliases can stand for billions of values.
             if isinstance(event, yaml.AliasEvent):
-                raise InputError(
-                    f"{path}: the file is refused because it has aliases; write the values in full"
-                )
+                raise InputError(f"{path}: the file is refused because it has aliases; write the values in full")
             # PyYAML's time grows with the square of the depth.
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
@@ -304,7 +292,7 @@ def _keypoint_numbers(content: dict[str, Any], path: Path) -> int:
 
 def _yaml_places(content: dict[str, Any], path: Path, files: Files, found: Found) -> dict[str, tuple[str, ...]]:
     given = {}
-    for split in SPLITS:
+    for split in SPLIT_NAMES:
         value = content.get(split, "")
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -405,9 +393,9 @@ def _folder_places(files: Files, found: Found) -> dict[str, tuple[str, ...]]:
     images = inside or files.images  # not the images that a training wrote into the folder
     places = defaultdict(list)
     for name in images:
-        places[next((part for part in name.split("/")[:-1] if part in SPLITS), "all")].append(name)
+        places[next((part for part in name.split("/")[:-1] if part in SPLIT_NAMES), WHOLE)].append(name)
     if len(places) > 1:
-        found[OUTSIDE_SPLITS] += [str(files.root / name) for name in places.pop("all", ())]
+        found[OUTSIDE_SPLITS] += [str(files.root / name) for name in places.pop(WHOLE, ())]
     return {split: tuple(names) for split, names in places.items()}
 
 
@@ -415,8 +403,7 @@ def _images_of(description: _Description, split: str, found: Found, faults: Faul
     """Returns the images of a split without repetitions."""
     files = description.files
     if split not in description.splits:
-        known = ", ".join(in_order(set(description.splits))) or "none"
-        raise InputError(f"{files.root}: no split is named {quoted(split)}; the existing splits are: {known}")
+        raise no_such_split(f"{files.root}: no split is named {quoted(split)}", in_order(set(description.splits)))
     images = {}
     for place in description.splits[split]:
         if place in files.others:
