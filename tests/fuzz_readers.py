@@ -9,14 +9,17 @@ import argparse
 import copy
 import json
 import random
+import re
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import bad_cases
+import exports
 import numpy as np
 
+from fasterrcnn_jax.data import csv_table, labelme, yolo
 from fasterrcnn_jax.data.coco import read_coco
 from fasterrcnn_jax.data.voc import class_names_in, read_voc
 from fasterrcnn_jax.errors import InputError
@@ -171,22 +174,94 @@ def attempt(folder: Path, seed: int) -> bool:
     return lenient
 
 
+def spoil_words(rng: random.Random, content: bytes) -> bytes:
+    """Returns the content with some of its numbers, words and separators replaced."""
+    words = re.split(rb"(\w+|\s)", content)
+    for _ in range(rng.randrange(1, 4)):
+        place = rng.randrange(len(words))
+        words[place] = rng.choice(
+            (rng.choice(TEXTS).encode(), rng.choice(words), rng.choice(BYTES), b"", b"-1", b"1.05")
+        )
+    return b"".join(words)
+
+
+def spoiled_text(rng: random.Random, content: bytes) -> bytes:
+    for _ in range(rng.randrange(1, 4)):
+        content = rng.choice((spoil_words, spoil_words, spoil_bytes))(rng, content)
+    return content
+
+
+def spoiled_labelme(rng: random.Random) -> bytes:
+    content = exports.labelme_json(exports.RECORDS[0])
+    for kind in ("polygon", "circle", "mask"):
+        content["shapes"].append(
+            exports.shape("disc", [[9, 9], [30, 12], [20, 40]][: rng.choice((2, 3))], kind, group_id=1)
+        )
+    for _ in range(rng.randrange(1, 5)):
+        if isinstance(content, dict | list):
+            content = spoil_json(rng, content)
+    content = json.dumps(content).encode("utf-8", "surrogatepass")
+    return spoil_bytes(rng, content) if rng.random() < 0.3 else content
+
+
+# Layout -> its module and its reader.
+EXPORTS = {
+    "yolo": (yolo, yolo.read_yolo),
+    "labelme": (labelme, labelme.read_labelme),
+    "csv": (csv_table, csv_table.read_csv),
+}
+
+
+def prepare_exports(folder: Path) -> None:
+    exports.write_yolo(folder / "yolo")
+    (folder / "yolo/train.txt").write_text("".join(f"images/train/{r.name}.png\n" for r in exports.RECORDS))
+    (folder / "yolo/data.yaml").write_text(
+        "path: .\ntrain: train.txt\nval: [images/val, images/train]\nnc: 2\nnames:\n  0: square\n  1: disc\n"
+    )
+    exports.write_labelme(folder / "labelme")
+    exports.write_csv(folder / "csv")
+
+
+def attempt_export(folder: Path, seed: int, layout: str) -> bool:
+    """Changes one file of a folder in `layout` at random by `seed`; returns whether lenient reading succeeded."""
+    rng, root = random.Random(seed), folder / layout
+    module, read = EXPORTS[layout]
+    names = {"yolo": ("labels/train/a.txt", "labels/train/a.txt", "data.yaml", "train.txt"), "labelme": ("a.json",)}
+    path = root / rng.choice(names.get(layout, ("train_labels.csv",)))
+    healthy = path.read_bytes()
+    try:
+        path.write_bytes(spoiled_labelme(rng) if layout == "labelme" else spoiled_text(rng, healthy))
+        split = "all" if layout == "labelme" else "train"
+        for look in (module.recognise, module.splits, lambda root: module.class_names_in(root, split)):
+            check(lambda look=look: (look(root), None)[1], root)
+        strict, lenient = (
+            check(lambda f=f: read(root, split, exports.CLASSES, faults=f), root) for f in ("error", "skip")
+        )
+    finally:
+        path.write_bytes(healthy)
+    assert lenient or not strict
+    return lenient
+
+
 def prepare(folder: Path) -> None:
     bad_cases.write_voc(folder / "voc")
     bad_cases.write_coco(folder / "coco")
+    prepare_exports(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--layout", choices=EXPORTS, help="instead of VOC and COCO")
     arguments = parser.parse_args()
     end, seed, read, failed = time.monotonic() + 60 * arguments.minutes, arguments.seed, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         while time.monotonic() < end:
             try:
-                read += attempt(Path(folder), seed)
+                layout = arguments.layout
+                read += attempt(Path(folder), seed) if layout is None else attempt_export(Path(folder), seed, layout)
             except Exception as error:
                 failed += 1
                 print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
