@@ -79,19 +79,19 @@ class _Table(NamedTuple):
     lines: list[tuple[int, list[str]]]  # line number and fields of each line that is not blank
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds tables of boxes; looks at the first lines of csv files to find out."""
     tables = _tables(root) if root.is_dir() else {}
     if not tables:
         return None
     path = next(iter(tables.values()))
     names = tuple(tables)
-    class_names = tuple(dict.fromkeys(name for split in names for name in class_names_in(root, split)))
+    class_names = tuple(dict.fromkeys(name for split in names for name in class_names_in(root, split, within=within)))
     data = DataConfig(root=root, layout="csv", class_names=class_names)
     return Layout("csv", f"{path.relative_to(root).as_posix()} has one line per box", data, names)
 
 
-def splits(root: Path | str) -> tuple[str, ...]:
+def splits(root: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the names of the splits, in the order train, valid or val, test, others.
 
     A split is named after the table or its folder: train for train.csv, train_labels.csv and train/_annotations.csv. A
@@ -100,9 +100,10 @@ def splits(root: Path | str) -> tuple[str, ...]:
     return tuple(_tables(Path(root)))
 
 
-def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
+def class_names_in(root: Path | str, split: str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the class names of one split: those of a class file by their numbers, then others, sorted."""
     root = Path(root)
+    files_below(root, within)  # refuses links
     table = _read_table(_table_path(root, split))
     place = table.columns["class"]
     names = {fields[place].strip() for _, fields in table.lines if len(fields) == table.length}
@@ -110,7 +111,15 @@ def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
     return (*declared, *sorted(names.difference(declared, ("",))))
 
 
-def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def read_csv(
+    root: Path | str,
+    split: str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
+) -> Dataset:
     """Returns the records of one table, in the order in which it names the images first.
 
     Every line and the header of every image is read; pixels are not decoded. The id of a record is the path of its
@@ -123,6 +132,8 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
       class_names: label k is class_names[k - 1]; names are compared exactly, without surrounding blanks. Objects of
         other classes are ignored and counted.
       faults: "skip" skips the image or the line with a fault. A fault of the table itself is always an error.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
@@ -131,10 +142,10 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    files = files_below(root, within)
     path = _table_path(root, split)
     table = _read_table(path)
     _check_pixels(table)
-    files = files_below(root)
     folder = path.parent.relative_to(root).as_posix()
     folders = (folder, f"{folder}/images", f"images/{split}", split, f"{split}/images", "images", "")
 
@@ -159,7 +170,11 @@ def read_csv(root: Path | str, split: str, class_names: tuple[str, ...], *, faul
             (first, first_row), objects = rows[0], []
             first_size, field = _size(first_row), f"{first}, width and height"
             frame = annotated_frame(
-                root / image, _stated(first_size, "width" in table.columns, field, found), field, found
+                root / image,
+                _stated(first_size, "width" in table.columns, field, found),
+                field,
+                found,
+                max_pixels=max_pixels,
             )
             for where, row in rows:
                 with skipping(FAULTY_OBJECT, found, faults):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fasterrcnn_jax.data.faults import Found
 from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS, names_below
+from fasterrcnn_jax.data.links import link_guard
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -32,15 +33,21 @@ class Files(NamedTuple):
     by_name: dict[str, list[str]]  # the same without its folders and in lower case -> names
 
 
-def files_below(root: Path) -> Files:
-    """Returns the files below `root`; hidden files and linked folders are left out.
+def files_below(root: Path, within: Path | None = None) -> Files:
+    """Returns the files below `root`; hidden files are left out.
+
+    Args:
+      within: folder that no symbolic link may lead out of, so that linked folders are left out; None: links are
+        followed.
 
     Raises:
-      InputError: there is no such folder.
+      InputError: there is no such folder, or a file is a link out of `within`.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    names = names_below(root)
+    names, guard = names_below(root, follow_links=within is None), link_guard(within)
+    for name in names:
+        guard(root / name)
     images = tuple(name for name in names if is_image(name))
     # A name with its extension goes before an equal name without.
     by_place = {without_extension(name): name for name in reversed(images)} | {name: name for name in images}

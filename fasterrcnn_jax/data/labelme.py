@@ -58,30 +58,32 @@ IGNORED_SHAPE = "Points and lines were ignored"
 JOINED = "Outlines of one group were joined to one object"
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds LabelMe annotations; looks at the ends of a few files to find out."""
     if not root.is_dir():
         return None
-    names = [name for name in names_below(root) if name.endswith(".json")]
+    names = [name for name in names_below(root, follow_links=within is None) if name.endswith(".json")]
     taken = next((name for name in names[:20] if _seems_annotation(root / name)), None)
     if taken is None:
         return None
-    of_root = splits(root)
-    class_names = _in_declared_order({name for split in of_root for name in class_names_in(root, split)}, root)
+    of_root = splits(root, within=within)
+    class_names = _in_declared_order(
+        {name for split in of_root for name in class_names_in(root, split, within=within)}, root
+    )
     data = DataConfig(root=root, layout="labelme", class_names=class_names)
     return Layout("LabelMe", f"{taken} has the shapes of one image", data, of_root)
 
 
-def splits(root: Path | str) -> tuple[str, ...]:
+def splits(root: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the names of the splits, in the order train, valid or val, test; "all" without folders of such names."""
-    return in_order(set(_annotations(files_below(Path(root)), defaultdict(list))))
+    return in_order(set(_annotations(files_below(Path(root), within), defaultdict(list))))
 
 
-def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
+def class_names_in(root: Path | str, split: str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the class names of the objects of one split: those of labels.txt in its order, then others, sorted."""
     root = Path(root)
     names = set()
-    for name in _annotations(files_below(root), defaultdict(list)).get(split, ()):
+    for name in _annotations(files_below(root, within), defaultdict(list)).get(split, ()):
         with contextlib.suppress(InputError):
             for shape in _shapes(_load(root / name), str(name)) or ():
                 with contextlib.suppress(InputError):
@@ -90,7 +92,15 @@ def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
     return _in_declared_order(names, root)
 
 
-def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def read_labelme(
+    root: Path | str,
+    split: str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
+) -> Dataset:
     """Returns the records of one split, sorted by the path of the image below `root`, which is the id of the record.
 
     Every annotation and the header of every image is read; pixels are not decoded, also not those in imageData. An
@@ -103,6 +113,8 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
       class_names: label k is class_names[k - 1]; names are compared exactly, without surrounding blanks. Objects of
         other classes are ignored and counted.
       faults: "skip" skips the image or the object with a fault.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
@@ -111,7 +123,7 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
-    files = files_below(root)
+    files = files_below(root, within)
     annotations = _annotations(files, found)
     if split not in annotations:
         raise no_such_split(f"{root}: no split is named {quoted(split)}", in_order(set(annotations)))
@@ -128,7 +140,7 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
             if image in owner:
                 raise InputError(f"{root / path}: {image} is also the image of {owner[image]}")
             owner[image] = path
-            frame = _frame(content, root / image, str(root / path), found)
+            frame = _frame(content, root / image, str(root / path), found, max_pixels)
             objects, groups = [], {}
             for number, shape in enumerate(shapes):
                 where = f"{root / path}, shapes[{number}]"
@@ -159,7 +171,11 @@ def read_labelme(root: Path | str, split: str, class_names: tuple[str, ...], *, 
             with skipping(FAULTY_IMAGE, found, faults):
                 found[NO_FILE].append(str(root / image))
                 records[image] = record_of(
-                    image, root / image, annotated_frame(root / image, None, "", found), [], found
+                    image,
+                    root / image,
+                    annotated_frame(root / image, None, "", found, max_pixels=max_pixels),
+                    [],
+                    found,
                 )
     ordered = tuple(records[image] for image in sorted(records))
     findings = findings_of(found)
@@ -245,16 +261,19 @@ def _image(content: dict[str, Any], path: str, files: Files, found: Found) -> st
         raise
 
 
-def _frame(content: dict[str, Any], path: Path, field: str, found: Found) -> tuple[tuple[int, int], bool]:
+def _frame(
+    content: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int
+) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the shapes refer to, and whether it is that of the upright image."""
     sides = content.get("imageHeight"), content.get("imageWidth")
     if sides == (None, None):
         found[NO_SIZE].append(field)
-        return annotated_frame(path, None, field, found)
+        return annotated_frame(path, None, field, found, max_pixels=max_pixels)
     for key, side in zip(("imageHeight", "imageWidth"), sides, strict=True):
         if not _is_number(side):
             raise InputError(f"{field}, {key}: must be a number, got {quoted(side)}")
-    return annotated_frame(path, (float(sides[0]), float(sides[1])), f"{field}, imageWidth and imageHeight", found)
+    stated = float(sides[0]), float(sides[1])
+    return annotated_frame(path, stated, f"{field}, imageWidth and imageHeight", found, max_pixels=max_pixels)
 
 
 def _kind(shape: dict[str, Any], where: str) -> str:

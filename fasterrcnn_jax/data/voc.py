@@ -214,9 +214,9 @@ def class_names_in(
     return tuple(sorted(names))
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout of a folder with PASCAL VOC annotations, or None. Reads names, and at most 40 XML files."""
-    names = names_below(root)
+    names = names_below(root, follow_links=within is None)
     xml = [name for name in names if _is_xml(name)]
     if not any(_is_annotation(root / name) for name in _sample(xml, 20)):
         return None
@@ -358,7 +358,7 @@ def object_names(
       within: as in `read_voc`.
     """
     for split in splits(root, places) if "{split}" in places.annotations else (WHOLE,):
-        files = _files(Path(root) / places.of(split).annotations, (".xml",), link_guard(within))
+        files = _files(Path(root) / places.of(split).annotations, (".xml",), within)
         for image_id in files.of_stem:
             with contextlib.suppress(InputError):
                 yield from _names(_parse(_xml_path(files, image_id, "", defaultdict(list))))
@@ -380,33 +380,32 @@ def _open(root: Path, split: str, places: Places, within: Path | None) -> tuple[
     if not part_of_a_name(split):
         lists = root / (places.lists or places.annotations)
         raise InputError(f"split must be the name of a list in {lists.parent}, got {split!r}")
-    here, guard = places.of(split), link_guard(within)
-    listed = None
+    here, listed = places.of(split), None
     if here.lists is not None:
         listed = root / here.lists
         if not listed.is_file():
             raise no_such_split(f"{listed}: no such list", splits(root, places))
-        guard(listed)
+        link_guard(within)(listed)
     elif split not in splits(root, places):
         raise no_such_split(f"{root / here.annotations}: no such split", splits(root, places))
-    images = _files(root / here.images, IMAGE_EXTENSIONS, guard)
-    return images, _files(root / here.annotations, (".xml",), guard), listed
+    images = _files(root / here.images, IMAGE_EXTENSIONS, within)
+    return images, _files(root / here.annotations, (".xml",), within), listed
 
 
-def _files(folder: Path, extensions: tuple[str, ...], guard: Guard) -> _Files:
+def _files(folder: Path, extensions: tuple[str, ...], within: Path | None) -> _Files:
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; a VOC folder contains JPEGImages, Annotations and ImageSets/Main, "
             "or give other places with --data.voc_images, --data.voc_annotations and --data.voc_lists"
         )
     of_stem, of_letters = defaultdict(list), defaultdict(list)
-    for name in names_below(folder):
+    for name in names_below(folder, follow_links=within is None):
         if PurePosixPath(name).suffix.lower() in extensions:
             of_stem[_stem(name)].append(name)
             # No search needs more; without a limit, names in many letter cases would take time with their square.
             if len(of_letters[_stem(name).lower()]) < len(IMAGE_EXTENSIONS) * 2:
                 of_letters[_stem(name).lower()].append(name)
-    return _Files(folder, guard, dict(of_stem), dict(of_letters))
+    return _Files(folder, link_guard(within), dict(of_stem), dict(of_letters))
 
 
 def _stem(name: str) -> str:

@@ -85,17 +85,17 @@ class _Description(NamedTuple):
     files: Files
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds YOLO labels.
 
     Raises:
       InputError: a file that describes the data set has a fault.
     """
-    why = _sign(root)
+    why = _sign(root, within)
     if why is None:
         return None
     found = defaultdict(list)
-    description = _describe(root, found)
+    description = _describe(root, found, within)
     if not description.splits:
         return None
     names = in_order(set(description.splits))
@@ -106,17 +106,25 @@ def recognise(root: Path) -> Layout | None:
     return Layout("YOLO", why, data, names, notes_of(findings_of(found)))
 
 
-def splits(root: Path | str) -> tuple[str, ...]:
+def splits(root: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the names of the splits, in the order train, valid or val, test, others; "all" if there are none."""
-    return in_order(set(_describe(Path(root), defaultdict(list)).splits))
+    return in_order(set(_describe(Path(root), defaultdict(list), within).splits))
 
 
-def class_names_in(root: Path | str, split: str) -> tuple[str, ...]:
+def class_names_in(root: Path | str, split: str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the declared class names in their order; without any, the class numbers of one split as names."""
-    return _class_names(_describe(Path(root), defaultdict(list)), split)
+    return _class_names(_describe(Path(root), defaultdict(list), within), split)
 
 
-def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error") -> Dataset:
+def read_yolo(
+    root: Path | str,
+    split: str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
+) -> Dataset:
     """Returns the records of one split, in the order of its list or of the file names.
 
     Every label and the header of every image is read; pixels are not decoded. The id of a record is the path of its
@@ -129,6 +137,8 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
         declares no class names, class_names are the names of the class numbers from 0, or some of the numbers.
       faults: "skip" skips the image or the object with a fault. A fault of the files that describe the data set is
         always an error.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the file, field and value of the first fault.
@@ -136,7 +146,7 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
     root = Path(root)
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
-    description = _describe(root, found)
+    description = _describe(root, found, within)
     if not description.names and all(re.fullmatch("[0-9]+", class_name) for class_name in class_names):
         found[NO_NAMES].append(str(root))
     elif not description.names:
@@ -147,7 +157,7 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
     images = _images_of(description, split, found, faults)
     for image in watched(images, f"reading {name}", len(images)):
         with skipping(FAULTY_IMAGE, found, faults):
-            image_hw = image_size(root / image, upright=True)
+            image_hw = image_size(root / image, upright=True, max_pixels=max_pixels)
             objects, label_path = [], _label_path(image, description.files)
             if label_path is None:
                 found[NO_LABELS].append(str(root / image))
@@ -164,7 +174,7 @@ def read_yolo(root: Path | str, split: str, class_names: tuple[str, ...], *, fau
     return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
 
 
-def _sign(root: Path) -> str | None:
+def _sign(root: Path, within: Path | None) -> str | None:
     """Returns what shows that a folder holds YOLO labels; looks at names, and at the first lines of some files."""
     if not root.is_dir():
         return None
@@ -175,7 +185,7 @@ def _sign(root: Path) -> str | None:
     for path in sorted(root.glob("*.data")):
         if {"train", "names"} <= _load_data_file(path).keys():
             return f"{path.name} names the lists and the classes"
-    files = files_below(root)
+    files = files_below(root, within)
     labels = [label for image in files.images if (label := _label_path(image, files)) is not None]
     taken = next((label for label in labels[:20] if _is_label(root / label)), None)
     return None if taken is None else f"{taken} is the YOLO label of an image"
@@ -186,8 +196,8 @@ def _is_label(path: Path) -> bool:
     return re.match(r"\d+(\.0*)?([\s,;]+-?\d*\.?\d+(e-?\d+)?){4}", first_line(path), re.IGNORECASE) is not None
 
 
-def _describe(root: Path, found: Found) -> _Description:
-    files = files_below(root)
+def _describe(root: Path, found: Found, within: Path | None) -> _Description:
+    files = files_below(root, within)
     source, names, places, keypoint_numbers = str(root), {}, {}, 0
     for path in _yaml_files(root):
         content = _load_yaml(path)
