@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import exports
 import numpy as np
 import pytest
 import tiny
@@ -157,6 +158,68 @@ def test_a_sheet_shows_images_with_boxes_where_they_are(clean, tmp_path):
     assert sheet.shape == (320, 1600, 3)
     # One image in every column, the two shapes with white beside or below them.
     assert all(sheet[:, k * 320 : k * 320 + 200].std() > 20 for k in range(5))
+
+
+def test_the_first_lines_say_the_layout_why_and_the_command(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "my set", records=exports.RECORDS[:1])
+    assert run(tmp_path / "my set") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "layout     PASCAL VOC, XML beside the images: 1 XML files beside images of the same names in the folder",
+        "splits     all",
+        "classes    2: disc, square",
+        f"train      fasterrcnn-jax train '{tmp_path / 'my set'}'",
+    ]
+
+
+def test_a_split_that_cannot_be_read_hides_no_fault_of_another(clean, capsys):
+    (clean / "ImageSets/Main/test.txt").write_text("")
+    xml(clean, "train0", ("ring", 300, 3, 310, 30))
+    xml(clean, "train1", ("ring", 3, 3, 30, 30), ("disc", 300, 3, 310, 30))
+    assert run(clean) == 2
+    said = capsys.readouterr().out
+    for part in ("Splits cannot be read: 1", "test.txt: the list of split test is empty", "objects were skipped: 2"):
+        assert part in said
+    assert "train0.xml, object 1" in said and "train1.xml, object 2" in said
+
+
+def test_faults_are_shown_where_no_object_has_a_class(clean, capsys):
+    for path in (clean / "Annotations").iterdir():
+        path.write_text('<!DOCTYPE a [<!ENTITY b "c">]>' + path.read_text())
+    assert run(clean) == 2
+    said = capsys.readouterr().out
+    assert "FAULT: No object of the data set has a class name: 1" in said
+    assert "Faulty images were skipped: 8" in said and "train0.xml: the file is refused" in said
+
+
+def test_a_configuration_with_layout_auto_is_checked(tmp_path, capsys):
+    exports.write_coco_roboflow(tmp_path)
+    assert run("folder.py", "--data.root", tmp_path, "--data.layout", "auto", "--data.test_split", "valid") == 2
+    said = capsys.readouterr().out
+    assert said.startswith("layout     COCO as Roboflow writes it") and "\nvalid: " in said and "\ntest: " not in said
+    assert "category 0 'shapes' is left out" in said
+
+
+def test_a_subset_of_the_classes_is_no_fault(clean, capsys):
+    assert run("folder.py", "--data.root", clean, "--data.class_names", "ring") == 1
+    said = capsys.readouterr().out
+    assert "note: Objects of classes outside data.class_names were ignored: 3" in said and "FAULT" not in said
+    assert run("folder.py", "--data.root", clean, "--data.class_names", "rings") == 2
+    assert "named 'rings'; did you mean 'ring'?" in capsys.readouterr().err
+
+
+def test_images_with_more_objects_than_boxes_are_said(clean, capsys):
+    xml(clean, "train0", *[("ring", x, y, x + 2, y + 2) for x in range(1, 60, 4) for y in range(1, 40, 4)])
+    assert run(clean) == 1
+    said = capsys.readouterr().out
+    assert (
+        "1 of 5 images have more than 100 objects, up to 150, but a detector returns no more boxes than "
+        "model.postprocess.max_detections = 100; its recall is at most 0.677"
+    ) in said
+    fields = ["--data.root", clean, "--model.postprocess.max_detections", "200"]
+    run("folder.py", *fields)
+    assert "more objects" not in capsys.readouterr().out
+    run("folder.py", *fields, "--model.test_proposals.post_nms_top_n", "120")
+    assert "than model.test_proposals.post_nms_top_n = 120; its recall is at most" in capsys.readouterr().out
 
 
 def test_a_list_that_joins_other_lists_is_not_compared_with_them(clean, capsys):

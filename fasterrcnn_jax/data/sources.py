@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,13 +148,22 @@ def _declares(data: DataConfig) -> bool:
 
 
 def _all_class_names(data: DataConfig) -> Iterator[str]:
-    """Yields the class names of all splits. A split that cannot be read has none here."""
+    """Yields the class names of all splits."""
     if data.layout == "voc":
         yield from voc.object_names(data.root, _voc_places(data), within=_within(data))
         return
-    for split in dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)]):
+    splits = dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)])
+    for split in splits:
+        yield from _names_of_splits(data, (split,))
+
+
+def _names_of_splits(data: DataConfig, splits: Iterable[str]) -> set[str]:
+    """Returns the class names of some splits. A split that cannot be read has none here: reading it says why."""
+    names = set()
+    for split in splits:
         with contextlib.suppress(InputError):
-            yield from _class_names(data, split)
+            names.update(_class_names(data, split))
+    return names
 
 
 def _splits(data: DataConfig) -> tuple[str, ...]:
@@ -236,8 +245,7 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     data = layout.data
     if not data.class_names:
         of_data = dataclasses.replace(data, follow_links=follow_links)
-        names = {name for split in layout.splits for name in _class_names(of_data, split)}
-        data = dataclasses.replace(data, class_names=tuple(sorted(names)))
+        data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(of_data, layout.splits))))
     return layout._replace(data=data, notes=tuple(notes))
 
 
@@ -308,7 +316,10 @@ def _seen(root: Path) -> str:
     if counts.get(".xml") and not images:
         return f"{found}; the nearest layout is PASCAL VOC, which needs an image for each XML file"
     if counts.get(".xml"):
-        return f"{found}; the nearest layout is PASCAL VOC, whose XML files are named like their images"
+        return (
+            f"{found}; the nearest layout is PASCAL VOC, whose XML files have the root <annotation> and are named like "
+            "their images"
+        )
     if images:
         return f"{found}, and no annotations"
     return found

@@ -215,18 +215,25 @@ def class_names_in(
 
 
 def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
-    """Returns the layout of a folder with PASCAL VOC annotations, or None. Reads names, and at most 40 XML files."""
+    """Returns the layout of a folder with PASCAL VOC annotations, or None.
+
+    Reads names, and a few XML files of each folder that has some.
+    """
     names = names_below(root, follow_links=within is None)
-    xml = [name for name in names if _is_xml(name)]
-    if not any(_is_annotation(root / name) for name in _sample(xml, 20)):
+    by_folder = defaultdict(list)
+    for name in filter(_is_xml, names):
+        by_folder[name.rpartition("/")[0]].append(name)
+    # Folders with XML files of other kinds do not count.
+    own = [xml for xml in by_folder.values() if any(_is_annotation(root / name) for name in _sample(xml, 5))]
+    xml = [name for of_folder in own for name in of_folder]
+    if not xml:
         return None
     annotations, folders = _pattern(name.rpartition("/")[0] for name in xml)
     images = _images_of(xml, annotations, folders, [name for name in names if _is_image(name)])
     if images is None:
         return None
     places, note = _with_lists(root, Places(images, annotations, None), names)
-    if _counts_from_0(root, _sample(xml, 40)):
-        places = places._replace(counts_from=0)
+    counts_from = 0 if _counts_from_0(root, _sample(xml, 40)) else 1
     found = splits(root, places)
     voc_own = places[:3] == OWN_PLACES[:3]
     where = f"{len(xml)} XML files in {_shown(annotations)}, images of the same names in {_shown(images)}"
@@ -236,13 +243,13 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     data = DataConfig(
         root=root,
         layout="voc",
-        voc_images=images,
-        voc_annotations=annotations,
+        voc_images=places.images,
+        voc_annotations=places.annotations,
         voc_lists=places.lists,
-        voc_counts_from=0 if places.counts_from == 0 else 1,
+        voc_counts_from=counts_from,
     )
     notes = [] if note is None else [note]
-    if places.counts_from == 0:
+    if counts_from == 0:
         notes.append("every corner has decimals, so corners are read as continuous coordinates, as CVAT writes them")
     kind = "PASCAL VOC" if voc_own else "PASCAL VOC, XML beside the images" if images == annotations else ""
     return Layout(kind or "PASCAL VOC in other folders", where + lists, data, found, tuple(notes))
@@ -316,7 +323,11 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
     lists = [name for name in names if re.fullmatch(r"ImageSets/Main/[^/]+\.txt", name)]
     if "{split}" in places.annotations or not lists:
         return places, None
-    own = places._replace(lists="ImageSets/Main/{split}.txt")
+    images, annotations = places.images.split("/"), places.annotations.split("/")
+    # The list has the folders that all images share.
+    while min(len(images), len(annotations)) > 1 and images[-1] == annotations[-1]:
+        images, annotations = images[:-1], annotations[:-1]
+    own = Places("/".join(images), "/".join(annotations))
     stems = [_stem(name).rpartition("/")[2] for name in lists]
     # VoTT writes lists per class only: cat_train.txt has every training image, with 1 or -1.
     prefixes = {stem.rpartition("_")[0] for stem in stems}
@@ -325,9 +336,11 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
         for name, stem in zip(lists, stems, strict=True):
             with contextlib.suppress(InputError):
                 text = _read_bytes(root / name).decode("utf-8-sig", "replace")
-                lines[stem.rpartition("_")[2]].add(frozenset(_first_column(line.strip()) for line in text.split("\n")))
+                lines[stem.rpartition("_")[2]].add(
+                    frozenset(_first_column(line.strip()) for line in text.splitlines() if line.strip())
+                )
         if all(len(distinct) == 1 for distinct in lines.values()):
-            own = places._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
+            own = own._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
             return own, f"the lists of the classes name the same images, so {own.lists} is used"
     return own, None
 
