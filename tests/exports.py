@@ -300,3 +300,33 @@ def write_coco_via(root: Path, records=RECORDS) -> None:
     content["images"] = [image | {"width": -1, "height": -1} for image in content["images"]]
     content["categories"] *= len(records)
     write_json(root / "via_export_coco.json", content)
+
+
+# Every layout that a tool writes -> what writes it.
+WRITERS = {
+    "PASCAL VOC": write_voc,
+    "VOCdevkit": write_vocdevkit,
+    "labelImg": write_voc_beside,
+    "labelImg in folders": write_voc_beside_in_folders,
+    "Kaggle": write_voc_flat,
+    "Label Studio VOC": write_voc_label_studio,
+    "CVAT VOC": write_voc_cvat,
+    "CVAT VOC in folders": write_voc_cvat_in_folders,
+    "Roboflow VOC": write_voc_roboflow,
+    "VOC in folders of splits": write_voc_split_folders,
+    "VoTT": write_voc_vott,
+    "XML named after the image file": write_voc_full_names,
+    "COCO": write_coco,
+    "COCO with train.json": write_coco_train_json,
+    "Roboflow COCO": write_coco_roboflow,
+    "CVAT COCO": write_coco_cvat,
+    "Label Studio COCO": write_coco_label_studio,
+    "Label Studio COCO on Windows": write_coco_label_studio_windows,
+    "COCO of any name": write_coco_any_name,
+    "COCO with absolute paths": write_coco_absolute,
+    "COCO beside the images": write_coco_beside,
+    "VIA": write_coco_via,
+    "YOLO": write_yolo,
+    "LabelMe": write_labelme,
+    "csv": write_csv,
+}

@@ -17,6 +17,7 @@ from fasterrcnn_jax import __main__ as program
 from fasterrcnn_jax.config import DataConfig, ModelConfig
 from fasterrcnn_jax.data import check, overlap, sources
 from fasterrcnn_jax.data.anchor_scales import fit_scales, fit_sizes, size_iou
+from fasterrcnn_jax.data.records import box_iou
 from fasterrcnn_jax.scripts.check import anchor_lines
 
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -130,6 +131,46 @@ def test_every_fault_is_printed_with_all(clean, capsys):
     assert run(clean, "--all") == 2
     said = capsys.readouterr().out
     assert "Faulty objects were skipped: 25" in said and "train0.xml, object 25:" in said and "more;" not in said
+
+
+def test_an_image_above_max_pixels_is_a_fault(clean, capsys):
+    most = 72 * 48
+    assert run(clean, "--max_pixels", most) == 0
+    Image.new("RGB", (73, 48)).save(clean / "JPEGImages/train0.png")
+    assert run(clean, "--max_pixels", most) == 2
+    assert "train0.png: the image is refused because it is too large: 73 x 48" in capsys.readouterr().out
+    assert run(clean, "--max_pixels", 0) == 2
+    assert "--max_pixels must be positive, got 0" in capsys.readouterr().err
+    fields = ["--data.root", clean, "--data.class_names", *tiny.CLASS_NAMES, "--data.test_split", "train"]
+    assert run("folder.py", *fields, "--data.max_pixels", most) == 2
+    assert "data.max_pixels = 3,456" in capsys.readouterr().out
+
+
+def test_coinciding_boxes_are_those_that_a_comparison_of_all_pairs_finds(tmp_path):
+    """A box is found if it almost coincides with an earlier one that was not found itself."""
+    rng = np.random.default_rng(0)
+    for scale in (1.0, 30.0, 900.0):
+        low, side = rng.uniform(0, 4, (300, 2)) * scale, rng.uniform(0.9, 1.4, (300, 2)) * scale
+        boxes = np.concatenate([low.round(1), (low + side).round(1)], axis=1).astype(np.float32)
+        boxes[200:] = boxes[rng.integers(0, 200, 100)] + rng.uniform(-0.06, 0.06, (100, 4)).astype(np.float32) * scale
+        labels, crowd = rng.integers(1, 4, 300).astype(np.int32), rng.random(300) < 0.05
+        image = tiny.rectangle_image((48, 72), (3, 4, 23, 28))
+        record = tiny.dataset(tmp_path, [(image, [(3, 4, 23, 28)], [1])]).records[0]
+        iou, expected, found = box_iou(boxes, boxes), [], set(np.flatnonzero(crowd).tolist())
+        for j in range(300):
+            limits = np.where(labels == labels[j], 0.8, 0.9)
+            first = next((i for i in range(j) if i not in found and iou[i, j] > limits[i]), None)
+            if j not in found and first is not None:
+                found.add(j)
+                expected.append((first, j, iou[first, j]))
+        got = list(check.coinciding(record._replace(boxes=boxes, labels=labels, crowd=crowd)))
+        assert got == expected and len(got) > 50
+
+
+def test_images_of_one_content_are_paired_once_each():
+    """A hundred equal images in both splits are a hundred findings, not ten thousand."""
+    equal = [overlap.trace(np.full((9, 9, 3), 7, np.uint8))] * 100
+    assert [(pair.first, pair.second) for pair in overlap.identical(equal, equal)] == [(k, 0) for k in range(100)]
 
 
 def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_compared(clean, capsys):

@@ -249,6 +249,6 @@ def test_the_width_and_height_say_whether_exif_turned_the_image(folder):
 
 
 def test_random_changes_of_csv_tables_give_records_or_our_error(tmp_path):
-    """A short version of `python tests/fuzz_readers.py --layout csv --minutes 10`."""
+    """A short version of `python tests/fuzz_readers.py --of csv --minutes 10`."""
     fuzz_readers.prepare_exports(tmp_path)
     assert 50 < sum(fuzz_readers.attempt_export(tmp_path, seed, "csv") for seed in range(120)) < 120

@@ -317,7 +317,7 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
 
 
 def test_random_changes_of_labelme_files_give_records_or_our_error(tmp_path):
-    """A short version of `python tests/fuzz_readers.py --layout labelme --minutes 10`."""
+    """A short version of `python tests/fuzz_readers.py --of labelme --minutes 10`."""
     fuzz_readers.prepare_exports(tmp_path)
     # A fault of one file leaves the other images.
     assert all(fuzz_readers.attempt_export(tmp_path, seed, "labelme") for seed in range(150))

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import exports
+import fuzz_readers
 import numpy as np
 import pytest
 
@@ -11,33 +12,33 @@ from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.errors import InputError
 
-# layout -> (writer, data.layout, splits, whether it has fractions of pixels)
+# layout -> (data.layout, splits, whether it has fractions of pixels)
 LAYOUTS = {
-    "PASCAL VOC": (exports.write_voc, "voc", ("train", "test"), False),
-    "VOCdevkit": (exports.write_vocdevkit, "vocdevkit", ("2007_train", "2007_test"), False),
-    "labelImg": (exports.write_voc_beside, "voc", ("all",), False),
-    "labelImg in folders": (exports.write_voc_beside_in_folders, "voc", ("all",), False),
-    "Kaggle": (exports.write_voc_flat, "voc", ("all",), False),
-    "Label Studio VOC": (exports.write_voc_label_studio, "voc", ("all",), False),
-    "CVAT VOC": (exports.write_voc_cvat, "voc", ("default",), True),
-    "CVAT VOC in folders": (exports.write_voc_cvat_in_folders, "voc", ("default",), True),
-    "Roboflow VOC": (exports.write_voc_roboflow, "voc", ("train", "valid", "test"), False),
-    "VOC in folders of splits": (exports.write_voc_split_folders, "voc", ("train", "val"), False),
-    "VoTT": (exports.write_voc_vott, "voc", ("train", "val"), False),
-    "XML named after the image file": (exports.write_voc_full_names, "voc", ("all",), False),
-    "COCO": (exports.write_coco, "coco", ("train2017", "val2017"), True),
-    "COCO with train.json": (exports.write_coco_train_json, "coco", ("train", "val"), True),
-    "Roboflow COCO": (exports.write_coco_roboflow, "coco", ("train", "valid", "test"), True),
-    "CVAT COCO": (exports.write_coco_cvat, "coco", ("default",), True),
-    "Label Studio COCO": (exports.write_coco_label_studio, "coco", ("result",), True),
-    "Label Studio COCO on Windows": (exports.write_coco_label_studio_windows, "coco", ("result",), True),
-    "COCO of any name": (exports.write_coco_any_name, "coco", ("my labels",), True),
-    "COCO with absolute paths": (exports.write_coco_absolute, "coco", ("train", "val"), True),
-    "COCO beside the images": (exports.write_coco_beside, "coco", ("train", "valid"), True),
-    "VIA": (exports.write_coco_via, "coco", ("via_export_coco",), True),
-    "YOLO": (exports.write_yolo, "yolo", ("train", "val"), False),
-    "LabelMe": (exports.write_labelme, "labelme", ("all",), True),
-    "csv": (exports.write_csv, "csv", ("train", "test"), True),
+    "PASCAL VOC": ("voc", ("train", "test"), False),
+    "VOCdevkit": ("vocdevkit", ("2007_train", "2007_test"), False),
+    "labelImg": ("voc", ("all",), False),
+    "labelImg in folders": ("voc", ("all",), False),
+    "Kaggle": ("voc", ("all",), False),
+    "Label Studio VOC": ("voc", ("all",), False),
+    "CVAT VOC": ("voc", ("default",), True),
+    "CVAT VOC in folders": ("voc", ("default",), True),
+    "Roboflow VOC": ("voc", ("train", "valid", "test"), False),
+    "VOC in folders of splits": ("voc", ("train", "val"), False),
+    "VoTT": ("voc", ("train", "val"), False),
+    "XML named after the image file": ("voc", ("all",), False),
+    "COCO": ("coco", ("train2017", "val2017"), True),
+    "COCO with train.json": ("coco", ("train", "val"), True),
+    "Roboflow COCO": ("coco", ("train", "valid", "test"), True),
+    "CVAT COCO": ("coco", ("default",), True),
+    "Label Studio COCO": ("coco", ("result",), True),
+    "Label Studio COCO on Windows": ("coco", ("result",), True),
+    "COCO of any name": ("coco", ("my labels",), True),
+    "COCO with absolute paths": ("coco", ("train", "val"), True),
+    "COCO beside the images": ("coco", ("train", "valid"), True),
+    "VIA": ("coco", ("via_export_coco",), True),
+    "YOLO": ("yolo", ("train", "val"), False),
+    "LabelMe": ("labelme", ("all",), True),
+    "csv": ("csv", ("train", "test"), True),
 }
 # Corners in whole pixels, which every layout can write.
 WHOLE_PIXELS = tuple(
@@ -52,7 +53,7 @@ def stem(record):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_images_through_every_layout_give_the_same_boxes(layout, tmp_path):
-    write, name, splits, keeps_fractions = LAYOUTS[layout]
+    (name, splits, keeps_fractions), write = LAYOUTS[layout], exports.WRITERS[layout]
     records = exports.RECORDS if keeps_fractions else WHOLE_PIXELS
     write(tmp_path / "my set", records=records)
     recognised = sources.recognise(tmp_path / "my set")
@@ -76,9 +77,15 @@ def test_the_same_images_through_every_layout_give_the_same_boxes(layout, tmp_pa
                 np.testing.assert_array_equal(got[record.name].boxes, boxes)
 
 
+def test_spoiled_folders_are_recognised_or_refused_in_one_sentence(tmp_path):
+    """A short version of `python tests/fuzz_readers.py --of layouts --minutes 10`."""
+    fuzz_readers.prepare_layouts(tmp_path)
+    assert 50 < sum(fuzz_readers.attempt_layout(tmp_path, seed) for seed in range(60, 120))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_auto_reads_what_is_recognised(layout, tmp_path):
-    write, name, splits, _ = LAYOUTS[layout]
+    (name, splits, _), write = LAYOUTS[layout], exports.WRITERS[layout]
     write(tmp_path, records=WHOLE_PIXELS)
     data = sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
     assert data.layout == name and set(data.class_names) == set(exports.CLASSES)
@@ -90,8 +97,8 @@ def test_auto_reads_what_is_recognised(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", ["labelImg", "PASCAL VOC", "Roboflow COCO", "YOLO", "CVAT COCO"])
 def test_a_folder_that_holds_only_the_folder_of_the_data_is_taken_for_it(layout, tmp_path):
-    write, name, splits, _ = LAYOUTS[layout]
-    write(tmp_path / "set/set", records=WHOLE_PIXELS)
+    splits = LAYOUTS[layout][1]
+    exports.WRITERS[layout](tmp_path / "set/set", records=WHOLE_PIXELS)
     (tmp_path / "set/.DS_Store").touch()
     (tmp_path / "set/README.roboflow.txt").touch()
     recognised = sources.recognise(tmp_path / "set")
@@ -225,7 +232,7 @@ def test_a_link_out_of_the_folder_is_refused_unless_links_are_followed(tmp_path)
 
 @pytest.mark.parametrize("layout", ["PASCAL VOC", "COCO", "YOLO"])
 def test_a_linked_folder_of_images_is_read_where_links_are_followed(layout, tmp_path):
-    LAYOUTS[layout][0](tmp_path / "set", records=WHOLE_PIXELS)
+    exports.WRITERS[layout](tmp_path / "set", records=WHOLE_PIXELS)
     folder = next(
         tmp_path / "set" / name for name in ("JPEGImages", "train2017", "images") if (tmp_path / "set" / name).is_dir()
     )

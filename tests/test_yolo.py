@@ -434,6 +434,6 @@ def test_images_of_a_training_run_inside_the_folder_belong_to_no_split(folder):
 
 
 def test_random_changes_of_yolo_files_give_records_or_our_error(tmp_path):
-    """A short version of `python tests/fuzz_readers.py --layout yolo --minutes 10`."""
+    """A short version of `python tests/fuzz_readers.py --of yolo --minutes 10`."""
     fuzz_readers.prepare_exports(tmp_path)
     assert 20 < sum(fuzz_readers.attempt_export(tmp_path, seed, "yolo") for seed in range(50)) < 50

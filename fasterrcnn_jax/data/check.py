@@ -77,18 +77,19 @@ def coinciding(record: ImageRecord) -> Iterator[tuple[int, int, float]]:
     and place, and a box that was yielded as j is not compared again.
     """
     kept = defaultdict(list)
+    boxes, labels = record.boxes.tolist(), record.labels
     for j in np.flatnonzero(~record.crowd).tolist():
-        x1, y1, x2, y2 = record.boxes[j].tolist()
+        x1, y1, x2, y2 = boxes[j]
         (own_x, *near_x), (own_y, *near_y) = _cells(x1, x2 - x1), _cells(y1, y2 - y1)
-        near = [i for cell in itertools.product(near_x, near_y) for i in kept.get(cell, ())]
-        iou = box_iou(record.boxes[near], record.boxes[j : j + 1])[:, 0]
-        same_class = record.labels[near] == record.labels[j]
-        found = np.flatnonzero(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)).tolist()
-        if found:
-            first = min(found, key=near.__getitem__)
-            yield near[first], j, float(iou[first])
-        else:
-            kept[own_x, own_y].append(j)
+        near = sorted(i for cell in itertools.product(near_x, near_y) if cell in kept for i in kept[cell])
+        if near:
+            iou = box_iou(record.boxes[near], record.boxes[j : j + 1])[:, 0]
+            limits = np.where(labels[near] == labels[j], NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)
+            first = int((iou > limits).argmax())
+            if iou[first] > limits[first]:
+                yield near[first], j, float(iou[first])
+                continue
+        kept[own_x, own_y].append(j)
 
 
 def _cells(low: float, side: float) -> list[tuple[int, int]]:

@@ -51,11 +51,14 @@ FORMATS = tuple(_PLUGINS)
 
 # A JPEG can repeat a scan of a few bytes without end, and each passes over all pixels. Writers of progressive files
 # use about 10 scans; no image may need more passes than this, nor more pixels in all its passes.
-MAX_SCANS, MAX_SCANNED_PIXELS = 100, 2_500_000_000
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1_500_000_000
+
+# Pillow keeps a pointer for each row, and no network sees a pixel of such an image.
+MAX_SIDE = 1_000_000
 
 # Exceptions that Pillow's decoders raise on damaged or mislabelled bytes, as observed or documented.
 _DECODER_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError)
-_DECODER_ERRORS += (OverflowError, struct.error, zlib.error)
+_DECODER_ERRORS += (OverflowError, struct.error, zlib.error, MemoryError)
 
 NOT_TURNED = "The EXIF orientation was not applied because the annotated size fits both orientations or is missing"
 
@@ -264,30 +267,59 @@ def _open(path: ImageFile, max_pixels: int, *, was: tuple[int, int] | None = Non
                 _check_size(_webp_size(start), path, max_pixels, was, name)
             file.seek(0)
             image = _PLUGINS[name][1](file, str(path))
-            is_large = image.width * image.height > max_pixels * _SHARES[SEVERAL_SCANS]
-            if is_large and name == "JPEG" and _scans(image) > 1:
-                name = SEVERAL_SCANS
-            _check_size(image.size, path, max_pixels, was, name)
+            _check_size(image.size, path, max_pixels, was, _kind(image, max_pixels))
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # Tiles are decoded whole, and can be larger than their image.
+                tile = int(_largest(image, 322)), int(_largest(image, 323))
+                _check_size(tile, f"{path}, tile", max(max_pixels, image.width * image.height), None, name)
             yield image
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path}: the image is refused because it is too large to decode: {error}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        # Memory that Pillow checks by itself: a frame beyond its image, a WebP, a TIFF that is not compressed.
+        raise InputError(
+            f"{path}: the image is refused because it is too large for PIL.Image.MAX_IMAGE_PIXELS = "
+            f"{Image.MAX_IMAGE_PIXELS}"
+        ) from None
     except _DECODER_ERRORS as error:
-        raise InputError(f"{path}: the image cannot be decoded: {error}") from None
+        raise InputError(f"{path}: the image cannot be decoded: {error or type(error).__name__}") from None
 
 
-# Parts of `max_pixels` that these formats may have, because Pillow decodes them through further copies of the pixels.
-SEVERAL_SCANS = "JPEG of several scans"
-_SHARES = {"WEBP": 0.6, SEVERAL_SCANS: 0.8}
+# Parts of `max_pixels` that these kinds may have, because Pillow decodes them through more copies of the pixels, or in
+# Python pixel by pixel.
+_SEVERAL_SCANS, _MORE_BITS, _RUN_LENGTHS = "JPEG of several scans", "TIFF of more than 8 bits", "BMP of run lengths"
+_SHARES = {"WEBP": 0.6, _SEVERAL_SCANS: 0.8, _MORE_BITS: 0.8, _RUN_LENGTHS: 0.1}
+
+
+def _kind(image: Opened, max_pixels: int) -> str:
+    """Returns the format of an opened image, or its kind in `_SHARES`; a JPEG is searched only if that decides."""
+    name = str(image.format)
+    if name == "JPEG" and image.width * image.height > max_pixels * _SHARES[_SEVERAL_SCANS] and _scans(image) > 1:
+        return _SEVERAL_SCANS
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _largest(image, 258) > 8:
+        return _MORE_BITS
+    if name == "BMP" and image.tile and image.tile[0][0] == "bmp_rle":
+        return _RUN_LENGTHS
+    return name
+
+
+def _largest(image: TiffImagePlugin.TiffImageFile, tag: int) -> float:
+    """Returns the largest value of a tag, or 0."""
+    values = image.tag_v2.get(tag, 0)
+    return max((value for value in np.ravel(values).tolist() if isinstance(value, int | float)), default=0)
 
 
 def _check_size(
     size: tuple[int, int], path: ImageFile, max_pixels: int, was: tuple[int, int] | None, kind: str
 ) -> None:
     width, height = size
+    if max(width, height) > MAX_SIDE:
+        raise InputError(
+            f"{path}: the image is refused because it is too large: a side has at most {MAX_SIDE:,} pixels, got "
+            f"{width} x {height}"
+        )
     allowed = max_pixels if was is not None else int(max_pixels * _SHARES.get(kind, 1.0))
     if width * height <= allowed:
         return

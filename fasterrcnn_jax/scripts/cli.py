@@ -7,12 +7,14 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn, Protocol, runtime_checkable
 
 import jax
 import tyro
+from PIL import Image
 
 from fasterrcnn_jax import configs
 from fasterrcnn_jax.config import Config
@@ -109,6 +111,8 @@ def script(main: Script) -> Script:
         # File and class names may contain characters that the terminal's encoding does not have.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
+        # Our own limit, max_pixels, has been checked.
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
         # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
