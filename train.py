@@ -308,7 +308,7 @@ def replay_step(
     losses = functools.partial(
         stage.losses, num_devices=stage.train.batch_size, implementation=stage.train.implementation
     )
-    print(replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)))
+    print_lines(*replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)).split("\n"))
 
 
 if __name__ == "__main__":

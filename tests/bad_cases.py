@@ -1,4 +1,4 @@
-"""Builds 103 faulty or irregular data sets: each is a healthy set of two images in which one image is changed.
+"""Builds 128 faulty or irregular data sets: each is a healthy set of two images in which one image is changed.
 
 A VOC folder contains `ok` and `odd`; a COCO file contains the images 10 and 11, and 10 is the changed image. `CASES`
 has the expected result of each case, in the words of `outcome`; docs/bad_inputs.md is generated from it.
@@ -269,10 +269,15 @@ def long_ids():
     return moved | {"images": [image | {"id": image["id"] + 2**40} for image in instances()["images"]]}
 
 
-def in_subfolder(root):
-    (root / "images/sub").mkdir()
-    (root / "images/10.png").rename(root / "images/sub/10.png")
-    holding(of_image("file_name", "sub/10.png"))(root)
+def in_subfolder(file_name):
+    """Returns a change: the changed image is in a subfolder, and `file_name` says so."""
+
+    def spoil(root):
+        (root / "images/sub").mkdir()
+        (root / "images/10.png").rename(root / "images/sub/10.png")
+        holding(of_image("file_name", file_name))(root)
+
+    return spoil
 
 
 class Case(NamedTuple):
@@ -318,8 +323,13 @@ CASES = {
     "voc_png_palette_transparent": fine(palette()),
     "voc_gray_jpeg": fine(odd_image(Image.new("L", (WIDTH, HEIGHT), 77))),
     "voc_cmyk_jpeg": fine(odd_image(Image.new("RGB", (WIDTH, HEIGHT), (220, 20, 20)).convert("CMYK"))),
-    "voc_png_16bit_gray": fine(
-        odd_image(Image.fromarray(np.tile(np.arange(WIDTH, dtype=np.uint16) * 680, (HEIGHT, 1))), "odd.png")
+    "voc_png_16bit_gray": noted(
+        odd_image(Image.fromarray(np.tile(np.arange(WIDTH, dtype=np.uint16) * 680, (HEIGHT, 1))), "odd.png"),
+        "16 bits", "JPEGImages/odd.png",
+    ),
+    "voc_png_12bit_gray": noted(
+        odd_image(Image.fromarray(np.tile(np.arange(WIDTH, dtype=np.uint16) * 42, (HEIGHT, 1))), "odd.png"),
+        "16 bits", "JPEGImages/odd.png",
     ),
     "voc_png_16bit_rgb": fine(
         pixels(png(WIDTH, HEIGHT, 16, 2, (b"\0" + b"\xc8\x12" * 3 * WIDTH) * HEIGHT), "odd.png")
@@ -367,18 +377,21 @@ CASES = {
     ),
     "voc_no_difficult_truncated": fine(replace("<difficult>0</difficult>", "")),
     "voc_difficult_object": fine(replace("<difficult>0", "<difficult>1")),
-    "voc_unknown_class": bad_object(
-        replace("<name>disc", "<name>triangle"), XML, "object 2, name", "'triangle'", "square, disc"
+    "voc_difficult_false": noted(replace("<difficult>0", "<difficult>False"), XML, "object 1", "'False'"),
+    "voc_difficult_maybe": bad_object(replace("<difficult>0", "<difficult>maybe"), XML, "object 1, difficult"),
+    "voc_unknown_class": noted(
+        replace("<name>disc", "<name>triangle"), XML, "object 2, name", "'triangle'", "outside data.class_names"
     ),
-    "voc_class_name_padded": bad_object(
+    "voc_class_name_padded": noted(
         both(replace("<name>square", "<name> square\n"), replace("<name>disc", "<name>Disc")),
-        XML, "object 2, name", "'Disc'",
+        XML, "object 2, name", "'Disc'", "outside data.class_names",
     ),
     "voc_class_name_missing": bad_object(replace("<name>square</name>", ""), XML, "object 1, name"),
     "voc_missing_size": fine(replace(SIZE, "")),
     "voc_size_zero": noted(
         replace(SIZE, "<size><width>0</width><height>0</height></size>"), XML, "<size>", "size of the image"
     ),
+    "voc_size_empty": noted(replace(SIZE, "<size><width/><height/></size>"), XML, "<size>", "size of the image"),
     "voc_size_mismatch": bad_image(
         replace(SIZE, f"<size><width>{HEIGHT}</width><height>{WIDTH}</height></size>"),
         XML, "size", "64 x 96", "96 x 64", "swapped",
@@ -393,6 +406,7 @@ CASES = {
     "voc_xml_latin1_declared": fine(encoded("latin-1", '<?xml version="1.0" encoding="ISO-8859-1"?><!-- é -->')),
     "voc_xml_utf16": fine(encoded("utf-16", '<?xml version="1.0" encoding="UTF-16"?>')),
     "voc_xml_utf8_bom": fine(encoded("utf-8", mark=b"\xef\xbb\xbf")),
+    "voc_xml_document_type": fine(content(b"<!DOCTYPE annotation>\n" + annotation().encode())),
     "voc_xml_billion_laughs": bad_image(doctype(LAUGHS, "&j;"), XML, "refused", "entities"),
     "voc_xml_external_entity": bad_image(
         doctype('<!ENTITY e SYSTEM "file:///etc/hostname">', "&e;"), XML, "refused", "entities"
@@ -403,12 +417,14 @@ CASES = {
     "voc_absolute_filename": noted(
         replace("<filename>odd.png", "<filename>/etc/passwd"), XML, "filename", "'/etc/passwd'"
     ),
-    "voc_path_traversal_list_id": refused(listed_outside, "train.txt line 2", "'../../outside'"),
+    "voc_path_traversal_list_id": bad_image(listed_outside, "train.txt line 2", "'../../outside'"),
     "voc_filename_names_other_image": noted(
         replace("<filename>odd.png", "<filename>ok.png"), XML, "filename", "'ok.png'"
     ),
     "voc_filename_without_extension": fine(replace("<filename>odd.png", "<filename>odd")),
     "voc_extension_upper_JPG": fine(both(odd_image(noise(), "odd.JPG"), replace("odd.png", "odd.JPG"))),
+    "voc_extension_bmp": fine(both(odd_image(noise(), "odd.bmp"), replace("odd.png", "odd.jpg"))),
+    "voc_extension_XML": fine(lambda root: xml_of(root).rename(root / "Annotations/odd.XML") and None),
     "voc_listed_image_absent": bad_image(
         lambda root: (root / "JPEGImages/odd.png").unlink(), "JPEGImages/odd.png", "no such image", "train.txt line 2"
     ),
@@ -419,6 +435,9 @@ CASES = {
     "voc_list_crlf_bom_blank": fine(listing(b"\xef\xbb\xbfok \r\n\r\n  odd\r\n\r\n")),
     "voc_list_class_style": noted(listing(b"ok  1\nodd -1\n"), "train.txt line 1", "second column"),
     "voc_list_with_extension": fine(listing(b"ok.jpg\nodd.jpg\n")),
+    "voc_list_of_xml": fine(listing(b"ok.xml\nodd.xml\n")),
+    "voc_list_with_folders": noted(listing(b"ok\nJPEGImages/odd.png\n"), "train.txt line 2", "folder"),
+    "voc_list_other_letters": noted(listing(b"ok\nODD\n"), "train.txt line 2", "ODD"),
     "voc_list_duplicate_id": noted(listing(b"ok\nodd\nodd\n"), "train.txt line 3", "odd", "Repeated"),
     "voc_list_empty": refused(listing(b""), "train.txt", "is empty"),
     "voc_list_missing": refused(
@@ -437,9 +456,28 @@ CASES = {
         )
     ),
     "coco_duplicate_category_names": refused(
-        holding(changed(("categories", 1, "name"), "square")), "instances.json, categories[1]", "'square'"
+        holding(changed(("categories", 1, "name"), "square")), "instances.json, categories", "'square'", "3 and 7"
+    ),
+    "coco_repeated_categories": noted(
+        holding(instances() | {"categories": instances()["categories"] * 2}), "categories[2]", "Repeated"
+    ),
+    "coco_grouping_category": noted(
+        holding(
+            instances()
+            | {"categories": [{"id": 0, "name": "things"},
+                              *(c | {"supercategory": "things"} for c in instances()["categories"])]}
+        ),
+        "instances.json, category 0", "'things'",
+    ),
+    "coco_category_names_padded": fine(holding(with_items("categories", lambda c: c | {"name": f" {c['name']} "}))),
+    "coco_category_name_number": noted(
+        holding(instances() | {"categories": [*instances()["categories"], {"id": 9, "name": 0}],
+                               "annotations": [*instances()["annotations"],
+                                               instances()["annotations"][0] | {"id": 5, "category_id": 9}]}),
+        "annotation 5, category_id: 9 ('0')", "outside data.class_names",
     ),
     "coco_duplicate_image_ids": refused(holding(of_image("id", 11)), "instances.json, images", "id 11", "twice"),
+    "coco_repeated_image": noted(holding(twice("images")), "image 10", "Repeated"),
     "coco_duplicate_annotation_ids": bad_object(
         holding(changed(("annotations", 1, "id"), 1)), "instances.json, annotations", "id 1", "twice"
     ),
@@ -452,15 +490,29 @@ CASES = {
     "coco_bbox_nan": bad_object(
         holding(of_annotation("bbox", [9, float("nan"), 30, 30])), ANNOTATION_1, "bbox", "nan"
     ),
-    "coco_bbox_strings": bad_object(
-        holding(of_annotation("bbox", ["9", "9", "30", "30"])), ANNOTATION_1, "bbox", "'9'"
+    "coco_bbox_strings": noted(
+        holding(of_annotation("bbox", ["9", "9", "30", "30"])), ANNOTATION_1, "bbox", "'9'", "as text"
     ),
     "coco_bbox_beyond_image": noted(
         holding(changed(("annotations", 1, "bbox"), [60, 25, 80, 60])), "annotation 2, bbox", "clipped"
     ),
     "coco_missing_bbox_key": bad_object(holding(of_annotation("bbox", None)), ANNOTATION_1, "bbox", "missing"),
+    "coco_missing_bbox_with_outline": noted(
+        holding(changed(("annotations", 0), {key: value for key, value in instances()["annotations"][0].items()
+                                             if key != "bbox"} | {"segmentation": [[9, 10, 39, 9, 30, 39]]})),
+        ANNOTATION_1, "extent of the outline",
+    ),
     "coco_missing_area": noted(holding(of_annotation("area", None)), "annotation 1", "area"),
+    "coco_area_null": noted(
+        holding(json.dumps(instances()).replace("800.5", "null", 1).encode()), "annotation 1", "area"
+    ),
     "coco_missing_iscrowd": fine(holding(of_annotation("iscrowd", None))),
+    "coco_iscrowd_false": fine(holding(with_items("annotations", lambda a: a | {"iscrowd": False}))),
+    "coco_ignore": noted(holding(of_annotation("ignore", 1)), ANNOTATION_1, "ignore", "crowds"),
+    "coco_no_annotation_ids": noted(
+        holding(with_items("annotations", lambda a: {key: value for key, value in a.items() if key != "id"})),
+        "annotations[0]", "without an id",
+    ),
     "coco_crowd_rle_uncompressed": fine(crowd({"segmentation": {"counts": [3000, 3144], "size": [64, 96]}})),
     "coco_crowd_rle_compressed": fine(crowd({"segmentation": {"counts": "PPYo0", "size": [64, 96]}})),
     "coco_all_crowd": fine(
@@ -476,7 +528,7 @@ CASES = {
         holding(of_annotation("image_id", 999)), ANNOTATION_1, "image_id", "999"
     ),
     "coco_image_file_missing": bad_image(
-        lambda root: (root / "images/10.png").unlink(), "images/10.png", "no such image"
+        lambda root: (root / "images/10.png").unlink(), "image 10, file_name", "no image file '10.png'"
     ),
     "coco_image_size_mismatch": bad_image(
         holding(changed(("images", 0), instances()["images"][0] | {"width": HEIGHT, "height": WIDTH})),
@@ -488,13 +540,24 @@ CASES = {
         ),
         "image 10", "width",
     ),
-    "coco_path_traversal": refused(
+    "coco_image_size_null": noted(
+        holding(json.dumps(instances()).replace("96", "null").encode()), "image 10", "width"
+    ),
+    "coco_image_size_minus_one": noted(
+        holding(with_items("images", lambda image: image | {"width": -1, "height": -1})), "image 10", "width"
+    ),
+    "coco_path_traversal": bad_image(
         holding(of_image("file_name", "../../../../../../etc/passwd")), "image 10, file_name", "etc/passwd"
     ),
-    "coco_subfolder_file_name": fine(in_subfolder),
-    "coco_ids_as_strings": refused(
+    "coco_path_absolute": noted(
+        holding(of_image("file_name", "/home/me/set/10.png")), "image 10, file_name", "'/home/me/set/10.png' as 10.png"
+    ),
+    "coco_path_backslash": noted(in_subfolder("sub\\10.png"), "image 10, file_name", "Windows"),
+    "coco_path_other_letters": noted(holding(of_image("file_name", "10.PNG")), "image 10, file_name", "as 10.png"),
+    "coco_subfolder_file_name": fine(in_subfolder("sub/10.png")),
+    "coco_ids_as_strings": noted(
         holding(with_items("annotations", lambda a: a | {"image_id": str(a["image_id"])})),
-        "annotation 1, image_id", "'10'",
+        "annotation 1, image_id", "'10'", "as text",
     ),
     "coco_truncated_json": refused(
         holding(json.dumps(instances()).encode()[:200]), "instances.json", "line 1 column"

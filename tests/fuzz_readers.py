@@ -1,23 +1,39 @@
-"""Changes annotations at random and reads them: python tests/fuzz_readers.py --minutes 10
+"""Changes data sets at random and reads them: python tests/fuzz_readers.py --minutes 10
 
 A healthy VOC annotation, its list, or a COCO file gets one to six changes of the tree (an element or item is removed,
 duplicated, moved, or gets another value) and of the bytes. In every case the strict and the lenient reader must, within
 seconds, return records that training can use, or raise InputError with one sentence that names the folder.
+
+An image of each format gets changes of its first bytes, or of all bytes; it gives pixels or InputError within the time
+and memory of `budget`. The two JSON files of a TFDS folder are changed like a COCO file, if TFDS is installed.
 """
 
 import argparse
 import copy
+import dataclasses
+import functools
 import json
 import random
+import re
+import resource
+import shutil
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import bad_cases
+import budget
+import exports
+import hostile_images
 import numpy as np
+import test_tfds
+from PIL import Image
 
+from fasterrcnn_jax.data import csv_table, labelme, sources, yolo
 from fasterrcnn_jax.data.coco import read_coco
+from fasterrcnn_jax.data.images import read_image
+from fasterrcnn_jax.data.tfds import read_tfds
 from fasterrcnn_jax.data.voc import class_names_in, read_voc
 from fasterrcnn_jax.errors import InputError
 
@@ -138,7 +154,8 @@ def check(read, folder: Path) -> bool:
         assert (boxes[:, 2:] > boxes[:, :2]).all() and np.isfinite(record.area).all() and (record.area >= 0).all()
         assert ((1 <= record.labels) & (record.labels <= 2)).all()
         assert len(record.labels) == len(record.difficult) == len(record.crowd) == len(record.area) == count
-        assert record.path.resolve().is_relative_to(folder.resolve())
+        if isinstance(record.path, Path):
+            assert record.path.resolve().is_relative_to(folder.resolve())
     return dataset is not None
 
 
@@ -171,22 +188,248 @@ def attempt(folder: Path, seed: int) -> bool:
     return lenient
 
 
+def spoil_words(rng: random.Random, content: bytes) -> bytes:
+    """Returns the content with some of its numbers, words and separators replaced."""
+    words = re.split(rb"(\w+|\s)", content)
+    for _ in range(rng.randrange(1, 4)):
+        place = rng.randrange(len(words))
+        words[place] = rng.choice(
+            (rng.choice(TEXTS).encode(), rng.choice(words), rng.choice(BYTES), b"", b"-1", b"1.05")
+        )
+    return b"".join(words)
+
+
+def spoiled_text(rng: random.Random, content: bytes) -> bytes:
+    for _ in range(rng.randrange(1, 4)):
+        content = rng.choice((spoil_words, spoil_words, spoil_bytes))(rng, content)
+    return content
+
+
+def spoiled_labelme(rng: random.Random) -> bytes:
+    content = exports.labelme_json(exports.RECORDS[0])
+    for kind in ("polygon", "circle", "mask"):
+        content["shapes"].append(
+            exports.shape("disc", [[9, 9], [30, 12], [20, 40]][: rng.choice((2, 3))], kind, group_id=1)
+        )
+    for _ in range(rng.randrange(1, 5)):
+        if isinstance(content, dict | list):
+            content = spoil_json(rng, content)
+    content = json.dumps(content).encode("utf-8", "surrogatepass")
+    return spoil_bytes(rng, content) if rng.random() < 0.3 else content
+
+
+# Layout -> its module and its reader.
+EXPORTS = {
+    "yolo": (yolo, yolo.read_yolo),
+    "labelme": (labelme, labelme.read_labelme),
+    "csv": (csv_table, csv_table.read_csv),
+}
+
+
+def prepare_exports(folder: Path) -> None:
+    exports.write_yolo(folder / "yolo")
+    (folder / "yolo/train.txt").write_text("".join(f"images/train/{r.name}.png\n" for r in exports.RECORDS))
+    (folder / "yolo/data.yaml").write_text(
+        "path: .\ntrain: train.txt\nval: [images/val, images/train]\nnc: 2\nnames:\n  0: square\n  1: disc\n"
+    )
+    exports.write_labelme(folder / "labelme")
+    exports.write_csv(folder / "csv")
+
+
+def attempt_export(folder: Path, seed: int, layout: str) -> bool:
+    """Changes one file of a folder in `layout` at random by `seed`; returns whether lenient reading succeeded."""
+    rng, root = random.Random(seed), folder / layout
+    module, read = EXPORTS[layout]
+    names = {"yolo": ("labels/train/a.txt", "labels/train/a.txt", "data.yaml", "train.txt"), "labelme": ("a.json",)}
+    path = root / rng.choice(names.get(layout, ("train_labels.csv",)))
+    healthy = path.read_bytes()
+    try:
+        path.write_bytes(spoiled_labelme(rng) if layout == "labelme" else spoiled_text(rng, healthy))
+        split = "all" if layout == "labelme" else "train"
+        for look in (module.recognise, module.splits, lambda root: module.class_names_in(root, split)):
+            check(lambda look=look: (look(root), None)[1], root)
+        strict, lenient = (
+            check(lambda f=f: read(root, split, exports.CLASSES, faults=f), root) for f in ("error", "skip")
+        )
+    finally:
+        path.write_bytes(healthy)
+    assert lenient or not strict
+    return lenient
+
+
+def healthy_images() -> list[bytes]:
+    """Returns small images of every format and of the kinds that their decoders treat in different ways."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6
+    kinds = [
+        ("JPEG", image, {"exif": exif}), ("JPEG", image, {"progressive": True}), ("JPEG", image.convert("CMYK"), {}),
+        ("PNG", image, {"exif": exif}), ("PNG", image.convert("P"), {"transparency": 1}),
+        ("PNG", image.convert("1"), {}),
+        ("PNG", Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), {}),
+        ("BMP", image, {}), ("GIF", image, {"save_all": True, "append_images": [image.rotate(90)]}),
+        ("TIFF", image, {}), ("TIFF", image, {"compression": "tiff_lzw"}), ("TIFF", image, {"compression": "jpeg"}),
+        ("TIFF", image.convert("F"), {}), ("TIFF", image, {"big_tiff": True}),
+        ("WEBP", image, {}), ("WEBP", image, {"lossless": True, "exif": exif}),
+        ("WEBP", image, {"save_all": True, "append_images": [image.rotate(90)]}),
+        ("PPM", image, {}), ("PPM", image.convert("1"), {}),
+    ]  # fmt: skip
+    files = [hostile_images.encoded(image, name, **options) for name, image, options in kinds]
+    return [*files, hostile_images.bmp_rle(30, 20, b"\x1e\1\0\0" * 20), b"P3 2 2 255\n" + b"7 " * 12]
+
+
+HEALTHY_IMAGES = healthy_images()
+# Numbers as headers hold them, in both byte orders.
+NUMBERS = [
+    number.to_bytes(size, order)
+    for number in (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 10_000, 16_383, 2**31 - 1, 2**32 - 1)
+    for size in (1, 2, 4)
+    for order in ("little", "big")
+    if number < 256**size
+]
+
+
+def spoiled_image(rng: random.Random) -> bytes:
+    content = rng.choice(HEALTHY_IMAGES)
+    for _ in range(rng.randrange(1, 5)):
+        if rng.randrange(3):
+            # Most numbers that declare something are near the beginning, or near the end of a TIFF.
+            near = min(64, len(content)) if rng.randrange(4) else len(content)
+            place = rng.randrange(near) if rng.randrange(4) else len(content) - rng.randrange(1, near + 1)
+            number = rng.choice(NUMBERS)
+            content = content[:place] + number + content[place + len(number) :]
+        else:
+            content = spoil_bytes(rng, content) or b"\0"
+    return content
+
+
+def attempt_image(folder: Path, seed: int) -> bool:
+    """Changes an image at random by `seed` and decodes it; returns whether that succeeded."""
+    path = folder / "image"
+    path.write_bytes(spoiled_image(random.Random(seed)))
+    started = time.process_time()
+    try:
+        pixels = read_image(path, upright=bool(seed % 2))
+    except InputError as error:
+        message = str(error)
+        assert str(path) in message and "\n" not in message and len(message) < 1500, message
+        pixels = None
+    assert time.process_time() - started < budget.MAX_SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < IDLE + budget.MAX_MEGABYTES
+    assert pixels is None or (pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.size > 0)
+    return pixels is not None
+
+
+# Megabytes of the process before anything is read.
+IDLE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def attempt_tfds(folder: Path, seed: int) -> bool:
+    """Changes the descriptions of a TFDS folder at random by `seed` and reads it; returns whether that succeeded."""
+    rng, root = random.Random(seed), folder / "tfds"
+    for name in ("features.json", "dataset_info.json"):
+        path, original = root / "mine/1.0.0" / name, folder / name
+        content = json.loads(original.read_text())
+        for _ in range(rng.randrange(3)):
+            if isinstance(content, dict | list):
+                content = spoil_json(rng, content)
+        content = json.dumps(content).encode("utf-8", "surrogatepass")
+        for _ in range(rng.choice((0, 0, 0, 1))):
+            content = spoil_bytes(rng, content)
+        path.write_bytes(content)
+    return check(lambda: read_tfds(root, "mine", "train", ("disc", "ring")), root)
+
+
 def prepare(folder: Path) -> None:
     bad_cases.write_voc(folder / "voc")
     bad_cases.write_coco(folder / "coco")
+    prepare_exports(folder)
+
+
+def prepare_tfds(folder: Path) -> None:
+    """Stores a healthy TFDS folder, and its descriptions beside it."""
+    stored = test_tfds.store(folder / "tfds", [test_tfds.example(*test_tfds.OBJECTS)] * 3)
+    for name in ("features.json", "dataset_info.json"):
+        shutil.copy(stored / name, folder / name)
+
+
+def prepare_layouts(folder: Path) -> None:
+    for name, write in exports.WRITERS.items():
+        write(folder / name)
+
+
+def attempt_layout(folder: Path, seed: int) -> bool:
+    """Changes, removes or renames a file of a folder at random by `seed`, recognises the folder and reads its splits.
+
+    Returns whether it was recognised.
+    """
+    rng = random.Random(seed)
+    root = folder / rng.choice(list(exports.WRITERS))
+    path = rng.choice(sorted(path for path in root.rglob("*") if path.is_file()))
+    healthy, renamed = path.read_bytes(), path
+    try:
+        kind = rng.randrange(8)
+        if kind == 0:
+            path.unlink()
+        elif kind == 1:
+            renamed = path.rename(
+                path.with_name(rng.choice(("a b.png", "x.JSON", "train.xml", "é.txt", "A.PNG", ".a")))
+            )
+        elif path.suffix == ".json":
+            content = json.loads(healthy)
+            for _ in range(rng.randrange(1, 4)):
+                if isinstance(content, dict | list):
+                    content = spoil_json(rng, content)
+            path.write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
+        else:
+            path.write_bytes(spoiled_text(rng, healthy) if kind < 5 else spoil_bytes(rng, healthy))
+        return check_layout(root)
+    finally:
+        if renamed != path:
+            renamed.unlink()
+        path.write_bytes(healthy)
+
+
+def check_layout(root: Path) -> bool:
+    """Recognises a folder and reads its splits with its classes; returns whether it was recognised."""
+    recognised = []
+    check(lambda: recognised.append(sources.recognise(root)), root)
+    for layout in recognised:
+        assert layout.splits and layout.data.root.is_relative_to(root)
+        assert all("\n" not in note for note in (layout.name, layout.why, *layout.notes))
+        data = dataclasses.replace(layout.data, class_names=exports.CLASSES)
+        for split in layout.splits:
+            strict, lenient = (
+                check(lambda d=dataclasses.replace(data, faults=f), s=split: sources.read(d, s), root)
+                for f in ("error", "skip")
+            )
+            assert lenient or not strict
+    return bool(recognised)
+
+
+# What --of names -> one execution, and what prepares its folder.
+PREPARED = {"tfds": prepare_tfds, "layouts": prepare_layouts}
+ATTEMPTS = {
+    "sets": attempt,
+    "images": attempt_image,
+    "tfds": attempt_tfds,
+    "layouts": attempt_layout,
+    **{name: functools.partial(attempt_export, layout=name) for name in EXPORTS},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--of", choices=ATTEMPTS, default="sets", help="what is changed")
     arguments = parser.parse_args()
     end, seed, read, failed = time.monotonic() + 60 * arguments.minutes, arguments.seed, 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        PREPARED.get(arguments.of, prepare)(Path(folder))
         while time.monotonic() < end:
             try:
-                read += attempt(Path(folder), seed)
+                read += ATTEMPTS[arguments.of](Path(folder), seed)
             except Exception as error:
                 failed += 1
                 print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)

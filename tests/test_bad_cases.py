@@ -1,4 +1,4 @@
-"""Tests 103 bad inputs, strict and lenient, and the shared collection that they are modelled on."""
+"""Tests 128 bad inputs, strict and lenient, and the shared collection that they are modelled on."""
 
 import dataclasses
 import json
@@ -35,11 +35,12 @@ ALLOWED = {
     "accept_with_policy": ({READ, NOTED, ERROR}, {READ, NOTED, ERROR, NO_OBJECT}),
     "accept_or_error": ({READ, NOTED, ERROR}, {READ, NOTED, ERROR}),
     "accept_or_skip": ({READ, NOTED}, {READ, NOTED}),
-    "error_or_accept": ({ERROR}, {ERROR}),
+    "error_or_accept": ({ERROR, NOTED}, {ERROR, NOTED}),
     "error_or_skip": ({ERROR, NOTED}, {NO_IMAGE, NO_OBJECT, NOTED}),
     "error_or_ignore": ({ERROR, NOTED}, {ERROR, NOTED, NO_IMAGE}),
     "error_or_warn": ({ERROR}, {NO_OBJECT}),
-    "error": ({ERROR}, {ERROR}),
+    # Lenient reading, and so `check`, goes on to the other faults.
+    "error": ({ERROR}, {ERROR, NO_IMAGE}),
 }
 
 
@@ -52,8 +53,8 @@ def folders(tmp_path_factory):
     return {name: root / name / "set" for name in CASES}
 
 
-def test_there_are_as_many_cases_as_in_the_collection():
-    assert len(CASES) == 103
+def test_there_are_as_many_cases_as_the_page_says():
+    assert len(CASES) == 128
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,7 +86,7 @@ def test_unchanged_boxes_are_those_of_the_healthy_set(folders):
         "voc_image_1x1", "voc_panorama_6000x40", "voc_tall_40x6000", "voc_xml_no_objects", "voc_all_images_no_objects",
         "voc_box_zero_area", "voc_box_partly_outside", "voc_box_float", "voc_duplicate_box", "voc_box_covers_image",
         "voc_many_boxes_500", "voc_exif_rotated_xml_display_frame", "coco_zero_width", "coco_bbox_beyond_image",
-        "coco_image_without_annotations",
+        "coco_image_without_annotations", "voc_unknown_class", "voc_class_name_padded",
     }  # fmt: skip
     checked = 0
     for name, case in CASES.items():
@@ -97,7 +98,7 @@ def test_unchanged_boxes_are_those_of_the_healthy_set(folders):
         np.testing.assert_array_equal(first, odd if name.startswith("coco") else exact)
         np.testing.assert_array_equal(second, exact)
         checked += 1
-    assert checked == 40
+    assert checked == 66
 
 
 IMAGE = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
@@ -241,7 +242,9 @@ def test_the_collection_ends_as_our_own_cases_and_as_it_expects(name):
     if not (SHARED / "expected.json").is_file():
         pytest.skip(f"the collection of bad inputs is not at {SHARED.name} beside the repository")
     expected = json.loads((SHARED / "expected.json").read_text())
-    assert set(expected["cases"]) == set(CASES)
+    assert set(expected["cases"]) < set(CASES)
+    if name not in expected["cases"]:
+        pytest.skip("a case of our own")
     wanted = expected["cases"][name]
     for faults, allowed, ours in zip(("error", "skip"), ALLOWED[wanted["outcome"]], CASES[name][1:3]):
         ended, said = bad_cases.outcome(SHARED / name, faults=faults)

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import bad_cases
+import exports
 import numpy as np
 import pytest
 import tiny
@@ -17,7 +17,7 @@ from fasterrcnn_jax import __main__ as program
 from fasterrcnn_jax.config import DataConfig, ModelConfig
 from fasterrcnn_jax.data import check, overlap, sources
 from fasterrcnn_jax.data.anchor_scales import fit_scales, fit_sizes, size_iou
-from fasterrcnn_jax.data.sources import guess
+from fasterrcnn_jax.data.records import box_iou
 from fasterrcnn_jax.scripts.check import anchor_lines
 
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -96,7 +96,7 @@ PLANTED = {
     ),
     "an image in two splits under two names and formats": (
         lambda root: Image.open(root / "JPEGImages/train0.png").save(root / "JPEGImages/test0.png", "BMP"),
-        2, ["FAULT", "Images with the same pixels are in both splits: 1", "test0.png and ", "train0.png"],
+        2, ["FAULT", "Images with the same pixels are in both splits: 1", "train0.png and ", "test0.png"],
     ),
     "an image twice in a split": (
         lambda root: shutil.copy(root / "JPEGImages/train0.png", root / "JPEGImages/train2.png"),
@@ -133,6 +133,46 @@ def test_every_fault_is_printed_with_all(clean, capsys):
     assert "Faulty objects were skipped: 25" in said and "train0.xml, object 25:" in said and "more;" not in said
 
 
+def test_an_image_above_max_pixels_is_a_fault(clean, capsys):
+    most = 72 * 48
+    assert run(clean, "--max_pixels", most) == 0
+    Image.new("RGB", (73, 48)).save(clean / "JPEGImages/train0.png")
+    assert run(clean, "--max_pixels", most) == 2
+    assert "train0.png: the image is refused because it is too large: 73 x 48" in capsys.readouterr().out
+    assert run(clean, "--max_pixels", 0) == 2
+    assert "--max_pixels must be positive, got 0" in capsys.readouterr().err
+    fields = ["--data.root", clean, "--data.class_names", *tiny.CLASS_NAMES, "--data.test_split", "train"]
+    assert run("folder.py", *fields, "--data.max_pixels", most) == 2
+    assert "data.max_pixels = 3,456" in capsys.readouterr().out
+
+
+def test_coinciding_boxes_are_those_that_a_comparison_of_all_pairs_finds(tmp_path):
+    """A box is found if it almost coincides with an earlier one that was not found itself."""
+    rng = np.random.default_rng(0)
+    for scale in (1.0, 30.0, 900.0):
+        low, side = rng.uniform(0, 4, (300, 2)) * scale, rng.uniform(0.9, 1.4, (300, 2)) * scale
+        boxes = np.concatenate([low.round(1), (low + side).round(1)], axis=1).astype(np.float32)
+        boxes[200:] = boxes[rng.integers(0, 200, 100)] + rng.uniform(-0.06, 0.06, (100, 4)).astype(np.float32) * scale
+        labels, crowd = rng.integers(1, 4, 300).astype(np.int32), rng.random(300) < 0.05
+        image = tiny.rectangle_image((48, 72), (3, 4, 23, 28))
+        record = tiny.dataset(tmp_path, [(image, [(3, 4, 23, 28)], [1])]).records[0]
+        iou, expected, found = box_iou(boxes, boxes), [], set(np.flatnonzero(crowd).tolist())
+        for j in range(300):
+            limits = np.where(labels == labels[j], 0.8, 0.9)
+            first = next((i for i in range(j) if i not in found and iou[i, j] > limits[i]), None)
+            if j not in found and first is not None:
+                found.add(j)
+                expected.append((first, j, iou[first, j]))
+        got = list(check.coinciding(record._replace(boxes=boxes, labels=labels, crowd=crowd)))
+        assert got == expected and len(got) > 50
+
+
+def test_images_of_one_content_are_paired_once_each():
+    """A hundred equal images in both splits are a hundred findings, not ten thousand."""
+    equal = [overlap.trace(np.full((9, 9, 3), 7, np.uint8))] * 100
+    assert [(pair.first, pair.second) for pair in overlap.identical(equal, equal)] == [(k, 0) for k in range(100)]
+
+
 def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_compared(clean, capsys):
     fields = ["--data.root", clean, "--data.class_names", *tiny.CLASS_NAMES]
     assert run("folder.py", *fields, "--model.rpn.anchor_scales", "9", "10", "--data.test_split", "train") == 0
@@ -149,7 +189,7 @@ def test_a_folder_takes_no_fields_and_other_paths_are_refused(clean, capsys):
     assert run(clean / "nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(clean / "JPEGImages") == 2
-    assert "unknown layout" in capsys.readouterr().err
+    assert "no known layout" in capsys.readouterr().err
 
 
 def test_a_sheet_shows_images_with_boxes_where_they_are(clean, tmp_path):
@@ -161,21 +201,66 @@ def test_a_sheet_shows_images_with_boxes_where_they_are(clean, tmp_path):
     assert all(sheet[:, k * 320 : k * 320 + 200].std() > 20 for k in range(5))
 
 
-def test_layouts_are_guessed(clean, tmp_path):
-    data, splits = guess(clean)
-    assert (data.layout, splits, data.class_names) == ("voc", ("test", "train"), ("disc", "ring"))
-    shutil.copytree(clean, tmp_path / "kit/VOC2007")
-    data, splits = guess(tmp_path / "kit")
-    assert (data.layout, splits) == ("vocdevkit", ("2007_test", "2007_train"))
-    bad_cases.write_coco(tmp_path / "coco")
-    data, splits = guess(tmp_path / "coco")
-    assert (data.layout, splits, data.coco_images) == ("coco", ("instances",), "images")
-    assert len(sources.read(data, "instances").records) == 2
-    (tmp_path / "coco/annotations").mkdir()
-    (tmp_path / "coco/instances.json").rename(tmp_path / "coco/annotations/instances_a.json")
-    data, splits = guess(tmp_path / "coco")
-    assert splits == ("a",) and data.class_names == bad_cases.CLASSES
-    assert len(sources.read(data, "a").records) == 2
+def test_the_first_lines_say_the_layout_why_and_the_command(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "my set", records=exports.RECORDS[:1])
+    assert run(tmp_path / "my set") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "layout     PASCAL VOC, XML beside the images: 1 XML files beside images of the same names in the folder",
+        "splits     all",
+        "classes    2: disc, square",
+        f"train      fasterrcnn-jax train '{tmp_path / 'my set'}'",
+    ]
+
+
+def test_a_split_that_cannot_be_read_hides_no_fault_of_another(clean, capsys):
+    (clean / "ImageSets/Main/test.txt").write_text("")
+    xml(clean, "train0", ("ring", 300, 3, 310, 30))
+    xml(clean, "train1", ("ring", 3, 3, 30, 30), ("disc", 300, 3, 310, 30))
+    assert run(clean) == 2
+    said = capsys.readouterr().out
+    for part in ("Splits cannot be read: 1", "test.txt: the list of split test is empty", "objects were skipped: 2"):
+        assert part in said
+    assert "train0.xml, object 1" in said and "train1.xml, object 2" in said
+
+
+def test_faults_are_shown_where_no_object_has_a_class(clean, capsys):
+    for path in (clean / "Annotations").iterdir():
+        path.write_text('<!DOCTYPE a [<!ENTITY b "c">]>' + path.read_text())
+    assert run(clean) == 2
+    said = capsys.readouterr().out
+    assert "FAULT: No object of the data set has a class name: 1" in said
+    assert "Faulty images were skipped: 8" in said and "train0.xml: the file is refused" in said
+
+
+def test_a_configuration_with_layout_auto_is_checked(tmp_path, capsys):
+    exports.write_coco_roboflow(tmp_path)
+    assert run("folder.py", "--data.root", tmp_path, "--data.layout", "auto", "--data.test_split", "valid") == 2
+    said = capsys.readouterr().out
+    assert said.startswith("layout     COCO as Roboflow writes it") and "\nvalid: " in said and "\ntest: " not in said
+    assert "category 0 'shapes' is left out" in said
+
+
+def test_a_subset_of_the_classes_is_no_fault(clean, capsys):
+    assert run("folder.py", "--data.root", clean, "--data.class_names", "ring") == 1
+    said = capsys.readouterr().out
+    assert "note: Objects of classes outside data.class_names were ignored: 3" in said and "FAULT" not in said
+    assert run("folder.py", "--data.root", clean, "--data.class_names", "rings") == 2
+    assert "named 'rings'; did you mean 'ring'?" in capsys.readouterr().err
+
+
+def test_images_with_more_objects_than_boxes_are_said(clean, capsys):
+    xml(clean, "train0", *[("ring", x, y, x + 2, y + 2) for x in range(1, 60, 4) for y in range(1, 40, 4)])
+    assert run(clean) == 1
+    said = capsys.readouterr().out
+    assert (
+        "1 of 5 images have more than 100 objects, up to 150, but a detector returns no more boxes than "
+        "model.postprocess.max_detections = 100; its recall is at most 0.677"
+    ) in said
+    fields = ["--data.root", clean, "--model.postprocess.max_detections", "200"]
+    run("folder.py", *fields)
+    assert "more objects" not in capsys.readouterr().out
+    run("folder.py", *fields, "--model.test_proposals.post_nms_top_n", "120")
+    assert "than model.test_proposals.post_nms_top_n = 120; its recall is at most" in capsys.readouterr().out
 
 
 def test_a_list_that_joins_other_lists_is_not_compared_with_them(clean, capsys):
@@ -281,8 +366,9 @@ def cells():
     """Returns the splits of the blood cell data set, not decoded."""
     if not BCCD.is_dir():
         pytest.skip(f"{BCCD.name} is not in the folder {BCCD.parents[1].name} beside the repository")
-    data, splits = guess(BCCD)
-    assert splits == ("test", "train", "trainval", "val") and data.class_names == ("Platelets", "RBC", "WBC")
+    layout = sources.recognise(BCCD)
+    data = layout.data
+    assert layout.splits == ("train", "trainval", "val", "test") and data.class_names == ("Platelets", "RBC", "WBC")
     return {name: sources.read(dataclasses.replace(data, faults="skip"), name) for name in ("train", "val", "test")}
 
 

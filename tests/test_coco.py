@@ -27,6 +27,7 @@ from pycocotools.cocoeval import COCOeval
 from fasterrcnn_jax.data import coco
 from fasterrcnn_jax.data.coco import CLASS_NAMES, category_names, read_coco
 from fasterrcnn_jax.data.faults import OTHER_CLASS
+from fasterrcnn_jax.data.file_names import MOVED
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.voc import read_voc
@@ -99,7 +100,7 @@ FAULTS = {
     "size is a word": (of_image("width", "wide"), ["image 10, width", "'wide'"]),
     "text for a number": (of_annotation("bbox", ["9", "9", "30", "wide"]), ["annotation 1, bbox", "'wide'"]),
     "no file_name": (of_image("file_name", None), ["image 10, file_name", "missing"]),
-    "file absent": (of_image("file_name", "12.png"), ["12.png", "no such image"]),
+    "file absent": (of_image("file_name", "12.png"), ["image 10, file_name", "no image file '12.png'"]),
     "file_name outside": (of_image("file_name", "../outside.png"), ["image 10, file_name", "'../outside.png'"]),
     "file_name turns outside": (of_image("file_name", "a/../../outside.png"), ["image 10, file_name"]),
     "file_name absolute": (of_image("file_name", "/etc/passwd"), ["image 10, file_name", "'/etc/passwd'"]),
@@ -251,11 +252,12 @@ VARIANTS = {
     ),
     "file_name of Windows": (of_image("file_name", ".\\10.png"), FIRST, [coco.SEPARATOR]),
     "file_name with a drive": (of_image("file_name", "C:10.png"), FIRST, [coco.SEPARATOR]),
-    "file_name of another machine": (of_image("file_name", "/home/a/set/10.png"), FIRST, [coco.ELSEWHERE]),
-    "file_name of another Windows": (of_image("file_name", "D:\\set\\10.png"), FIRST, [coco.ELSEWHERE]),
-    "file_name of a Label Studio": (of_image("file_name", "..\\..\\media\\upload\\4\\10.png"), FIRST, [coco.ELSEWHERE]),
-    "file_name from the root": (of_image("file_name", "images/10.png"), FIRST, [coco.ELSEWHERE]),
-    "file_name in other letters": (of_image("file_name", "10.PNG"), FIRST, [coco.ELSEWHERE]),
+    "file_name of another machine": (of_image("file_name", "/home/a/set/10.png"), FIRST, [MOVED]),
+    "file_name of another Windows": (of_image("file_name", "D:\\set\\10.png"), FIRST, [MOVED]),
+    "file_name of a Label Studio": (of_image("file_name", "..\\..\\media\\upload\\4\\10.png"), FIRST, [MOVED]),
+    "file_name from the root": (of_image("file_name", "images/10.png"), FIRST, [MOVED]),
+    "file_name in another format": (of_image("file_name", "10.jpg"), FIRST, [MOVED]),
+    "file_name in other letters": (of_image("file_name", "10.PNG"), FIRST, [MOVED]),
 }  # fmt: skip
 
 
@@ -309,11 +311,13 @@ def test_a_path_that_fits_several_files_or_the_file_of_another_image_is_a_fault(
     content = of_image("file_name", name)
     assert read(folder, content).records[0].path == folder / "images/a/10.png"
     content["images"].append(content["images"][0] | {"id": 12, "file_name": "c/10.png"})
-    with pytest.raises(InputError, match=r"image 1[02], file_name: .*10.png, which is the file of another image$"):
+    with pytest.raises(InputError, match=r"image 1[02], file_name: .*10.png, is that of another image$"):
         read(folder, content)
     (folder / "images/z").mkdir()
     shutil.copy(folder / "images/11.png", folder / "images/z/10.png")
-    with pytest.raises(InputError, match="image 1[02], file_name: .* fits several files: a/10.png and z/10.png$"):
+    with pytest.raises(
+        InputError, match="image 1[02], file_name: .* 2 images in .*, for example a/10.png and z/10.png$"
+    ):
         read(folder, content)
 
 

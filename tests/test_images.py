@@ -3,13 +3,15 @@
 import io
 import struct
 import warnings
-import zlib
 
+import budget
+import hostile_images
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fasterrcnn_jax.data.images import image_size, read_image
+from fasterrcnn_jax.data.images import image_size, read_image, record_pixels
+from fasterrcnn_jax.data.sources import open_images
 from fasterrcnn_jax.errors import InputError
 
 HEIGHT, WIDTH = 20, 30
@@ -208,15 +210,77 @@ def test_absent_file_and_folder_are_refused_by_name(tmp_path, read):
         read(tmp_path / "folder.jpg")
 
 
+FORMATS = ("png", "jpg", "bmp", "gif", "tif", "webp", "ppm")
+
+
+@pytest.mark.parametrize("extension", FORMATS)
 @pytest.mark.parametrize("read", [read_image, image_size])
-def test_decompression_bomb_is_refused_and_the_limit_stays(tmp_path, read):
-    limit = Image.MAX_IMAGE_PIXELS
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, payload in chunks:
-        content += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-    (tmp_path / "bomb.png").write_bytes(content)
-    with pytest.raises(InputError, match="bomb.png: the image is refused because it is too large"):
-        read(tmp_path / "bomb.png")
-    assert limit == Image.MAX_IMAGE_PIXELS and limit is not None
+def test_an_image_of_more_pixels_than_allowed_is_refused(tmp_path, rgb, read, extension):
+    path = tmp_path / f"a.{extension}"
+    Image.fromarray(rgb).save(path)
+    most = HEIGHT * WIDTH if extension != "webp" else HEIGHT * WIDTH * 10 // 6
+    read(path, max_pixels=most)
+    said = f"a.{extension}: the image is refused because it is too large: 30 x 20 = 600 pixels, but data.max_pixels ="
+    with pytest.raises(InputError, match=said):
+        read(path, max_pixels=most - 1)
+
+
+@pytest.mark.parametrize("extension", FORMATS)
+def test_pillows_own_limit_does_not_change_and_is_named_where_it_refuses(tmp_path, rgb, extension, monkeypatch):
+    Image.fromarray(rgb).save(tmp_path / f"a.{extension}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    # Pillow checks some memory by itself and cannot be told not to.
+    if extension in ("tif", "webp"):
+        with pytest.raises(InputError, match="PIL.Image.MAX_IMAGE_PIXELS = 100"):
+            read_image(tmp_path / f"a.{extension}")
+    else:
+        assert read_image(tmp_path / f"a.{extension}").shape == (HEIGHT, WIDTH, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_small_hostile_images_cost_little():
+    """Each is under 1 MB and takes less than 10 seconds and 1 GB in a process of its own."""
+    contents, says = zip(*hostile_images.HOSTILE.values(), strict=True)
+    assert max(map(len, contents)) < 1_000_000
+    ended = budget.check("hostile_images:read", contents)
+    for name, said, found in zip(hostile_images.HOSTILE, says, ended, strict=True):
+        assert (found == "returned") if said is None else (said in found), (name, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "image_format, side, options",
+    [
+        ("PNG", 9999, {}),
+        ("WEBP", 7745, {"lossless": True, "method": 0}),
+        ("JPEG", 8944, {"progressive": True, "subsampling": 0, "quality": 10}),
+        ("TIFF", 9999, {"compression": "tiff_lzw"}),
+    ],
+)
+def test_the_largest_images_stay_below_a_gigabyte(image_format, side, options):
+    image = Image.new("RGB", (side, side), "white")
+    content = hostile_images.encoded(image, image_format, **options)
+    (found,) = budget.outcomes("hostile_images:read", [content])
+    assert found.ended == "returned" and found.megabytes < budget.MAX_MEGABYTES
+
+
+def test_honest_jpegs_are_not_taken_for_repeated_scans(tmp_path, rgb):
+    """Progressive files have up to 18 scans; a film behind the end, as phones write it, holds what looks like scans."""
+    for mode in ("L", "RGB", "CMYK"):
+        Image.fromarray(rgb).convert(mode).save(tmp_path / "a.jpg", progressive=True, quality=95)
+        content = (tmp_path / "a.jpg").read_bytes()
+        assert 6 <= content.count(b"\xff\xda") <= 18
+        (tmp_path / "a.jpg").write_bytes(content + b"\xff\xda\0\2" * 200)
+        assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
+
+
+def test_an_image_that_changed_its_size_since_it_was_read_is_named(tmp_path, rgb):
+    """Its boxes refer to the old size; nothing larger than that is decoded."""
+    path = tmp_path / "a.webp"
+    Image.fromarray(rgb).save(path)
+    dataset = open_images(tmp_path, ("thing",))
+    for new in (rgb[:, :-1], rgb.swapaxes(0, 1), np.zeros((900, 900, 3), np.uint8)):
+        Image.fromarray(new).save(path)
+        said = f"a.webp: the image has changed: 30 x 20 pixels .* now {new.shape[1]} x {new.shape[0]}"
+        with pytest.raises(InputError, match=said):
+            record_pixels(dataset.records[0])

@@ -469,6 +469,21 @@ def test_an_image_that_breaks_when_decoded_names_its_file(tmp_path, data, traini
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cache_mb", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_that_changes_its_size_under_a_running_job_stops_it_with_its_name(tmp_path, data, training, cache_mb):
+    box = (3, 3, 20, 20)
+    dataset = tiny.dataset(tmp_path / "images", [(tiny.rectangle_image((48, 72), box), [box], [1])] * 2)
+    data = dataclasses.replace(data, cache_mb=cache_mb)
+    if training:
+        iterator = batches_of(dataset, data, steps=4, batch_size=2)
+    else:
+        iterator = loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=2)
+    Image.fromarray(tiny.rectangle_image((48, 71), box)).save(dataset.records[1].path)
+    with pytest.raises(InputError, match=r"001.png: the image has changed: 72 x 48 pixels .*, now 71 x 48"):
+        list(iterator)
+
+
 def test_an_evaluation_meets_every_image_once_in_its_own_pixels(dataset):
     batches = list(loader.evaluation_batches(dataset, tiny.IMAGE, batch_size=4))
     index = np.concatenate([batch.image_index[batch.image_valid] for batch in batches])

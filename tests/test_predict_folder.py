@@ -91,6 +91,19 @@ def test_a_faulty_image_stops_the_script_or_is_skipped(call, tmp_path, capsys):
     assert len([*(out / "images").iterdir()]) == 2
 
 
+def test_an_image_above_max_pixels_is_refused_or_skipped(call, tmp_path, capsys):
+    Image.new("RGB", (73, 48)).save(tmp_path / "images/c.webp")
+    with pytest.raises(SystemExit) as stopped:
+        call("--max_pixels", 72 * 48)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "c.webp: the image is refused because it is too large: 73 x 48" in said
+    out = call("--max_pixels", 72 * 48, "--faults", "skip")
+    assert len([*(out / "images").iterdir()]) == 2
+    with pytest.raises(SystemExit):
+        call("--max_pixels", 0)
+    assert "--max_pixels must be positive, got 0" in capsys.readouterr().err
+
+
 def test_a_batch_size_of_zero_is_refused(call, capsys):
     with pytest.raises(SystemExit):
         call("--batch_size", 0)

@@ -4,6 +4,7 @@ Most tests need the extra `tfds` and are skipped if it is not installed.
 """
 
 import contextlib
+import gzip
 import importlib.util
 import io
 import json
@@ -451,11 +452,33 @@ def hide_code(form):
 
 
 def leave_the_folder(folder):
-    outside = folder.parents[1] / "elsewhere"
+    outside = folder.parents[2] / "elsewhere"
     outside.mkdir()
     shard = next(folder.glob("*array_record*"))
     shutil.move(shard, outside / shard.name)
     shard.symlink_to(outside / shard.name)
+
+
+def code_in_info(folder):
+    """A fault: dataset_info.json contains features too, of a class outside TFDS."""
+    run_code(folder)
+    evil = (folder / "features.json").read_text()
+    changed_json(
+        folder / "features.json", "evil_feature.Image", "tensorflow_datasets.core.features.image_feature.Image"
+    )
+    top = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(top | {"features": json.loads(evil)}))
+
+
+def declares(name, key, value):
+    """A fault: a file says another size than the data has."""
+
+    def spoil(folder):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(rf'"{key}": (\[[^\]]*\]|"\d+")', f'"{key}": {json.dumps(value)}', text))
+        assert text != (folder / name).read_text()
+
+    return spoil
 
 
 def cut(folder):
@@ -478,7 +501,10 @@ FAULTS = {
         lambda f: (f / "features.json").write_text("[]"),
         ["the outermost feature: must be a feature"],
     ),
-    "description cut": (lambda f: (f / "dataset_info.json").write_text("{"), ["TFDS cannot read this folder"]),
+    "description cut": (
+        lambda f: (f / "dataset_info.json").write_text("{"),
+        ["dataset_info.json: the file is not JSON"],
+    ),
     "code": (run_code, ["features.json", "pythonClassName", "TFDS's own", "'evil_feature.Image'"]),
     "code in jsonFeature": (hide_code("jsonFeature"), ["features.json, image", "jsonFeature"]),
     "code in a string of the outermost feature": (
@@ -487,7 +513,20 @@ FAULTS = {
     ),
     "code under another spelling": (hide_code("snake case"), ["features.json, image", "python_class_name"]),
     "code in a sequence": (hide_code("in a sequence"), ["features.json, objects", "jsonFeature"]),
-    "a link to elsewhere": (leave_the_folder, ["is outside the folder"]),
+    "code in the description": (code_in_info, ["dataset_info.json: must be an object without features"]),
+    "classes without end": (
+        declares("features.json", "numClasses", str(2**40)),
+        ["label, classLabel: must contain only numClasses, of at most 100,000", "1099511627776"],
+    ),
+    "records without end": (
+        declares("dataset_info.json", "shardLengths", [str(2**40)]),
+        ["mine-train.array_record-00000-of-00001 cannot hold 1,099,511,627,776 records"],
+    ),
+    "shards without end": (
+        declares("dataset_info.json", "shardLengths", ["1"] * 100_000),
+        ["dataset_info.json, splits: have 100,000 shards, but the folder has"],
+    ),
+    "a link to elsewhere": (leave_the_folder, ["is reached by a link to", "data.follow_links = True"]),
     "shard gone": (lambda f: next(f.glob("*array_record*")).unlink(), ["mine"]),
     "shard cut": (cut, ["mine-train.array_record"]),
     "shard overwritten": (overwrite, ["mine-train.array_record"]),
@@ -501,7 +540,8 @@ def test_a_damaged_folder_is_named_in_one_sentence(tmp_path, monkeypatch, case):
     damage, said = FAULTS[case]
     folder = store(tmp_path / "root", [example(*OBJECTS)] * 3)
     damage(folder)
-    message = one_sentence(tfds.read_tfds, tmp_path / "root", "mine", "train", tiny.CLASS_NAMES)
+    data = DataConfig(root=tmp_path / "root", layout="tfds", tfds_name="mine", class_names=tiny.CLASS_NAMES)
+    message = one_sentence(sources.read, data, "train")
     assert str(tmp_path / "root/mine") in message and all(part in message for part in said)
     assert not (folder / "ran").exists()
 
@@ -567,15 +607,34 @@ def test_boxes_reaching_outside_are_clipped_and_counted(stored, one_based, expec
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_label_beyond_the_classes_is_refused(index):
     names = tiny.CLASS_NAMES
-    message = one_sentence(tfds._label, index, "shard[3], objects[0]", names, names)
+    message = one_sentence(tfds._label, index, "shard[3], objects[0]", names, {0: 1, 1: 2}, names)
     assert message == f"shard[3], objects[0], label: must be in 0..1, got {index}"
-    assert [tfds._label(n, "", names, names[::-1]) for n in (0, 1)] == [2, 1]
+    assert [tfds._label(n, "", names, {0: 2, 1: 1}, names) for n in (0, 1)] == [2, 1]
 
 
 def evil_tar(archive):
     with tarfile.open(archive, "w") as file:
         member = tarfile.TarInfo("../evil")
         file.addfile(member, io.BytesIO(b""))
+
+
+ANNOTATIONS = "annotations_trainval2017.zip"
+
+
+def sparse_tar(archive):
+    """An archive of a file that declares 2^40 bytes and stores none (GNU's old form of sparse files)."""
+    member = tarfile.TarInfo("VOCdevkit/large")
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"\x80" + (2**40).to_bytes(11)  # the size with its holes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    archive.write_bytes(bytes(header) + bytes(10_240 - len(header)))
+
+
+def zip_of_zeros(archive):
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("train2017/large.jpg", bytes(50_000_000))
 
 
 def tar_with(kind, target):
@@ -603,6 +662,9 @@ def tar_with(kind, target):
         ("voc/2012", tar_with(tarfile.SYMTYPE, "d/" * 2500 + "../" * 2501 + "evil"), "is a link or a device"),
         ("voc/2012", tar_with(tarfile.LNKTYPE, "inside"), "is a link or a device"),
         ("voc/2012", tar_with(tarfile.FIFOTYPE, ""), "is a link or a device"),
+        ("voc/2012", sparse_tar, "its 10,240 bytes would unpack to 1,099,511,627,776"),
+        ("voc/2012", lambda path: path.write_bytes(gzip.compress(bytes(10**6))), "cannot be unpacked"),
+        ("coco/2017", zip_of_zeros, "bytes would unpack to 50,000,000"),
         (
             "voc/2012",
             lambda path: tarfile.open(path, "w").close(),
@@ -613,7 +675,8 @@ def tar_with(kind, target):
 def test_archives_that_cannot_be_used_are_named_and_nothing_is_left(tmp_path, name, write, said):
     (tmp_path / "archives").mkdir()
     if write is not None:
-        write(tmp_path / "archives/VOCtrainval_11-May-2012.tar")
+        for archive in ("VOCtrainval_11-May-2012.tar",) if name == "voc/2012" else ("train2017.zip", ANNOTATIONS):
+            write(tmp_path / "archives" / archive)
     assert said in one_sentence(tfds_builder.build, name, tmp_path / "archives", tmp_path / "root")
     assert not (tmp_path / "evil").exists() and [*tmp_path.glob("root/*")] == []
 

@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "bad_inputs.md"
 
 HEADER = """# Bad inputs
 
-This page lists 103 ways in which labelled images are wrong or unusual, and what happens with each. *Strict* is
+This page lists 128 ways in which labelled images are wrong or unusual, and what happens with each. *Strict* is
 `data.faults` "error", the default; *lenient* is `data.faults` "skip". `tests/bad_cases.py` builds the cases,
 `python tests/write_bad_inputs.py` writes this page, and `test_bad_cases.py` checks it. `{root}` is the folder of the
 data.
@@ -24,9 +24,9 @@ data.
 
 Lenient reading decodes every image once, because only decoding shows that a file is truncated. Strict reading finds
 such a file in the epoch that reads it, and stops with its name. Faults of the whole data set are errors in both modes:
-no list, no json, an id that leaves the folder, two images with one id. It is also an error if the faults leave nothing
-to read. The last column holds the message of strict reading. For a skipped image or object, lenient reading says
-"Faulty images were skipped" or "Faulty objects were skipped", how many, and the same message about the first.
+no list, no json, no categories, a name of two categories. It is also an error if the faults leave nothing to read. The
+last column holds the message of strict reading. For a skipped image or object, lenient reading says "Faulty images were
+skipped" or "Faulty objects were skipped", how many, and the same message about the first.
 
 In no case does a reader open a file outside the folder, expand an entity, or use more than 200 MB.
 `python -m fasterrcnn_jax check` lists everything of this kind in a data set.

@@ -77,18 +77,19 @@ def coinciding(record: ImageRecord) -> Iterator[tuple[int, int, float]]:
     and place, and a box that was yielded as j is not compared again.
     """
     kept = defaultdict(list)
+    boxes, labels = record.boxes.tolist(), record.labels
     for j in np.flatnonzero(~record.crowd).tolist():
-        x1, y1, x2, y2 = record.boxes[j].tolist()
+        x1, y1, x2, y2 = boxes[j]
         (own_x, *near_x), (own_y, *near_y) = _cells(x1, x2 - x1), _cells(y1, y2 - y1)
-        near = [i for cell in itertools.product(near_x, near_y) for i in kept.get(cell, ())]
-        iou = box_iou(record.boxes[near], record.boxes[j : j + 1])[:, 0]
-        same_class = record.labels[near] == record.labels[j]
-        found = np.flatnonzero(iou > np.where(same_class, NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)).tolist()
-        if found:
-            first = min(found, key=near.__getitem__)
-            yield near[first], j, float(iou[first])
-        else:
-            kept[own_x, own_y].append(j)
+        near = sorted(i for cell in itertools.product(near_x, near_y) if cell in kept for i in kept[cell])
+        if near:
+            iou = box_iou(record.boxes[near], record.boxes[j : j + 1])[:, 0]
+            limits = np.where(labels[near] == labels[j], NEARLY_OF_ONE_CLASS, NEARLY_OF_TWO)
+            first = int((iou > limits).argmax())
+            if iou[first] > limits[first]:
+                yield near[first], j, float(iou[first])
+                continue
+        kept[own_x, own_y].append(j)
 
 
 def _cells(low: float, side: float) -> list[tuple[int, int]]:
@@ -106,22 +107,22 @@ def _cells(low: float, side: float) -> list[tuple[int, int]]:
     return cells
 
 
-def capped(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
-    """Returns a sentence about the objects that a detector cannot find because it gives too few boxes; or none."""
+def capped_recall(records: Iterable[ImageRecord], model: ModelConfig) -> list[str]:
+    """Returns a sentence about images that have more objects than a detector returns boxes; [] if there are none."""
     caps = {
         "model.postprocess.max_detections": model.postprocess.max_detections,
         "model.test_proposals.post_nms_top_n": model.test_proposals.post_nms_top_n,
     }
-    counts = np.array([int((~record.crowd).sum()) for record in records])
-    name, cap = min(caps.items(), key=lambda item: item[1])
-    over = {name: value for name, value in caps.items() if len(counts) and value < counts.max()}
+    counts = np.array([int((~(record.crowd | record.difficult)).sum()) for record in records])
+    most = counts.max(initial=0)
+    over = [f"{name} = {cap}" for name, cap in caps.items() if cap < most]
     if not over:
         return []
+    cap = min(caps.values())
     recall = np.minimum(counts, cap).sum() / counts.sum()
     return [
-        f"{(counts > cap).sum()} images have more objects ({counts.max()} at most) than "
-        f"{' and '.join(f'{name} {value}' for name, value in over.items())}: "
-        f"recall is at most {recall:.3f}"
+        f"{(counts > cap).sum()} of {len(counts)} images have more than {cap} objects, up to {most}, but a detector "
+        f"returns no more boxes than {' and '.join(over)}; its recall is at most {recall:.3f}"
     ]
 
 

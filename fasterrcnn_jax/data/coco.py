@@ -32,6 +32,7 @@ from fasterrcnn_jax.data.faults import (
     skipping,
     watched,
 )
+from fasterrcnn_jax.data.file_names import Files, files_below, image_named
 from fasterrcnn_jax.data.images import annotated_frame
 from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, in_order, names_below
 from fasterrcnn_jax.data.links import Guard, link_guard
@@ -69,7 +70,6 @@ IGNORED = "Objects marked ignore are used like crowds: they are not trained on"
 GROUPING = "Categories that no annotation uses and that only group others were left out"
 REPEATED = "Repeated categories and images were read once"
 SEPARATOR = "A file_name of Windows was read with / as separator and without drive"
-ELSEWHERE = "A file_name that does not exist was replaced by the only file that fits it"
 
 _FLAGS = {"1": True, "true": True, "0": False, "false": False, "none": False, "": False}
 # What writers put in place of a size that they do not know.
@@ -127,7 +127,7 @@ def read_coco(
         with skipping(FAULTY_IMAGE, found, faults):
             image_id = _id(item, "id", f"{path}, images[{number}]", found)
             places.setdefault(image_id, []).append(item)
-    paths = _image_paths(path, folder, places, found, faults)
+    paths = _image_paths(path, folder, places, found, faults, within)
     images = {}
     for image_id, image_path in watched(paths.items(), f"reading {path}", len(paths)):
         field = f"{path}, image {image_id}"
@@ -184,10 +184,10 @@ def category_names(annotation_path: Path | str, *, within: Path | None = None) -
     return tuple(names[category_id] for category_id in sorted(names))
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout of a folder with COCO annotations, or None. Reads the json files, but no image."""
     by_folder = defaultdict(list)
-    for name in names_below(root):
+    for name in names_below(root, follow_links=within is None):
         if name.lower().endswith(".json") and name.count("/") <= 3:
             by_folder[name.rpartition("/")[0]].append(name)
     # A folder of LabelMe files has one json per image; its first ones tell.
@@ -197,16 +197,17 @@ def recognise(root: Path) -> Layout | None:
     instances = [name for name in names if name.rpartition("/")[2].startswith("instances")]
     pattern, splits = _pattern(instances or names)
     files = {split: root / pattern.replace("{split}", split) for split in splits}
-    class_names, notes, listed = {}, [], {}
+    class_names, grouping, listed = {}, {}, {}
     for split, path in files.items():
         # What is wrong with a file is said when it is read.
         with contextlib.suppress(InputError):
-            content, found = _load(path, link_guard(root)), defaultdict(list)
+            content, found = _load(path, link_guard(within)), defaultdict(list)
             in_file = _categories(path, content, found)
             class_names |= dict.fromkeys(in_file[key] for key in sorted(in_file))
-            notes += [f"{sentence}: {places[0]}" for sentence, places in found.items() if sentence == GROUPING]
+            grouping |= dict.fromkeys(place.rpartition(", ")[2] for place in found[GROUPING])
             listed[split] = [item.get("file_name") for item in _list(path, content, "images")]
     images = _folder_of(root, pattern, listed)
+    notes = [f"{name} is left out: no annotation uses it, it only groups others" for name in grouping]
     others = [name for name in names if root / name not in files.values()]
     if others:
         notes.append(f"other files with the keys of COCO are not used: {', '.join(others[:5])}")
@@ -337,7 +338,12 @@ def _categories(path: Path, content: dict[str, Any], found: Found) -> dict[int, 
 
 
 def _image_paths(
-    path: Path, folder: Path, places: dict[Id, list[dict[str, Any]]], found: Found, faults: Faults
+    path: Path,
+    folder: Path,
+    places: dict[Id, list[dict[str, Any]]],
+    found: Found,
+    faults: Faults,
+    within: Path | None,
 ) -> dict[Id, Path]:
     """Returns the file of each image; where file_name does not exist, the only file below the folder that fits it."""
     paths, elsewhere = {}, {}
@@ -363,47 +369,30 @@ def _image_paths(
                     found[SEPARATOR].append(f"{field}, file_name: {quoted(name)}")
                 paths[image_id] = folder / inside
     if elsewhere:
-        paths |= _searched(path, folder, elsewhere, set(paths.values()), found, faults)
+        paths |= _searched(path, files_below(folder, within), elsewhere, set(paths.values()), found, faults)
     # In the order of the file, so that findings are too.
     return {image_id: paths[image_id] for image_id in places if image_id in paths}
 
 
 def _searched(
-    path: Path, folder: Path, names: dict[Id, str], taken: set[Path], found: Found, faults: Faults
+    path: Path, files: Files, names: dict[Id, str], taken: set[Path], found: Found, faults: Faults
 ) -> dict[Id, Path]:
-    exact, letters = defaultdict(list), defaultdict(list)
-    for name in names_below(folder):
-        for end in _ends(name):
-            # Two are enough to know that a path fits several files.
-            for files, key in ((exact, end), (letters, end.lower())):
-                if len(files[key]) < 2:
-                    files[key].append(name)
+    """Returns the only file that fits each name; a file that fits several images is a fault of each of them."""
     fitting = {}
     for image_id, name in names.items():
-        # The file that shares the most folders with the path, then the one in the same letters.
-        fits = (exact.get(end) or letters.get(end.lower()) for end in _ends(name))
-        fitting[image_id] = next(filter(None, fits), [])
-    counts = Counter(files[0] for files in fitting.values() if len(files) == 1)
-    paths = {}
-    for image_id, files in fitting.items():
         field = f"{path}, image {image_id}, file_name"
         with skipping(FAULTY_IMAGE, found, faults):
-            if not files:
-                raise InputError(f"{field}: {quoted(names[image_id])}: no such image file below {folder}")
-            file = folder / files[0]
-            if len(files) > 1:
-                raise InputError(f"{field}: {quoted(names[image_id])} fits several files: {files[0]} and {files[1]}")
-            if counts[files[0]] > 1 or file in taken:
-                raise InputError(f"{field}: {quoted(names[image_id])} fits {file}, which is the file of another image")
-            found[ELSEWHERE].append(f"{field}: {quoted(names[image_id])}, read from {file}")
-            paths[image_id] = file
-    return paths
-
-
-def _ends(name: str) -> list[str]:
-    """Returns a path, then the path without its first folder, and so on."""
-    parts = name.split("/")[-20:]
-    return ["/".join(parts[k:]) for k in range(len(parts))]
+            fitting[image_id] = files.root / image_named(name, files, (), field, found)
+    counts = Counter(fitting.values())
+    for image_id, file in list(fitting.items()):
+        with skipping(FAULTY_IMAGE, found, faults):
+            if counts[file] > 1 or file in taken:
+                del fitting[image_id]
+                raise InputError(
+                    f"{path}, image {image_id}, file_name: {quoted(names[image_id])} does not exist, and the only file "
+                    f"that fits, {file}, is that of another image"
+                )
+    return fitting
 
 
 def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:

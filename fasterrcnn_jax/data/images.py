@@ -51,13 +51,19 @@ FORMATS = tuple(_PLUGINS)
 
 # A JPEG can repeat a scan of a few bytes without end, and each passes over all pixels. Writers of progressive files
 # use about 10 scans; no image may need more passes than this, nor more pixels in all its passes.
-MAX_SCANS, MAX_SCANNED_PIXELS = 100, 2_500_000_000
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1_500_000_000
+
+# Pillow keeps a pointer for each row, and no network sees a pixel of such an image.
+MAX_SIDE = 1_000_000
 
 # Exceptions that Pillow's decoders raise on damaged or mislabelled bytes, as observed or documented.
 _DECODER_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError)
-_DECODER_ERRORS += (OverflowError, struct.error, zlib.error)
+_DECODER_ERRORS += (OverflowError, struct.error, zlib.error, MemoryError)
 
 NOT_TURNED = "The EXIF orientation was not applied because the annotated size fits both orientations or is missing"
+
+GREY_16 = "Grey images of 16 bits are divided by 16 if no value is above 4095, as in 12 bits, and otherwise by 256"
+_MODES_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # For each EXIF orientation except 1 ("as stored"): turns the stored pixels [H, W, 3] upright.
 _TURNS = {
@@ -97,7 +103,7 @@ def annotated_frame(
     Args:
       stated_hw: the (height, width) in the annotation; None: the annotation has none.
       field: file and field of the size, for messages.
-      found: receives the note about an EXIF orientation that was not applied.
+      found: receives the notes about an EXIF orientation that was not applied and about 16 bits.
 
     Raises:
       InputError: as in `image_size`, or the annotated size fits neither.
@@ -108,6 +114,8 @@ def annotated_frame(
             (image.width, image.height),
             _orientation(image),
         )
+        if image.mode in _MODES_16:
+            found[GREY_16].append(str(path))
     shown_hw = turned_hw if orientation >= 5 else stored_hw
     if stated_hw is not None and stated_hw != stored_hw:
         if stated_hw == shown_hw:
@@ -128,7 +136,8 @@ def read_image(
     """Returns the pixels as uint8 [H, W, 3], RGB, as stored or, with `upright`, turned as EXIF says.
 
     Grey is repeated for all channels, palettes are expanded, alpha is dropped, CMYK is converted, and 16-bit values
-    are reduced to their high byte. An animation gives its first frame.
+    are reduced to their high byte; grey values of at most 12 bits are reduced to the high 8 of the 12. An animation
+    gives its first frame.
 
     Raises:
       InputError: as in `image_size`, or the pixels are incomplete or cannot be converted to 8 bits.
@@ -169,9 +178,14 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     # In parts, because each conversion is a copy of its part.
     rows = max(1, _PART // image.width)
-    for top in range(0, image.height, rows):
-        part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = _rgb(part, path)
+    tops = range(0, image.height, rows)
+    parts = {top: (0, top, image.width, min(top + rows, image.height)) for top in tops}
+    is_16 = image.mode in _MODES_16
+    # Cameras, microscopes and thermal imagers store 12 bits in 16; their high byte would be nearly black.
+    shift = 4 if is_16 and all(np.asarray(image.crop(box)).max() < 4096 for box in parts.values()) else 8
+    for top, box in parts.items():
+        part = image.crop(box)
+        pixels[top : top + rows] = _grey16_to_8(np.asarray(part), path, shift) if is_16 else _rgb(part, path)
     image.close()  # gives its memory back
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
@@ -180,10 +194,7 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
 _PART = 2**22
 
 
-def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w _"]:
-    """Returns [h, w, 3], or [h, w, 1] if the image is grey."""
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _grey16_to_8(np.asarray(image), path)
+def _rgb(image: Image.Image, path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "F":
         raise InputError(f"{path}: the image has floating point values; convert it to 8 bits per channel")
     if image.mode in ("P", "PA"):
@@ -226,11 +237,12 @@ def _orientation(image: Opened) -> int:
     return 1
 
 
-def _grey16_to_8(grey: np.ndarray, path: ImageFile) -> UInt8[np.ndarray, "h w 1"]:
-    # Pillow's own conversion of these modes clips at 255. The high byte is used, as Pillow does for 16-bit RGB.
+def _grey16_to_8(grey: np.ndarray, path: ImageFile, shift: int) -> UInt8[np.ndarray, "h w 1"]:
+    # Pillow's own conversion of these modes clips at 255. A shift of 8 leaves the high byte, as Pillow does for 16-bit
+    # RGB.
     if grey.size and (grey.min() < 0 or grey.max() > 0xFFFF):
         raise InputError(f"{path}: grey values must have at most 16 bits (0..65535), got {grey.min()}..{grey.max()}")
-    return (grey.astype(np.int32) >> 8).astype(np.uint8)[..., None]
+    return (grey.astype(np.int32) >> shift).astype(np.uint8)[..., None]
 
 
 @contextlib.contextmanager
@@ -255,30 +267,59 @@ def _open(path: ImageFile, max_pixels: int, *, was: tuple[int, int] | None = Non
                 _check_size(_webp_size(start), path, max_pixels, was, name)
             file.seek(0)
             image = _PLUGINS[name][1](file, str(path))
-            is_large = image.width * image.height > max_pixels * _SHARES[SEVERAL_SCANS]
-            if is_large and name == "JPEG" and _scans(image) > 1:
-                name = SEVERAL_SCANS
-            _check_size(image.size, path, max_pixels, was, name)
+            _check_size(image.size, path, max_pixels, was, _kind(image, max_pixels))
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # Tiles are decoded whole, and can be larger than their image.
+                tile = int(_largest(image, 322)), int(_largest(image, 323))
+                _check_size(tile, f"{path}, tile", max(max_pixels, image.width * image.height), None, name)
             yield image
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path}: the image is refused because it is too large to decode: {error}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        # Memory that Pillow checks by itself: a frame beyond its image, a WebP, a TIFF that is not compressed.
+        raise InputError(
+            f"{path}: the image is refused because it is too large for PIL.Image.MAX_IMAGE_PIXELS = "
+            f"{Image.MAX_IMAGE_PIXELS}"
+        ) from None
     except _DECODER_ERRORS as error:
-        raise InputError(f"{path}: the image cannot be decoded: {error}") from None
+        raise InputError(f"{path}: the image cannot be decoded: {error or type(error).__name__}") from None
 
 
-# Parts of `max_pixels` that these formats may have, because Pillow decodes them through further copies of the pixels.
-SEVERAL_SCANS = "JPEG of several scans"
-_SHARES = {"WEBP": 0.6, SEVERAL_SCANS: 0.8}
+# Parts of `max_pixels` that these kinds may have, because Pillow decodes them through more copies of the pixels, or in
+# Python pixel by pixel.
+_SEVERAL_SCANS, _MORE_BITS, _RUN_LENGTHS = "JPEG of several scans", "TIFF of more than 8 bits", "BMP of run lengths"
+_SHARES = {"WEBP": 0.6, _SEVERAL_SCANS: 0.8, _MORE_BITS: 0.8, _RUN_LENGTHS: 0.1}
+
+
+def _kind(image: Opened, max_pixels: int) -> str:
+    """Returns the format of an opened image, or its kind in `_SHARES`; a JPEG is searched only if that decides."""
+    name = str(image.format)
+    if name == "JPEG" and image.width * image.height > max_pixels * _SHARES[_SEVERAL_SCANS] and _scans(image) > 1:
+        return _SEVERAL_SCANS
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _largest(image, 258) > 8:
+        return _MORE_BITS
+    if name == "BMP" and image.tile and image.tile[0][0] == "bmp_rle":
+        return _RUN_LENGTHS
+    return name
+
+
+def _largest(image: TiffImagePlugin.TiffImageFile, tag: int) -> float:
+    """Returns the largest value of a tag, or 0."""
+    values = image.tag_v2.get(tag, 0)
+    return max((value for value in np.ravel(values).tolist() if isinstance(value, int | float)), default=0)
 
 
 def _check_size(
     size: tuple[int, int], path: ImageFile, max_pixels: int, was: tuple[int, int] | None, kind: str
 ) -> None:
     width, height = size
+    if max(width, height) > MAX_SIDE:
+        raise InputError(
+            f"{path}: the image is refused because it is too large: a side has at most {MAX_SIDE:,} pixels, got "
+            f"{width} x {height}"
+        )
     allowed = max_pixels if was is not None else int(max_pixels * _SHARES.get(kind, 1.0))
     if width * height <= allowed:
         return

@@ -62,14 +62,20 @@ def no_such_split(what: str, splits: tuple[str, ...]) -> InputError:
     )
 
 
-def names_below(folder: Path) -> tuple[str, ...]:
+def names_below(folder: Path, *, follow_links: bool = False) -> tuple[str, ...]:
     """Returns the sorted paths of all files below `folder`, relative to it and with /.
 
-    Hidden files and folders are left out, and so are linked folders.
+    Hidden files and folders are left out, and so are linked folders unless `follow_links`; a folder that is reached
+    twice is listed once.
     """
-    names = []
-    for path, folders, files in os.walk(folder):
+    names, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=follow_links):
+        real = os.path.realpath(path)
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         below = Path(path).relative_to(folder)
         names += [(below / name).as_posix() for name in files if not name.startswith(".")]
     return tuple(sorted(names))

@@ -6,13 +6,13 @@ import difflib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fasterrcnn_jax.config import DataConfig
-from fasterrcnn_jax.data import coco, tfds, voc
+from fasterrcnn_jax.data import coco, csv_table, labelme, tfds, voc, yolo
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
     Faults,
@@ -22,6 +22,7 @@ from fasterrcnn_jax.data.faults import (
     skipping,
     watched,
 )
+from fasterrcnn_jax.data.file_names import files_below
 from fasterrcnn_jax.data.images import image_size, read_image
 from fasterrcnn_jax.data.layouts import (
     IMAGE_EXTENSIONS,
@@ -85,8 +86,19 @@ def read_split(data: DataConfig, name: str) -> Dataset:
         return tfds.read_tfds(data.root, data.tfds_name, name, data.class_names, **options)
     if data.layout == "coco":
         return coco.read_coco(*_coco_place(data, name), data.class_names, **options)
+    if data.layout in _WHOLE_FOLDER:
+        _, read_folder = _WHOLE_FOLDER[data.layout]
+        return read_folder(data.root, name, data.class_names, **options)
     root, of_list, places = _voc_place(data, name)
     return voc.read_voc(root, of_list, data.class_names, places, **options)
+
+
+# Layouts whose files are found by the reader itself: its module and its function.
+_WHOLE_FOLDER = {
+    "yolo": (yolo, yolo.read_yolo),
+    "labelme": (labelme, labelme.read_labelme),
+    "csv": (csv_table, csv_table.read_csv),
+}
 
 
 def _within(data: DataConfig) -> Path | None:
@@ -132,23 +144,34 @@ def _check_class_names(data: DataConfig) -> None:
 
 def _declares(data: DataConfig) -> bool:
     """Returns whether the layout lists its classes in an order."""
-    return data.layout in ("coco", "yolo", "tfds")
+    return data.layout not in ("voc", "vocdevkit")
 
 
 def _all_class_names(data: DataConfig) -> Iterator[str]:
-    """Yields the class names of all splits. A split that cannot be read has none here."""
+    """Yields the class names of all splits."""
     if data.layout == "voc":
         yield from voc.object_names(data.root, _voc_places(data), within=_within(data))
         return
-    for split in dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)]):
+    splits = dict.fromkeys([*data.train_split.split("+"), *data.test_split.split("+"), *_splits(data)])
+    for split in splits:
+        yield from _names_of_splits(data, (split,))
+
+
+def _names_of_splits(data: DataConfig, splits: Iterable[str]) -> set[str]:
+    """Returns the class names of some splits. A split that cannot be read has none here: reading it says why."""
+    names = set()
+    for split in splits:
         with contextlib.suppress(InputError):
-            yield from _class_names(data, split)
+            names.update(_class_names(data, split))
+    return names
 
 
 def _splits(data: DataConfig) -> tuple[str, ...]:
     """Returns the splits that the folder has; () where the layout does not tell without reading."""
     if data.layout == "vocdevkit":
         return _devkit_splits(data.root)
+    if data.layout in _WHOLE_FOLDER:
+        return _WHOLE_FOLDER[data.layout][0].splits(data.root, within=_within(data))
     return (splits_of(data.root, data.coco_annotations) or ()) if data.layout == "coco" else ()
 
 
@@ -157,10 +180,12 @@ def _class_names(data: DataConfig, name: str) -> tuple[str, ...]:
         return tfds.class_names_of(data.root, data.tfds_name, within=_within(data))
     if data.layout == "coco":
         return coco.category_names(_coco_place(data, name)[0], within=_within(data))
+    if data.layout in _WHOLE_FOLDER:
+        return _WHOLE_FOLDER[data.layout][0].class_names_in(data.root, name, within=_within(data))
     return voc.class_names_in(*_voc_place(data, name), within=_within(data))
 
 
-def _recognise_devkit(root: Path) -> Layout | None:
+def _recognise_devkit(root: Path, *, within: Path | None = None) -> Layout | None:
     splits = _devkit_splits(root)
     if not splits:
         return None
@@ -175,23 +200,41 @@ def _devkit_splits(root: Path) -> tuple[str, ...]:
 
 
 # In the order in which they are asked: the files of the first leave no doubt.
-_RECOGNISERS = (_recognise_devkit, coco.recognise, voc.recognise)
+_RECOGNISERS = (
+    _recognise_devkit,
+    coco.recognise,
+    voc.recognise,
+    labelme.recognise,
+    yolo.recognise,
+    csv_table.recognise,
+)
 
 
-def recognise(root: Path) -> Layout:
+def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     """Returns the layout of the labelled images in `root`, with the class names.
 
     A folder that contains nothing but one folder is taken for that folder.
 
+    Args:
+      follow_links: as `data.follow_links`.
+
     Raises:
-      InputError: the folder has no known layout; the sentence says what was found.
+      InputError: the folder has no known layout; the sentence says what was found. Or a file is a link out of it.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder or configuration file")
     inner = _inner(root)
-    fitting = [layout for recogniser in _RECOGNISERS if (layout := recogniser(inner)) is not None]
+    within = None if follow_links else root
+    files_below(inner, within)  # refuses links before any file is opened
+    fitting, faults = [], []
+    for recogniser in _RECOGNISERS:
+        try:
+            fitting.append(recogniser(inner, within=within))
+        except InputError as error:  # a file that tells the layout, and has a fault
+            faults.append(error)
+    fitting = [layout for layout in fitting if layout is not None]
     if not fitting:
-        raise InputError(f"{root}: no known layout of labelled images: {_seen(inner)}")
+        raise faults[0] if faults else InputError(f"{root}: no known layout of labelled images: {_seen(inner)}")
     layout, *others = fitting
     notes = list(layout.notes)
     if inner != root:
@@ -201,8 +244,8 @@ def recognise(root: Path) -> Layout:
     ]
     data = layout.data
     if not data.class_names:
-        names = {name for split in layout.splits for name in _class_names(data, split)}
-        data = dataclasses.replace(data, class_names=tuple(sorted(names)))
+        of_data = dataclasses.replace(data, follow_links=follow_links)
+        data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(of_data, layout.splits))))
     return layout._replace(data=data, notes=tuple(notes))
 
 
@@ -217,7 +260,7 @@ def with_layout(data: DataConfig) -> DataConfig:
     """
     if data.layout != "auto":
         return data
-    layout = recognise(data.root)
+    layout = recognise(data.root, follow_links=data.follow_links)
     of_layout = ("root", "layout", "voc_images", "voc_annotations", "voc_lists", "voc_counts_from")
     of_layout += ("coco_annotations", "coco_images")
     fields = {name: getattr(layout.data, name) for name in of_layout}
@@ -255,8 +298,9 @@ def _seen(root: Path) -> str:
     """Returns what a folder without a known layout contains, and what it lacks for the nearest one."""
     nearer = []
     for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))[:20]:
-        if any(recogniser(path) is not None for recogniser in _RECOGNISERS):
-            nearer.append(path)
+        with contextlib.suppress(InputError):
+            if any(recogniser(path, within=root) is not None for recogniser in _RECOGNISERS):
+                nearer.append(path)
     if nearer:
         return f"did you mean {' or '.join(map(str, nearer[:3]))}, which have one?"
     counts = defaultdict(int)
@@ -272,7 +316,10 @@ def _seen(root: Path) -> str:
     if counts.get(".xml") and not images:
         return f"{found}; the nearest layout is PASCAL VOC, which needs an image for each XML file"
     if counts.get(".xml"):
-        return f"{found}; the nearest layout is PASCAL VOC, whose XML files are named like their images"
+        return (
+            f"{found}; the nearest layout is PASCAL VOC, whose XML files have the root <annotation> and are named like "
+            "their images"
+        )
     if images:
         return f"{found}, and no annotations"
     return found

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
@@ -34,6 +35,7 @@ from fasterrcnn_jax.data.faults import (
     watched,
 )
 from fasterrcnn_jax.data.images import annotated_frame
+from fasterrcnn_jax.data.links import Guard, link_guard
 from fasterrcnn_jax.data.records import (
     MIN_SIDE,
     Dataset,
@@ -41,6 +43,7 @@ from fasterrcnn_jax.data.records import (
     StoredImage,
     box_areas,
     check_class_names,
+    joined_names,
 )
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
@@ -51,7 +54,14 @@ _COCO_IDS = tuple(number for number in range(1, 91) if number not in coco.UNUSED
 
 
 def read_tfds(
-    root: Path | str, name: str, split: str, class_names: tuple[str, ...], *, faults: Faults = "error"
+    root: Path | str,
+    name: str,
+    split: str,
+    class_names: tuple[str, ...],
+    *,
+    faults: Faults = "error",
+    max_pixels: int = DataConfig.max_pixels,
+    within: Path | None = None,
 ) -> Dataset:
     """Returns the records of one split, in the stored order.
 
@@ -64,17 +74,24 @@ def read_tfds(
       split: name of a split, or a part of one in TFDS's notation, for example train[:90%].
       class_names: label k is class_names[k - 1]; names are compared exactly.
       faults: "skip" skips the image or the object with a fault.
+      max_pixels: an image with more pixels is a fault.
+      within: folder that no symbolic link may lead out of; None: links are followed.
 
     Raises:
       InputError: one sentence with the place, field and value of the first fault.
     """
     check_class_names(class_names)
-    builder = _open_builder(root, name)
+    guard = link_guard(within)
+    builder = _open_builder(root, name, guard)
     stored_names = _label_names(builder)
-    absent = [class_name for class_name in class_names if class_name not in stored_names]
+    index_of = {class_name: index for index, class_name in enumerate(stored_names)}
+    absent = [class_name for class_name in class_names if class_name not in index_of]
     if absent:
-        raise InputError(f"{builder.data_path}: no class is named {absent[0]!r}; it has {', '.join(stored_names)}")
-    source, places = _open_source(builder, split)
+        raise InputError(
+            f"{builder.data_path}: no class is named {quoted(absent[0])}; it has {joined_names(stored_names)}"
+        )
+    label_of = {index_of[class_name]: label for label, class_name in enumerate(class_names, start=1)}
+    source, places = _open_source(builder, split, guard)
     one_based = builder.info.name in _ONE_BASED
 
     dataset_name, found, records = f"{builder.data_path} ({split})", defaultdict(list), []
@@ -83,12 +100,12 @@ def read_tfds(
         with skipping(FAULTY_IMAGE, found, faults):
             example = _example(source, index, place)
             content = StoredImage(place, functools.partial(bytes, example["image"]))
-            image_hw, _ = annotated_frame(content, None, place, found)
+            image_hw, _ = annotated_frame(content, None, place, found, max_pixels=max_pixels)
             rows = []
             for number, stored in enumerate(_objects(example["objects"])):
                 with skipping(FAULTY_OBJECT, found, faults):
                     field = f"{place}, objects[{number}]"
-                    label = _label(stored["label"], field, stored_names, class_names)
+                    label = _label(stored["label"], field, stored_names, label_of, class_names)
                     box = _box(stored["bbox"], field, image_hw, one_based, found)
                     if box is not None:
                         flags = bool(stored.get("is_difficult", False)), bool(stored.get("is_crowd", False))
@@ -102,13 +119,17 @@ def read_tfds(
     findings = findings_of(found)
     is_coco = builder.info.name == "coco" and stored_names == coco.CLASS_NAMES
     ids = _COCO_IDS if is_coco else range(1, 1 + len(stored_names))
-    category_ids = tuple(ids[stored_names.index(class_name)] for class_name in class_names)
+    category_ids = tuple(ids[index_of[class_name]] for class_name in class_names)
     return Dataset(dataset_name, tuple(class_names), tuple(records), notes_of(findings), category_ids, findings)
 
 
-def class_names_of(root: Path | str, name: str) -> tuple[str, ...]:
-    """Returns the class names of the data set in its order."""
-    return _label_names(_open_builder(root, name))
+def class_names_of(root: Path | str, name: str, *, within: Path | None = None) -> tuple[str, ...]:
+    """Returns the class names of the data set in its order.
+
+    Args:
+      within: as in `read_tfds`.
+    """
+    return _label_names(_open_builder(root, name, link_guard(within)))
 
 
 def import_tfds() -> ModuleType:
@@ -128,7 +149,7 @@ def import_tfds() -> ModuleType:
         ) from None
 
 
-def _open_builder(root: Path | str, name: str) -> Any:
+def _open_builder(root: Path | str, name: str, guard: Guard) -> Any:
     """Returns TFDS's read-only builder of a stored data set; checks the files first."""
     tfds = import_tfds()
     name, _, version = name.partition(":")
@@ -145,6 +166,11 @@ def _open_builder(root: Path | str, name: str) -> Any:
             f"{folder / 'features.json'}: not found; store voc/2007, voc/2012 or coco/2017 with `fasterrcnn-jax tfds`, "
             "another data set with TFDS and file_format='array_record', or give another folder with --data.root"
         )
+    files = [*folder.iterdir()]
+    for file in files:
+        guard(file)
+        check_regular(file)
+    _check_info(folder / "dataset_info.json", len(files))
     _check_feature_types(folder / "features.json")
     try:
         builder = tfds.builder_from_directory(folder)
@@ -172,14 +198,36 @@ _FIELD_OF = {
 }
 
 
-def _check_feature_types(path: Path) -> None:
-    """Raises InputError if features.json contains anything except the classes in the table above."""
-    for file in path.parent.iterdir():
-        check_regular(file)
+# More classes than any published data set of objects has. TFDS makes a name for each that a file declares.
+MAX_CLASSES = 100_000
+
+
+def _json(path: Path) -> Any:
     try:
-        top = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: the file is not JSON in UTF-8: {first_sentence(error)}") from None
+
+
+def _check_info(path: Path, files: int) -> None:
+    """Raises InputError if dataset_info.json has features too, or names more shards than the folder has files.
+
+    TFDS would import the classes of the features, and computes the name of every shard.
+    """
+    content = _json(path)
+    if not isinstance(content, dict) or "features" in content:
+        raise InputError(f"{path}: must be an object without features, which features.json contains")
+    stored = content.get("splits")
+    splits = [split for split in stored if isinstance(split, dict)] if isinstance(stored, list) else []
+    lengths = [split.get(key) for split in splits for key in ("shardLengths", "shard_lengths")]
+    shards = sum(len(of_split) for of_split in lengths if isinstance(of_split, list))
+    if shards > files:
+        raise InputError(f"{path}, splits: have {shards:,} shards, but the folder has {files} files")
+
+
+def _check_feature_types(path: Path) -> None:
+    """Raises InputError if features.json contains anything except the classes in the table above."""
+    top = _json(path)
     if isinstance(top, dict) and "type" in top:
         # TFDS writes its outermost feature so; a JSON string as content would hide features from this check.
         if top.keys() != {"type", "content", "proto_cls"} or top["proto_cls"] != "tensorflow_datasets.FeaturesDict":
@@ -208,6 +256,12 @@ def _check_feature_types(path: Path) -> None:
             if content.keys() - {"feature", "length"}:
                 raise InputError(f"{where}, {field}: must contain feature and length, got {quoted(sorted(content))}")
             pending.append((f"{name}, {field}", content.get("feature")))
+        elif field == "classLabel":
+            count = str(content.get("numClasses", 0))
+            if content.keys() - {"numClasses"} or not re.fullmatch("[0-9]{1,6}", count) or int(count) > MAX_CLASSES:
+                raise InputError(
+                    f"{where}, {field}: must contain only numClasses, of at most {MAX_CLASSES:,}, got {quoted(content)}"
+                )
 
 
 def _label_names(builder: Any) -> tuple[str, ...]:
@@ -224,7 +278,7 @@ def _label_names(builder: Any) -> tuple[str, ...]:
     return tuple(objects["label"].names)
 
 
-def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
+def _open_source(builder: Any, split: str, guard: Guard) -> tuple[Sequence[Any], list[str]]:
     """Returns the examples of a split with encoded images, and the place "SHARD[POSITION]" of each example."""
     tfds = import_tfds()
     path, names = builder.data_path, ", ".join(builder.info.splits)
@@ -233,9 +287,14 @@ def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
     decoders = {name: tfds.decode.SkipDecoding() for name in images}
     try:
         instructions = builder.info.splits[split].file_instructions
-        outside = [item.filename for item in instructions if not _is_inside(item.filename, path)]
-        if outside:
-            raise InputError(f"{outside[0]} is outside the folder")
+        for item in instructions:
+            if not _is_inside(item.filename, path):
+                raise InputError(f"{item.filename} is outside the folder")
+            guard(Path(item.filename))
+            # A record takes at least one byte.
+            size = os.path.getsize(item.filename)
+            if item.skip + item.take > size:
+                raise InputError(f"{item.filename} cannot hold {item.skip + item.take:,} records in its {size:,} bytes")
         source = builder.as_data_source(split=split, decoders=decoders)
     except Exception as error:
         raise InputError(
@@ -250,7 +309,7 @@ def _open_source(builder: Any, split: str) -> tuple[Sequence[Any], list[str]]:
 
 
 def _is_inside(filename: str, folder: Any) -> bool:
-    return Path(os.path.realpath(filename)).is_relative_to(os.path.realpath(folder))
+    return Path(os.path.abspath(filename)).is_relative_to(os.path.abspath(folder))
 
 
 def _example(source: Sequence[Any], index: int, place: str) -> dict[str, Any]:
@@ -278,12 +337,16 @@ def _objects(stored: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {name: values[number] for name, values in stored.items()}
 
 
-def _label(index: Any, field: str, stored_names: tuple[str, ...], class_names: tuple[str, ...]) -> int:
+def _label(
+    index: Any, field: str, stored_names: tuple[str, ...], label_of: dict[int, int], class_names: tuple[str, ...]
+) -> int:
     if not 0 <= index < len(stored_names):
         raise InputError(f"{field}, label: must be in 0..{len(stored_names) - 1}, got {index}")
-    if stored_names[index] not in class_names:
-        raise InputError(f"{field}, label: {stored_names[index]!r} is not one of the classes {', '.join(class_names)}")
-    return class_names.index(stored_names[index]) + 1
+    if index not in label_of:
+        raise InputError(
+            f"{field}, label: {quoted(stored_names[index])} is not one of the classes {joined_names(class_names)}"
+        )
+    return label_of[index]
 
 
 def _box(

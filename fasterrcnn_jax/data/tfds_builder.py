@@ -149,12 +149,16 @@ def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
             # Both methods refuse or correct paths outside the folder.
             if name.endswith(".zip"):
                 with zipfile.ZipFile(archives / name) as file:
-                    links = [item.filename for item in file.infolist() if _is_special(item.external_attr >> 16)]
-                    _refuse_links(links)
+                    items = file.infolist()
+                    _refuse_links([item.filename for item in items if _is_special(item.external_attr >> 16)])
+                    _refuse_expansion(archives / name, sum(item.file_size for item in items))
                     file.extractall(unpacked)
             else:
-                with tarfile.open(archives / name) as file:
-                    _refuse_links([item.name for item in file if not (item.isfile() or item.isdir())])
+                # The published archives are not compressed.
+                with tarfile.open(archives / name, "r:") as file:
+                    items = file.getmembers()
+                    _refuse_links([item.name for item in items if not (item.isfile() or item.isdir())])
+                    _refuse_expansion(archives / name, sum(item.size for item in items))
                     file.extractall(unpacked, filter="data")
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error) as error:
             raise InputError(f"{archives / name}: the archive cannot be unpacked: {first_sentence(error)}") from error
@@ -167,6 +171,17 @@ def _unpacked(part: _Part, archives: Path, unpacked: Path) -> Path:
 def _is_special(mode: int) -> bool:
     """True for a link or a device. Archives of systems without file modes have 0."""
     return stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
+# The published archives unpack to at most 4 times their size.
+MAX_EXPANSION = 20
+
+
+def _refuse_expansion(archive: Path, unpacked: int) -> None:
+    """Raises ValueError if the files of an archive declare far more bytes than it has."""
+    size = archive.stat().st_size
+    if unpacked > MAX_EXPANSION * size:
+        raise ValueError(f"its {size:,} bytes would unpack to {unpacked:,}")
 
 
 def _refuse_links(names: list[str]) -> None:

@@ -113,10 +113,11 @@ def _resized(
     # Pixels and channels are one axis, because NumPy is slow on a last axis of three elements.
     left, right = ((3 * points[:, None] + np.asarray(channels)).ravel() for points in (left, right))
     across, down = np.repeat(across, 3), down[:, None]
-    source = image.reshape(height, -1).astype(np.float32)
+    source = image.reshape(height, -1)
     for start in range(0, shown[0], _ROWS):
         rows = slice(start, min(start + _ROWS, shown[0]))
-        lines = _blend(source[top[rows]], source[bottom[rows]], down[rows])
+        # Only the rows of a block are converted, because an image can have 100 million pixels.
+        lines = _blend(source[top[rows]].astype(np.float32), source[bottom[rows]].astype(np.float32), down[rows])
         yield rows, _blend(lines.take(left, 1), lines.take(right, 1), across).reshape(-1, shown[1], 3)
 
 

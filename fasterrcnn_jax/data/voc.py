@@ -183,9 +183,13 @@ def read_voc(
 
 def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:
     """Returns the names of the splits: of the lists, without VOC's lists of one class (cat_train if there is train)."""
-    names = splits_of(Path(root), places.lists or places.annotations)
+    root = Path(root)
+    names = splits_of(root, places.lists or places.annotations)
     if names is None:
         return (WHOLE,)
+    if places.lists is None:
+        folders = {name: root / places.of(name).annotations for name in names}
+        return tuple(name for name in names if any(map(_is_xml, names_below(folders[name]))))
     known = set(names)
     return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
@@ -210,19 +214,26 @@ def class_names_in(
     return tuple(sorted(names))
 
 
-def recognise(root: Path) -> Layout | None:
-    """Returns the layout of a folder with PASCAL VOC annotations, or None. Reads names, and at most 40 XML files."""
-    names = names_below(root)
-    xml = [name for name in names if name.lower().endswith(".xml")]
-    if not any(_is_annotation(root / name) for name in _sample(xml, 20)):
+def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
+    """Returns the layout of a folder with PASCAL VOC annotations, or None.
+
+    Reads names, and a few XML files of each folder that has some.
+    """
+    names = names_below(root, follow_links=within is None)
+    by_folder = defaultdict(list)
+    for name in filter(_is_xml, names):
+        by_folder[name.rpartition("/")[0]].append(name)
+    # Folders with XML files of other kinds do not count.
+    own = [xml for xml in by_folder.values() if any(_is_annotation(root / name) for name in _sample(xml, 5))]
+    xml = [name for of_folder in own for name in of_folder]
+    if not xml:
         return None
     annotations, folders = _pattern(name.rpartition("/")[0] for name in xml)
     images = _images_of(xml, annotations, folders, [name for name in names if _is_image(name)])
     if images is None:
         return None
     places, note = _with_lists(root, Places(images, annotations, None), names)
-    if _counts_from_0(root, _sample(xml, 40)):
-        places = places._replace(counts_from=0)
+    counts_from = 0 if _counts_from_0(root, _sample(xml, 40)) else 1
     found = splits(root, places)
     voc_own = places[:3] == OWN_PLACES[:3]
     where = f"{len(xml)} XML files in {_shown(annotations)}, images of the same names in {_shown(images)}"
@@ -232,13 +243,13 @@ def recognise(root: Path) -> Layout | None:
     data = DataConfig(
         root=root,
         layout="voc",
-        voc_images=images,
-        voc_annotations=annotations,
+        voc_images=places.images,
+        voc_annotations=places.annotations,
         voc_lists=places.lists,
-        voc_counts_from=0 if places.counts_from == 0 else 1,
+        voc_counts_from=counts_from,
     )
     notes = [] if note is None else [note]
-    if places.counts_from == 0:
+    if counts_from == 0:
         notes.append("every corner has decimals, so corners are read as continuous coordinates, as CVAT writes them")
     kind = "PASCAL VOC" if voc_own else "PASCAL VOC, XML beside the images" if images == annotations else ""
     return Layout(kind or "PASCAL VOC in other folders", where + lists, data, found, tuple(notes))
@@ -255,6 +266,10 @@ def _sample(items: list[str], count: int) -> list[str]:
 
 def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml")
 
 
 def _is_annotation(path: Path) -> bool:
@@ -308,7 +323,11 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
     lists = [name for name in names if re.fullmatch(r"ImageSets/Main/[^/]+\.txt", name)]
     if "{split}" in places.annotations or not lists:
         return places, None
-    own = places._replace(lists="ImageSets/Main/{split}.txt")
+    images, annotations = places.images.split("/"), places.annotations.split("/")
+    # The list has the folders that all images share.
+    while min(len(images), len(annotations)) > 1 and images[-1] == annotations[-1]:
+        images, annotations = images[:-1], annotations[:-1]
+    own = Places("/".join(images), "/".join(annotations))
     stems = [_stem(name).rpartition("/")[2] for name in lists]
     # VoTT writes lists per class only: cat_train.txt has every training image, with 1 or -1.
     prefixes = {stem.rpartition("_")[0] for stem in stems}
@@ -317,9 +336,11 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
         for name, stem in zip(lists, stems, strict=True):
             with contextlib.suppress(InputError):
                 text = _read_bytes(root / name).decode("utf-8-sig", "replace")
-                lines[stem.rpartition("_")[2]].add(frozenset(_first_column(line.strip()) for line in text.split("\n")))
+                lines[stem.rpartition("_")[2]].add(
+                    frozenset(_first_column(line.strip()) for line in text.splitlines() if line.strip())
+                )
         if all(len(distinct) == 1 for distinct in lines.values()):
-            own = places._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
+            own = own._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
             return own, f"the lists of the classes name the same images, so {own.lists} is used"
     return own, None
 
@@ -350,7 +371,7 @@ def object_names(
       within: as in `read_voc`.
     """
     for split in splits(root, places) if "{split}" in places.annotations else (WHOLE,):
-        files = _files(Path(root) / places.of(split).annotations, (".xml",), link_guard(within))
+        files = _files(Path(root) / places.of(split).annotations, (".xml",), within)
         for image_id in files.of_stem:
             with contextlib.suppress(InputError):
                 yield from _names(_parse(_xml_path(files, image_id, "", defaultdict(list))))
@@ -372,33 +393,32 @@ def _open(root: Path, split: str, places: Places, within: Path | None) -> tuple[
     if not part_of_a_name(split):
         lists = root / (places.lists or places.annotations)
         raise InputError(f"split must be the name of a list in {lists.parent}, got {split!r}")
-    here, guard = places.of(split), link_guard(within)
-    listed = None
+    here, listed = places.of(split), None
     if here.lists is not None:
         listed = root / here.lists
         if not listed.is_file():
             raise no_such_split(f"{listed}: no such list", splits(root, places))
-        guard(listed)
+        link_guard(within)(listed)
     elif split not in splits(root, places):
         raise no_such_split(f"{root / here.annotations}: no such split", splits(root, places))
-    images = _files(root / here.images, IMAGE_EXTENSIONS, guard)
-    return images, _files(root / here.annotations, (".xml",), guard), listed
+    images = _files(root / here.images, IMAGE_EXTENSIONS, within)
+    return images, _files(root / here.annotations, (".xml",), within), listed
 
 
-def _files(folder: Path, extensions: tuple[str, ...], guard: Guard) -> _Files:
+def _files(folder: Path, extensions: tuple[str, ...], within: Path | None) -> _Files:
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; a VOC folder contains JPEGImages, Annotations and ImageSets/Main, "
             "or give other places with --data.voc_images, --data.voc_annotations and --data.voc_lists"
         )
     of_stem, of_letters = defaultdict(list), defaultdict(list)
-    for name in names_below(folder):
+    for name in names_below(folder, follow_links=within is None):
         if PurePosixPath(name).suffix.lower() in extensions:
             of_stem[_stem(name)].append(name)
             # No search needs more; without a limit, names in many letter cases would take time with their square.
             if len(of_letters[_stem(name).lower()]) < len(IMAGE_EXTENSIONS) * 2:
                 of_letters[_stem(name).lower()].append(name)
-    return _Files(folder, guard, dict(of_stem), dict(of_letters))
+    return _Files(folder, link_guard(within), dict(of_stem), dict(of_letters))
 
 
 def _stem(name: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from fasterrcnn_jax.data.check import capped_recall
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
 from fasterrcnn_jax.evaluation.recall import (
     RECALL,
@@ -62,7 +63,8 @@ def score(
         found = detect_dataset_in_proposals(model, dataset, given, batch_size=batch_size, implementation=implementation)
     result = evaluate_detections(found, dataset)
     values = metrics_dict(result, dataset.class_names)
-    table = format_table(dataset, result.voc07, result.voc_area, result.coco)
+    capped = [f"note: {sentence}" for sentence in capped_recall(dataset.records, model.config)]
+    table = "\n".join([*capped, format_table(dataset, result.voc07, result.voc_area, result.coco)])
     return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None)
 
 

@@ -1,29 +1,31 @@
 """Looks for faults in labelled images and describes the data set: fasterrcnn-jax check configs/voc.py, or check FOLDER
 
 Reads every annotation and decodes every image. With a configuration file, any field on the command line overrides the
-field in the file. With a folder, the layout and the classes are detected. The exit status is 0 if nothing is wrong, 1
+field in the file. With a folder, or with data.layout auto, the layout is recognised, and so are the classes; the first
+lines say what was recognised and why, and how to train on it. The exit status is 0 if nothing is wrong, 1
 if something is odd but a rule says how it is read, and 2 if there is a fault that stops training (--data.faults skip
 skips it) or if an image is in two splits.
 """
 
 import argparse
 import dataclasses
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config import DataConfig, ModelConfig
 from fasterrcnn_jax.config.checks import AUTO
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
 from fasterrcnn_jax.data.images import record_pixels
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord
+from fasterrcnn_jax.data.layouts import Layout
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
 from fasterrcnn_jax.data.shapes import make_shapes
-from fasterrcnn_jax.data.sources import guess
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
@@ -35,6 +37,9 @@ from fasterrcnn_jax.scripts import cli
 SHEET, COLUMNS, SIDE = 40, 5, 320
 # Findings whose images are looked for, to come first on a sheet.
 SEARCHED = 1000
+CAPPED = "Images have more objects than a detector returns"
+UNREADABLE = "Splits cannot be read"
+NO_CLASS = "No object of the data set has a class name"
 # Without --all, at most this many findings of one kind are printed.
 SHOWN = 20
 
@@ -67,13 +72,19 @@ def main(argv: list[str] | None = None) -> None:
 
     if arguments.what.suffix == ".py":
         config = cli.parse_config(["--config", str(arguments.what), *rest], description=__doc__)
-        data, model = sources.with_class_names(config.data), config.model
-        splits = dict.fromkeys((data.train_split, config.train.best_split or data.test_split, data.test_split))
+        data, model = config.data, config.model
+        splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
+        if data.layout == "auto":
+            layout = sources.recognise(data.root)
+            print_lines(*layout_lines(data.root, layout))
+            splits = layout.splits
+        data, splits = sources.with_class_names(data), dict.fromkeys(splits)
     elif rest:
         raise InputError(f"{rest[0]}: a folder takes no fields; give a configuration file to override its fields")
     else:
-        data, splits = guess(arguments.what)
-        model = None
+        layout = sources.recognise(arguments.what)
+        print_lines(*layout_lines(arguments.what, layout))
+        data, splits, model = layout.data, layout.splits, None
     if data.shapes is not None:
         make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
@@ -81,21 +92,53 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--max_pixels must be positive, got {max_pixels}")
     data = dataclasses.replace(data, faults="skip", max_pixels=max_pixels)
 
-    checked = {name: check.check_split(sources.read(data, name)) for name in splits}
-    findings = [finding for split in checked.values() for finding in split.dataset.findings]
+    checked, findings = read_all(data, splits)
     for name, split in checked.items():
         print_lines("", f"{name}: {split.dataset.name}", *check.table(split.dataset))
     for one, other in _apart(checked):
         found, compared = check.shared_images(checked[one], checked[other])
         findings += found
         print_lines("", compared)
-    largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
-    print_lines("", *anchor_lines(largest, model))
+    if checked:
+        largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
+        print_lines("", *anchor_lines(largest, model))
+    for split in checked.values():
+        caps = check.capped_recall(split.dataset.records, model or ModelConfig())
+        findings += [Finding(CAPPED, f"{split.dataset.name}: {sentence}", False) for sentence in caps]
     print_lines("", *finding_lines(findings, SHOWN if not arguments.all else len(findings)))
     if arguments.sheets is not None:
         for name, split in checked.items():
             print_lines(f"sheet    {write_sheet(arguments.sheets, name, split.dataset)}")
     sys.exit(severity(findings))
+
+
+def layout_lines(folder: Path, layout: Layout) -> list[str]:
+    """Returns the lines that say what was recognised in a folder, and the command that trains on it."""
+    names = layout.data.class_names
+    return [
+        f"layout     {layout.name}: {layout.why}",
+        *(f"           {note}" for note in layout.notes),
+        f"splits     {', '.join(layout.splits)}",
+        f"classes    {len(names)}: {joined_names(names)}",
+        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}",
+    ]
+
+
+def read_all(data: DataConfig, splits: Iterable[str]) -> tuple[dict[str, check.Checked], list[Finding]]:
+    """Returns the splits that can be read, and all findings; a split that cannot be read is a fault among others."""
+    findings = []
+    if not data.class_names:
+        findings.append(Finding(NO_CLASS, str(data.root), True))
+        # The faults that are the reason are found whatever the classes are.
+        data = dataclasses.replace(data, class_names=("object",))
+    checked = {}
+    for name in splits:
+        try:
+            checked[name] = check.check_split(sources.read(data, name))
+        except InputError as error:
+            findings.append(Finding(UNREADABLE, str(error), True))
+    findings += [finding for split in checked.values() for finding in split.dataset.findings]
+    return checked, findings
 
 
 def severity(findings: list[Finding]) -> int:

@@ -10,12 +10,14 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import tyro
+from PIL import Image
 
 from fasterrcnn_jax import configs
 from fasterrcnn_jax.config import Config
@@ -203,6 +205,8 @@ def script(main: Script) -> Script:
         handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter("%(message)s"))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+        # Our own limit, max_pixels, has been checked.
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         logging.getLogger("fasterrcnn_jax").setLevel(logging.INFO)
         set_up_libraries()
         try:
