@@ -157,6 +157,7 @@ def test_a_new_model_starts_from_a_run_or_a_checkpoint(trained, caplog):
     config, model = trained(tiny.MODEL)
     started = dataclasses.replace(config, init=config.run)
     (stage,) = stages_of(config)
+    caplog.clear()
     with caplog.at_level("INFO", "fasterrcnn_jax"):
         assert_equal(train.first_model(started, stage, fresh=True), model)
     count = len(jax.tree.leaves(model))
