@@ -92,7 +92,7 @@ def readable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     The font is the first of Pillow's own and of the installed `FONTS` that has the most letters of the text. Of letters
     that it lacks, accents are left out, or they become their code, such as \\u732b.
     """
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = "".join(" " if letter.isspace() or unicodedata.category(letter) == "Cc" else letter for letter in text)
     fonts = [font for name in (None, *FONTS) if (font := _font(name, size)) is not None]
     font = max(fonts, key=lambda font: sum(_has(font, letter) for letter in text))
     return "".join(_replaced(letter, font) for letter in text), font
@@ -257,7 +257,7 @@ def batch_sheet(
     return side_by_side([line for row in rows for line in zip(*row, strict=True)])
 
 
-def _zoomed(image: Pixels) -> tuple[Pixels, float]:
+def _zoomed(image: Pixels) -> tuple[UInt8[np.ndarray, "_ _ 3"], float]:
     """Returns the image at the size of a sheet, and the factor of its size."""
     zoom = SHOWN_SIDE / max(image.shape[:2])
     # Small images are enlarged, so that captions do not cover them. A whole factor keeps their pixels sharp.
