@@ -113,6 +113,8 @@ def _font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
 @functools.cache
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
     """Returns whether the font has a letter: a missing one looks like U+FFFF, which is never a letter."""
+    if unicodedata.category(letter) == "Cs":  # a byte of a file name that is no text; FreeType gets U+FFFD for it
+        return False
     shapes = [font.getmask(text) for text in (letter, "\uffff")]
     return shapes[0].size != shapes[1].size or bytes(shapes[0]) != bytes(shapes[1])
 
