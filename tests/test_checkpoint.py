@@ -23,8 +23,10 @@ from flax import nnx
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.scripts import train
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.stages import stages_of
 from fasterrcnn_jax.training.state import TrainState
 from fasterrcnn_jax.training.step import create_state
 
@@ -549,6 +551,14 @@ def test_a_damaged_best_is_replaced_by_the_newest_checkpoint_with_a_warning(copi
     assert re.search("best: .*model differs.*; the newest intact checkpoint is used", message)
     with pytest.raises(InputError, match="best: .*model differs"):
         checkpoint.load(copied / "best")
+
+
+def test_a_stage_starts_from_the_newest_checkpoint_of_the_stage_before(copied, config):
+    write_best(copied)
+    stage = stages_of(config)[0]._replace(first=copied)
+    newest = parameters(checkpoint.load(copied / "checkpoints" / "2"))
+    for name, leaf in parameters(train.first_model(config, stage, fresh=True)).items():
+        np.testing.assert_array_equal(leaf, newest[name])
 
 
 def test_a_best_that_cannot_be_written_is_named_and_the_old_one_stays(copied, state, config, step_of, monkeypatch):
