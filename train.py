@@ -171,7 +171,7 @@ def fit(
             batch = next(batches)
             data_wait = time.perf_counter() - asked
             if number == 1:
-                metrics.write_first_batch(batch, config)
+                metrics.write_first_batch(batch, config.model.image, train_set)
             state, numbers = step(state, batch)
             # Until the first step is compiled there is nothing to save, and a signal ends the process at once.
             asked_to_stop = asked_to_stop or noting.enter_context(preemption.noted_signals())

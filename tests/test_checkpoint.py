@@ -23,8 +23,10 @@ from flax import nnx
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.scripts import train
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.stages import stages_of
 from fasterrcnn_jax.training.state import TrainState
 from fasterrcnn_jax.training.step import create_state
 
@@ -472,3 +474,102 @@ def test_meta_is_plain_text(run):
     """The configuration can be read without this package."""
     text = json.loads((run / "checkpoints" / "1" / "meta" / "_strings.json").read_text())
     assert json.loads(text["config"])["data"]["class_names"] == list(tiny.CLASS_NAMES)
+
+
+def write_best(run):
+    with checkpoint.open_checkpoints(run, keep=2) as checkpoints:
+        return checkpoint.write_best(checkpoints, run, metric="AP50")
+
+
+@pytest.fixture(scope="module")
+def step_of(run):
+    """Returns a function: path -> the step whose weights `load` takes. Those of step n are shifted by n - 1 tenths."""
+    first = checkpoint.read_weights(run / "checkpoints" / "1").arrays
+    name = min(name for name in first if name.startswith("rpn_head"))
+    return lambda path: 1 + round(10 * float((checkpoint.read_weights(path).arrays[name] - first[name]).mean()))
+
+
+def test_best_is_a_copy_of_the_best_checkpoint_for_detection_alone(copied, config, step_of, tmp_path):
+    assert write_best(copied) == "step 1, AP50 0.500"
+    best = copied / "best"
+    assert {path.name for path in best.iterdir() if path.is_dir()} == {"model", "meta"}
+    assert not best.is_symlink() and not any(path.is_symlink() for path in best.rglob("*"))
+    assert {path.name for path in copied.iterdir()} == {"checkpoints", "best"}
+    elsewhere = shutil.copytree(best, tmp_path / "ring_detector")
+    for path in (copied, best, elsewhere):
+        assert checkpoint.load_run_config(path) == config and step_of(path) == 1
+    assert checkpoint.run_of(copied).samefile(copied) and checkpoint.run_of(best).samefile(copied)
+    assert step_of(copied / "checkpoints") == 2
+    expected = parameters(checkpoint.load(copied / "checkpoints" / "1"))
+    for name, leaf in parameters(checkpoint.load(copied)).items():
+        np.testing.assert_array_equal(leaf, expected[name])
+
+
+def test_without_an_evaluation_best_is_the_newest_and_the_line_says_so(tmp_path, config):
+    save(tmp_path, blank_state(), config, ap50s={1: None, 2: float("nan")})
+    assert write_best(tmp_path) == "step 2, the newest, because no checkpoint was evaluated"
+    assert (tmp_path / "best" / "model").is_dir()
+    assert write_best(tmp_path / "empty") is None and not (tmp_path / "empty" / "best").exists()
+
+
+class Killed(BaseException):
+    """Ends a function at any place, as a signal does, without any handler of errors."""
+
+
+@pytest.mark.parametrize("owner, name, count", [(shutil, "copytree", 1), (Path, "rename", 2), (shutil, "rmtree", 1)])
+def test_a_process_killed_while_it_writes_best_leaves_the_old_or_the_new_one(
+    copied, state, config, step_of, monkeypatch, owner, name, count
+):
+    write_best(copied)
+    save(copied, state, config, ap50s={3: 0.9})
+    function = getattr(owner, name)
+    for fatal in range(1, count + 1):
+        calls = []
+
+        def killed(*arguments, calls=calls, fatal=fatal, **options):
+            calls.append(name)
+            if len(calls) == fatal:
+                if name == "copytree":
+                    (arguments[1] / "model").mkdir(parents=True)  # half of the copy is written
+                raise Killed
+            return function(*arguments, **options)
+
+        with checkpoint.open_checkpoints(copied, keep=2) as checkpoints, monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(Killed):
+                checkpoint.write_best(checkpoints, copied, metric="AP50")
+        assert step_of(copied) == (3 if name == "rmtree" else 1)
+    assert write_best(copied) == "step 3, AP50 0.900" and step_of(copied) == 3
+    assert {path.name for path in copied.iterdir()} == {"checkpoints", "best"}
+
+
+def test_a_damaged_best_is_replaced_by_the_newest_checkpoint_with_a_warning(copied, step_of, caplog):
+    write_best(copied)
+    flip_bit("model")(copied / "best")
+    assert step_of(copied) == 2
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
+    assert re.search("best: .*model differs.*; the newest intact checkpoint is used", message)
+    with pytest.raises(InputError, match="best: .*model differs"):
+        checkpoint.load(copied / "best")
+
+
+def test_a_stage_starts_from_the_newest_checkpoint_of_the_stage_before(copied, config):
+    write_best(copied)
+    stage = stages_of(config)[0]._replace(first=copied)
+    newest = parameters(checkpoint.load(copied / "checkpoints" / "2"))
+    for name, leaf in parameters(train.first_model(config, stage, fresh=True)).items():
+        np.testing.assert_array_equal(leaf, newest[name])
+
+
+def test_a_best_that_cannot_be_written_is_named_and_the_old_one_stays(copied, state, config, step_of, monkeypatch):
+    write_best(copied)
+    save(copied, state, config, ap50s={3: 0.9})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        with pytest.raises(OSError, match="best cannot be written .*No space left.*; the checkpoints are unchanged"):
+            write_best(copied)
+    assert step_of(copied) == 1

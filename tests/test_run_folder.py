@@ -31,7 +31,8 @@ def test_small_images_grow_and_large_ones_shrink_with_their_boxes(tmp_path, imag
     longest = max(shown, shown * height // width)
     assert SHOWN_SIDE * 0.6 <= longest <= SHOWN_SIDE * 1.5
     # The middle of the object is red in all three.
-    y = 8 + round(shown * height / width * 3 / 8)
+    # Above it are the titles of the columns and the name of the image.
+    y = 3 * 8 + 2 * 24 + round(shown * height / width * 3 / 8)
     for left in (8, 16 + shown, 24 + 2 * shown):
         red, green, _ = drawn[y, left + shown * 3 // 8].astype(int)
         assert red > green + 100

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 
 import jax
 import numpy as np
@@ -20,8 +21,11 @@ from fasterrcnn_jax.data import coco
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect
+from fasterrcnn_jax.models.resnet import ResNet
+from fasterrcnn_jax.scripts import train
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.stages import stages_of
 from fasterrcnn_jax.training.step import create_state
 from fasterrcnn_jax.weights import files
 
@@ -127,14 +131,108 @@ def test_a_file_of_no_model_is_refused(tmp_path):
         fasterrcnn_jax.load(file_of(tmp_path, version=1))
 
 
-def test_a_run_folder_is_loaded(tmp_path):
-    config = tiny.config(tmp_path)
-    model = zoo.create(config.model, tiny.CLASS_NAMES)
-    _, state = create_state(model, create_optimizer(config.train), seed=0)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=tiny.CLASS_NAMES))
-    with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
-        checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={})._asdict())
+@pytest.fixture
+def trained(tmp_path):
+    """Returns a function that writes a run folder with one checkpoint of a model, and the run's configuration."""
+
+    def write(model, names=tiny.CLASS_NAMES, seed=1):
+        config = tiny.config(tmp_path)
+        data = dataclasses.replace(config.data, class_names=names)
+        config = dataclasses.replace(config, model=model, data=data)
+        made = zoo.create(model, names, seed=seed)
+        _, state = create_state(made, create_optimizer(config.train), seed=0)
+        with checkpoint.open_checkpoints(config.run, keep=1) as checkpoints:
+            checkpoint.save(checkpoints, **checkpoint.snapshot(state, config=config, iterator_state={})._asdict())
+        return config, made
+
+    return write
+
+
+def test_a_run_folder_is_loaded(trained):
+    config, model = trained(tiny.MODEL)
     assert_equal(fasterrcnn_jax.load(config.run), model)
+
+
+def test_a_new_model_starts_from_a_run_or_a_checkpoint(trained, caplog):
+    config, model = trained(tiny.MODEL)
+    started = dataclasses.replace(config, init=config.run)
+    (stage,) = stages_of(config)
+    caplog.clear()
+    with caplog.at_level("INFO", "fasterrcnn_jax"):
+        assert_equal(train.first_model(started, stage, fresh=True), model)
+    count = len(jax.tree.leaves(model))
+    (report,) = [line for line in caplog.messages if "format run folder" in line]
+    assert report.endswith(f"checkpoints/0: {count} weights, format run folder") and len(caplog.messages) == 1
+    assert_equal(fasterrcnn_jax.create(tiny.MODEL, tiny.CLASS_NAMES, weights=config.run / "checkpoints" / "0"), model)
+    # A run that continues has its own weights.
+    other = train.first_model(started, stage, fresh=False)
+    assert_equal(other, zoo.create(tiny.MODEL, tiny.CLASS_NAMES, seed=config.train.seed))
+
+
+def test_with_other_classes_the_last_two_layers_keep_their_random_weights(trained, caplog):
+    config, model = trained(tiny.MODEL)
+    fresh = zoo.create(tiny.MODEL, ("a", "b", "c"), seed=7)
+    loaded = names_and_values(fasterrcnn_jax.load_weights(fresh, config.run))
+    stored, before = names_and_values(model), names_and_values(fresh)
+    for name, values in loaded.items():
+        is_last = "class_logits" in name or "box_head.deltas" in name
+        np.testing.assert_array_equal(values, (before if is_last else stored)[name], err_msg=name)
+    assert "the run has 2 classes, the model 3: box_head.class_logits and box_head.deltas are not loaded" in caplog.text
+
+
+def test_other_class_names_and_other_anchors_are_a_warning(trained, caplog):
+    config, model = trained(tiny.MODEL)
+    anchors = dataclasses.replace(tiny.MODEL, rpn=dataclasses.replace(tiny.MODEL.rpn, anchor_scales=(1.0, 4.0)))
+    loaded = fasterrcnn_jax.create(anchors, ("disc", "ring"), weights=config.run)
+    assert_equal(loaded, model)
+    assert "the classes of the run are ring, disc, those of the model disc, ring" in caplog.text
+    assert "trained with model.rpn.anchor_scales = (1.0, 2.0), but the model has (1.0, 4.0)" in caplog.text
+    assert len([record for record in caplog.records if record.name.startswith("fasterrcnn_jax")]) == 2
+
+
+def part(name, /, **fields):
+    return dataclasses.replace(tiny.MODEL, **{name: dataclasses.replace(getattr(tiny.MODEL, name), **fields)})
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (part("backbone", width=16), "backbone/.* the run has model.backbone.width = 8, and the model has 16"),
+        (part("backbone", name="resnet34"), "backbone.name = resnet18, and the model has resnet34"),
+        (part("rpn", channels=16), r"rpn_head/.* has shape \(.*\), but shape .*rpn.channels = 8, and .* has 16"),
+        (part("rpn", anchor_scales=(1.0,)), r"model.rpn.anchor_scales = \(1.0, 2.0\), and the model has \(1.0,\)"),
+        (tiny.FPN, r"is missing, .*; the run has model.fpn = None, and the model has FpnConfig\(channels=16"),
+    ],
+)
+def test_a_run_of_another_network_is_refused_with_the_first_different_field(trained, model, said):
+    config, _ = trained(tiny.MODEL)
+    with pytest.raises(InputError, match=f"checkpoints/0: .*{said}") as caught:
+        fasterrcnn_jax.create(model, tiny.CLASS_NAMES, weights=config.run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_class_that_a_run_names_is_not_imported(trained, tmp_path, monkeypatch):
+    (tmp_path / "strange_nets.py").write_text("from fasterrcnn_jax.models.resnet import ResNet as Tiny\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config, model = trained(part("backbone", own="strange_nets:Tiny"))
+    sys.modules.pop("strange_nets")
+    (tmp_path / "strange_nets.py").write_text("raise AssertionError('imported')")
+    with pytest.raises(InputError, match="which is not imported because a file names it"):
+        fasterrcnn_jax.load(config.run)
+    # The user's own class makes the layers, and the run gives only the values.
+    own = part("backbone", own="my_nets:Mine")
+    mine = fasterrcnn_jax.create(own, tiny.CLASS_NAMES, weights=config.run, backbone=ResNet)
+    assert_equal(mine, model)
+    assert "strange_nets" not in sys.modules
+
+
+def test_a_folder_without_a_checkpoint_and_a_format_for_a_run_are_refused(trained, tmp_path):
+    config, model = trained(tiny.MODEL)
+    with pytest.raises(InputError, match="format must be None for a run folder, got torchvision"):
+        fasterrcnn_jax.load_weights(model, config.run, format="torchvision")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: contains no checkpoint; give a run folder"):
+        fasterrcnn_jax.load_weights(model, tmp_path / "empty")
 
 
 def test_a_published_name_comes_with_its_checksum(thin_zoo, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from fasterrcnn_jax.atomic_write import write_atomically
-from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels, batch_sheet, save_image
@@ -142,14 +142,15 @@ class MetricsWriter:
             self._board.add_image(f"images{split and '/'}{split}", image, step)
         return path
 
-    def write_first_batch(self, batch: Batch, config: Config) -> None:
+    def write_first_batch(self, batch: Batch, image: ImageConfig, train_set: Dataset) -> None:
         """Writes images/first_batch.png: the first training batch as the network sees it.
 
         Raises:
           InputError: it cannot be written; names the file.
         """
         if self._board is not None:
-            save_image(first_batch_path(self._run), batch_sheet(batch, config.model.image, config.data.class_names))
+            names = [train_set.records[index].id for index in batch.image_index]
+            save_image(first_batch_path(self._run), batch_sheet(batch, image, train_set.class_names, names=names))
 
     def __enter__(self) -> "MetricsWriter":
         return self

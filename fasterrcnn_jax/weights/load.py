@@ -39,7 +39,7 @@ FORMAT, CONFIG, CLASS_NAMES = "weights_format", "model_config", "class_names"
 # Fields of the model that decide which arrays it has. The anchors come last: they can differ in other ways than in
 # their number.
 SHAPES = (
-    *("backbone.own", "backbone.name", "backbone.width", "backbone.norm", "fpn.channels", "fpn.norm"),
+    *("backbone.own", "backbone.name", "backbone.width", "backbone.norm", "fpn"),
     *("rpn.convs", "rpn.channels", "roi_features.output_size"),
     *("box_head.class_agnostic", "box_head.summary", "box_head.convs", "box_head.layers", "box_head.channels"),
     *("rpn.anchor_scales", "rpn.anchor_ratios"),
@@ -218,9 +218,15 @@ def assign_own(
     names, leaves, structure = _leaves(model)
     by_name = dict(zip(names, leaves, strict=True))
     for name in dict.fromkeys((*names, *arrays)):
-        stored, ours = (str(list(tree[name].shape)) if name in tree else "nothing" for tree in (arrays, by_name))
-        if stored != ours and not name.startswith(anew):
-            raise InputError(f"{where}: {name} is {stored}, but the model needs {ours}{_reason(config, model.config)}")
+        if name not in arrays:
+            fault = f"{name} is missing, which the model needs"
+        elif name not in by_name:
+            fault = f"the model has no place for {name}"
+        elif arrays[name].shape != by_name[name].shape and not name.startswith(anew):
+            fault = f"{name} has shape {arrays[name].shape}, but shape {by_name[name].shape} in the model"
+        else:
+            continue
+        raise InputError(f"{where}: the run is of another network: {fault}{_reason(config, model.config)}")
     used = [name for name in names if not name.startswith(anew)]
     report = Report(
         "run folder",
