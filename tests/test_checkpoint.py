@@ -456,13 +456,20 @@ def test_values_that_do_not_fit_the_model_are_named(copied, state, config):
         ("data", {"class_names": ("ring", "disc", "cube")}, r"data.class_names = \['ring', 'disc'\], .*'cube'"),
         ("data", {"class_names": ("disc", "ring")}, r"data.class_names"),
         ("train", {"optimizer": "adamw"}, "train.optimizer = sgd, but adamw"),
-        ("train", {"steps": 9}, "train.steps = 6, but 9"),
+        ("train", {"steps": 5}, "train.steps = 6, but 5"),
+        ("train", {"steps": 9, "batch_size": 2}, "train.batch_size = 4, but 2"),
+        ("train", {"learning_rate": 0.5}, "train.learning_rate = 0.01, but 0.5.*with --init"),
     ],
 )
 def test_another_configuration_is_refused_by_field_and_values(run, state, config, part, values, message):
     other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
     with pytest.raises(InputError, match=f"checkpoints/2 is from a run with .*{message}"):
         restore(run, state, other)
+
+
+def test_a_run_may_become_longer(copied, state, config):
+    longer = dataclasses.replace(config.train, steps=9, epochs=2.0, warmup_steps=1, decay_steps=(8,))
+    assert restore(copied, state, dataclasses.replace(config, train=longer))[0].step == 2
 
 
 def test_a_run_may_be_moved(copied, state, config):

@@ -1,5 +1,6 @@
 """The training loop reports a step, and saves a checkpoint, one step late."""
 
+import functools
 import json
 import re
 import types
@@ -8,9 +9,18 @@ import numpy as np
 import pytest
 import tiny
 
+from fasterrcnn_jax import printing
 from fasterrcnn_jax.structures import LossTerms
 from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.checkpoint import DeferredSave, Snapshot
+from fasterrcnn_jax.training.expected_time import (
+    DETECTION,
+    DETECTION_COMPILATION,
+    Evaluations,
+    TimedStep,
+    expected_seconds,
+    in_words,
+)
 from fasterrcnn_jax.training.progress import LateReport, MetricsWriter, Progress, StepReport
 from fasterrcnn_jax.training.stages import stages_of
 from fasterrcnn_jax.training.state import StepMetrics
@@ -45,21 +55,62 @@ def test_a_report_that_fails_is_not_passed_on_again():
     late.flush()
 
 
-def test_the_bar_shows_the_four_losses_and_the_images_per_second(tmp_path, capsys):
+def test_a_line_of_progress_shows_the_four_losses_and_the_images_per_second(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(printing, "LINE_EVERY", 0.0)
     config = tiny.config(tmp_path, steps=4)
     data = tiny.dataset(tmp_path / "images", [(np.zeros((9, 9, 3), np.uint8), [], [])])
     config.run.mkdir()
-    batch = types.SimpleNamespace(image_index=np.array([0]), image_valid=np.array([True]))
     numbers = dict.fromkeys(StepMetrics._fields, 7.0) | dict(zip(LossTerms._fields, (0.125, 0.25, 0.5, 0.75)))
     metrics = MetricsWriter(config.run, after=0)
-    with metrics, Progress(stages_of(config)[0], data, metrics, done=0) as progress:
-        progress.write(StepReport(3, StepMetrics(**numbers), batch, data_wait=0.0))
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert re.search(
-        r"3/4 .*rpn_objectness=0.125, rpn_box=0.250, box_class=0.500, box_delta=0.750, images/s=\d+.\d", last
-    )
-    logged = json.loads((config.run / "metrics.jsonl").read_text())
+    with metrics, progress_of(config, data, metrics) as progress:
+        progress.write(StepReport(3, StepMetrics(**numbers), batch(), data_wait=0.0))
+        progress.write(StepReport(4, StepMetrics(**numbers), batch(), data_wait=0.0))
+    lines = capsys.readouterr().err.splitlines()
+    losses = "rpn_objectness=0.125, rpn_box=0.250, box_class=0.500, box_delta=0.750"
+    assert any(re.match(rf"4 of 4 steps, \d\d:\d\d, {losses}, images/s=\d+.\d", line) for line in lines), lines
+    logged = json.loads((config.run / "metrics.jsonl").read_text().splitlines()[0])
     assert logged["step"] == 3 and numbers.items() <= logged.items()
+
+
+def batch():
+    images = np.zeros((1, 64, 96, 3), np.float32)
+    return types.SimpleNamespace(images=images, image_index=np.array([0]), image_valid=np.array([True]))
+
+
+def progress_of(config, data, metrics, *, evaluations=1):
+    canvases = frozenset({(64, 96)})
+    plan = Evaluations(evaluations, 1, canvases)
+    return Progress(stages_of(config)[0], data, metrics, done=0, canvases=canvases, evaluations=plan)
+
+
+def test_the_expected_time_is_said_once_after_ten_steps(tmp_path, capsys):
+    config = tiny.config(tmp_path, steps=40)
+    data = tiny.dataset(tmp_path / "images", [(np.zeros((9, 9, 3), np.uint8), [], [])])
+    config.run.mkdir()
+    numbers = StepMetrics(**dict.fromkeys(StepMetrics._fields, 1.0))
+    metrics = MetricsWriter(config.run, after=0)
+    with metrics, progress_of(config, data, metrics, evaluations=4) as progress:
+        for number in range(1, 13):
+            progress.write(StepReport(number, numbers, batch(), data_wait=0.0))
+            said = capsys.readouterr().out
+            assert ("expected" in said) == (number == 10)
+            assert number != 10 or re.match(r"expected   \d+ s for 30 more steps and 3 evaluations\n", said)
+
+
+def test_the_expected_time_counts_steps_compilations_and_evaluations():
+    here, there = (64, 96), (96, 64)
+    timed = [TimedStep(here, 10.0), TimedStep(here, 1.0), TimedStep(here, 1.1), TimedStep(here, 0.9)]
+    seconds = functools.partial(expected_seconds, timed, batch_size=4)
+    none = Evaluations(0, 8, frozenset({here}))
+    assert seconds(steps=100, canvases=frozenset({here}), evaluations=none) == pytest.approx(100.0)
+    assert seconds(steps=100, canvases=frozenset({here, there}), evaluations=none) == pytest.approx(109.0)
+    evaluated = seconds(steps=100, canvases=frozenset({here}), evaluations=none._replace(count=3))
+    assert evaluated == pytest.approx(100.0 + 3 * 8 * 0.25 * DETECTION + 9.0 * DETECTION_COMPILATION)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (700.0, "12 min"), (12_000.0, "3 h 20 min")])
+def test_a_duration_is_said_in_few_words(seconds, words):
+    assert in_words(seconds) == words
 
 
 @pytest.fixture
