@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -472,3 +474,10 @@ def test_meta_is_plain_text(run):
     """The configuration can be read without this package."""
     text = json.loads((run / "checkpoints" / "1" / "meta" / "_strings.json").read_text())
     assert json.loads(text["config"])["data"]["class_names"] == list(tiny.CLASS_NAMES)
+
+
+def test_the_best_checkpoint_is_the_latest_of_several_with_the_same_metric():
+    measured = ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25))
+    found = [types.SimpleNamespace(step=step, metrics={"best": metric}) for step, metric in measured]
+    found.append(types.SimpleNamespace(step=10, metrics=None))
+    assert inspect.unwrap(checkpoint.best)(types.SimpleNamespace(checkpoints=found)) == (6, 0.75)
