@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -580,3 +582,10 @@ def test_a_best_that_cannot_be_written_is_named_and_the_old_one_stays(copied, st
         with pytest.raises(OSError, match="best cannot be written .*No space left.*; the checkpoints are unchanged"):
             write_best(copied)
     assert step_of(copied) == 1
+
+
+def test_the_best_checkpoint_is_the_latest_of_several_with_the_same_metric():
+    measured = ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25))
+    found = [types.SimpleNamespace(step=step, metrics={"best": metric}) for step, metric in measured]
+    found.append(types.SimpleNamespace(step=10, metrics=None))
+    assert inspect.unwrap(checkpoint.best)(types.SimpleNamespace(checkpoints=found)) == (6, 0.75)

@@ -55,3 +55,9 @@ def test_features_over_levels_and_their_gradients_equal_torchvisions():
     for level, gradient in enumerate(gradients):
         theirs = GOLDEN[f"gradient{level}"]
         compare("RoI features", "torchvision", f"gradient of level {level + 2}", gradient, theirs, atol=1e-4)
+
+
+def test_a_size_just_below_a_boundary_gets_the_level_above_as_in_torchvision():
+    sides = np.float32([223.99, 223.9999, 224.0])[:, None]
+    boxes = np.concatenate([np.zeros((3, 2), np.float32), sides, sides], axis=1)
+    assert assign_levels(jnp.asarray(boxes), lowest=2, highest=5).tolist() == [3, 4, 4]

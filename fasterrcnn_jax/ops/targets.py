@@ -93,6 +93,7 @@ def roi_targets(
         ground_truth.valid,
         fg_iou=config.fg_iou,
         bg_iou=config.bg_iou,
+        # It would change nothing: an object is a candidate itself, and its IoU with itself is 1.
         low_quality=False,
     )
     labels = jnp.where(valid, matches.labels, IGNORED)
