@@ -1,13 +1,17 @@
 """Tests weights files: every container gives the arrays back, no code of a file is run, no length is trusted."""
 
+import argparse
 import copyreg
+import errno
 import io
 import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import budget
 import foreign_files
+import hostile_weights
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,6 +99,170 @@ def test_attributes_of_a_dictionary_are_dropped(tmp_path):
     ordered = Call(Global("collections", "OrderedDict"), ([("a", np.ones(2, np.float32))],), attributes)
     foreign_files.write_zip(tmp_path / "a.pth", ordered)
     assert files.read(tmp_path / "a.pth").arrays["a"].tolist() == [1, 1]
+
+
+def named(prefix):
+    return OrderedDict((f"{prefix}{name}", array) for name, array in WEIGHTS.items())
+
+
+def averaged():
+    """Returns the averages of the weights, whose numbers must not be taken for the weights."""
+    return OrderedDict({"n_averaged": np.array(3)} | {f"module.{name}": array + 1 for name, array in WEIGHTS.items()})
+
+
+ADAM = {"state": {0: {"step": np.array(3.0), "exp_avg": np.ones(4, np.float32)}}, "param_groups": [{"lr": 0.1}]}
+ARGUMENTS = argparse.Namespace(lr=0.02, data_path="coco", device="cuda")
+MODEL_CHECKPOINT = {"best_model_score": np.array(0.4, np.float32), "best_model_path": "best.ckpt"}
+# A buffer of mmengine: it holds arrays of NumPy and the names of its functions.
+HISTORY = Call(
+    Global("copyreg", "_reconstructor"),
+    (Global("mmengine.logging.history_buffer", "HistoryBuffer"), Global("builtins", "object"), None),
+    {
+        "_log_history": Call(Global("numpy.core.multiarray", "_reconstruct"), (Global("numpy", "ndarray"), (0,), b"b")),
+        "_statistics_methods": {"mean": Global("mmengine.logging.history_buffer", "HistoryBuffer.mean")},
+    },
+)
+TRAININGS = {
+    "PyTorch's tutorial": {
+        "epoch": 5,
+        "model_state_dict": named(""),
+        "optimizer_state_dict": ADAM,
+        "loss": np.array(1.5),
+    },
+    "torchvision's reference": {
+        "model": named(""),
+        "optimizer": ADAM,
+        "lr_scheduler": {"milestones": Call(Global("collections", "Counter"), ({16: 1, 22: 1},))},
+        "args": ARGUMENTS,
+        "epoch": 25,
+        "scaler": {"scale": 65536.0},
+        "model_ema": averaged(),
+    },
+    "Lightning": {
+        "epoch": 2,
+        "global_step": 300,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": named("model."),
+        "callbacks": {"ModelCheckpoint{'monitor': 'map'}": MODEL_CHECKPOINT},
+        "optimizer_states": [ADAM],
+        "lr_schedulers": [],
+        "hparams_name": "hparams",
+        "hyper_parameters": Call(
+            Global("pytorch_lightning.utilities.parsing", "AttributeDict"), ({"backbone": ARGUMENTS},)
+        ),
+    },
+    "Lightning before 1.5": {
+        "state_dict": named("model."),
+        "callbacks": {Global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): MODEL_CHECKPOINT},
+        "optimizer_states": [ADAM],
+    },
+    "mmengine": {
+        "meta": {"epoch": 12, "dataset_meta": {"classes": ("ring", "disc"), "palette": [(1, 2, 3)]}},
+        "state_dict": named(""),
+        "message_hub": {"log_scalars": OrderedDict({"train/loss": HISTORY}), "runtime_info": {}},
+        "optimizer": ADAM,
+        "param_schedulers": [{"last_step": 3}],
+    },
+    "mmcv": {"meta": {"CLASSES": ("ring",)}, "state_dict": named(""), "optimizer": ADAM},
+    "fvcore": {"model": named(""), "optimizer": ADAM, "scheduler": {"last_epoch": 9}, "iteration": 90000},
+    "timm": {
+        "epoch": 3,
+        "arch": "resnet50",
+        "state_dict": named(""),
+        "optimizer": ADAM,
+        "version": 2,
+        "args": ARGUMENTS,
+        "state_dict_ema": averaged(),
+        "metric": 77.1,
+    },
+    "faster-rcnn.pytorch": {"session": 1, "epoch": 7, "model": named(""), "optimizer": ADAM, "class_agnostic": False},
+    "averages alone": {"ema": named("module."), "updates": 3},
+    "DataParallel": named("module."),
+    "DataParallel in Lightning": {"state_dict": named("model.module.")},
+    "torch.compile": {"model": named("module._orig_mod.")},
+    "a state_dict beside tensors": {"epoch": np.array(3), "model": {"state_dict": named("")}, "best": np.array(0.5)},
+    "a configuration as model": {"model": {"backbone": "resnet50"}, "state_dict": named("")},
+}
+
+
+@pytest.mark.parametrize("write", [foreign_files.write_zip, foreign_files.write_legacy])
+@pytest.mark.parametrize("program", TRAININGS)
+def test_the_weights_in_a_checkpoint_of_a_training_program_are_found(program, write, tmp_path):
+    write(tmp_path / "last.pth", TRAININGS[program])
+    found = files.read(tmp_path / "last.pth").arrays
+    assert found.keys() == WEIGHTS.keys()
+    for name, array in WEIGHTS.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+def test_prefixes_are_removed_in_safetensors_too(tmp_path):
+    safetensors.numpy.save_file(named("_orig_mod."), tmp_path / "model.safetensors")
+    assert files.read(tmp_path / "model.safetensors").arrays.keys() == WEIGHTS.keys()
+
+
+def test_names_stay_where_two_would_be_one_without_their_prefixes(tmp_path):
+    weights = {"model.a": np.zeros(1, np.float32), "module.a": np.ones(1, np.float32)}
+    foreign_files.write_zip(tmp_path / "two.pth", weights)
+    assert files.read(tmp_path / "two.pth").arrays.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("wrapping", [lambda model: model, lambda model: {"epoch": 3, "model": model, "ema": model}])
+def test_a_whole_model_in_place_of_its_weights_is_refused_with_its_class(wrapping, tmp_path):
+    model = Call(Global("ultralytics.nn.tasks", "DetectionModel"), (), {"weight": np.ones(2, np.float32)})
+    foreign_files.write_zip(tmp_path / "best.pt", wrapping(model))
+    with pytest.raises(InputError, match=r"best\.pt: .* use 'ultralytics\.nn\.tasks\.DetectionModel'"):
+        files.read(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 2), ("F8_E5M2", 2), ("F4", 1), ("C64", 16)])
+def test_a_dtype_of_safetensors_that_we_do_not_read_is_named(dtype, size, tmp_path):
+    header = hostile_weights.tensor_header(dtype, [2], size)
+    hostile_weights.safetensors(tmp_path / "in.safetensors", header, data=bytes(size))
+    with pytest.raises(InputError, match=rf"in\.safetensors: the dtype of 'a' must be one of BOOL, .*, got {dtype}"):
+        files.read(tmp_path / "in.safetensors")
+
+
+def test_every_dtype_of_safetensors_that_torch_has_is_read(tmp_path):
+    for dtype, numpy_dtype in files.SAFETENSORS_DTYPES.items():
+        array = np.arange(2).astype(numpy_dtype)
+        header = hostile_weights.tensor_header(dtype, [2, 1], array.nbytes)
+        hostile_weights.safetensors(tmp_path / "in.safetensors", header, data=array.tobytes())
+        found = files.read(tmp_path / "in.safetensors").arrays["a"]
+        np.testing.assert_array_equal(found, array[:, None], strict=True)
+
+
+def test_names_of_a_file_are_printed_without_control_characters(tmp_path):
+    """ESC and line feeds in a name could change or forge lines of a terminal."""
+    bad = "\x1b[2J\nerror: all is well"
+    weights = {"a": np.ones(2, np.float32)}
+    beyond = Call(
+        Global("torch._utils", "_rebuild_tensor_v2"), (foreign_files.Storage("0", weights["a"]), 9, (1,), (1,))
+    )
+    for obj, options in (
+        ({bad: beyond}, {"extra": [("archive/data/0", bytes(8))]}),
+        ({"a": Global("module", bad.replace("\n", "\r"))}, {}),
+        (weights, {"folder": bad, "extra": [(f"{bad}/data/0", None)]}),
+    ):
+        foreign_files.write_zip(tmp_path / "bad.pth", obj, **options)
+        with pytest.raises(InputError, match="all is well") as caught:
+            files.read(tmp_path / "bad.pth")
+        assert str(caught.value).isprintable()
+
+
+def test_a_disk_that_is_full_keeps_the_old_file_and_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "out.safetensors"
+    files.write(path, WEIGHTS, {"a": "old"})
+
+    def fill(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(InputError, match=r"out\.safetensors cannot be written: No space left on device"):
+        files.write(path, WEIGHTS, {"a": "new"})
+    assert files.read(path).metadata == {"a": "old"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_written_arrays_and_metadata_come_back(tmp_path):
@@ -274,6 +442,24 @@ def test_numpy_arrays_beyond_their_bytes_are_errors(tmp_path):
         (tmp_path / "bad.pkl").write_bytes(foreign_files.pickled(obj))
         with pytest.raises(InputError, match=rf"bad\.pkl: the pickle is damaged.*{problem}"):
             files.read(tmp_path / "bad.pkl")
+
+
+def test_small_hostile_files_cost_little_memory_and_time(tmp_path):
+    paths = hostile_weights.write_all(tmp_path)
+    ends = dict(
+        zip((path.name for path in paths), budget.check("fasterrcnn_jax.weights.files:read", paths), strict=True)
+    )
+    assert [name for name, end in ends.items() if end == "returned"] == ["many views of one storage.pth"]
+    assert all(end.startswith(str(tmp_path)) for end in ends.values() if end != "returned")
+    assert "overlap the next entry" in ends["overlapping entries.pth"]
+    assert "share numbers" in ends["many views of a whole storage.pth"]
+
+
+def test_tied_tensors_share_the_numbers_of_one_storage(tmp_path):
+    base = np.arange(6, dtype=np.float32)
+    foreign_files.write_zip(tmp_path / "tied.pth", {"a": base, "b": base[2:]})
+    found = files.read(tmp_path / "tied.pth").arrays
+    assert np.shares_memory(found["a"], found["b"]) and found["b"].tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.config.text import from_json, to_json
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.weights import files
 from fasterrcnn_jax.weights.files import Weights
@@ -72,7 +72,8 @@ def log(report: Report, where: str) -> None:
         logger.warning("%s: %s", where, note)
     for what, names in (("in the file but not used", report.unused), ("not from the file", report.kept)):
         if names:
-            logger.info("%s: %s: %s", where, what, ", ".join(names))
+            # The names of a file can contain any character.
+            logger.info("%s: %s: %s", where, what, ", ".join(map(repr, names)))
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
@@ -107,9 +108,12 @@ def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, 
         return None
     config = from_json(weights.metadata[CONFIG], where, of=ModelConfig)
     try:
-        return config, tuple(json.loads(weights.metadata[CLASS_NAMES]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names") from error
+        names = json.loads(weights.metadata[CLASS_NAMES])
+    except (KeyError, ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names")
+    return config, tuple(names)
 
 
 def formats_of(weights: Weights) -> tuple[Format, ...]:
@@ -135,8 +139,8 @@ def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> 
       where: name of the file for messages.
 
     Raises:
-      InputError: an array of the model is not in the file, or an array of the file has no place in the model or
-        another shape.
+      InputError: an array of the model is not in the file, or an array of the file has no place in the model, another
+        shape, or a number that is not finite.
     """
     config, rows, arrays = model.config, format.rows(model.config), format.prepare(weights.arrays, where)
     notes, anew = _differences(config, format, weights.metadata), ()
@@ -195,7 +199,7 @@ def _choose(weights: Weights, config: ModelConfig, name: str | None, where: str)
     found = formats_of(weights)
     if not found:
         raise InputError(
-            f"{where}: unknown format; the first names are {', '.join(list(weights.arrays)[:3])} …, "
+            f"{where}: unknown format; the first names are {', '.join(map(quoted, list(weights.arrays)[:3]))} …, "
             f"the known formats are {', '.join(format.name for format in FORMATS)}"
         )
     chosen = CAFFE if CAFFE in found and config.image.channel_order == "bgr" else found[0]
@@ -228,7 +232,12 @@ def _converted(array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str
         value = array
     if value.shape != leaf.shape:
         raise InputError(f"{where}: {key} has shape {array.shape}, which does not fit {name} with shape {leaf.shape}")
-    return jnp.array(value.astype(leaf.dtype))
+    with np.errstate(over="ignore"):
+        value = value.astype(leaf.dtype)
+    others = value.size - np.count_nonzero(np.isfinite(value))
+    if others:
+        raise InputError(f"{where}: {key} must be finite, but {others} of its {value.size} numbers are NaN or infinite")
+    return jnp.array(value)
 
 
 def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> None:
@@ -247,7 +256,8 @@ def _differences(config: ModelConfig, format: Format, metadata: dict[str, str]) 
     for field, published in format.expects.items():
         expected, ours = metadata.get(field, str(published)), str(_field(config, field))
         if expected != ours and _matters(field, config):
-            notes.append(f"the weights were trained with model.{field} = {expected}, but the model has {ours}")
+            shown = expected if field not in metadata else quoted(expected)
+            notes.append(f"the weights were trained with model.{field} = {shown}, but the model has {ours}")
     return notes
 
 
