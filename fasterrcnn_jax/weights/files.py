@@ -111,7 +111,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
             metadata = file.metadata() or {}
         found = safetensors.deserialize(path.read_bytes())
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: the file is damaged ({str(error)[:200]})") from error
+        raise InputError(f"{path}: the file is damaged ({quoted(str(error))})") from error
     arrays = {}
     for name, tensor in found:
         dtype = SAFETENSORS_DTYPES.get(tensor["dtype"])

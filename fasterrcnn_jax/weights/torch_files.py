@@ -99,7 +99,7 @@ def read_zip(path: Path) -> Any:
     try:
         archive = zipfile.ZipFile(path)
     except ZIP_ERRORS as error:
-        raise InputError(f"{path}: the zip is damaged ({error})") from error
+        raise InputError(f"{path}: the zip is damaged ({quoted(str(error))})") from error
     entries = {entry.filename: entry for entry in archive.infolist()}
     _check_entries(archive, path)
 
@@ -112,7 +112,7 @@ def read_zip(path: Path) -> Any:
         try:
             return memoryview(archive.read(entries[name])), where
         except ZIP_ERRORS as error:
-            raise InputError(f"{where} is damaged ({error})") from error
+            raise InputError(f"{where} is damaged ({quoted(str(error))})") from error
 
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
