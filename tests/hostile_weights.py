@@ -10,6 +10,7 @@ import numpy as np
 from foreign_files import Call, Global
 
 SIZE = 300_000  # bytes
+DEPTH = 100_000
 MODULUS = 2**61 - 1  # of Python's hashes of numbers
 DOUBLED = b")" + b"2\x86" * 64  # a tuple that holds a tuple twice, which holds a tuple twice, ...: 2^64 elements
 DOUBLED_LISTS = b"](K\x00K\x00e" + b"q\x00]q\x01(h\x00h\x00e" * 64
@@ -48,19 +49,18 @@ PROGRAMS = {
     "doubled lists as items": ORDERED + DOUBLED_LISTS + b"\x85R",
     "a list of itself": b"]q\x00h\x00a",
     "a model of itself": b"}q\x00" + text(b"model") + b"h\x00s",
-    "nested tuples": b")" + repeated(b"\x85"),
-    "nested tuples as a key": b"}" + b")" + repeated(b"\x85") + b"Ns",
-    "nested lists": b"]" * (SIZE // 2) + b"a" * (SIZE // 2 - 1),
-    "nested dictionaries": b"}" + b"N}" * (SIZE // 3) + b"s" * (SIZE // 3),
+    "nested tuples": b")" + b"\x85" * DEPTH,
+    "nested tuples as a key": b"}" + b")" + b"\x85" * DEPTH + b"Ns",
+    "nested lists": b"]" * DEPTH + b"a" * (DEPTH - 1),
+    "nested dictionaries": b"}" + b"N}" * DEPTH + b"s" * DEPTH,
     "keys of one hash": b"}(" + b"".join(number(i * MODULUS, 10) + b"N" for i in range(1, SIZE // 13)) + b"u",
     "memo numbers of one hash": b"N" + b"".join(b"p%d\n" % (i * MODULUS) for i in range(1, SIZE // 26)),
     "a memo number of 2^32": b"Nr\xff\xff\xff\xff",
     "a frame of 2^64 bytes": b"\x95" + b"\xff" * 8 + b"N",
     "a frame that ends inside an argument": b"\x95" + struct.pack("<Q", 3) + b"C\x03.\x82\xf1",
-    "sets": b"(" + repeated(b"\x8f") + b"l",
-    "dictionaries": b"(" + repeated(b"}") + b"l",
-    "dictionaries in the memo": b"(" + repeated(b"}\x94") + b"l",
-    "marks": repeated(b"("),
+    "sets": b"(" + b"\x8f" * DEPTH + b"l",
+    "dictionaries": b"(" + b"}" * DEPTH + b"l",
+    "marks": b"(" * DEPTH,
     "a number of 300,000 bytes": b"\x8b" + struct.pack("<I", SIZE) + b"\x7f" * SIZE,
     "a number of 300,000 digits": b"I" + b"9" * SIZE + b"\n",
     "large numbers as a shape": FROM_BUFFER + b"(C\x00"

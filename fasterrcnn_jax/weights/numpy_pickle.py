@@ -30,7 +30,7 @@ class _Dtype:
             raise ValueError(f"arrays of dtype {_shown(name)} are not supported")
         self.dtype = np.dtype(name)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: Any) -> None:
         if state[1] == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
@@ -40,7 +40,7 @@ class PickledArray:
 
     array: np.ndarray | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: Any) -> None:
         shape, dtype, column_major, raw = state[-4:]
         self.take(raw, dtype, shape, "F" if column_major else "C")
 

@@ -121,7 +121,7 @@ def read_zip(path: Path) -> Any:
     if f"{folder}byteorder" in entries and fetch(f"{folder}byteorder")[0] != b"little":
         raise InputError(f"{path}: entry {quoted(f'{folder}byteorder')}: only little-endian numbers are supported")
 
-    def storage(pid: tuple) -> Storage | Unknown:
+    def storage(pid: Any) -> Storage | Unknown:
         kind, dtype, key, _, size = pid
         return _storage(kind, dtype, key, size, lambda key: fetch(f"{folder}data/{key}"))
 
@@ -158,7 +158,7 @@ def read_legacy(path: Path) -> Any:
             raise InputError(f"{where} is missing")
         return found[key], where
 
-    def storage(pid: tuple) -> Storage | Unknown:
+    def storage(pid: Any) -> Storage | Unknown:
         kind, dtype, key, _, size, view = pid
         if view is not None:  # a view of another storage, which only the first versions wrote
             raise ValueError("views of a storage are not supported")
