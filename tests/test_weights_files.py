@@ -340,9 +340,16 @@ def test_names_that_the_program_has_registered_as_numbers_are_not_run(tmp_path):
     try:
         request = b"\x80\x02\x82" + bytes([code])
         pickle.loads(request + b".")  # from here on Python itself knows the number
-        (tmp_path / "bad.pkl").write_bytes(request + b"K\x01\x85R.")
+        call = request[2:] + b"K\x01\x85R."
+        (tmp_path / "bad.pkl").write_bytes(b"\x80\x02" + call)
         with pytest.raises(InputError, match="EXT1"):
             files.read(tmp_path / "bad.pkl")
+        # A reader that obeys the frame can take the bytes for instructions.
+        hidden = b"C" + bytes([len(call)]) + call
+        for size in range(len(hidden) + 2):
+            (tmp_path / "bad.pkl").write_bytes(b"\x80\x04\x95" + size.to_bytes(8, "little") + hidden + b".")
+            with pytest.raises(InputError, match="contains no named tensors"):
+                files.read(tmp_path / "bad.pkl")
     finally:
         copyreg.remove_extension(__name__, "witness", code)
         del globals()["witness"]
@@ -415,6 +422,7 @@ def tensor(offset, shape, strides, *, size=4, kind="FloatStorage"):
         (dict(offset=0, shape=(4,), strides=(1,), size=-4), "damaged"),
         (dict(offset=0, shape=(4,), strides=(1,), size="4"), "damaged"),
         (dict(offset="0", shape=(4,), strides=(1,)), "a tensor must have"),
+        (dict(offset=0, shape=(True,), strides=(1,)), "a tensor must have"),
         (dict(offset=0, shape=(4,), strides=None), "a tensor must have"),
         (dict(offset=0, shape=(4,), strides=(1, 1)), "do not fit"),
         (dict(offset=0, shape=(1,) * 99, strides=(1,) * 99), "a tensor must have"),
@@ -544,6 +552,9 @@ def test_other_content_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"weights\.pth: must be \.safetensors, a \.pth"):
             files.read(path)
+    path.write_bytes(b"PK\x03\x04PK\x05\x06" + bytes(18))  # a fuzzer's finding
+    with pytest.raises(InputError, match="must contain one data.pkl, got 0"):
+        files.read(path)
     foreign_files.write_legacy(path, {"a": np.zeros(4, np.float32)}, little_endian=False)
     with pytest.raises(InputError, match="only little-endian"):
         files.read(path)
@@ -554,3 +565,5 @@ def test_other_content_is_named(tmp_path):
     foreign_files.write_zip(path, {3: np.ones(2, np.float32)})
     with pytest.raises(InputError, match="the name of a tensor must be text, got 3"):
         files.read(path)
+    with pytest.raises(InputError, match=r"out\.safetensors: the name 'a\\udc80' cannot be written as UTF-8"):
+        files.write(tmp_path / "out.safetensors", {"a\udc80": np.ones(2, np.float32)}, {})

@@ -99,10 +99,14 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     """Writes a `.safetensors` file.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: the file cannot be written, or a name of another program's file is no valid text.
     """
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_atomically(path, safetensors.numpy.save(contiguous, metadata=dict(metadata)))
+    try:
+        content = safetensors.numpy.save(contiguous, metadata=dict(metadata))
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: the name {quoted(error.object)} cannot be written as UTF-8") from error
+    write_atomically(path, content)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -139,7 +143,7 @@ def _arrays(path: Path, saved: Any) -> dict[str, np.ndarray]:
         if not isinstance(value, Tensor | PickledArray):
             continue
         if not isinstance(name, str):
-            raise InputError(f"{path}: the name of a tensor must be text, got {name!r}")
+            raise InputError(f"{path}: the name of a tensor must be text, got {quoted(name)}")
         arrays[name] = value.read(f"{path}: tensor {quoted(name)}")
         size += arrays[name].nbytes
     if not arrays:
@@ -175,7 +179,5 @@ def _values(saved: Any) -> Iterator[Any]:
 
 def _without_prefixes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays under the names that they have in the detector itself; all names where two would be one."""
-    renamed = {
-        PREFIXES.sub("", name, count=1) if PREFIXES.match(name) else name: array for name, array in arrays.items()
-    }
+    renamed = {PREFIXES.sub("", name): array for name, array in arrays.items()}
     return renamed if len(renamed) == len(arrays) else arrays

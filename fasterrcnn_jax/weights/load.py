@@ -109,10 +109,10 @@ def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, 
     config = from_json(weights.metadata[CONFIG], where, of=ModelConfig)
     try:
         names = json.loads(weights.metadata[CLASS_NAMES])
-    except (KeyError, ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError(f"got {quoted(names)}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names ({error})") from error
     return config, tuple(names)
 
 

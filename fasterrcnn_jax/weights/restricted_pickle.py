@@ -30,9 +30,6 @@ class Unknown:
     name: str
 
 
-KEYS = (str, Unknown, type(None))
-
-
 def ordered_dict(items: Iterable[Any] = ()) -> dict:
     """Replaces `collections.OrderedDict`; pickles of Python 2 give the items as an argument."""
     made = {}
@@ -43,7 +40,7 @@ def ordered_dict(items: Iterable[Any] = ()) -> dict:
 
 def is_size(value: Any) -> bool:
     """Returns whether the value is a number of elements that an address can count."""
-    return isinstance(value, int) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_shape(value: Any) -> bool:
@@ -78,6 +75,9 @@ def unpickle(
         return machine.stack.pop()
     except Exception as error:  # the instructions of a damaged pickle can fail in any way
         raise InputError(f"{where}: the pickle is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+KEYS = (str, Unknown, type(None))
 
 
 class _Machine:

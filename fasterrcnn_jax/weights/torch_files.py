@@ -132,8 +132,8 @@ def read_zip(path: Path) -> Any:
 def _check_entries(archive: zipfile.ZipFile, path: Path) -> None:
     """Raises InputError where an entry is compressed or overlaps another, so that all are no larger than the file."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
-    for entry, end in zip(entries, ends, strict=True):
+    starts = [*(entry.header_offset for entry in entries), archive.start_dir]
+    for entry, end in zip(entries, starts[1:], strict=True):
         where = f"{path}: entry {quoted(entry.filename)}"
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise InputError(f"{where} is compressed; torch.save writes uncompressed entries only")
