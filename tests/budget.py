@@ -22,6 +22,7 @@ MAX_SECONDS = 10.0
 MAX_MEGABYTES = 1000.0  # above the idle process
 # A process that asks for more than this gets a MemoryError, so that the machine stays usable.
 HARD_LIMIT = 6 * 2**30
+STATM = Path("/proc/self/statm")
 
 
 class Outcome(NamedTuple):
@@ -63,26 +64,28 @@ def _measured(function: Any, given: Any) -> Outcome:
     if child == 0:
         os.close(result)
         os.dup2(2, 1)  # what the function prints is no result
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + HARD_LIMIT,) * 2)
+        size, resident = (int(pages) * resource.getpagesize() for pages in STATM.read_text().split()[:2])
+        os.write(told, f"{resident}\n".encode())
+        resource.setrlimit(resource.RLIMIT_AS, (size + HARD_LIMIT, size + HARD_LIMIT))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         text = "returned"
         try:
             function(given)
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
+        # What the function made is freed by now, which can fail too.
         os.write(told, text[:4000].encode(errors="replace"))
-        sys.exit(0)  # frees what the function left behind, which can fail too
+        os._exit(0)
     os.close(told)
-    text, in_time = _read_to_end(result, started + MAX_SECONDS)
+    told, in_time = _read_to_end(result, started + MAX_SECONDS)
     os.close(result)
     if not in_time:
         os.kill(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
+    idle, _, text = told.partition("\n")
     if os.WIFSIGNALED(status):
         text = f"killed by signal {os.WTERMSIG(status)}" if in_time else "stopped"
-    idle = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return Outcome(text, time.monotonic() - started, max(0.0, (usage.ru_maxrss * 1024 - idle) / 1e6))
+    return Outcome(text, time.monotonic() - started, (usage.ru_maxrss * 1024 - int(idle)) / 1e6)
 
 
 def _read_to_end(pipe: int, deadline: float) -> tuple[str, bool]:

@@ -15,6 +15,7 @@ import safetensors.numpy
 import tiny
 from published_names import by_rule, numbers_of_batches
 
+import fasterrcnn_jax
 from fasterrcnn_jax import __main__ as entry
 from fasterrcnn_jax.config.families import (
     IMAGENET_RGB,
@@ -450,6 +451,57 @@ def test_integer_arrays_are_refused(tmp_path):
         load_weights(abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays))
 
 
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """Returns a file of a small detector of ours."""
+    path = tmp_path_factory.mktemp("ours") / "ours.safetensors"
+    save_weights(create_detector(tiny.MODEL, NAMES, seed=0), path)
+    return path
+
+
+LOADERS = {
+    "load_weights": lambda path: load_weights(abstract(tiny.MODEL), path),
+    "create": lambda path: fasterrcnn_jax.create(tiny.MODEL, NAMES, weights=path),
+    "load": fasterrcnn_jax.load,
+}
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_numbers_that_are_not_finite_are_refused_with_the_name_of_their_tensor(load, ours, tmp_path):
+    weights = files.read(ours)
+    key = "RCNN_rpn.RPN_bbox_pred.bias"
+    for value in (np.nan, np.inf, 1e300):  # the last one is beyond float32
+        bad = np.zeros(weights.arrays[key].shape)
+        bad[3:5] = value
+        files.write(tmp_path / "bad.safetensors", weights.arrays | {key: bad}, weights.metadata)
+        problem = rf"bad\.safetensors: {key} must be finite, but 2 of its {bad.size} numbers are NaN or infinite"
+        with pytest.raises(InputError, match=problem):
+            LOADERS[load](tmp_path / "bad.safetensors")
+
+
+def test_a_batch_norm_of_nan_without_epsilon_is_an_error(tmp_path):
+    arrays = fpn_arrays()
+    arrays["backbone.body.layer1.0.bn2.running_var"][3] = np.nan
+    with pytest.raises(InputError, match=r"in: backbone\.body\.layer1\.0\.bn2\.running_var must be positive"):
+        load_weights(abstract(thin(resnet_fpn(50))), write(tmp_path / "in", arrays), format="torchvision_fpn_epsilon_0")
+
+
+def test_a_checkpoint_of_lightning_loads_as_its_weights_do(tmp_path):
+    arrays, config = fpn_arrays(), thin(resnet_fpn(50))
+    plain, _ = read_into(config, arrays, tmp_path / "in")
+    checkpoint = {"epoch": 1, "state_dict": {f"model.{name}": array for name, array in arrays.items()}}
+    foreign_files.write_zip(tmp_path / "last.ckpt", checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, load_weights(abstract(config), tmp_path / "last.ckpt"), plain)
+
+
+@pytest.mark.parametrize("names", ['"ring"', "[1, 2]", "{}", "[" * 100_000, "ring"])
+def test_class_names_of_a_file_that_are_no_list_of_names_are_refused(names, ours, tmp_path):
+    weights = files.read(ours)
+    files.write(tmp_path / "bad.safetensors", weights.arrays, weights.metadata | {"class_names": names})
+    with pytest.raises(InputError, match=r"bad\.safetensors: metadata class_names must be a JSON list of names"):
+        fasterrcnn_jax.load(tmp_path / "bad.safetensors")
+
+
 def test_half_precision_is_read_as_float32(tmp_path):
     arrays = {name: array.astype(jnp.bfloat16) for name, array in fpn_arrays().items()}
     model, _ = read_into(thin(resnet_fpn(50)), arrays, tmp_path / "in")
@@ -548,7 +600,7 @@ def test_a_setting_that_differs_from_the_training_of_the_weights_is_warned_of(tm
 def test_formats_that_are_not_known_are_named(tmp_path):
     path = write(tmp_path / "in", {"a": np.ones(2, np.float32)})
     model = abstract(thin(resnet_fpn(50)))
-    with pytest.raises(InputError, match=r"in: unknown format; .* are a …, the known formats are torchvision, caffe"):
+    with pytest.raises(InputError, match=r"in: unknown format; .* are 'a' …, the known formats are torchvision, caffe"):
         load_weights(model, path)
     with pytest.raises(InputError, match="format must be one of torchvision, caffe.*, got torchvisoin"):
         load_weights(model, path, format="torchvisoin")
@@ -579,7 +631,7 @@ def test_saving_and_loading_is_exact_and_without_a_warning(name, random_weights,
     # What the weights were trained with goes with them.
     other = dataclasses.replace(config, image=dataclasses.replace(config.image, std=(2.0, 2.0, 2.0)))
     load_weights(abstract(other), path)
-    assert f"model.image.std = {config.image.std}, but the model has (2.0, 2.0, 2.0)" in caplog.text
+    assert f"model.image.std = '{config.image.std}', but the model has (2.0, 2.0, 2.0)" in caplog.text
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -13,8 +13,9 @@ import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.config.text import from_json, to_json
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.weights import files
 from fasterrcnn_jax.weights.files import Weights
 from fasterrcnn_jax.weights.layouts import Layout
@@ -87,7 +88,8 @@ def log(report: Report, where: str) -> None:
         logger.warning("%s: %s", where, note)
     for what, names in (("in the file but not used", report.unused), ("not from the file", report.kept)):
         if names:
-            logger.info("%s: %s: %s", where, what, ", ".join(names))
+            # The names of a file can contain any character.
+            logger.info("%s: %s: %s", where, what, ", ".join(map(repr, names)))
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
@@ -122,9 +124,12 @@ def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, 
         return None
     config = from_json(weights.metadata[CONFIG], where, of=ModelConfig)
     try:
-        return config, tuple(json.loads(weights.metadata[CLASS_NAMES]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names") from error
+        names = json.loads(weights.metadata[CLASS_NAMES])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError(f"got {quoted(names)}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names ({error})") from error
+    return config, tuple(names)
 
 
 def formats_of(weights: Weights) -> tuple[Format, ...]:
@@ -150,8 +155,8 @@ def assign(model: Detector, weights: Weights, format: Format, *, where: str) -> 
       where: name of the file for messages.
 
     Raises:
-      InputError: an array of the model is not in the file, or an array of the file has no place in the model or
-        another shape.
+      InputError: an array of the model is not in the file, or an array of the file has no place in the model, another
+        shape, or a number that is not finite.
     """
     config, rows, arrays = model.config, format.rows(model.config), format.prepare(weights.arrays, where)
     expected = {field: weights.metadata.get(field, str(value)) for field, value in format.expects.items()}
@@ -270,7 +275,7 @@ def _choose(weights: Weights, config: ModelConfig, name: str | None, where: str)
     found = formats_of(weights)
     if not found:
         raise InputError(
-            f"{where}: unknown format; the first names are {', '.join(list(weights.arrays)[:3])} …, "
+            f"{where}: unknown format; the first names are {', '.join(map(quoted, list(weights.arrays)[:3]))} …, "
             f"the known formats are {', '.join(format.name for format in FORMATS)}"
         )
     chosen = CAFFE if CAFFE in found and config.image.channel_order == "bgr" else found[0]
@@ -303,7 +308,12 @@ def _converted(array: np.ndarray, key: str, layout: Layout, leaf: Any, name: str
         value = array
     if value.shape != leaf.shape:
         raise InputError(f"{where}: {key} has shape {array.shape}, which does not fit {name} with shape {leaf.shape}")
-    return jnp.array(value.astype(leaf.dtype))
+    with np.errstate(over="ignore"):
+        value = value.astype(leaf.dtype)
+    others = value.size - np.count_nonzero(np.isfinite(value))
+    if others:
+        raise InputError(f"{where}: {key} must be finite, but {others} of its {value.size} numbers are NaN or infinite")
+    return jnp.array(value)
 
 
 def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> None:
@@ -319,7 +329,7 @@ def _check_unseen(keys: set[str], rows: tuple, format: Format, where: str) -> No
 def _differences(config: ModelConfig, expected: Mapping[str, str]) -> list[str]:
     """Returns a sentence for each setting in which the model differs from the training of the weights."""
     return [
-        f"the weights were trained with model.{field} = {value}, but the model has {_field(config, field)}"
+        f"the weights were trained with model.{field} = {printable(value)}, but the model has {_field(config, field)}"
         for field, value in expected.items()
         if value != str(_field(config, field)) and _matters(field, config)
     ]

@@ -213,9 +213,10 @@ def _with_our_epsilon(arrays: dict[str, np.ndarray], where: str) -> dict[str, np
     adapted = dict(arrays)
     for name in arrays:
         norm = name.removesuffix("running_var")
-        if norm != name and f"{norm}weight" in arrays:
+        # Arrays of different shapes are no batch norm.
+        if norm != name and f"{norm}weight" in arrays and arrays[f"{norm}weight"].shape == arrays[name].shape:
             var = arrays[name].astype(np.float64)
-            if var.min(initial=np.inf) <= 0.0:
+            if not var.min(initial=np.inf) > 0.0:
                 raise InputError(f"{where}: {name} must be positive, as the format has epsilon 0; got {var.min()}")
             weight = arrays[f"{norm}weight"] * np.sqrt((var + EPSILON) / var)
             adapted[f"{norm}weight"] = weight.astype(np.float32)
