@@ -16,6 +16,8 @@ import tiny
 from launcher import Launcher
 from orbax.checkpoint import v1 as ocp
 
+from fasterrcnn_jax.training import run_folder
+
 STEPS = 12
 CONFIG = """
 import dataclasses, sys
@@ -177,6 +179,26 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(launcher, fold
     assert rows[2][4], rows  # there was a partially written checkpoint
     assert_same_end(run, whole)
     assert not is_writing(run)
+
+
+def test_of_two_starts_at_once_one_trains_and_the_other_ends_with_one_sentence(launcher, folder):
+    run, logs = folder / "twice", [folder / "twice.first.log", folder / "twice.second.log"]
+    pids = [launcher.start(["--config", folder / "mine.py", "--run", run], log=log) for log in logs]
+    deadline = time.monotonic() + 120
+    while (ended := [launcher.status(pid) for pid in pids]) == [None, None]:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert sorted(ended, key=str) == [2, None]
+    loser = ended.index(2)
+    said = logs[loser].read_text()
+    assert said.splitlines()[-1] == (
+        f"error: --run {run}: another process is training in this run folder; wait for it, or choose another --run"
+    )
+    assert "Traceback" not in said
+    os.kill(pids[1 - loser], signal.SIGKILL)
+    assert launcher.wait(pids[1 - loser]) == -signal.SIGKILL
+    with run_folder.locked(run):  # a killed holder frees it
+        pass
 
 
 @pytest.fixture
