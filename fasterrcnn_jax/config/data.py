@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -116,5 +117,5 @@ class DataConfig:
                 re.fullmatch(r"[a-z0-9_]+(/[\w-][\w.-]*)?(:\d+\.\d+\.\d+)?", self.tfds_name) is not None,
                 f"tfds_name must be NAME or NAME/CONFIG, optionally with :VERSION, got {self.tfds_name!r}",
             )
-        repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
-        require(not repeated, f"class_names contains {sorted(repeated)} more than once")
+        repeated = sorted(name for name, count in Counter(self.class_names).items() if count > 1)
+        require(not repeated, f"class_names contains {repeated} more than once")
