@@ -19,3 +19,9 @@ def require_positive(**fields: float) -> None:
 def require_not_negative(**fields: float) -> None:
     for name, value in fields.items():
         require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+def require_at_most(limit: int, **fields: int) -> None:
+    """Limits a size that a hostile file could declare. No published network comes near any of these limits."""
+    for name, value in fields.items():
+        require(value <= limit, f"{name} must be at most {limit}, got {value}")

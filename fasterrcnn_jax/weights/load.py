@@ -12,7 +12,7 @@ import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.config.text import from_json, to_json
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.weights import files
 from fasterrcnn_jax.weights.files import Weights
@@ -107,9 +107,12 @@ def stored_model(weights: Weights, where: str) -> tuple[ModelConfig, tuple[str, 
         return None
     config = from_json(weights.metadata[CONFIG], where, of=ModelConfig)
     try:
-        return config, tuple(json.loads(weights.metadata[CLASS_NAMES]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names") from error
+        names = json.loads(weights.metadata[CLASS_NAMES])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError(f"got {quoted(names)}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: metadata {CLASS_NAMES} must be a JSON list of names ({error})") from error
+    return config, tuple(names)
 
 
 def formats_of(weights: Weights) -> tuple[Format, ...]:
