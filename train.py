@@ -110,11 +110,11 @@ def fit(
     restored = checkpoint.restore(checkpoints, state, config=config)
     if restored is not None:
         state, position = restored
-        batches.set_state(position)
+        loader.set_position(batches, position, str(run))
         say(f"continuing {run} from step {state.step}")
     state, done = replicate(state), int(state.step)
     if config.replay is not None:
-        return replay_step(config.replay, stage, graphdef, state, step, batches)
+        return replay_step(config.replay, stage, graphdef, state, step, batches, config.model.image.canvases)
     if processes.is_main():
         run_folder.write_config(config, run)
 
@@ -226,6 +226,7 @@ def replay_step(
     state: TrainState,
     step: TrainStep,
     batches: Iterator[Batch],
+    canvases: tuple[tuple[int, int], ...],
 ) -> None:
     """Repeats the steps from the newest checkpoint to a failed one and prints how each of its images takes part.
 
@@ -237,6 +238,8 @@ def replay_step(
             f"--replay {path}: holds step {number}, but the newest checkpoint of {stage.run} is already at "
             f"step {int(state.step)}"
         )
+    if number > stage.train.steps or tuple(batch.images.shape[1:3]) not in canvases:
+        raise InputError(f"--replay {path}: holds step {number} of another run than {stage.run}")
     for _ in tqdm(range(int(state.step) + 1, number), desc="repeating steps", unit="step"):
         state, _ = step(state, next(batches))
     state = jax.tree.map(np.asarray, state)

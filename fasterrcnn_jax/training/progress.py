@@ -66,13 +66,14 @@ class LateReport:
             self._write(report)
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: bytes) -> int | None:
     """Returns the step of a line of metrics.jsonl; None if the line is damaged."""
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
+        step = json.loads(line.decode())["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    # True is an int too.
+    return step if type(step) is int else None
 
 
 class MetricsWriter:
@@ -88,7 +89,18 @@ class MetricsWriter:
             return
         path = metrics_path(run)
         check_regular(path)
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        try:
+            self._keep(path, after)
+            self._lines = path.open("a", buffering=1)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read and written: {error.strerror or error}") from error
+        self._board = TensorBoard(run, purge_step=after + 1)
+
+    @staticmethod
+    def _keep(path: Path, after: int) -> None:
+        """Deletes the lines of steps after `after`, and those that are damaged."""
+        # Bytes, because a line may be damaged in any way: zeros after a power cut, characters that are not UTF-8.
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         steps = [_step_of(line) for line in lines]
         # A killed process may have left an incomplete last line.
         damaged = sum(step is None for step in steps[:-1])
@@ -96,9 +108,7 @@ class MetricsWriter:
             logger.warning("%s: %d damaged lines are removed", path, damaged)
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
         if kept != lines:
-            write_atomically(path, "".join(kept))
-        self._lines = path.open("a", buffering=1)
-        self._board = TensorBoard(run, purge_step=after + 1)
+            write_atomically(path, b"".join(kept))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one line.
