@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from fasterrcnn_jax import processes
-from fasterrcnn_jax.config import Config
+from fasterrcnn_jax.config import Config, ImageConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.fingerprint import Fingerprint
@@ -145,11 +145,11 @@ def fit(
     restored = checkpoint.restore(checkpoints, state, config=config, data=fingerprint if compare else None)
     if restored is not None:
         state, position = restored
-        batches.set_state(position)
+        loader.set_position(batches, position, str(run))
         say(f"continuing {run} from step {state.step}")
     state, done = replicate(state), int(state.step)
     if config.replay is not None:
-        replay_step(config.replay, stage, graphdef, state, step, batches)
+        replay_step(config.replay, stage, graphdef, state, step, batches, config.model.image)
         return None
     if processes.is_main():
         run_folder.write_config(config, run)
@@ -288,6 +288,7 @@ def replay_step(
     state: TrainState,
     step: TrainStep,
     batches: Iterator[Batch],
+    image: ImageConfig,
 ) -> None:
     """Repeats the steps from the newest checkpoint to a failed one and prints how each of its images takes part.
 
@@ -299,6 +300,10 @@ def replay_step(
             f"--replay {path}: holds step {number}, but the newest checkpoint of {stage.run} is already at "
             f"step {int(state.step)}"
         )
+    if number > fitted(stage.train.steps, "train.steps") or tuple(batch.images.shape[1:3]) not in fitted(
+        image.canvases, "model.image.canvases"
+    ):
+        raise InputError(f"--replay {path}: holds step {number} of another run than {stage.run}")
     for _ in progress_bar(
         range(int(state.step) + 1, number), title="repeating steps", total=number - int(state.step) - 1, unit="step"
     ):

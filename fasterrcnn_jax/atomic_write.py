@@ -1,9 +1,16 @@
 """Writes a file completely or not at all."""
 
+import errno
 import os
+import re
 from pathlib import Path
 
 from fasterrcnn_jax.errors import InputError
+
+
+def is_temporary(path: Path) -> bool:
+    """Returns whether the name is one that `write_atomically` gives to its temporary files."""
+    return re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name, re.DOTALL) is not None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -15,13 +22,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
       InputError: the file cannot be written; the message names it.
     """
     # The tempfile module would create a file that only its owner can read.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as is_temporary says
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            # Without this, a power cut can leave an empty file under the final name.
+            _reach_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        if os.name != "nt":  # which cannot open folders
+            _reach_disk(path.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _reach_disk(path: Path) -> None:
+    """Returns when the file, or the list of names in the folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot do this.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""Files that can be read to their end: no pipes and no devices."""
+"""Files that can be read to their end and in little memory: no pipes, no devices, no sizes that are only declared."""
 
 import stat
 from pathlib import Path
@@ -11,6 +11,9 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+# The weights of a trained model do not compress. Masks, zeros and black images do, but never all of a large file.
+RATIO, ALWAYS = 200, 64 * 2**20
 
 
 def check_regular(path: Path) -> None:
@@ -25,3 +28,12 @@ def check_regular(path: Path) -> None:
     for is_kind, name in _KINDS:
         if is_kind(mode):
             raise InputError(f"{path}: must be a regular file, but is {name}")
+
+
+def check_declared(path: Path, declared: int, *, stored: int) -> None:
+    """Raises InputError if a file or folder of `stored` bytes declares arrays of implausibly many bytes.
+
+    Call it before the arrays are read, because reading reserves the declared memory.
+    """
+    if declared > RATIO * stored + ALWAYS:
+        raise InputError(f"{path}: declares arrays of {declared} bytes, but has only {stored} bytes; it is damaged")

@@ -1,16 +1,13 @@
 """Detectors by name: their configuration and the published weights that fit it."""
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from fasterrcnn_jax.config import ModelConfig, families
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
+from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, empty_detector, given_backbone
 from fasterrcnn_jax.weights import files
 from fasterrcnn_jax.weights import load_weights as load_file
 from fasterrcnn_jax.weights.files import Weights
@@ -231,7 +228,7 @@ def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector
     for format in formats_of(weights):
         for config, class_names in [stored] if stored else _candidates(weights, format):
             given = given_backbone(config.backbone, backbone, where)
-            empty = jax.eval_shape(functools.partial(create_detector, config, class_names, seed=0, backbone=given))
+            empty = empty_detector(config, class_names, backbone=given, where=where)
             try:
                 model, report = assign(empty, weights, format, where=where)
             except InputError:

@@ -17,6 +17,7 @@ from launcher import Launcher
 from orbax.checkpoint import v1 as ocp
 
 from fasterrcnn_jax.training.preemption import EXIT_STATUS
+from fasterrcnn_jax.training import run_folder
 
 STEPS = 12
 CONFIG = """
@@ -242,6 +243,26 @@ def test_a_request_to_stop_ends_the_run_at_each_moment(launcher, folder, whole, 
     if steps:
         finish(launcher, folder, run)
         assert_same_end(run, whole)
+
+
+def test_of_two_starts_at_once_one_trains_and_the_other_ends_with_one_sentence(launcher, folder):
+    run, logs = folder / "twice", [folder / "twice.first.log", folder / "twice.second.log"]
+    pids = [launcher.start(["--config", folder / "mine.py", "--run", run], log=log) for log in logs]
+    deadline = time.monotonic() + 120
+    while (ended := [launcher.status(pid) for pid in pids]) == [None, None]:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert sorted(ended, key=str) == [2, None]
+    loser = ended.index(2)
+    said = logs[loser].read_text()
+    assert said.splitlines()[-1] == (
+        f"error: --run {run}: another process is training in this run folder; wait for it, or choose another --run"
+    )
+    assert "Traceback" not in said
+    os.kill(pids[1 - loser], signal.SIGKILL)
+    assert launcher.wait(pids[1 - loser]) == -signal.SIGKILL
+    with run_folder.locked(run):  # a killed holder frees it
+        pass
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_the_position_resumes_in_a_new_iterator_bit_for_bit(dataset, everything,
     position = first.get_state()
     expected = list(first)
     resumed = batches_of(dataset, everything)
-    resumed.set_state(position)
+    loader.set_position(resumed, position, "RUN")
     rest = list(resumed)
     assert len(rest) == len(expected) == STEPS - done
     for batch, other in zip(rest, expected):
@@ -94,8 +94,19 @@ def test_the_position_after_the_last_batch_is_the_end(dataset, data):
     iterator = batches_of(dataset, data, steps=3)
     assert len(list(iterator)) == 3
     resumed = batches_of(dataset, data, steps=3)
-    resumed.set_state(iterator.get_state())
+    loader.set_position(resumed, iterator.get_state(), "RUN")
     assert list(resumed) == []
+
+
+POSITIONS = [{}, [], None, 7, "2"] + [
+    {"next_index": value} for value in (-1, STEPS + 1, 10**30, True, 1.5, "2", None, [1])
+]
+
+
+@pytest.mark.parametrize("position", POSITIONS, ids=repr)
+def test_a_position_that_is_none_of_this_run_is_refused(dataset, data, position):
+    with pytest.raises(InputError, match="^RUN: the stored position of the data is none of this run's"):
+        loader.set_position(batches_of(dataset, data), position, "RUN")
 
 
 @pytest.mark.parametrize("threads", [1, 5])
@@ -129,7 +140,7 @@ def test_a_position_resumes_with_another_number_of_threads(dataset, everything):
     position = first.get_state()
     expected = list(first)
     resumed = batches_of(dataset, dataclasses.replace(everything, threads=1))
-    resumed.set_state(position)
+    loader.set_position(resumed, position, "RUN")
     for batch, other in zip(resumed, expected, strict=True):
         assert_same_bits(batch, other)
 

@@ -1,7 +1,10 @@
 """Two trainings in one run folder: the second one is refused, and a killed one leaves no lock behind."""
 
 import errno
+import logging
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from fasterrcnn_jax.atomic_write import is_temporary, write_atomically
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.scripts import train
 from fasterrcnn_jax.training import run_folder
@@ -103,3 +107,91 @@ def test_all_processes_are_refused_together(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "any_process", lambda flag: False)
     with run_folder.locked(tmp_path):
         assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_has_the_lock_of_the_run_around_it(tmp_path):
+    """Alternating training holds one lock for its stages."""
+    stage = run_folder.stage_folder(tmp_path, "1_rpn")
+    for outer, inner in ((tmp_path, stage), (stage, tmp_path)):
+        with (
+            run_folder.locked(outer),
+            pytest.raises(InputError, match=f"--run {inner}: another process is training"),
+            run_folder.locked(inner),
+        ):
+            pass
+    with run_folder.locked(stage), run_folder.locked(tmp_path / "other"):
+        pass
+
+
+LEFT = [
+    ".config.json.4711.tmp", "images/.000002.png.4711.tmp", "failed/.step_00000002.npz.4711.tmp",
+    "proposals/.train.safetensors.4711.tmp", "checkpoints/4.orbax-checkpoint-tmp",
+    "stages/1_rpn/.metrics.jsonl.4711.tmp", "stages/1_rpn/checkpoints/4.orbax-checkpoint-tmp-17",
+]  # fmt: skip
+THEIRS = [
+    "config.json", "images/000002.png", ".config.json.tmp", "notes.4711.tmp", "checkpoints/2", "evaluation/.a.4711.tmp",
+    "checkpoints/1.damaged", "elsewhere/.a.4711.tmp",
+]  # fmt: skip
+
+
+def test_what_a_killed_run_left_is_removed_under_the_lock_and_said_in_one_line(tmp_path, caplog):
+    for name in LEFT + THEIRS:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "checkpoints/" in name:
+            path.mkdir()
+            path = path / "part"
+        path.write_text("")
+    with run_folder.locked(tmp_path / "stages" / "2_detector"), pytest.raises(InputError), run_folder.locked(tmp_path):
+        pass
+    assert all((tmp_path / name).exists() for name in LEFT)  # another process may be writing them
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"), run_folder.locked(tmp_path):
+        assert not [name for name in LEFT if (tmp_path / name).exists()]
+        assert all((tmp_path / name).exists() for name in THEIRS)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path}: removed what a killed run left: ")
+    assert all(Path(name).name in record.getMessage() for name in LEFT)
+
+
+def test_a_temporary_file_has_the_name_that_is_removed(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(path) or path.touch())
+    write_atomically(tmp_path / "a.json", "text")
+    assert [is_temporary(path) for path in (*written, tmp_path / "a.json")] == [True, False]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    """Without this order a power cut could leave an empty file under the name."""
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("renamed") or replace(*paths))
+    write_atomically(tmp_path / "a.json", "text")
+    assert done == [False, "renamed", True] and (tmp_path / "a.json").read_text() == "text"
+
+
+def test_a_file_system_without_fsync_of_folders_is_enough(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomically(tmp_path / "a.json", "text")
+    assert (tmp_path / "a.json").read_text() == "text"
+
+
+# Takes the lock of a folder after the capabilities of root are dropped, so that permissions bind.
+BOUND = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import launcher
+launcher.drop_capabilities()
+{HOLD}"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_folder_that_is_really_read_only_gives_one_sentence(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir(mode=0o555)
+    code = BOUND if os.geteuid() == 0 else HOLD
+    done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True)
+    run.chmod(0o755)
+    assert done.stdout == f"--run {run}: {run}/checkpoints cannot be written: Permission denied\n", done.stderr[-500:]

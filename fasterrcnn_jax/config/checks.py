@@ -40,3 +40,9 @@ def fitted(value: Value | Auto, field: str) -> Value:
     if value == AUTO:
         raise InputError(f"{field} is auto, which only a training can fit to its data; give a value")
     return value  # pyright: ignore[reportReturnType] - not AUTO
+
+
+def require_at_most(limit: int, **fields: int) -> None:
+    """Limits a size that a hostile file could declare. No published network comes near any of these limits."""
+    for name, value in fields.items():
+        require(value <= limit, f"{name} must be at most {limit}, got {value}")

@@ -7,6 +7,7 @@ from fasterrcnn_jax.config.checks import (
     AUTO,
     Auto,
     require,
+    require_at_most,
     require_fraction,
     require_not_negative,
     require_positive,
@@ -57,6 +58,7 @@ class ImageConfig:
                 min(canvas) > 0 and canvas[0] % 16 == 0 and canvas[1] % 16 == 0,
                 f"canvas sides must be positive multiples of 16, got {canvas}",
             )
+            require(canvas[0] * canvas[1] <= 2**23, f"a canvas must have at most {2**23} pixels, got {canvas}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class BackboneConfig:
             self.width >= 8 and self.width % 8 == 0,
             f"width must be a positive multiple of 8, got {self.width}",
         )
+        require_at_most(1024, width=self.width)
         require(
             self.norm != "none" or self.name == "vgg16",
             f"norm none is for vgg16, {self.name} needs frozen_batch or group",
@@ -122,6 +125,7 @@ class FpnConfig:
 
     def __post_init__(self):
         require_positive(channels=self.channels)
+        require_at_most(2**14, channels=self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,8 @@ class RpnConfig:
             convs=self.convs,
             anchors_per_image=self.anchors_per_image,
         )
+        require_at_most(2**14, channels=self.channels)
+        require_at_most(64, convs=self.convs)
         if self.allowed_border is not None:
             require_not_negative(allowed_border=self.allowed_border)
 
@@ -219,6 +225,8 @@ class ProposalConfig:
 
     def __post_init__(self):
         require_positive(pre_nms_top_n=self.pre_nms_top_n, post_nms_top_n=self.post_nms_top_n)
+        require_at_most(50_000, pre_nms_top_n=self.pre_nms_top_n)
+        require_at_most(10_000, post_nms_top_n=self.post_nms_top_n)
         require_fraction(nms_threshold=self.nms_threshold)
         require_positive(nms_threshold=self.nms_threshold)
         require_not_negative(min_size=self.min_size)
@@ -276,6 +284,8 @@ class RoiFeaturesConfig:
     def __post_init__(self):
         require_positive(output_size=self.output_size)
         require_not_negative(sampling_ratio=self.sampling_ratio)
+        require_at_most(64, output_size=self.output_size)
+        require_at_most(16, sampling_ratio=self.sampling_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,6 +313,8 @@ class BoxHeadConfig:
     def __post_init__(self):
         require_positive(channels=self.channels, layers=self.layers)
         require_not_negative(convs=self.convs)
+        require_at_most(2**16, channels=self.channels)
+        require_at_most(64, layers=self.layers, convs=self.convs)
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -360,6 +372,7 @@ class PostprocessConfig:
     def __post_init__(self):
         require_fraction(score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
         require_positive(nms_threshold=self.nms_threshold, max_detections=self.max_detections)
+        require_at_most(10_000, max_detections=self.max_detections)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

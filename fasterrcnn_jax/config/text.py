@@ -9,17 +9,22 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
+import os
 import runpy
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import typeguard
 
 from fasterrcnn_jax.config import Config, ModelConfig
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(path: Path) -> Config:
@@ -45,17 +50,19 @@ def check_types(config: Any, name: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         where = f"{name}.{field.name}" if ":" in name else f"{name}: {field.name}"
-        _check_type(value, field.type, where)
+        if not _has_type(value, field.type):
+            raise InputError(f"{where} must be {_type_name(field.type)}, got {quoted(value)}")
         if dataclasses.is_dataclass(value):
             check_types(value, where)
 
 
-def _check_type(value: Any, kind: Any, where: str) -> None:
+def _has_type(value: Any, expected: Any) -> bool:
     try:
         # By default typeguard checks only the first item of a collection.
-        typeguard.check_type(value, kind, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+        typeguard.check_type(value, expected, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
-        raise InputError(f"{where} must be {_type_name(kind)}, got {value!r}") from None
+        return False
+    return True
 
 
 def _type_name(kind: Any) -> str:
@@ -91,7 +98,8 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         value = _tuples(list(value)) if isinstance(value, list | tuple) else value
         kind = places[found[0]]
         value = Path(value) if Path in (kind, *get_args(kind)) and isinstance(value, str) else value
-        _check_type(value, kind, found[0])
+        if not _has_type(value, kind):
+            raise InputError(f"{found[0]} must be {_type_name(kind)}, got {quoted(value)}")
         try:
             config = _replaced(config, found[0].split("."), value)
         except ValueError as error:
@@ -134,42 +142,87 @@ def to_json(config: Config | ModelConfig) -> str:
 def from_json(text: str, name: str, *, of: type = Config) -> Any:
     """Returns the configuration that `to_json` wrote, an instance of `of`.
 
+    Where a field is missing, as in a file of an older release, its default is taken, and a warning says so.
+
     Args:
       name: file or checkpoint that holds the text, for error messages.
       of: class to build.
     Raises:
       InputError: the text is not JSON, or a field is missing, unknown or invalid.
     """
+    taken: list[str] = []
     try:
-        config = _build(of, json.loads(text), "config")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: this configuration cannot be read: {error}") from error
-    check_types(config, name)
+        config = _build(of, json.loads(text, object_pairs_hook=_once), "config", taken)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: this configuration cannot be read: {str(error)[:500]}") from error
+    if taken:
+        logger.warning("%s: fields without a value in it take their defaults: %s", name, ", ".join(taken))
     return config
 
 
-def _build(cls: type, values: dict[str, Any], name: str) -> Any:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the fields of a JSON object. Raises ValueError if a name appears twice."""
+    ((name, count),) = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ValueError(f"field {quoted(name)} appears twice")
+    return dict(pairs)
+
+
+def _build(cls: type, values: Any, name: str, taken: list[str]) -> Any:
+    """Returns the instance of `cls` with the given values; adds each field that takes its default to `taken`."""
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must hold fields, got {values!r}")
+        raise ValueError(f"{name} must hold fields, got {quoted(values)}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{name} has no field {', '.join(unknown)}")
+        raise ValueError(f"{name} has no field {quoted(unknown[0])}")
     built = {}
     for field, value in values.items():
+        where = f"{name}.{field}"
         # A field is nested if its type, or one alternative of its type, is a dataclass.
         alternatives = (known[field].type, *get_args(known[field].type))
         nested = next(
             (kind for kind in alternatives if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None
         )
         if nested is not None and value is not None:
-            built[field] = _build(nested, value, f"{name}.{field}")
-        elif Path in alternatives and value is not None:
+            built[field] = _build(nested, value, where, taken)
+            continue
+        if Path in alternatives and isinstance(value, str):
+            # The name of a file may contain bytes that are not UTF-8.
+            _check_text(value, where, os.fsencode)
             built[field] = Path(value)
         else:
-            built[field] = _tuples(value)
-    return cls(**built)
+            built[field] = _plain(value, where)
+        # `check_types` accepts True as a number.
+        is_number = isinstance(value, bool) and bool not in alternatives
+        if is_number or not _has_type(built[field], known[field].type):
+            raise ValueError(f"{where} must be {_type_name(known[field].type)}, got {quoted(value)}")
+    for field in known.values():
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"{name} needs a field {quoted(field.name)}")
+            taken.append(f"{name}.{field.name} = {quoted(field.default)}")
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _plain(value: Any, where: str) -> Any:
+    """Returns a value of JSON with tuples for lists. Raises ValueError for what no field can hold."""
+    if isinstance(value, list):
+        return tuple(_plain(item, where) for item in value)
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, int | float) and not abs(value) < 2**63:
+        raise ValueError(f"{where} must be a number below 2^63, got {quoted(value)}")
+    return value
+
+
+def _check_text(text: str, where: str, encode: Callable[[str], bytes] = str.encode) -> None:
+    try:
+        is_text = b"\0" not in encode(text)
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise ValueError(f"{where} must be text without NUL and surrogate characters, got {quoted(text)}")

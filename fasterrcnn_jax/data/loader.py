@@ -28,6 +28,7 @@ from fasterrcnn_jax.data.transforms import (
     network_size,
     scale_boxes,
 )
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 
 # Decoding threads in evaluation; training has `data.threads`.
@@ -126,6 +127,26 @@ def training_batches(
         return assemble(rows_of(plan, *process), image, example, max_boxes=data.max_boxes, max_proposals=slots)
 
     return _in_threads(source, load, data.threads)
+
+
+def set_position(batches: grain.DatasetIterator, position: Any, where: str) -> None:
+    """Continues at a position that `get_state` returned.
+
+    Args:
+      where: the run, for messages.
+    Raises:
+      InputError: it is no position in these batches.
+    """
+    try:
+        # Grain accepts True and 1.5.
+        if type(position["next_index"]) is not int:
+            raise TypeError(f"next_index must be an integer, got {quoted(position['next_index'])}")
+        batches.set_state(position)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{where}: the stored position of the data is none of this run's ({type(error).__name__}: {error}); "
+            "choose another --run"
+        ) from error
 
 
 def evaluation_batches(

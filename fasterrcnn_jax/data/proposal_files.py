@@ -49,13 +49,15 @@ def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
             metadata = file.metadata() or {}
             boxes, scores, counts = (file.get_tensor(name) for name in ("boxes", "scores", "counts"))
         ids, made_by = json.loads(metadata["ids"]), metadata["made_by"]
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # safetensors raises what NumPy and Rust raise
         raise InputError(f"{path}: the proposals file is missing, damaged, or of another kind ({error})") from error
     if (
         not isinstance(ids, list)
+        or not all(isinstance(name, str) for name in ids)
+        or len(set(ids)) != len(ids)
         or counts.shape != (len(ids),)
         or counts.dtype != np.int64
-        or (counts < 0).any()
+        or not ((counts >= 0) & (counts <= len(boxes))).all()
         or boxes.shape != (counts.sum(), 4)
         or scores.shape != (counts.sum(),)
         or not (boxes.dtype == scores.dtype == np.float32)

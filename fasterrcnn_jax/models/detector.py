@@ -13,7 +13,7 @@ from fasterrcnn_jax.config import BackboneConfig, ModelConfig
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
-from fasterrcnn_jax.models.layers import level_masks, normalised
+from fasterrcnn_jax.models.layers import Undrawn, level_masks, normalised
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
 from fasterrcnn_jax.ops.anchors import strides_of
@@ -52,6 +52,7 @@ class Detector(nnx.Module):
     ):
         self.config = config
         self.class_names = class_names
+        _check_size(config, len(class_names))
         backbone = backbone or backbone_class(config.backbone)
         pyramid = {} if config.fpn is None else {"pyramid": True}
         self.backbone = backbone(config.backbone, config.image, rng=rng, **pyramid)
@@ -62,6 +63,28 @@ class Detector(nnx.Module):
         make_tail = getattr(self.backbone, "tail", None)
         tail = None if make_tail is None else make_tail(config, rng=rng)
         self.box_head = BoxHead(config, channels, len(class_names), tail=tail, rng=rng)
+
+
+def _check_size(config: ModelConfig, num_classes: int) -> None:
+    """Raises InputError where a few numbers in a file would fill the memory of the one who detects with its model."""
+    proposals, features = config.test_proposals.post_nms_top_n, config.roi_features
+    stride = strides_of(config)[0]
+    cells = max(height * width for height, width in config.image.canvases) // stride**2
+    for limit, size, what in (
+        (2**22, proposals * num_classes, "test_proposals.post_nms_top_n times the number of classes"),
+        (
+            2**21,
+            proposals * (features.output_size * max(1, features.sampling_ratio)) ** 2,
+            "test_proposals.post_nms_top_n times (roi_features.output_size times roi_features.sampling_ratio)^2",
+        ),
+        (
+            2**22,
+            cells * len(config.rpn.anchor_scales) * len(config.rpn.anchor_ratios),
+            "the number of anchors (rpn.anchor_scales, rpn.anchor_ratios) on the finest map of the largest canvas",
+        ),
+    ):
+        if size > limit:
+            raise InputError(f"{what} must be at most {limit}, got {size}")
 
 
 def backbone_class(config: BackboneConfig) -> BackboneClass:
@@ -118,6 +141,27 @@ def create_detector(
       backbone: used instead of the class that `config.backbone` names.
     """
     return Detector(config, class_names, backbone=backbone, rng=np.random.default_rng(seed))
+
+
+def empty_detector(
+    config: ModelConfig,
+    class_names: tuple[str, ...],
+    *,
+    backbone: BackboneClass | None = None,
+    where: str = "the configuration",
+) -> Detector:
+    """Returns a detector whose weights have names, shapes and types but no values; draws nothing.
+
+    Args:
+      backbone: used instead of the class that `config.backbone` names.
+      where: the file that holds the configuration, for messages.
+    Raises:
+      InputError: the detector would be too large.
+    """
+    try:
+        return jax.eval_shape(lambda: Detector(config, class_names, backbone=backbone, rng=Undrawn(np.random.PCG64(0))))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:

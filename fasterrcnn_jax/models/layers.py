@@ -31,7 +31,13 @@ class Constant(nnx.Variable):
     """A value that is saved with the parameters and never trained."""
 
 
+class Undrawn(np.random.Generator):
+    """A generator for `jax.eval_shape`: our layers take no numbers from it, because drawing them costs their memory."""
+
+
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
+    if isinstance(rng, Undrawn):
+        return jnp.zeros(shape)
     # Drawn on the host: one compilation per shape would take longer than the first training step.
     return jnp.asarray(std * rng.standard_normal(shape, np.float32))
 

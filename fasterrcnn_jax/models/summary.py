@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.config.checks import fitted
-from fasterrcnn_jax.models.detector import Detector, create_detector, shared_features, split
+from fasterrcnn_jax.models.detector import Detector, empty_detector, shared_features, split
 from fasterrcnn_jax.models.roi_heads import detections_in_regions
 from fasterrcnn_jax.ops.anchors import anchors_of, strides_of
 from fasterrcnn_jax.structures import Proposals
@@ -45,7 +45,7 @@ def summarize(config: ModelConfig, num_classes: int) -> Summary:
     """
     canvas = max(fitted(config.image.canvases, "model.image.canvases"), key=lambda sides: sides[0] * sides[1])
     names = tuple(f"class{i}" for i in range(num_classes))
-    model = nnx.eval_shape(lambda: create_detector(config, names, seed=0))
+    model = empty_detector(config, names)
     images = jax.ShapeDtypeStruct((1, *canvas, 3), config.image.pixel_dtype)
     image_hw = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     levels = jax.eval_shape(shared_features, model, images, image_hw)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,10 @@ from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.config.text import from_json, to_json
 from fasterrcnn_jax.data.fingerprint import Fingerprint
-from fasterrcnn_jax.errors import InputError
-from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, given_backbone
+from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.models.detector import BackboneClass, Detector, empty_detector, given_backbone
 from fasterrcnn_jax.processes import any_process, is_main
-from fasterrcnn_jax.regular_files import check_regular
+from fasterrcnn_jax.regular_files import check_declared, check_regular
 from fasterrcnn_jax.training import preemption
 from fasterrcnn_jax.training.run_folder import (
     CHECKPOINTS,
@@ -47,6 +48,8 @@ _VALUE = "/value"
 
 # Format version of the checkpoints that are written. Version 1 has no entry "version" and is otherwise the same.
 VERSION = 2
+# Of all arrays of a part. Orbax stores each of our arrays in one chunk.
+MAX_CHUNKS = 100_000
 
 
 def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
@@ -55,10 +58,18 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
     Damaged checkpoints are renamed with a warning, so that the newest remaining one is intact.
 
     Raises:
-      InputError: there are checkpoints, but none of them is intact.
+      InputError: there are checkpoints, but none of them is intact; or a folder's name is a number in another form
+        than 500.
     """
     # Orbax needs an absolute path.
     folder = checkpoints_folder(run).absolute()
+    for child in sorted(folder.iterdir()) if folder.is_dir() else ():
+        # Orbax reads such names as numbers, or fails on them.
+        if child.name.strip().lstrip("+-").replace("_", "").isdigit() and _step_of(child) is None and child.is_dir():
+            raise InputError(
+                f"{child}: the name of a checkpoint folder must be a step number such as 500, got "
+                f"{quoted(child.name)}; rename the folder, or move it elsewhere"
+            )
     _set_damaged_aside(folder)
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
@@ -255,7 +266,7 @@ def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector
     folder, config, arrays = read_weights(path)
     names = config.data.class_names
     backbone = given_backbone(config.model.backbone, backbone, str(folder))
-    model = jax.eval_shape(lambda: create_detector(config.model, names, seed=0, backbone=backbone))
+    model = empty_detector(config.model, names, backbone=backbone, where=str(folder))
     graphdef, values = nnx.split(model)
     stored = {f"{name}{_VALUE}": array for name, array in arrays.items()}
     return nnx.merge(graphdef, _fit(stored, values, folder))
@@ -410,32 +421,67 @@ def _read(folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     """
     for path in folder.rglob("*"):
         check_regular(path)
+    arrays = tuple(name for name in parts if name != "metrics")
     try:
+        _check_texts(folder)
         meta = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]
         texts = {name: text for name, text in meta.items() if name != "digest"}
         if meta["digest"] != _digest_of_texts(texts):
             raise InputError(f"{folder}: the checkpoint is damaged: meta differs from what was saved")
-        version = int(meta.get("version", "1"))
-        if version > VERSION:
+        version = meta.get("version", "1")
+        if re.fullmatch("[1-9][0-9]{0,8}", version) is None:
+            raise InputError(f"{folder}: the checkpoint is damaged: version must be a number, got {quoted(version)}")
+        if int(version) > VERSION:
             raise InputError(
                 f"{folder}: the checkpoint has format version {version}; this release reads versions up to {VERSION}; "
                 "install a newer release"
             )
-        digests = json.loads(meta["digests"])
-        found = {}
-        if "metrics" in parts and digests["metrics"] != "null":
+        json.loads(meta["iterator"])  # which `restore` reads
+        digests, found = json.loads(meta["digests"]), {}
+        metrics = folder / "metrics" / "metrics"
+        if "metrics" in parts and (metrics.exists() or digests["metrics"] != "null"):
             # Orbax returns the metrics of all checkpoints together, and fails if those of one are damaged.
-            found["metrics"] = json.loads((folder / "metrics" / "metrics").read_text())
-        arrays = dict.fromkeys(name for name in parts if name != "metrics")
-        found |= ocp.load_checkpointables(str(folder), arrays) if arrays else {}
+            found["metrics"] = json.loads(metrics.read_text())
+        if arrays:
+            _check_sizes(folder, arrays)
+            found |= ocp.load_checkpointables(str(folder), dict.fromkeys(arrays))
+        for name, values in found.items():
+            if digests[name] != (json.dumps(values) if name == "metrics" else _digest(values)):
+                raise InputError(f"{folder}: the checkpoint is damaged: {name} differs from what was saved")
+        if "metrics" in found and not math.isfinite(_decisive(found["metrics"])):
+            raise InputError(f"{folder}: the checkpoint is damaged: the metric must be finite")
+        if "train" in found and found["train"]["step"] != _step_of(folder):
+            step = int(found["train"]["step"])
+            raise InputError(f"{folder}: the checkpoint is of step {step}; rename the folder to {step}")
     except InputError:
         raise
     except Exception as error:  # Orbax and its storage have no common exception class for damaged files
         raise InputError(f"{folder}: the checkpoint is incomplete or damaged ({type(error).__name__})") from error
-    for name, values in found.items():
-        if digests[name] != (json.dumps(values) if name == "metrics" else _digest(values)):
-            raise InputError(f"{folder}: the checkpoint is damaged: {name} differs from what was saved")
     return found | {"meta": meta}
+
+
+def _check_texts(folder: Path) -> None:
+    """Raises InputError if `meta` declares anything but texts: an array may have any size."""
+    for name, entry in ocp.metadata(str(folder), "meta").metadata.items():
+        if entry != "string":
+            raise InputError(f"{folder}: the checkpoint is damaged: meta.{name} must be a text")
+
+
+def _check_sizes(folder: Path, parts: tuple[str, ...]) -> None:
+    """Raises InputError unless the declared sizes of all arrays are plausible for the size of the files.
+
+    The storage believes the declared sizes: it reserves the memory of each array, and of each chunk, before it reads.
+    """
+    for part in parts:
+        declared, chunks = 0, 0
+        for name, entry in ocp.metadata(str(folder), part).metadata.items():
+            shape, chunk = entry.shape, entry.storage_metadata.chunk_shape
+            declared += max(math.prod(shape), math.prod(chunk)) * np.dtype(entry.dtype).itemsize
+            chunks += math.prod(-(-side // step) for side, step in zip(shape, chunk, strict=True))
+            if chunks > MAX_CHUNKS:
+                raise InputError(f"{folder}: the checkpoint is damaged: {part}/{name} must not have {chunks} chunks")
+        stored = sum(path.stat().st_size for path in (folder / part).rglob("*") if path.is_file())
+        check_declared(folder / part, declared, stored=stored)
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -445,7 +491,7 @@ def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def _config_in(found: dict[str, Any], folder: Path) -> Config:
-    return from_json(found["meta"]["config"], str(folder))
+    return from_json(found["meta"].get("config", ""), str(folder))
 
 
 def _path_of(checkpoints: ocp.training.Checkpointer, step: int) -> Path:
@@ -463,7 +509,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
     # The second is there only while a process replaces the first.
     best = [copy for copy in (best_folder(resolved), _replaced(best_folder(resolved))) if copy.is_dir()][:1]
     # A copy of RUN/best may have any name.
-    if not best and (folder.name.isdigit() or (folder / "meta").is_dir()):
+    if not best and (_step_of(folder) is not None or (folder / "meta").is_dir()):
         return [folder]
     found = best + _numbered(folder)
     if not found:
@@ -474,8 +520,14 @@ def _checkpoints_in(path: Path) -> list[Path]:
 def _numbered(folder: Path) -> list[Path]:
     """Returns the checkpoints in `folder`, newest first."""
     children = folder.iterdir() if folder.is_dir() else ()
-    found = [child for child in children if child.name.isdigit() and child.is_dir()]
+    found = [child for child in children if _step_of(child) is not None and child.is_dir()]
     return sorted(found, key=lambda child: int(child.name), reverse=True)
+
+
+def _step_of(folder: Path) -> int | None:
+    """Returns the step in the name of a checkpoint folder; None if the name is no step."""
+    # Not str.isdigit, which is true for "²" and for digits of other scripts.
+    return int(folder.name) if re.fullmatch("0|[1-9][0-9]{0,9}", folder.name) else None
 
 
 def _digest(values: dict[str, Any]) -> str:

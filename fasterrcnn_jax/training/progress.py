@@ -74,13 +74,14 @@ class LateReport:
             self._write(report)
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: bytes) -> int | None:
     """Returns the step of a line of metrics.jsonl; None if the line is damaged."""
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
+        step = json.loads(line.decode())["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    # True is an int too.
+    return step if type(step) is int else None
 
 
 class MetricsWriter:
@@ -97,17 +98,12 @@ class MetricsWriter:
             return
         path = metrics_path(run)
         check_regular(path)
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        steps = [_step_of(line) for line in lines]
-        # A killed process may have left an incomplete last line.
-        damaged = sum(step is None for step in steps[:-1])
-        if damaged:
-            logger.warning("%s: %d damaged lines are removed", path, damaged)
-        kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
-        if kept != lines:
-            write_atomically(path, "".join(kept))
+        try:
+            kept = _keep(path, after)
+            self._lines = path.open("a", buffering=1)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read and written: {error.strerror or error}") from error
         self._names_after = {name for line in kept if _step_of(line) == after for name in json.loads(line)}
-        self._lines = path.open("a", buffering=1)
         self._board = TensorBoard(run, purge_step=after + 1)
 
     def has(self, step: int, names: Iterable[str]) -> bool:
@@ -162,6 +158,21 @@ class MetricsWriter:
                 self._lines.close()
         if self._board is not None:
             self._board.close()
+
+
+def _keep(path: Path, after: int) -> list[bytes]:
+    """Deletes the lines of steps after `after`, and those that are damaged; returns the others."""
+    # Bytes, because a line may be damaged in any way: zeros after a power cut, characters that are not UTF-8.
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    # A killed process may have left an incomplete last line.
+    damaged = sum(step is None for step in steps[:-1])
+    if damaged:
+        logger.warning("%s: %d damaged lines are removed", path, damaged)
+    kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= after]
+    if kept != lines:
+        write_atomically(path, b"".join(kept))
+    return kept
 
 
 class Progress:

@@ -5,6 +5,8 @@ therefore reaches the failed step with the same weights again. Then each image o
 """
 
 import io
+import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from fasterrcnn_jax.atomic_write import write_atomically
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.detector import shared_features
 from fasterrcnn_jax.models.rpn import rpn_output
 from fasterrcnn_jax.printing import printable
-from fasterrcnn_jax.regular_files import check_regular
+from fasterrcnn_jax.regular_files import check_declared, check_regular
 from fasterrcnn_jax.structures import Batch, GroundTruth, Losses, LossTerms, Proposals
 from fasterrcnn_jax.training.run_folder import failed_batch_path
 from fasterrcnn_jax.training.state import TrainState, step_key
@@ -54,19 +56,64 @@ def read_batch(path: Path) -> tuple[int, list[str], Batch]:
     """
     check_regular(path)
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in arrays.files}
         number, ids = int(values.pop("step")), values.pop("ids").tolist()
         truth = GroundTruth(*(values.pop(f"ground_truth.{name}") for name in GroundTruth._fields))
         given = [values.pop(f"proposals.{name}", None) for name in Proposals._fields]
         proposals = None if given[0] is None else Proposals(*given)
-        return number, ids, Batch(ground_truth=truth, proposals=proposals, **values)
+        batch = Batch(ground_truth=truth, proposals=proposals, **values)
+        _check_batch(batch, ids)
+        return number, ids, batch
     except FileNotFoundError:
         raise InputError(f"--replay {path}: no such file") from None
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # NumPy and zipfile have no common exception class for damaged files
         raise InputError(
             f"--replay {path}: this file is not the batch of a failed step ({type(error).__name__}: {error})"
         ) from None
+
+
+def _check_sizes(path: Path) -> None:
+    """Raises InputError or ValueError unless each array has the size that its entry in the archive has."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        check_declared(path, sum(entry.file_size for entry in entries), stored=path.stat().st_size)
+        for entry in entries:
+            with archive.open(entry) as file:
+                read = np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0 if read == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(file)
+                if math.prod(shape) * dtype.itemsize > entry.file_size:
+                    raise ValueError(f"{entry.filename} declares {dtype}{list(shape)} in {entry.file_size} bytes")
+
+
+def _check_batch(batch: Batch, ids: list[str]) -> None:
+    """Raises ValueError unless the arrays have the types and shapes that `write_batch` writes."""
+    size, (height, width, _) = len(batch.images), batch.images.shape[1:]
+    slots = batch.ground_truth.labels.shape[1]
+    declared = {
+        "images": (batch.images, ("float32", "uint8"), (size, height, width, 3)),
+        "image_hw": (batch.image_hw, ("float32",), (size, 2)),
+        "scale": (batch.scale, ("float32",), (size, 2)),
+        "image_index": (batch.image_index, ("int32", "int64"), (size,)),
+        "image_valid": (batch.image_valid, ("bool",), (size,)),
+        "ground_truth.boxes": (batch.ground_truth.boxes, ("float32",), (size, slots, 4)),
+        "ground_truth.labels": (batch.ground_truth.labels, ("int32",), (size, slots)),
+        "ground_truth.valid": (batch.ground_truth.valid, ("bool",), (size, slots)),
+    }
+    if batch.proposals is not None:
+        given = batch.proposals.scores.shape[1]
+        declared |= {
+            "proposals.boxes": (batch.proposals.boxes, ("float32",), (size, given, 4)),
+            "proposals.scores": (batch.proposals.scores, ("float32",), (size, given)),
+            "proposals.valid": (batch.proposals.valid, ("bool",), (size, given)),
+        }
+    for name, (array, types, shape) in declared.items():
+        if str(array.dtype) not in types or array.shape != shape:
+            raise ValueError(f"{name} must be {' or '.join(types)}{list(shape)}, got {array.dtype}{list(array.shape)}")
+    if not all(isinstance(name, str) for name in ids) or len(ids) != batch.image_valid.sum():
+        raise ValueError(f"ids must name the {batch.image_valid.sum()} valid images, got {quoted(ids)}")
 
 
 def examine(

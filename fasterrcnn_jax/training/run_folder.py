@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from fasterrcnn_jax.atomic_write import write_atomically
+from fasterrcnn_jax.atomic_write import is_temporary, write_atomically
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.errors import InputError
@@ -15,7 +16,7 @@ from fasterrcnn_jax.processes import any_process, is_main
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, STAGES = "checkpoints", "stages"
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
       InputError: another process trains in this folder, or nothing can be written there.
     """
-    lock = FileLock(run / ".lock")
+    lock = FileLock(_owner(run) / ".lock")
     refusal = _taken(lock, run) if is_main() else None
     if bool(any_process(refusal is not None)):
         raise InputError(refusal or f"--run {run}: process 0 cannot train in this run folder")
@@ -39,12 +40,19 @@ def locked(run: Path) -> Iterator[None]:
             lock.release()
 
 
+def _owner(run: Path) -> Path:
+    """Returns the run folder whose lock protects `run`: for a stage of alternating training, the folder around it."""
+    resolved = run.resolve()
+    return resolved.parent.parent if resolved.parent.name == STAGES else run
+
+
 def _taken(lock: BaseFileLock, run: Path) -> str | None:
     """Makes the folder and takes its lock; returns why that is not possible, or None."""
     try:
         # The folder of the checkpoints too: that it cannot be made must not show at the first checkpoint.
         checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        _remove_leftovers(run)
     except Timeout:
         return f"--run {run}: another process is training in this run folder; wait for it, or choose another --run"
     except NotImplementedError:
@@ -52,6 +60,27 @@ def _taken(lock: BaseFileLock, run: Path) -> str | None:
     except OSError as error:
         return f"--run {run}: {error.filename or run} cannot be written: {error.strerror or error}"
     return None
+
+
+def _remove_leftovers(run: Path) -> None:
+    """Removes what killed trainings of this folder were writing, and logs one line. Call it under the lock."""
+    stages = (run / STAGES).iterdir() if (run / STAGES).is_dir() else ()
+    # Not in the folder of the evaluations, which other processes write without the lock.
+    inside = ("", "images", "failed", "proposals", CHECKPOINTS)
+    folders = [folder / name for folder in (run, *stages) for name in inside]
+    left = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_leftover(path)]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if left:
+        logger.info("%s: removed what a killed run left: %s", run, ", ".join(sorted(path.name for path in left)))
+
+
+def _is_leftover(path: Path) -> bool:
+    # Orbax's name for a checkpoint that is not complete.
+    return is_temporary(path) or ".orbax-checkpoint-tmp" in path.name
 
 
 def config_path(run: Path) -> Path:
@@ -137,7 +166,7 @@ def proposals_path(run: Path, split: str) -> Path:
 
 def stage_folder(run: Path, name: str) -> Path:
     """Returns the run folder of one stage of alternating training."""
-    return run / "stages" / name
+    return run / STAGES / name
 
 
 def evaluation_folder(run: Path, split: str) -> Path:
