@@ -307,7 +307,7 @@ def attempt_image(folder: Path, seed: int) -> bool:
     """Changes an image at random by `seed` and decodes it; returns whether that succeeded."""
     path = folder / "image"
     path.write_bytes(spoiled_image(random.Random(seed)))
-    started = time.process_time()
+    started, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         pixels = read_image(path, upright=bool(seed % 2))
     except InputError as error:
@@ -315,13 +315,9 @@ def attempt_image(folder: Path, seed: int) -> bool:
         assert str(path) in message and "\n" not in message and len(message) < 1500, message
         pixels = None
     assert time.process_time() - started < budget.MAX_SECONDS
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < IDLE + budget.MAX_MEGABYTES
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1e3 < budget.MAX_MEGABYTES
     assert pixels is None or (pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.size > 0)
     return pixels is not None
-
-
-# Megabytes of the process before anything is read.
-IDLE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def attempt_tfds(folder: Path, seed: int) -> bool:

@@ -1,6 +1,7 @@
 """Tests 128 bad inputs, strict and lenient, and the shared collection that they are modelled on."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -258,3 +259,16 @@ def test_spoiled_annotations_give_records_or_one_sentence(tmp_path):
     fuzz_readers.prepare(tmp_path)
     read = sum(fuzz_readers.attempt(tmp_path, seed) for seed in range(300))
     assert 50 < read < 280
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged files
+def test_spoiled_images_give_pixels_or_one_sentence(tmp_path):
+    """A short version of `python tests/fuzz_readers.py --of images`."""
+    assert 200 < sum(fuzz_readers.attempt_image(tmp_path, seed) for seed in range(1200)) < 600
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow_datasets") is None, reason="needs the extra tfds")
+def test_spoiled_descriptions_of_tfds_give_records_or_one_sentence(tmp_path):
+    """A short version of `python tests/fuzz_readers.py --of tfds`."""
+    fuzz_readers.prepare_tfds(tmp_path)
+    assert 5 < sum(fuzz_readers.attempt_tfds(tmp_path, seed) for seed in range(150)) < 60

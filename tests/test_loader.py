@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import image_cache, loader, sources

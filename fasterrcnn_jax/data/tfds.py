@@ -384,5 +384,5 @@ def _arrays(rows: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def first_sentence(error: Exception) -> str:
-    """Returns the first sentence of an error's message, without the final punctuation."""
-    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(".:")
+    """Returns the first sentence of an error's message, cut after 300 characters, without the final punctuation."""
+    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0][:300].rstrip(".:")
