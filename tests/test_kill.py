@@ -16,8 +16,8 @@ import tiny
 from launcher import Launcher
 from orbax.checkpoint import v1 as ocp
 
-from fasterrcnn_jax.training.preemption import EXIT_STATUS
 from fasterrcnn_jax.training import run_folder
+from fasterrcnn_jax.training.preemption import EXIT_STATUS
 
 STEPS = 12
 CONFIG = """

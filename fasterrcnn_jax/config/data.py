@@ -62,8 +62,8 @@ class DataConfig:
     """Labelled images: a folder as a labelling tool writes it, or a data set of TensorFlow Datasets (TFDS)."""
 
     root: Path
-    """folder of the data set; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the data_dir of TFDS; every other
-    layout: contains the annotations and the images"""
+    """folder of the data set with its annotations and images; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the
+    data_dir of TFDS"""
     layout: Layout = "voc"
     """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
     class names and the splits that are not there"""
@@ -72,8 +72,8 @@ class DataConfig:
     voc_annotations: str = "Annotations"
     """layout voc: folder of a split's XML files, relative to root; may contain {split}"""
     voc_lists: str | None = "ImageSets/Main/{split}.txt"
-    """layout voc: list of a split's images, relative to root; None: a split is every image and every XML file in its
-    folders"""
+    """layout voc: list of a split's images, relative to root; None: a split is every image that has an XML file in
+    the split's folder"""
     voc_counts_from: Literal[0, 1] = 1
     """layouts voc and vocdevkit: 1: corners are whole pixels counted from 1, and the last one is included, as in PASCAL
     VOC; 0: corners are continuous coordinates from 0, as CVAT writes them"""
@@ -85,8 +85,8 @@ class DataConfig:
     """layout tfds: NAME/CONFIG of the data set, for example voc/2007, or one version of it, for example
     voc/2007:5.0.0"""
     class_names: tuple[str, ...] = ()
-    """names of the object classes in the annotations, without background; if empty with layout coco or tfds: all
-    classes of the data set, in its order"""
+    """names of the object classes to train on, without background; objects of other classes are ignored; if empty: all
+    classes of the training split, in the order that the data declares, or sorted"""
     train_split: str = "train"
     """splits to train on, joined by +; layout voc: NAME of ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, for example
     2007_trainval; coco: the {split} of coco_annotations; tfds: a split of the data set, for example train, or a part of
