@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from collections import defaultdict
 
 import budget
 import hostile_images
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fasterrcnn_jax.data.images import image_size, read_image, record_pixels
+from fasterrcnn_jax.data.images import GREY_16, annotated_frame, image_size, read_image, record_pixels
 from fasterrcnn_jax.data.sources import open_images
 from fasterrcnn_jax.errors import InputError
 
@@ -96,6 +97,16 @@ def test_sixteen_bit_grey_is_rescaled_not_clipped(tmp_path):
     pixels = read_image(tmp_path / "a.png")
     assert pixels.dtype == np.uint8 and pixels.shape == (4, 64, 3)
     np.testing.assert_array_equal(pixels[0, :, 1], ramp[0] // 256)
+
+
+@pytest.mark.parametrize("most, divisor", [(4095, 16), (4096, 256), (300, 16)])
+def test_grey_of_twelve_bits_keeps_its_contrast(most, divisor, tmp_path):
+    ramp = np.tile(np.linspace(0, most, 64).astype(np.uint16), (4, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0, :, 1], ramp[0] // divisor)
+    found = defaultdict(list)
+    annotated_frame(tmp_path / "a.png", None, "", found)
+    assert found == {GREY_16: [str(tmp_path / "a.png")]}
 
 
 def test_float_image_is_refused(tmp_path):

@@ -4,9 +4,11 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from pycocotools.coco import COCO
 
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_areas
@@ -18,6 +20,7 @@ from fasterrcnn_jax.evaluation.report import (
     format_table,
     metrics_dict,
 )
+from fasterrcnn_jax.inference import scoring
 
 IDS = ("000005", "139", "2008_000008", "0")
 
@@ -31,6 +34,24 @@ def dataset(ids=IDS, class_names=("cat", "traffic light", "ox")):
     arrays = boxes, np.array([1, 2], np.int32), np.array([False, True]), np.zeros(2, bool), box_areas(boxes)
     records = tuple(ImageRecord(i, Path(f"{i}.jpg"), (300, 400), *arrays) for i in ids)
     return Dataset("hand made", class_names, records, (), CATEGORY_IDS)
+
+
+def test_the_table_says_how_much_recall_a_detector_can_have(monkeypatch):
+    """Ten cats in each image, of which a detector of tiny.MODEL returns 6."""
+    ten = dataset()
+    boxes = np.float32([[9 * k, 9, 9 * k + 8, 20] for k in range(10)])
+    arrays = boxes, np.ones(10, np.int32), np.zeros(10, bool), np.zeros(10, bool), box_areas(boxes)
+    crowded = ten._replace(records=tuple(ImageRecord(r.id, r.path, r.image_hw, *arrays) for r in ten.records))
+    none = [ImageDetections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(IDS)
+    monkeypatch.setattr(scoring, "detect_dataset", lambda *_, **__: none)
+    model = SimpleNamespace(config=tiny.MODEL)
+    lines = scoring.score(model, crowded, batch_size=1).table.splitlines()
+    assert lines[0] == (
+        "note: 4 of 4 images have more than 6 objects, up to 10, but a detector returns no more boxes than "
+        "model.postprocess.max_detections = 6 and model.test_proposals.post_nms_top_n = 8; its recall is at most 0.600"
+    )
+    assert lines[-1] == "AP50 0.00"
+    assert not scoring.score(model, ten, batch_size=1).table.startswith("note")
 
 
 def random_detections(images=len(IDS), count=6):
