@@ -10,7 +10,7 @@ from PIL import Image
 
 from fasterrcnn_jax.data.records import Prediction
 from fasterrcnn_jax.inference.drawing import draw
-from fasterrcnn_jax.inference.given_images import given_images
+from fasterrcnn_jax.inference.given_images import list_images
 from fasterrcnn_jax.inference.prediction import preprocess
 
 RGB = np.random.default_rng(0).integers(0, 256, (48, 72, 3), dtype=np.uint8)
@@ -20,7 +20,7 @@ GREY_RGB = np.stack([GREY] * 3, axis=2)
 
 
 def pixels_of(images):
-    return [image.pixels() for image in given_images(images)[0]]
+    return [image.pixels() for image in list_images(images)[0]]
 
 
 def as_palette(pixels):
@@ -66,7 +66,7 @@ def test_a_path_is_read_upright_and_decoded_only_when_it_is_needed(tmp_path, kin
     exif[0x0112] = 6
     path = tmp_path / "photo.png"
     Image.fromarray(RGB).save(path, exif=exif)
-    ((image,), single) = given_images(kind(path))
+    ((image,), single) = list_images(kind(path))
     assert single and image.image_hw == (72, 48)
     np.testing.assert_array_equal(image.pixels(), np.rot90(RGB, -1))
     # Pillow's image keeps the orientation that its own pixels have.
@@ -79,7 +79,7 @@ def test_a_path_is_read_upright_and_decoded_only_when_it_is_needed(tmp_path, kin
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_batch_array_is_a_list_of_its_images(channels):
     batch = np.stack([ALPHA, ALPHA[::-1]])[..., :channels]
-    listed, single = given_images(batch)
+    listed, single = list_images(batch)
     assert not single
     for image, expected in zip(listed, batch, strict=True):
         np.testing.assert_array_equal(image.pixels(), pixels_of(expected)[0])

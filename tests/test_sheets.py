@@ -40,14 +40,15 @@ def batch_of(pixels, boxes, config):
 @pytest.mark.parametrize("channel_order", ["rgb", "bgr"])
 @pytest.mark.parametrize("pixel_dtype", ["float32", "uint8"])
 def test_a_batch_is_shown_in_the_colours_of_its_files_with_its_padding(channel_order, pixel_dtype):
-    config = dataclasses.replace(tiny.IMAGE, channel_order=channel_order, pixel_dtype=pixel_dtype)
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    config = dataclasses.replace(tiny.IMAGE, short_side=56, channel_order=channel_order, pixel_dtype=pixel_dtype)
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 80, 3), dtype=np.uint8)
     sheet = batch_sheet(batch_of(pixels, [], config), config, tiny.CLASS_NAMES)
     assert sheet.shape == (TOP + 64 * ZOOM + GAP, 96 * ZOOM + 2 * GAP, 3)  # one image
     shown = sheet[TOP : TOP + 64 * ZOOM, LEFT : LEFT + 96 * ZOOM]
-    np.testing.assert_array_equal(shown[::ZOOM, : 80 * ZOOM : ZOOM], pixels)
-    assert set(np.unique(shown[:, 80 * ZOOM :])) == {205, 235}
-    for line, text in enumerate(("image 17", "80 x 64 on 96 x 64")):
+    np.testing.assert_array_equal(shown[: 56 * ZOOM : ZOOM, : 80 * ZOOM : ZOOM], pixels)
+    for padding in (shown[:, 80 * ZOOM :], shown[56 * ZOOM :]):
+        assert set(np.unique(padding)) == {205, 235}
+    for line, text in enumerate(("image 17", "80 x 56 on 96 x 64")):
         top = GAP + line * (LINE + GAP)
         np.testing.assert_array_equal(sheet[top : top + LINE, LEFT:-GAP], text_line(text, 96 * ZOOM))
 

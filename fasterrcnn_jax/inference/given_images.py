@@ -40,7 +40,7 @@ class GivenImage(NamedTuple):
     pixels: Callable[[], np.ndarray]  # returns uint8 [height, width, 3], RGB
 
 
-def given_images(images: Any) -> tuple[list[GivenImage], bool]:
+def list_images(images: Any) -> tuple[list[GivenImage], bool]:
     """Returns the images of one image, a list or a batch array, and whether a single image was given.
 
     Raises:

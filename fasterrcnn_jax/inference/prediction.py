@@ -16,7 +16,7 @@ from fasterrcnn_jax.data.transforms import (
     smallest_canvas,
     to_canvas,
 )
-from fasterrcnn_jax.inference.given_images import GivenImage, given_images
+from fasterrcnn_jax.inference.given_images import GivenImage, list_images
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.faster_rcnn import detect
@@ -62,7 +62,7 @@ def predict(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-    listed, single = given_images(images)
+    listed, single = list_images(images)
     by_position: dict[int, Prediction] = {}
     groups = defaultdict(list)
     for position, image in enumerate(listed):
@@ -95,7 +95,7 @@ def preprocess(images: Any, config: ImageConfig) -> OnCanvas:
     Raises:
       ValueError: there is no image, an image is of another kind, or no single canvas is large enough for all images.
     """
-    listed, _ = given_images(images)
+    listed, _ = list_images(images)
     if not listed:
         raise ValueError("preprocess needs at least one image")
     needed = [network_size(image.image_hw, config) for image in listed]
