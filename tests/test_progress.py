@@ -104,7 +104,7 @@ def test_the_expected_time_counts_steps_compilations_and_evaluations():
     none = Evaluations(0, 8, frozenset({here}))
     assert seconds(steps=100, canvases=frozenset({here}), evaluations=none) == pytest.approx(100.0)
     assert seconds(steps=100, canvases=frozenset({here, there}), evaluations=none) == pytest.approx(109.0)
-    evaluated = seconds(steps=100, canvases=frozenset({here}), evaluations=none._replace(count=3))
+    evaluated = seconds(steps=100, canvases=frozenset({here}), evaluations=none._replace(number=3))
     assert evaluated == pytest.approx(100.0 + 3 * 8 * 0.25 * DETECTION + 9.0 * DETECTION_COMPILATION)
 
 

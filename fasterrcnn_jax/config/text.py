@@ -95,7 +95,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
             near = difflib.get_close_matches(name, [*places, *(place.rpartition(".")[2] for place in places)])
             meant = " or ".join(found or dict.fromkeys(near)) or "see train.py --help_all"
             raise InputError(f"{name}: {'several fields have' if found else 'no field has'} this name; {meant}")
-        value = _tuples(list(value)) if isinstance(value, list | tuple) else value
+        value = _plain(value, name)
         kind = places[found[0]]
         value = Path(value) if Path in (kind, *get_args(kind)) and isinstance(value, str) else value
         if not _has_type(value, kind):

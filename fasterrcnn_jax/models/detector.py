@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from fasterrcnn_jax.config import BackboneConfig, ModelConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
@@ -69,7 +70,9 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
     """Raises InputError where a few numbers in a file would fill the memory of the one who detects with its model."""
     proposals, features = config.test_proposals.post_nms_top_n, config.roi_features
     stride = strides_of(config)[0]
-    cells = max(height * width for height, width in config.image.canvases) // stride**2
+    canvases = fitted(config.image.canvases, "model.image.canvases")
+    cells = max(height * width for height, width in canvases) // stride**2
+    scales = fitted(config.rpn.anchor_scales, "model.rpn.anchor_scales")
     for limit, size, what in (
         (2**22, proposals * num_classes, "test_proposals.post_nms_top_n times the number of classes"),
         (
@@ -79,7 +82,7 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
         ),
         (
             2**22,
-            cells * len(config.rpn.anchor_scales) * len(config.rpn.anchor_ratios),
+            cells * len(scales) * len(config.rpn.anchor_ratios),
             "the number of anchors (rpn.anchor_scales, rpn.anchor_ratios) on the finest map of the largest canvas",
         ),
     ):

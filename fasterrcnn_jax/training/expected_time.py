@@ -25,7 +25,7 @@ class TimedStep(NamedTuple):
 class Evaluations(NamedTuple):
     """The evaluations of a training."""
 
-    count: int
+    number: int
     images: int  # in each of them
     canvases: frozenset[tuple[int, int]]  # of these images
 
@@ -62,8 +62,8 @@ def expected_seconds(
     return (
         steps * typical
         + compilation * len(canvases - set(first))
-        + evaluations.count * detection
-        + (compilation * DETECTION_COMPILATION * len(evaluations.canvases) if evaluations.count else 0.0)
+        + evaluations.number * detection
+        + (compilation * DETECTION_COMPILATION * len(evaluations.canvases) if evaluations.number else 0.0)
     )
 
 

@@ -243,13 +243,13 @@ class Progress:
         self._bar.update(number - self._bar.n)
         losses = {name: f"{values[name]:.3f}" for name in LossTerms._fields if values[name]}
         self._bar.set_postfix(losses | {"images/s": f"{rate:.1f}"}, refresh=False)
-        self._timed.append(TimedStep(batch.images.shape[1:3], seconds))
+        self._timed.append(TimedStep((batch.images.shape[1], batch.images.shape[2]), seconds))
         if len(self._timed) == FIRST_STEPS and number < self._steps:
             self._say_expected_time(number)
 
     def _say_expected_time(self, number: int) -> None:
-        done = self._evaluations.count * number // self._steps
-        left = self._evaluations._replace(count=self._evaluations.count - done)
+        done = self._evaluations.number * number // self._steps
+        left = self._evaluations._replace(number=self._evaluations.number - done)
         seconds = expected_seconds(
             self._timed,
             steps=self._steps - number,
@@ -257,7 +257,7 @@ class Progress:
             canvases=self._canvases,
             evaluations=left,
         )
-        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {left.count} evaluations")
+        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {left.number} evaluations")
 
 
 def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dict[str, float]:
