@@ -95,13 +95,15 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
             near = difflib.get_close_matches(name, [*places, *(place.rpartition(".")[2] for place in places)])
             meant = " or ".join(found or dict.fromkeys(near)) or "see train.py --help_all"
             raise InputError(f"{name}: {'several fields have' if found else 'no field has'} this name; {meant}")
-        value = _plain(value, name)
         kind = places[found[0]]
-        value = Path(value) if Path in (kind, *get_args(kind)) and isinstance(value, str) else value
-        if not _has_type(value, kind):
-            raise InputError(f"{found[0]} must be {_type_name(kind)}, got {quoted(value)}")
         try:
+            value = _plain(list(value) if isinstance(value, tuple) else value, found[0])
+            value = Path(value) if Path in (kind, *get_args(kind)) and isinstance(value, str) else value
+            if not _has_type(value, kind):
+                raise InputError(f"{found[0]} must be {_type_name(kind)}, got {quoted(value)}")
             config = _replaced(config, found[0].split("."), value)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{found[0]}: {error}") from error
     return config
