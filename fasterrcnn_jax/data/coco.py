@@ -13,6 +13,7 @@ in real data sets and have one sensible meaning are read with that meaning. `Dat
 import contextlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -263,7 +264,7 @@ def _folder_of(root: Path, pattern: str, listed: dict[str, list[Any]]) -> str:
         sample = [name.replace("\\", "/") for name in names[:: max(1, len(names) // 30)] if isinstance(name, str)]
         inside = [name for name in sample if not name.startswith("/") and ".." not in name.split("/")]
         for folder in dict.fromkeys(usual):
-            counts[folder] += sum((root / folder.replace("{split}", split) / name).exists() for name in inside)
+            counts[folder] += sum(os.path.exists(root / folder.replace("{split}", split) / name) for name in inside)
         if not any(counts.values()):
             # Paths of another machine: the last part must be somewhere below the folder.
             wanted = {name.rpartition("/")[2].lower() for name in sample}
@@ -356,13 +357,14 @@ def _image_paths(
                 found[REPEATED].append(field)
             name = items[0].get("file_name")
             bad = not isinstance(name, str) or not 0 < len(name) <= MAX_PATH or "\0" in name
-            if bad or (folder / name).is_dir():
+            # os.path takes names that are too long for the file system; Path does not.
+            if bad or os.path.isdir(folder / name):
                 raise InputError(
                     f"{field}, file_name: must be a path inside the image folder, {_got(items[0], 'file_name')}"
                 )
             # Separators and drives are read alike on every system, because the file may come from another system.
             inside = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
-            if inside.startswith("/") or ".." in inside.split("/") or not (folder / inside).exists():
+            if inside.startswith("/") or ".." in inside.split("/") or not os.path.exists(folder / inside):
                 elsewhere[image_id] = inside
             else:
                 if inside != name:
