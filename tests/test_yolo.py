@@ -9,10 +9,12 @@ import pytest
 from exports import CLASSES, RECORDS, write_images, write_yolo, write_yolo_labels
 from PIL import Image
 
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import yolo
 from fasterrcnn_jax.data.faults import FAULTY_IMAGE, FAULTY_OBJECT, OTHER_CLASS
 from fasterrcnn_jax.data.file_names import MOVED
 from fasterrcnn_jax.data.objects import CLIPPED, EMPTY
+from fasterrcnn_jax.data.sources import with_class_names
 from fasterrcnn_jax.data.yolo import class_names_in, read_yolo, recognise, splits
 from fasterrcnn_jax.errors import InputError
 
@@ -201,6 +203,8 @@ def test_data_without_class_names_has_the_class_numbers_as_names(folder):
 def test_class_names_that_the_user_gives_name_the_class_numbers_of_data_without_names(folder):
     (folder / "data.yaml").unlink()
     assert boxes_by_name(read_yolo(folder, "train", CLASSES)) == expected()
+    data = DataConfig(root=folder, layout="yolo", class_names=CLASSES)
+    assert with_class_names(data) == data
     with pytest.raises(InputError, match=r"a.txt line 2, class: 1 is not one of the 1 class numbers of class_names"):
         read_yolo(folder, "train", ("square",))
 

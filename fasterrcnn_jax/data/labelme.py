@@ -265,7 +265,7 @@ def _frame(
     content: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the shapes refer to, and whether it is that of the upright image."""
-    sides = content.get("imageHeight"), content.get("imageWidth")
+    sides: tuple[Any, Any] = content.get("imageHeight"), content.get("imageWidth")
     if sides == (None, None):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)

@@ -56,10 +56,10 @@ def record_of(
     size = np.array([*image_hw[::-1]] * 2, np.float64)
     boxes = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
     inside = np.clip(boxes, 0, size)
-    clipped = (abs(inside - boxes) > slack * size).any(axis=1)
+    clipped = np.any(abs(inside - boxes) > slack * size, axis=1)
     inside = inside.astype(np.float32)
-    kept = (inside[:, 2:] > inside[:, :2]).all(axis=1)
-    for row in np.flatnonzero(~kept | clipped):
+    kept = np.all(inside[:, 2:] > inside[:, :2], axis=1)
+    for row in np.flatnonzero(np.logical_or(clipped, np.logical_not(kept))):
         found[CLIPPED if kept[row] else EMPTY].append(objects[row].where)
     inside, labels = inside[kept], np.array([o.label for o in objects], np.int32)[kept]
     none = np.zeros(len(inside), bool)

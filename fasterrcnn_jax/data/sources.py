@@ -135,6 +135,8 @@ def _check_class_names(data: DataConfig) -> None:
             return
     if not known:  # reading says what is missing
         return
+    if data.layout == "yolo" and all(name.isdecimal() for name in known):  # class_names name the class numbers
+        return
     name = next(name for name in data.class_names if name in absent)
     letters = {other.lower(): other for other in sorted(known)}
     near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]

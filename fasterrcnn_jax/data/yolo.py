@@ -161,8 +161,9 @@ def read_yolo(
             objects, label_path = [], _label_path(image, description.files)
             if label_path is None:
                 found[NO_LABELS].append(str(root / image))
-            for line_number, line in () if label_path is None else lines_of(root / label_path):
-                where = f"{root / label_path} line {line_number}"
+            path = root / (label_path or image)
+            for line_number, line in () if label_path is None else lines_of(path):
+                where = f"{path} line {line_number}"
                 with skipping(FAULTY_OBJECT, found, faults):
                     class_name, box = _object(line, where, description, image_hw, found)
                     if class_name in label_of:
@@ -330,12 +331,12 @@ def _existing(
     places, text_of, absent = {}, {}, []
     for split, texts in given.items():
         field = f"{path}, {split}"
-        taken = [(text, _place(text, base, files, field)) for text in texts]
-        missing = [text for text, place in taken if place is None]
+        taken = {text: place for text in texts if (place := _place(text, base, files, field)) is not None}
+        missing = [text for text in texts if text not in taken]
         if missing:
             absent.append(f"{field}: {quoted(missing[0])}")
             continue
-        for text, (place, is_whole) in taken:
+        for text, (place, is_whole) in taken.items():
             if text_of.setdefault(place, text) != text:
                 raise InputError(
                     f"{field}: {quoted(text)} and {quoted(text_of[place])} are different paths, but of both only "
@@ -343,7 +344,7 @@ def _existing(
                 )
             if not is_whole:
                 found[OTHER_PLACE].append(f"{field}: {quoted(text)} as {quoted(place)}")
-        places[split] = tuple(place for _, (place, _) in taken)
+        places[split] = tuple(place for place, _ in taken.values())
     if absent and not places:
         raise InputError(
             f"{absent[0]} is no folder with images and no list in {files.root}; paths in {path.name} must be relative "
