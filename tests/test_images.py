@@ -281,7 +281,7 @@ def test_honest_jpegs_are_not_taken_for_repeated_scans(tmp_path, rgb):
         Image.fromarray(rgb).convert(mode).save(tmp_path / "a.jpg", progressive=True, quality=95)
         content = (tmp_path / "a.jpg").read_bytes()
         assert 6 <= content.count(b"\xff\xda") <= 18
-        (tmp_path / "a.jpg").write_bytes(content + b"\xff\xda\0\2" * 200)
+        (tmp_path / "a.jpg").write_bytes(content + b"\0\2" + b"\xff\xda\0\2" * 200)
         assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
 
 

@@ -43,7 +43,7 @@ class SharedImage(NamedTuple):
 def trace(pixels: UInt8[np.ndarray, "h w 3"]) -> Trace:
     """Returns the digest and the thumbnail of an image."""
     digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     height, width = pixels.shape[:2]
     scale = THUMBNAIL_SIDE / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
