@@ -6,10 +6,10 @@ import exports
 import numpy as np
 import pytest
 import tiny
+from fasterrcnn_jax.scripts.train import train
 from PIL import Image
 
 from fasterrcnn_jax.config import TrainConfig
-from fasterrcnn_jax.scripts.train import train
 
 QUICK = ("labelImg", "YOLO")
 RECORDS = tuple(
