@@ -118,10 +118,12 @@ def lines_of(run, key):
 def test_a_run_prints_its_table_and_where_things_are(trained):
     run, out, err = trained
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[-7:]] == ["class", "ring", "disc", "mAP", "AP50", "checkpoint", "best"]
-    assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-3])
+    first = ["class", "ring", "disc", "mAP", "AP50", "split", "checkpoint", "best"]
+    assert [line.split()[0] for line in lines[-8:]] == first
+    assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-4])
+    assert lines[-3] == "split      test, also used to choose the checkpoint"
     assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
-    assert re.fullmatch(rf"best +{re.escape(str(run))}/checkpoints/[46]: AP50 [01]\.\d\d\d", lines[-1])
+    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d", lines[-1])
 
 
 def test_a_run_compiles_its_step_once(trained):
@@ -290,12 +292,13 @@ def test_another_seed_gives_other_weights(folder, trained):
 
 
 def test_evaluate_needs_only_the_run_folder(trained, folder, tmp_path, monkeypatch):
-    run = Path(shutil.copytree(trained[0] / "checkpoints", tmp_path / "run" / "checkpoints")).parent
+    run = shutil.copytree(trained[0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    status, out, err = called(evaluate_script.main, "--ckpt", run)
+    status, out, err = called(evaluate_script.main, run)
     assert status == 0, err
-    # The same table as at the end of training.
-    assert out.splitlines()[-6:-1] == trained[1].splitlines()[-7:-2]
+    # The same table as at the end of training, of the same checkpoint.
+    assert out.splitlines()[-7:-2] == trained[1].splitlines()[-8:-3]
+    assert out.splitlines()[-2].endswith(" (test), also used to choose the checkpoint")
     files = run / "evaluation" / "test"
     assert {path.name for path in files.iterdir()} == {
         "detections.json",
@@ -323,7 +326,6 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
     [
         (("--data.root", "nowhere"), "nowhere"),
         (("--data.train_split", "trian"), "trian"),
-        (("--data.class_names", "ring"), "disc"),
         (("--data.layout", "coco"), r"instances_train.json: not found; download images and annotations"),
         (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
         (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ devices"),
