@@ -106,9 +106,7 @@ READERS = {
 def test_a_named_pipe_is_refused(tmp_path, kind):
     path = tmp_path / "pipe.png"
     os.mkfifo(path)
-    with pytest.raises(
-        InputError, match="must be a regular file, but is a named pipe|no such list|no table of boxes is named"
-    ):
+    with pytest.raises(InputError, match="must be a regular file, but is a named pipe|no (such list|table of boxes)"):
         READERS[kind](path)
 
 
