@@ -237,6 +237,17 @@ def test_the_failed_batch_is_written_and_replayed(stopped, folder):
     assert all("nan" not in row and "finite" not in row for row in rows[1:] if row.split()[0] != ids[0])
 
 
+def test_a_failed_batch_of_another_run_is_refused(stopped, folder, tmp_path):
+    """Its step is after the last one, or its images have another canvas; repeating steps would not reach it."""
+    (path,) = (stopped[0] / "failed").iterdir()
+    arrays = dict(np.load(path))
+    for changed in ({"step": np.int64(7)}, {"images": arrays["images"][:, :64]}):
+        np.savez_compressed(tmp_path / "other.npz", **arrays | changed)
+        result = train(folder, "--run", stopped[0], "--replay", tmp_path / "other.npz")
+        number = changed.get("step", 5)
+        refused(result, rf"--replay .*other.npz: holds step {number} of another run than {stopped[0]}$")
+
+
 def test_a_nan_loss_leaves_the_earlier_checkpoints_unchanged(stopped):
     run = stopped[0]
     # The state after step 4 is not saved, because the loss of step 5, which would have confirmed it, is NaN.

@@ -41,6 +41,7 @@ from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, na
 from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names
 from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.regular_files import check_regular
 
 # Shapes that are read, with the smallest number of points. The last two are of programs with the same format.
 POINTS = {"rectangle": 2, "polygon": 3, "circle": 2, "mask": 2, "oriented_rectangle": 3, "rotation": 3}
@@ -184,6 +185,7 @@ def read_labelme(
 
 def _seems_annotation(path: Path) -> bool:
     """Returns whether the first or the last 4096 bytes have keys of LabelMe; imageData can be long."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             text = file.read(4096)
