@@ -223,6 +223,8 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     Raises:
       InputError: the folder has no known layout; the sentence says what was found. Or a file is a link out of it.
     """
+    if root.is_file():
+        raise InputError(f"{root}: must be the folder of the data set, but is a file; {_way_to_folder(root)}")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder or configuration file")
     inner = _inner(root)
@@ -249,6 +251,12 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
         of_data = dataclasses.replace(data, follow_links=follow_links)
         data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(of_data, layout.splits))))
     return layout._replace(data=data, notes=tuple(notes))
+
+
+def _way_to_folder(file: Path) -> str:
+    if file.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        return "unpack it"
+    return f"give the folder that holds it and the images, for example {file.parent}"
 
 
 def with_layout(data: DataConfig) -> DataConfig:
