@@ -34,9 +34,9 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.file_names import files_below, first_line, image_named, read_text
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
-from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split
+from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, is_unknown, number, record_of
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Our name of a column -> its names in headers, in small letters, without blanks and punctuation.
@@ -106,7 +106,7 @@ def class_names_in(root: Path | str, split: str, *, within: Path | None = None) 
     files_below(root, within)  # refuses links
     table = _read_table(_table_path(root, split))
     place = table.columns["class"]
-    names = {fields[place].strip() for _, fields in table.lines if len(fields) == table.length}
+    names = {composed(fields[place].strip()) for _, fields in table.lines if len(fields) == table.length}
     declared = _declared(root)
     return (*declared, *sorted(names.difference(declared, ("",))))
 
@@ -141,7 +141,7 @@ def read_csv(
     root = Path(root)
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
     files = files_below(root, within)
     path = _table_path(root, split)
     table = _read_table(path)
@@ -187,7 +187,7 @@ def read_csv(
                     x1, y1, x2, y2 = (number(row[column], f"{where}, {column}") for column in CORNERS)
                     box = x1, y1, x2, y2
                     check_inside(box, frame[0], where)
-                    class_name = row["class"]
+                    class_name = composed(row["class"])
                     if not 0 < len(class_name) <= MAX_NAME:
                         raise InputError(
                             f"{where}, class: must be a name of at most {MAX_NAME} characters, got {quoted(class_name)}"
@@ -314,8 +314,8 @@ def _stated(size: tuple[str, str], has_columns: bool, field: str, found: Found) 
     """Returns the (height, width) of a line; None if it gives none."""
     if not has_columns:
         return None
-    width, height = (number(text, field) if text else 0.0 for text in size)
-    if (width, height) == (0, 0):
+    width, height = (0.0 if is_unknown(text) else number(text, field) for text in size)
+    if width in (0, -1) or height in (0, -1):
         found[NO_SIZE].append(field)
         return None
     return height, width

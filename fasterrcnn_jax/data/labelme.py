@@ -37,9 +37,9 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, names_below, no_such_split
-from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, names_below, no_such_split
+from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, is_unknown, record_of
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Shapes that are read, with the smallest number of points. The last two are of programs with the same format.
@@ -122,7 +122,7 @@ def read_labelme(
     root = Path(root)
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
     files = files_below(root, within)
     annotations = _annotations(files, found)
     if split not in annotations:
@@ -196,7 +196,7 @@ def _seems_annotation(path: Path) -> bool:
 
 def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
     """Returns the json files of each split; "all" if no folder has the name of a split."""
-    names = sorted(name for name in files.others if name.endswith(".json"))
+    names = sorted(name for name in files.others.values() if name.endswith(".json"))
     placed = defaultdict(list)
     for name in names:
         placed[_folder_split(name)].append(name)
@@ -214,7 +214,7 @@ def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
 
 
 def _json_of(image: str, files: Files) -> bool:
-    return f"{without_extension(image)}.json" in files.others
+    return composed(f"{without_extension(image)}.json") in files.others
 
 
 def _load(path: Path) -> Any:
@@ -240,7 +240,7 @@ def _shapes(content: Any, field: str) -> list[dict[str, Any]] | None:
 
 def _image(content: dict[str, Any], path: str, files: Files, found: Found) -> str:
     """Returns the image of an annotation: the one of the same name beside it, else the one that imagePath names."""
-    beside = files.by_place.get(without_extension(path))
+    beside = files.by_place.get(composed(without_extension(path)))
     given, field = content.get("imagePath"), f"{files.root / path}, imagePath"
     if given is not None and not isinstance(given, str):
         raise InputError(f"{field}: must be the path of an image, got {quoted(given)}")
@@ -266,7 +266,7 @@ def _frame(
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the shapes refer to, and whether it is that of the upright image."""
     sides: tuple[Any, Any] = content.get("imageHeight"), content.get("imageWidth")
-    if sides == (None, None):
+    if any(is_unknown(side) or side in (0, -1) for side in sides):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
     for key, side in zip(("imageHeight", "imageWidth"), sides, strict=True):
@@ -292,7 +292,7 @@ def _label(shape: dict[str, Any], where: str) -> str:
         label = str(label)
     if not isinstance(label, str) or not 0 < len(label.strip()) <= MAX_NAME:
         raise InputError(f"{where}, label: must be a name of at most {MAX_NAME} characters, got {quoted(label)}")
-    return label.strip()
+    return composed(label.strip())
 
 
 def _extent(shape: dict[str, Any], kind: str, where: str) -> tuple[float, float, float, float]:

@@ -5,6 +5,7 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,14 @@ class Layout(NamedTuple):
     data: DataConfig  # root, layout, the fields of the layout and the class names
     splits: tuple[str, ...]  # in the order train, valid or val, test, others
     notes: tuple[str, ...] = ()  # sentences
+
+
+def composed(name: str) -> str:
+    """Returns a name with its accents composed (Unicode NFC): macOS writes ä as two characters, other systems as one.
+
+    Names are compared in this form; files are opened with the names that they have.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def in_order(splits: set[str]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names, labels_of
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -120,6 +120,8 @@ def with_class_names(data: DataConfig) -> DataConfig:
         return data
     names = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
     if not names:
+        # A fault of a file may be the reason, and reading says it.
+        read(dataclasses.replace(data, class_names=("object",)), data.train_split)
         raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
     in_order = names if _declares(data) else sorted(names)
     return dataclasses.replace(data, class_names=tuple(in_order))
@@ -127,7 +129,7 @@ def with_class_names(data: DataConfig) -> DataConfig:
 
 def _check_class_names(data: DataConfig) -> None:
     """Raises InputError if a given class name is in no split: most likely it is mistyped."""
-    absent, known = set(data.class_names), set()
+    absent, known = set(labels_of(data.class_names)), set()
     for name in _all_class_names(data):
         known.add(name)
         absent.discard(name)
@@ -137,7 +139,7 @@ def _check_class_names(data: DataConfig) -> None:
         return
     if data.layout == "yolo" and all(name.isdecimal() for name in known):  # class_names name the class numbers
         return
-    name = next(name for name in data.class_names if name in absent)
+    name = next(name for name in labels_of(data.class_names) if name in absent)
     letters = {other.lower(): other for other in sorted(known)}
     near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {joined_names(sorted(known))}"

@@ -45,9 +45,9 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import image_size
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split
 from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Files that hold one class name per line: labelImg, Label Studio; darknet, CVAT; Roboflow; makesense.
@@ -151,7 +151,7 @@ def read_yolo(
         found[NO_NAMES].append(str(root))
     elif not description.names:
         description = description._replace(names=dict(enumerate(class_names)), source="class_names")
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
 
     records = []
     images = _images_of(description, split, found, faults)
@@ -288,7 +288,7 @@ _NOTHING = ("", "~", "null", "Null", "NULL", "None")
 def _checked_name(name: Any, field: str) -> str:
     if not isinstance(name, str) or not 0 < len(name.strip()) <= MAX_NAME:
         raise InputError(f"{field}: must be a name of at most {MAX_NAME} characters, got {quoted(name)}")
-    return name.strip()
+    return composed(name.strip())
 
 
 def _keypoint_numbers(content: dict[str, Any], path: Path) -> int:
@@ -377,7 +377,7 @@ def _names_beside(files: Files) -> tuple[str, dict[int, str]] | None:
     Raises:
       InputError: two lists contradict each other.
     """
-    lists = sorted(name for name in files.others if posixpath.basename(name) in NAME_FILES)
+    lists = sorted(name for name in files.others.values() if posixpath.basename(name) in NAME_FILES)
     taken = None
     for name in lists:
         names = _read_names(files.root / name)
@@ -436,14 +436,14 @@ def _images_of(description: _Description, split: str, found: Found, faults: Faul
 
 def _label_path(image: str, files: Files) -> str | None:
     """Returns the label file of an image: images/a/b.jpg has labels/a/b.txt; else the file is beside the image."""
-    label = f"{without_extension(image)}.txt"
+    label = composed(f"{without_extension(image)}.txt")
     parts = label.split("/")
     places = [place for place, part in enumerate(parts[:-1]) if part in ("images", "JPEGImages")]
     if places:
         apart = "/".join((*parts[: places[-1]], "labels", *parts[places[-1] + 1 :]))
         if apart in files.others:
-            return apart
-    return label if label in files.others else None
+            return files.others[apart]
+    return files.others.get(label)
 
 
 def _class_names(description: _Description, split: str) -> tuple[str, ...]:
