@@ -34,7 +34,7 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.file_names import files_below, first_line, image_named, read_text
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split, split_among
 from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, is_unknown, number, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
@@ -105,8 +105,12 @@ def class_names_in(root: Path | str, split: str, *, within: Path | None = None) 
     root = Path(root)
     files_below(root, within)  # refuses links
     table = _read_table(_table_path(root, split))
-    place = table.columns["class"]
-    names = {composed(fields[place].strip()) for _, fields in table.lines if len(fields) == table.length}
+    place, corners = table.columns["class"], [table.columns[column] for column in CORNERS]
+    names = {
+        composed(fields[place].strip())
+        for _, fields in table.lines
+        if len(fields) == table.length and not all(is_unknown(fields[corner]) for corner in corners)
+    }
     declared = _declared(root)
     return (*declared, *sorted(names.difference(declared, ("",))))
 
@@ -182,7 +186,7 @@ def read_csv(
                         raise InputError(
                             f"{where}, width and height: {quoted(size)} differs from {quoted(first_size)} in {first}"
                         )
-                    if not any(row[column] for column in CORNERS):
+                    if all(is_unknown(row[column]) for column in CORNERS):
                         continue
                     x1, y1, x2, y2 = (number(row[column], f"{where}, {column}") for column in CORNERS)
                     box = x1, y1, x2, y2
@@ -212,7 +216,7 @@ def _tables(root: Path) -> dict[str, Path]:
     tables = {}
     for path in paths:
         parts = (*re.split("[^a-z]+", path.stem.lower()), path.parent.name if path.parent != root else "")
-        split = next((part for part in parts if part in SPLIT_NAMES), path.stem if len(paths) > 1 else WHOLE)
+        split = split_among(parts) or (path.stem if len(paths) > 1 else WHOLE)
         if split in tables:
             raise InputError(f"{path}: split {split} is also in {tables[split]}; keep one of the tables")
         tables[split] = path
@@ -220,7 +224,7 @@ def _tables(root: Path) -> dict[str, Path]:
 
 
 def _csv_files(root: Path) -> list[Path]:
-    found = (path for folder in FOLDERS for path in sorted((root / folder).glob("*.csv")))
+    found = (path for folder in FOLDERS for path in sorted((root / folder).glob("*.[cC][sS][vV]")))
     return [path for path in found if not path.name.startswith(".") and path.is_file()]
 
 

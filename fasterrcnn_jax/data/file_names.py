@@ -32,6 +32,17 @@ class Files(NamedTuple):
     folders: frozenset[str]  # folders with an image in them or below them; "" is the root
     by_place: dict[str, str]  # name of an image, as it is and without its extension -> name
     by_name: dict[str, list[str]]  # the same without its folders and in lower case -> names
+    by_letters: dict[str, list[str]]  # others and folders in lower case -> names
+
+    def other(self, name: str) -> str | None:
+        """Returns the file of that name that is no image, or the only one that differs in upper and lower case."""
+        same = [other for other in self.by_letters.get(name.lower(), ()) if other not in self.folders]
+        return self.others.get(name) or (same[0] if len(same) == 1 else None)
+
+    def folder(self, name: str) -> str | None:
+        """Returns the folder of that name with images, or the only one that differs in upper and lower case."""
+        same = [folder for folder in self.by_letters.get(name.lower(), ()) if folder in self.folders]
+        return name if name in self.folders else same[0] if len(same) == 1 else None
 
 
 def files_below(root: Path, within: Path | None = None) -> Files:
@@ -63,7 +74,10 @@ def files_below(root: Path, within: Path | None = None) -> Files:
         while name not in folders:
             name = posixpath.dirname(name)
             folders.add(name)
-    return Files(root, images, others, frozenset(folders), by_place, dict(by_name))
+    by_letters = defaultdict(list)
+    for name in (*others.values(), *folders):
+        by_letters[composed(name).lower()].append(name)
+    return Files(root, images, others, frozenset(folders), by_place, dict(by_name), dict(by_letters))
 
 
 def is_image(name: str) -> bool:

@@ -37,7 +37,7 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, names_below, no_such_split
+from fasterrcnn_jax.data.layouts import WHOLE, Layout, composed, in_order, names_below, no_such_split, split_among
 from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, is_unknown, record_of
 from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
@@ -62,7 +62,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds LabelMe annotations; looks at the ends of a few files to find out."""
     if not root.is_dir():
         return None
-    names = [name for name in names_below(root, follow_links=within is None) if name.endswith(".json")]
+    names = [name for name in names_below(root, follow_links=within is None) if name.lower().endswith(".json")]
     taken = next((name for name in names[:20] if _seems_annotation(root / name)), None)
     if taken is None:
         return None
@@ -196,7 +196,7 @@ def _seems_annotation(path: Path) -> bool:
 
 def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
     """Returns the json files of each split; "all" if no folder has the name of a split."""
-    names = sorted(name for name in files.others.values() if name.endswith(".json"))
+    names = sorted(name for name in files.others.values() if name.lower().endswith(".json"))
     placed = defaultdict(list)
     for name in names:
         placed[_folder_split(name)].append(name)
@@ -206,7 +206,7 @@ def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
 
 
 def _folder_split(name: str) -> str:
-    return next((part for part in name.split("/")[:-1] if part in SPLIT_NAMES), WHOLE)
+    return split_among(name.split("/")[:-1]) or WHOLE
 
 
 def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
@@ -214,7 +214,7 @@ def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
 
 
 def _json_of(image: str, files: Files) -> bool:
-    return composed(f"{without_extension(image)}.json") in files.others
+    return files.other(composed(f"{without_extension(image)}.json")) is not None
 
 
 def _load(path: Path) -> Any:
@@ -279,6 +279,7 @@ def _frame(
 def _kind(shape: dict[str, Any], where: str) -> str:
     """Returns the shape_type; the first versions drew polygons only and did not write it."""
     kind = shape.get("shape_type") or "polygon"
+    kind = kind.lower() if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in (*POINTS, *WITHOUT_EXTENT):
         raise InputError(
             f"{where}, shape_type: must be one of {', '.join((*POINTS, *WITHOUT_EXTENT))}, got {quoted(kind)}"
@@ -288,8 +289,8 @@ def _kind(shape: dict[str, Any], where: str) -> str:
 
 def _label(shape: dict[str, Any], where: str) -> str:
     label = shape.get("label")
-    if type(label) is int:
-        label = str(label)
+    if type(label) in (int, float) and abs(label) < MAX_COORDINATE:
+        label = f"{label:g}" if isinstance(label, float) else str(label)
     if not isinstance(label, str) or not 0 < len(label.strip()) <= MAX_NAME:
         raise InputError(f"{where}, label: must be a name of at most {MAX_NAME} characters, got {quoted(label)}")
     return composed(label.strip())
@@ -314,7 +315,10 @@ def _extent(shape: dict[str, Any], kind: str, where: str) -> tuple[float, float,
 
 
 def _is_number(value: Any) -> bool:
-    # The comparison also rejects NaN and integers too long for a float.
+    # A number may be written as text. The comparison also rejects NaN and integers too long for a float.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     return type(value) in (int, float) and abs(value) < MAX_COORDINATE
 
 

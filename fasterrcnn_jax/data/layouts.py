@@ -6,6 +6,7 @@
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,11 @@ from fasterrcnn_jax.errors import InputError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Names of folders and files that stand for a split, in the order in which splits are listed.
-SPLIT_NAMES = ("train", "training", "trainval", "valid", "val", "validation", "dev", "test", "testing")
+SPLIT_NAMES = (
+    *("train", "training", "trainval"),
+    *("valid", "val", "validation", "dev", "eval", "evaluation"),
+    *("test", "testing"),
+)
 # The split of a folder that is not split.
 WHOLE = "all"
 
@@ -40,8 +45,13 @@ def composed(name: str) -> str:
 
 def in_order(splits: set[str]) -> tuple[str, ...]:
     """Returns the names of splits in the order of `SPLIT_NAMES`; others, for example with a year, follow sorted."""
-    first = [name for name in SPLIT_NAMES if name in splits]
+    first = [split for name in SPLIT_NAMES for split in sorted(splits) if split.lower() == name]
     return (*first, *sorted(splits.difference(first)))
+
+
+def split_among(parts: Iterable[str]) -> str | None:
+    """Returns the first part of a path that is the name of a split in any letter case; None without one."""
+    return next((part for part in parts if part.lower() in SPLIT_NAMES), None)
 
 
 def splits_of(root: Path, pattern: str) -> tuple[str, ...] | None:

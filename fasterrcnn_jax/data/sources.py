@@ -278,10 +278,10 @@ def with_layout(data: DataConfig) -> DataConfig:
     fields = {name: getattr(layout.data, name) for name in of_layout}
     train, test = data.train_split, data.test_split
     if train == "train" and "train" not in layout.splits:
-        train = next((split for split in layout.splits if "train" in split), layout.splits[0])
+        train = next((split for split in layout.splits if "train" in split.lower()), layout.splits[0])
     if test == "test" and "test" not in layout.splits:
-        held_out = [split for split in layout.splits if split not in (train, "trainval") and "train" not in split]
-        test = next(iter(held_out), test)
+        held_out = [split for split in layout.splits if split != train and "train" not in split.lower()]
+        test = next((split for split in held_out if "test" in split.lower()), next(iter(held_out), test))
     names = data.class_names or layout.data.class_names
     return dataclasses.replace(data, **fields, train_split=train, test_split=test, class_names=names)
 
@@ -332,6 +332,9 @@ def _seen(root: Path) -> str:
             f"{found}; the nearest layout is PASCAL VOC, whose XML files have the root <annotation> and are named like "
             "their images"
         )
+    if counts.get(".csv"):
+        columns = ", ".join(csv_table.REQUIRED)
+        return f"{found}; the nearest layout is csv, whose first line must have the columns {columns}"
     if images:
         return f"{found}, and no annotations"
     return found

@@ -321,14 +321,18 @@ def _images_of(xml: list[str], annotations: str, folders: dict[str, str], images
 
 def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Places, str | None]:
     """Returns the places with the lists in ImageSets/Main, if there are any, and a note about them."""
-    lists = [name for name in names if re.fullmatch(r"ImageSets/Main/[^/]+\.txt", name)]
+    lists = [name for name in names if re.fullmatch(r"imagesets/(main/)?[^/]+\.txt", name.lower())]
     if "{split}" in places.annotations or not lists:
         return places, None
+    # Other programs write ImageSets/train.txt, or other letters than VOC.
+    folder = max(dict.fromkeys(name.rpartition("/")[0] for name in lists), key=lambda name: name.count("/"))
+    lists = [name for name in lists if name.rpartition("/")[0] == folder]
+    pattern = f"{folder}/{{split}}{PurePosixPath(lists[0]).suffix}"
     images, annotations = places.images.split("/"), places.annotations.split("/")
     # The list has the folders that all images share.
     while min(len(images), len(annotations)) > 1 and images[-1] == annotations[-1]:
         images, annotations = images[:-1], annotations[:-1]
-    own = Places("/".join(images), "/".join(annotations))
+    own = Places("/".join(images), "/".join(annotations), pattern)
     stems = [_stem(name).rpartition("/")[2] for name in lists]
     # VoTT writes lists per class only: cat_train.txt has every training image, with 1 or -1.
     prefixes = {stem.rpartition("_")[0] for stem in stems}
@@ -341,7 +345,7 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
                     frozenset(_first_column(line.strip()) for line in text.splitlines() if line.strip())
                 )
         if all(len(distinct) == 1 for distinct in lines.values()):
-            own = own._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
+            own = own._replace(lists=pattern.replace("{split}", f"{min(prefixes)}_{{split}}"))
             return own, f"the lists of the classes name the same images, so {own.lists} is used"
     return own, None
 

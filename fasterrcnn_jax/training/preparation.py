@@ -91,7 +91,7 @@ def _validation(data: DataConfig, splits: tuple[str, ...]) -> str | None:
     """Returns the split that chooses the best checkpoint; None: the test split, because there is no other."""
     used = (*data.train_split.split("+"), data.test_split)
     # Names like val, valid, val2017, dev and 2007_val. The images of val are also in trainval.
-    held_out = [name for name in splits if re.match(r"(\d{4}_)?(val|dev)", name) and name not in used]
+    held_out = [name for name in splits if re.match(r"(\d{4}_)?(val|dev|eval)", name.lower()) and name not in used]
     return held_out[0] if held_out and "trainval" not in data.train_split else None
 
 
@@ -111,7 +111,8 @@ def _divided(data: DataConfig, splits: tuple[str, ...], config: Config) -> tuple
       splits: the names of the splits that the data set has, if they are known.
     """
     fractions, whole_name = data.split, data.split_of or data.train_split
-    has_test = data.test_split in splits
+    # A data set with nothing but a test split is divided, as any other single split is.
+    has_test = data.test_split in splits and (data.test_split, len(splits)) != (DataConfig.test_split, 1)
     if fractions == AUTO:
         fractions = DEFAULT_SPLIT if splits and not has_test else ()
     if not fractions:
