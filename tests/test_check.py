@@ -178,7 +178,7 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
     assert run("folder.py", *fields, "--model.rpn.anchor_scales", "9", "10", "--data.test_split", "train") == 0
     said = capsys.readouterr().out
     assert "\ntrain: " in said and "\ntest: " not in said
-    assert "anchor_scales 9 10" in said and "(240 to 320 pixels)" in said
+    assert "anchor_scales 9 10" in said and "(320 to 320 pixels)" in said
     # 24 pixels become 24 x 320 / 72, which is 6.67 times 16.
     assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
 
@@ -186,7 +186,8 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
 def test_a_folder_takes_the_fields_that_train_takes(clean, capsys):
     assert run(clean, "--data.class_names", "disc") == 1
     said = capsys.readouterr().out
-    assert "\nring" not in said and "Objects of classes outside data.class_names were ignored: 4" in said
+    assert "\ntrain: " in said and "\ntest: " in said and "\nring  " not in said
+    assert "Objects of classes outside data.class_names were ignored: 7" in said
     assert run(clean, "--data.classnames", "disc") == 2
     assert "--data.class_names" in capsys.readouterr().err
 

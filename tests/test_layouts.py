@@ -213,6 +213,14 @@ def test_images_without_xml_are_no_split_and_are_left_out(tmp_path):
     assert "Images without an XML file were left out: 1" in dataset.notes[0]
 
 
+def test_a_file_name_too_long_for_the_file_system_hides_no_layout(tmp_path):
+    """A fuzzer's finding."""
+    exports.write_coco_label_studio(tmp_path)
+    path = tmp_path / "result.json"
+    path.write_text(path.read_text().replace("images/a.png", "a" * 300))
+    assert sources.recognise(tmp_path).splits == ("result",)
+
+
 def test_a_grouping_category_that_one_split_uses_is_a_class(tmp_path):
     exports.write_coco_roboflow(tmp_path)
     path = tmp_path / "test/_annotations.coco.json"
@@ -257,7 +265,8 @@ def test_names_with_accents_are_the_same_composed_and_decomposed(layout, tmp_pat
     exports.WRITERS[layout](tmp_path, records=composed)
     for path in [path for path in tmp_path.rglob("*") if path.suffix == ".png"]:
         path.unlink()
-        exports.write_images(path.parent, [record for record in decomposed if record.name[-1] == path.stem[-1]])
+        written = unicodedata.normalize("NFD", path.stem)
+        exports.write_images(path.parent, [record for record in decomposed if record.name == written])
     data = sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
     dataset = sources.read(data, data.train_split)
     assert sorted(unicodedata.normalize("NFC", stem(record)) for record in dataset.records) == names

@@ -118,6 +118,11 @@ def image_named(text: str, files: Files, folders: Iterable[str], field: str, fou
         if not fitting:
             raise InputError(f"{field}: no image file {quoted(text)} in {files.root}")
         if len(fitting) > 1:
+            # One of the folders, in other letters.
+            likely = {posixpath.normpath(folder).lower() for folder in folders}
+            near = [name for name in fitting if (posixpath.dirname(composed(name)) or ".").lower() in likely]
+            fitting = near if len(near) == 1 else fitting
+        if len(fitting) > 1:
             raise InputError(
                 f"{field}: {quoted(text)} does not exist, and {len(fitting)} images in {files.root} have its name, "
                 f"for example {fitting[0]} and {fitting[1]}"
