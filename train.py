@@ -228,7 +228,8 @@ def fit(
             result = evaluator.evaluate(model, data.test_split, shown)
     if result is None:
         return None
-    return outcome_of(stage, result, last, chosen=chosen, chosen_on=best_split, shown_on=data.test_split)
+    splits_of = {"chosen_on": best_split, "shown_on": data.test_split, "trained_on": data.train_split}
+    return outcome_of(stage, result, last, chosen=chosen, **splits_of)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:

@@ -183,9 +183,16 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
     assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
 
 
-def test_a_folder_takes_no_fields_and_other_paths_are_refused(clean, capsys):
-    assert run(clean, "--data.root", "x") == 2
-    assert "takes no fields" in capsys.readouterr().err
+def test_a_folder_takes_the_fields_that_train_takes(clean, capsys):
+    assert run(clean, "--data.class_names", "disc") == 1
+    said = capsys.readouterr().out
+    assert "\ntrain: " in said and "\ntest: " in said and "\nring  " not in said
+    assert "Objects of classes outside data.class_names were ignored: 7" in said
+    assert run(clean, "--data.classnames", "disc") == 2
+    assert "--data.class_names" in capsys.readouterr().err
+
+
+def test_other_paths_are_refused(clean, capsys):
     assert run(clean / "nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(clean / "JPEGImages") == 2

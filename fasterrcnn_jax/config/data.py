@@ -96,7 +96,8 @@ class DataConfig:
     split: tuple[float, ...] | Auto = ()
     """fractions (training, validation) or (training, validation, test) by which the images of train_split are divided
     into the splits train, val and test, by train.seed, with near copies of an image on one side; one number is the
-    fraction for training; auto: 0.8 where the data set has one split; empty: the data set's own splits"""
+    fraction for training; 1.0: every image is trained on, and evaluated too; auto: 0.8 where the data set has one
+    split; empty: the data set's own splits"""
     split_of: str | None = None
     """the split that data.split divides; None: train_split. A run stores it here and names the parts in train_split and
     test_split"""
@@ -138,9 +139,9 @@ class DataConfig:
         if self.split != AUTO and self.split:
             require(
                 len(self.split) <= 3 and min(self.split) > 0.0 and sum(self.split) <= 1.0 + 1e-6,
-                f"split must be one to three positive fractions with a sum of at most 1, got {self.split}",
+                "split must be one to three positive fractions with a sum of at most 1, for example 0.8 for 80 %, got "
+                f"{' '.join(f'{fraction:g}' for fraction in self.split)}",
             )
-            require(self.split != (1.0,), "split must leave images for validation, got (1.0,)")
         require_positive(max_boxes=self.max_boxes, threads=self.threads, max_pixels=self.max_pixels)
         require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:

@@ -35,9 +35,10 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.file_names import Files, files_below, image_named
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, in_order, names_below
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, composed, in_order, names_below
 from fasterrcnn_jax.data.links import Guard, link_guard
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names
+from fasterrcnn_jax.data.objects import flag, is_unknown
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -71,10 +72,6 @@ IGNORED = "Objects marked ignore are used like crowds: they are not trained on"
 GROUPING = "Categories that no annotation uses and that only group others were left out"
 REPEATED = "Repeated categories and images were read once"
 SEPARATOR = "A file_name of Windows was read with / as separator and without drive"
-
-_FLAGS = {"1": True, "true": True, "0": False, "false": False, "none": False, "": False}
-# What writers put in place of a size that they do not know.
-_UNKNOWN = (None, "", 0, -1)
 
 Id = int | str
 
@@ -117,7 +114,7 @@ def read_coco(
     check_class_names(class_names)
     content, found = _load(path, guard), defaultdict(list)
     name_of = _categories(path, content, found)
-    label_of_name = {name: label for label, name in enumerate(class_names, start=1)}
+    label_of_name = labels_of(class_names)
     label_of = {key: label_of_name[name] for key, name in name_of.items() if name in label_of_name}
 
     listed = _list(path, content, "images")
@@ -313,7 +310,7 @@ def _categories(path: Path, content: dict[str, Any], found: Found) -> dict[int, 
             raise InputError(f"{field}, id: must be an integer, {_got(item, 'id')}")
         if isinstance(name, int | float) and _is_number(name):
             name = f"{name:g}" if isinstance(name, float) else str(name)
-        name = name.strip() if isinstance(name, str) else ""
+        name = composed(name.strip()) if isinstance(name, str) else ""
         # JSON can contain unpaired surrogates, which cannot be written to a file or a terminal.
         if not 0 < len(name) <= MAX_NAME or re.search(r"[\ud800-\udfff]", name):
             raise InputError(f"{field}, name: must be text of at most {MAX_NAME} characters, {_got(item, 'name')}")
@@ -399,12 +396,11 @@ def _searched(
 
 def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
-    sides = [None if item.get(key) in _UNKNOWN else _number(item, key, field, found) for key in ("height", "width")]
-    height, width = (None if side in _UNKNOWN else side for side in sides)
-    if height is None or width is None:
+    sides = [0.0 if is_unknown(item.get(key)) else _number(item, key, field, found) for key in ("height", "width")]
+    if any(side in (0, -1) for side in sides):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
-    return annotated_frame(path, (height, width), field, found, max_pixels=max_pixels)
+    return annotated_frame(path, (sides[0], sides[1]), field, found, max_pixels=max_pixels)
 
 
 def _label(
@@ -428,7 +424,7 @@ def _object(item: dict[str, Any], field: str, label: int, image_hw: tuple[int, i
     if _flag(item, "ignore", field):
         found[IGNORED].append(field)
         crowd = True
-    area = math.nan if item.get("area") in (None, "") else _number(item, "area", field, found)
+    area = math.nan if is_unknown(item.get("area")) else _number(item, "area", field, found)
     if area < 0:
         raise InputError(f"{field}, area: must not be negative, got {area:g}")
     if x > image_hw[1] or y > image_hw[0] or x + width < 0 or y + height < 0:
@@ -450,7 +446,10 @@ def _object(item: dict[str, Any], field: str, label: int, image_hw: tuple[int, i
 def _sides(item: dict[str, Any], field: str, found: Found) -> list[float]:
     """Returns (x, y, width, height): of bbox, or of the outline where bbox is missing or empty."""
     sides = item.get("bbox")
-    missing = sides in (None, "", [], [0, 0, 0, 0])
+    if isinstance(sides, str) and not is_unknown(sides):  # a list as text
+        sides = [side for side in sides.strip("[]() ").split(",") if side.strip()]
+        found[TEXT].append(f"{field}, bbox: {quoted(item['bbox'])}")
+    missing = is_unknown(sides) or sides == [0, 0, 0, 0] or (isinstance(sides, list) and all(map(is_unknown, sides)))
     outline = _outline(item.get("segmentation")) if missing else []
     if outline:
         found[EXTENT].append(field)
@@ -458,7 +457,7 @@ def _sides(item: dict[str, Any], field: str, found: Found) -> list[float]:
         return [x1, y1, x2 - x1, y2 - y1]
     if not isinstance(sides, list) or len(sides) != 4 or not all(_is_number(_as_number(side)) for side in sides):
         raise InputError(f"{field}, bbox: must be four finite numbers, {_got(item, 'bbox')}")
-    if any(isinstance(side, str) for side in sides):
+    if any(isinstance(side, str) for side in item["bbox"]) and not isinstance(item["bbox"], str):
         found[TEXT].append(f"{field}, bbox: {quoted(sides)}")
     return [float(side) for side in sides]
 
@@ -479,11 +478,10 @@ def _words(sides: list[float]) -> str:
 
 
 def _flag(item: dict[str, Any], key: str, field: str) -> bool:
-    value = item.get(key)
-    text = f"{value:g}" if _is_number(value) else str(value).strip().lower()
-    if text not in _FLAGS:
+    value = flag(item.get(key))
+    if value is None:
         raise InputError(f"{field}, {key}: must be 0 or 1, {_got(item, key)}")
-    return _FLAGS[text]
+    return value
 
 
 def _id(item: dict[str, Any], key: str, field: str, found: Found) -> Id:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fasterrcnn_jax.data.layouts import composed
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Smaller objects are not visible. Also, an empty box in a 0-based file is one pixel wide by VOC's 1-based rule.
@@ -113,6 +114,11 @@ def check_class_names(class_names: tuple[str, ...]) -> None:
     """Raises InputError unless there is at least one class name and none appears twice."""
     if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
         raise InputError(f"class_names must contain at least one name and no name twice, got {quoted(class_names)}")
+
+
+def labels_of(class_names: tuple[str, ...]) -> dict[str, int]:
+    """Returns the label of each class by its name, in which `composed` wrote the accents."""
+    return {composed(name): label for label, name in enumerate(class_names, start=1)}
 
 
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:

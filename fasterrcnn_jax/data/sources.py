@@ -33,7 +33,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names, labels_of
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -120,6 +120,8 @@ def with_class_names(data: DataConfig) -> DataConfig:
         return data
     names = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
     if not names:
+        # A fault of a file may be the reason, and reading says it.
+        read(dataclasses.replace(data, class_names=("object",)), data.train_split)
         raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
     in_order = names if _declares(data) else sorted(names)
     return dataclasses.replace(data, class_names=tuple(in_order))
@@ -127,7 +129,7 @@ def with_class_names(data: DataConfig) -> DataConfig:
 
 def _check_class_names(data: DataConfig) -> None:
     """Raises InputError if a given class name is in no split: most likely it is mistyped."""
-    absent, known = set(data.class_names), set()
+    absent, known = set(labels_of(data.class_names)), set()
     for name in _all_class_names(data):
         known.add(name)
         absent.discard(name)
@@ -137,7 +139,7 @@ def _check_class_names(data: DataConfig) -> None:
         return
     if data.layout == "yolo" and all(name.isdecimal() for name in known):  # class_names name the class numbers
         return
-    name = next(name for name in data.class_names if name in absent)
+    name = next(name for name in labels_of(data.class_names) if name in absent)
     letters = {other.lower(): other for other in sorted(known)}
     near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {joined_names(sorted(known))}"
@@ -223,6 +225,8 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     Raises:
       InputError: the folder has no known layout; the sentence says what was found. Or a file is a link out of it.
     """
+    if root.is_file():
+        raise InputError(f"{root}: must be the folder of the data set, but is a file; {_way_to_folder(root)}")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder or configuration file")
     inner = _inner(root)
@@ -251,6 +255,12 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     return layout._replace(data=data, notes=tuple(notes))
 
 
+def _way_to_folder(file: Path) -> str:
+    if file.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        return "unpack it"
+    return f"give the folder that holds it and the images, for example {file.parent}"
+
+
 def with_layout(data: DataConfig) -> DataConfig:
     """Returns `data` with layout "auto" replaced by the layout that is recognised; other data as it is.
 
@@ -268,10 +278,10 @@ def with_layout(data: DataConfig) -> DataConfig:
     fields = {name: getattr(layout.data, name) for name in of_layout}
     train, test = data.train_split, data.test_split
     if train == "train" and "train" not in layout.splits:
-        train = next((split for split in layout.splits if "train" in split), layout.splits[0])
+        train = next((split for split in layout.splits if "train" in split.lower()), layout.splits[0])
     if test == "test" and "test" not in layout.splits:
-        held_out = [split for split in layout.splits if split not in (train, "trainval") and "train" not in split]
-        test = next(iter(held_out), test)
+        held_out = [split for split in layout.splits if split != train and "train" not in split.lower()]
+        test = next((split for split in held_out if "test" in split.lower()), next(iter(held_out), test))
     names = data.class_names or layout.data.class_names
     return dataclasses.replace(data, **fields, train_split=train, test_split=test, class_names=names)
 
@@ -322,6 +332,9 @@ def _seen(root: Path) -> str:
             f"{found}; the nearest layout is PASCAL VOC, whose XML files have the root <annotation> and are named like "
             "their images"
         )
+    if counts.get(".csv"):
+        columns = ", ".join(csv_table.REQUIRED)
+        return f"{found}; the nearest layout is csv, whose first line must have the columns {columns}"
     if images:
         return f"{found}, and no annotations"
     return found

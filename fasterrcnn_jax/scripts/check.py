@@ -73,21 +73,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, rest = parser.parse_known_args(argv)
 
-    if arguments.what.suffix == ".py":
-        config = cli.parse_config(["--config", str(arguments.what), *rest], description=__doc__)
+    is_file = arguments.what.suffix == ".py"
+    if is_file or rest:
+        config = cli.parse_config([str(arguments.what), *rest], description=__doc__)
         data = config.data
         splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
         if data.layout == "auto":
-            layout = sources.recognise(data.root)
+            layout = sources.recognise(data.root, follow_links=data.follow_links)
             print_lines(*layout_lines(data.root, layout))
             data = sources.with_layout(data)
             splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
             # A training divides the only split.
-            if len(layout.splits) == 1 and data.split and data.test_split == "test":
+            if not is_file or (len(layout.splits) == 1 and data.split and data.test_split == "test"):
                 splits = layout.splits
         data, splits = sources.with_class_names(data), dict.fromkeys(splits)
-    elif rest:
-        raise InputError(f"{rest[0]}: a folder takes no fields; give a configuration file to override its fields")
     else:
         layout = sources.recognise(arguments.what)
         print_lines(*layout_lines(arguments.what, layout))
