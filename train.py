@@ -1,4 +1,4 @@
-"""Trains a detector and evaluates it: python train.py FOLDER, or --config configs/shapes.py
+"""Trains a detector and evaluates it: fasterrcnn-jax train FOLDER, or python train.py --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
 metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the

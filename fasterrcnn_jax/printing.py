@@ -56,7 +56,16 @@ def progress_bar(
             delay=LINE_EVERY,
             bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}{postfix}",
         )
-    return tqdm(items, desc=printable(title) or None, total=total, unit=unit, initial=done, disable=not shown, **how)
+    # tqdm adds the colon itself in its own format only.
+    return tqdm(
+        items,
+        desc=f"{printable(title)}: " if title else None,
+        total=total,
+        unit=unit,
+        initial=done,
+        disable=not shown,
+        **how,
+    )
 
 
 class _Lines:
