@@ -178,7 +178,7 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
     assert run("folder.py", *fields, "--model.rpn.anchor_scales", "9", "10", "--data.test_split", "train") == 0
     said = capsys.readouterr().out
     assert "\ntrain: " in said and "\ntest: " not in said
-    assert "anchor_scales 9 10" in said and "(240 to 320 pixels)" in said
+    assert "anchor_scales 9 10" in said and "(320 to 320 pixels)" in said
     # 24 pixels become 24 x 320 / 72, which is 6.67 times 16.
     assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
 

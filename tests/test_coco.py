@@ -109,6 +109,8 @@ FAULTS = {
     "file_name empty": (of_image("file_name", ""), ["image 10, file_name"]),
     "file_name is a number": (of_image("file_name", 10), ["image 10, file_name", "got 10"]),
     # A fuzzer's findings: such messages were as long as the value.
+    # A fuzzer's finding: longer than a name in a folder may be.
+    "file_name long": (of_image("file_name", "a" * 300), ["image 10, file_name", "a ..."]),
     "file_name endless": (of_image("file_name", "a" * 5000), ["image 10, file_name", "a ..."]),
     "crowd endless": (of_annotation("iscrowd", "a" * 5000), ["annotation 1, iscrowd", "a ..."]),
     "category name endless": (changed(("categories", 1, "name"), "a" * 5000), ["categories[1], name", "a ..."]),

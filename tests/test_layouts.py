@@ -212,6 +212,14 @@ def test_images_without_xml_are_no_split_and_are_left_out(tmp_path):
     assert "Images without an XML file were left out: 1" in dataset.notes[0]
 
 
+def test_a_file_name_too_long_for_the_file_system_hides_no_layout(tmp_path):
+    """A fuzzer's finding."""
+    exports.write_coco_label_studio(tmp_path)
+    path = tmp_path / "result.json"
+    path.write_text(path.read_text().replace("images/a.png", "a" * 300))
+    assert sources.recognise(tmp_path).splits == ("result",)
+
+
 def test_a_grouping_category_that_one_split_uses_is_a_class(tmp_path):
     exports.write_coco_roboflow(tmp_path)
     path = tmp_path / "test/_annotations.coco.json"

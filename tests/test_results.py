@@ -4,7 +4,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from fasterrcnn_jax.evaluation.report import (
     metrics_dict,
 )
 from fasterrcnn_jax.inference import scoring
+from fasterrcnn_jax.models.detector import create_detector
 
 IDS = ("000005", "139", "2008_000008", "0")
 
@@ -44,7 +44,7 @@ def test_the_table_says_how_much_recall_a_detector_can_have(monkeypatch):
     crowded = ten._replace(records=tuple(ImageRecord(r.id, r.path, r.image_hw, *arrays) for r in ten.records))
     none = [ImageDetections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(IDS)
     monkeypatch.setattr(scoring, "detect_dataset", lambda *_, **__: none)
-    model = SimpleNamespace(config=tiny.MODEL)
+    model = create_detector(tiny.MODEL, ten.class_names, seed=0)
     lines = scoring.score(model, crowded, batch_size=1).table.splitlines()
     assert lines[0] == (
         "note: 4 of 4 images have more than 6 objects, up to 10, but a detector returns no more boxes than "

@@ -13,6 +13,7 @@ in real data sets and have one sensible meaning are read with that meaning. `Dat
 import contextlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -216,7 +217,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
         name = "COCO as Roboflow writes it"
     elif pattern == "{split}.json" and splits == ("result",):
         name = "COCO as Label Studio writes it"
-    shown = pattern.replace("{split}", "SPLIT") if len(splits) > 1 else str(files[splits[0]].relative_to(root))
+    shown = pattern.replace("{split}", "SPLIT" if len(splits) > 1 else next(iter(splits)))
     where = "the folder" if images == "." else images.replace("{split}", "SPLIT") + "/"
     why = f"{shown} has the keys images, annotations and categories, and the images are in {where}"
     data = DataConfig(
@@ -263,7 +264,7 @@ def _folder_of(root: Path, pattern: str, listed: dict[str, list[Any]]) -> str:
         sample = [name.replace("\\", "/") for name in names[:: max(1, len(names) // 30)] if isinstance(name, str)]
         inside = [name for name in sample if not name.startswith("/") and ".." not in name.split("/")]
         for folder in dict.fromkeys(usual):
-            counts[folder] += sum((root / folder.replace("{split}", split) / name).exists() for name in inside)
+            counts[folder] += sum(os.path.exists(root / folder.replace("{split}", split) / name) for name in inside)
         if not any(counts.values()):
             # Paths of another machine: the last part must be somewhere below the folder.
             wanted = {name.rpartition("/")[2].lower() for name in sample}
@@ -310,7 +311,7 @@ def _categories(path: Path, content: dict[str, Any], found: Found) -> dict[int, 
         category_id, name = _id(item, "id", field, found), item.get("name")
         if not isinstance(category_id, int):
             raise InputError(f"{field}, id: must be an integer, {_got(item, 'id')}")
-        if type(name) in (int, float) and abs(name) < 1e12:
+        if isinstance(name, int | float) and _is_number(name):
             name = f"{name:g}" if isinstance(name, float) else str(name)
         name = name.strip() if isinstance(name, str) else ""
         # JSON can contain unpaired surrogates, which cannot be written to a file or a terminal.
@@ -355,17 +356,18 @@ def _image_paths(
             if len(items) > 1:
                 found[REPEATED].append(field)
             name = items[0].get("file_name")
-            bad = not isinstance(name, str) or not 0 < len(name) <= MAX_PATH or "\0" in name
-            if bad or (folder / name).is_dir():
+            text = name if isinstance(name, str) else ""
+            # os.path takes names that are too long for the file system; Path does not.
+            if not 0 < len(text) <= MAX_PATH or "\0" in text or os.path.isdir(folder / text):
                 raise InputError(
                     f"{field}, file_name: must be a path inside the image folder, {_got(items[0], 'file_name')}"
                 )
             # Separators and drives are read alike on every system, because the file may come from another system.
-            inside = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
-            if inside.startswith("/") or ".." in inside.split("/") or not (folder / inside).exists():
+            inside = re.sub(r"^[A-Za-z]:", "", text.replace("\\", "/"))
+            if inside.startswith("/") or ".." in inside.split("/") or not os.path.exists(folder / inside):
                 elsewhere[image_id] = inside
             else:
-                if inside != name:
+                if inside != text:
                     found[SEPARATOR].append(f"{field}, file_name: {quoted(name)}")
                 paths[image_id] = folder / inside
     if elsewhere:
@@ -398,10 +400,11 @@ def _searched(
 def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
     sides = [None if item.get(key) in _UNKNOWN else _number(item, key, field, found) for key in ("height", "width")]
-    if any(side in _UNKNOWN for side in sides):
+    height, width = (None if side in _UNKNOWN else side for side in sides)
+    if height is None or width is None:
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
-    return annotated_frame(path, (sides[0], sides[1]), field, found, max_pixels=max_pixels)
+    return annotated_frame(path, (height, width), field, found, max_pixels=max_pixels)
 
 
 def _label(

@@ -56,9 +56,7 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     Raises:
       InputError: no class names are given, the data is missing or has a fault, or joined splits share an image.
     """
-    if data.shapes is not None:
-        shapes = data.shapes
-        make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
+    _draw_shapes(data)
     dataset = read(data, split)
     if data.faults == "skip":
         dataset = skip_undecodable(dataset)
@@ -107,14 +105,22 @@ def _within(data: DataConfig) -> Path | None:
     return None if data.follow_links else data.root
 
 
+def _draw_shapes(data: DataConfig) -> None:
+    shapes = data.shapes
+    if shapes is not None:
+        make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
+
+
 def with_class_names(data: DataConfig) -> DataConfig:
     """Returns `data`; if it has no class names, with those of its training split.
 
-    They are in the order that the data declares, or sorted where it declares none, as in VOC.
+    They are in the order that the data declares, or sorted where it declares none, as in VOC. With `data.shapes`, draws
+    the shapes data set first.
 
     Raises:
       InputError: the training split cannot be read or has no class, or the data has no class of a given name.
     """
+    _draw_shapes(data)
     data = with_layout(data)
     if data.class_names:
         _check_class_names(data)

@@ -88,8 +88,9 @@ class Places(NamedTuple):
 
     def of(self, split: str) -> "Places":
         """Returns the places of one split."""
-        filled = (None if part is None else part.replace("{split}", split) for part in self[:3])
-        return Places(*filled, self.counts_from)
+        images, annotations = (part.replace("{split}", split) for part in (self.images, self.annotations))
+        lists = None if self.lists is None else self.lists.replace("{split}", split)
+        return Places(images, annotations, lists, self.counts_from)
 
 
 OWN_PLACES = Places()
@@ -580,11 +581,11 @@ def _frame(
     size = _child(annotation, "size", field, required=False)
     stated = None
     if size is not None:
-        sides = [_side(size, tag, f"{field}, {tag}") for tag in ("height", "width")]
-        if None in sides:
+        height, width = (_side(size, tag, f"{field}, {tag}") for tag in ("height", "width"))
+        if height is None or width is None:
             found[NO_SIZE].append(str(xml_path))
         else:
-            stated = (sides[0], sides[1])
+            stated = height, width
     return annotated_frame(image_path, stated, field, found, max_pixels=max_pixels)
 
 

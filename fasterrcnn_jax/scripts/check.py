@@ -6,6 +6,7 @@ says how it is read, and 2 if there is a fault that stops training (--data.fault
 two splits.
 """
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -19,13 +20,14 @@ import tyro
 from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig, ModelConfig
-from fasterrcnn_jax.config.checks import AUTO
+from fasterrcnn_jax.config.checks import AUTO, fitted
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
+from fasterrcnn_jax.data.fitting import fit
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.layouts import Layout
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
-from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
@@ -64,15 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     arguments, fields = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, fields=True)
     if arguments.folder.suffix == ".py":
         config = cli.parse_config(["--config", str(arguments.folder), *fields], description=__doc__)
-        data, model = config.data, config.model
+        data = config.data
         data = dataclasses.replace(data, follow_links=data.follow_links or arguments.follow_links)
         layout = sources.recognise(data.root, follow_links=data.follow_links) if data.layout == AUTO else None
-        if layout is not None:
-            print_lines(*layout_lines(data.root, layout))
         data = sources.with_class_names(data)
         splits = dict.fromkeys((data.train_split, config.train.best_split or data.test_split, data.test_split))
-        if layout is not None and data.split:  # a split that is not there is made by dividing another one
-            splits = [name for name in splits if set(name.split("+")) <= set(layout.splits)]
+        if layout is not None:
+            print_lines(*layout_lines(data.root, layout))
+            # A training divides the only split.
+            if len(layout.splits) == 1 and data.split and data.test_split == "test":
+                splits = layout.splits
     elif fields:
         raise InputError(
             f"{fields[0]}: check has no such flag, and a folder takes no fields; a configuration file does"
@@ -80,9 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         layout = sources.recognise(arguments.folder, follow_links=arguments.follow_links)
         print_lines(*layout_lines(arguments.folder, layout))
-        data, splits, model = layout.data, layout.splits, None
-    if data.shapes is not None:
-        make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
+        config = load_config(cli.START)
+        data, splits = layout.data, layout.splits
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--max_pixels must be positive, got {max_pixels}")
@@ -95,11 +97,15 @@ def main(argv: list[str] | None = None) -> None:
         found, compared = check.shared_images(checked[one], checked[other])
         findings += found
         print_lines("", compared)
-    if checked:
-        largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
+    datasets = [split.dataset for split in checked.values()]
+    model = config.model
+    if datasets:
+        largest = max(datasets, key=lambda dataset: len(dataset.records))
+        with contextlib.suppress(InputError):  # no object to fit anchors to
+            model = fit(config, datasets, largest).config.model
         print_lines("", *anchor_lines(largest, model))
     for split in checked.values():
-        caps = check.capped_recall(split.dataset.records, model or ModelConfig())
+        caps = check.capped_recall(split.dataset.records, model)
         findings += [Finding(CAPPED, f"{split.dataset.name}: {sentence}", False) for sentence in caps]
     print_lines("", *finding_lines(findings, SHOWN if not arguments.all else len(findings)))
     if arguments.sheets is not None:
@@ -170,12 +176,11 @@ def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
     yield from combinations([name for name in ids if name not in joined], 2)
 
 
-def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
+def anchor_lines(dataset: Dataset, model: ModelConfig) -> list[str]:
     """Returns a table of how well anchors fit the boxes.
 
     The rows are the model's anchors, the best anchors with the same number of scales, and the best of any shape.
     """
-    name, model = ("default", ModelConfig()) if model is None else ("config", model)
     sizes = check.network_sizes(dataset.records, lambda image_hw: network_size(image_hw, model.image))
     if not len(sizes):
         return ["anchors    no fit: the data set has no boxes"]
@@ -186,7 +191,7 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         return f"{name:10} {iou.mean():8.3f} {(iou >= rpn.fg_iou).mean():10.1%}  {words}"
 
     best = model_scales(model, sizes)
-    given = best if rpn.anchor_scales == AUTO else rpn.anchor_scales
+    given = fitted(rpn.anchor_scales, "model.rpn.anchor_scales")
     configured = np.concatenate(anchor_sizes(model, given))
     free = fit_sizes(sizes, min(len(configured), len(sizes)))
     ratios = " ".join(f"{ratio:g}" for ratio in rpn.anchor_ratios)
@@ -195,7 +200,7 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         f"anchors    for {dataset.name} at network scale ({model.image.short_side} to {model.image.long_side} pixels); "
         f"{small:.1%} of the boxes are narrower than a feature cell",
         f"{'':10} {'mean IoU':>8} {f'>= {rpn.fg_iou:g}':>10}",
-        line(name, configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
+        line("config", configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
         line("k-means", np.concatenate(anchor_sizes(model, best)), f"--model.rpn.anchor_scales {_words(best)}"),
         line("any shape", free, " ".join(f"{width:.0f}x{height:.0f}" for width, height in free)),
     ]
