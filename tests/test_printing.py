@@ -295,17 +295,20 @@ def test_a_line_above_the_progress_bar_is_printable(capsys):
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch, is_terminal):
     monkeypatch.setattr(printing, "LINE_EVERY", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    with printing.progress_bar(title="voc", total=3, unit="image") as bar:
-        bar.delay = 0.0
+    # An evaluation within a training.
+    with (
+        printing.progress_bar(title="", total=9, unit="step"),
+        printing.progress_bar(title="voc", total=3, unit="image") as bar,
+    ):
+        bar.delay = bar.mininterval = 0.0
         for _ in range(3):
-            bar.mininterval = 0.0
             bar.update()
     said = capsys.readouterr().err
     if is_terminal:
-        assert "\r" in said and "|" in said and "\n" not in said
+        assert "\r" in said and "|" in said
     else:
-        assert "\r" not in said
-        assert re.fullmatch(r"(voc: \d of 3 images, 00:00\n)+", said) and "voc: 3 of 3" in said
+        assert "\r" not in said and "\x1b" not in said
+        assert re.fullmatch(r"((0 of 9 steps|voc: \d of 3 images), 00:00\n)+", said) and "voc: 3 of 3" in said
 
 
 def test_hostile_names_keep_the_columns_of_a_table(tmp_path, capsys):

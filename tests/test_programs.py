@@ -123,8 +123,7 @@ def test_a_signal_saves_and_raises_keyboard_interrupt_and_the_same_call_continue
         with pytest.raises(KeyboardInterrupt, match="the same command continues"):
             train(folder, tmp_path / "run")
     assert of_the_process() == before
-    (step,) = steps_in(tmp_path / "run")
-    assert step < STEPS
+    assert steps_in(tmp_path / "run")[-1] < STEPS
     assert train(folder, tmp_path / "run").metrics == trained.result.metrics
 
 
@@ -133,7 +132,7 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(folder, trained, tmp_p
         train(folder, tmp_path / "run", init=trained.result.folder)
     assert f"{trained.result.best}: " in caplog.text
     first, again = (lines_of(run, "gradient_norm")[0] for run in (trained.result.folder, tmp_path / "run"))
-    assert first["weight_norm"] != again["weight_norm"]
+    assert first["rpn_objectness"] != again["rpn_objectness"]
 
 
 # ---------------------------------------------------------------- the configuration that a call means
@@ -194,7 +193,10 @@ def test_fields_are_given_by_their_last_part_or_by_their_full_name(asked, tmp_pa
         ({"epochs": -1}, "train.epochs: epochs must be positive, got -1"),
         ({"data": "nowhere"}, "nowhere"),
         ({"config": "nothing.py"}, "nothing.py: no such file"),
-        ({"config": "shapes.py", "init": "nowhere.pth", "run": "{tmp}"}, "nowhere.pth"),
+        (
+            {"config": "shapes.py", "init": "nowhere.pth", "data.shapes.num_train": 9, "data.shapes.num_test": 3},
+            "nowhere.pth",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_used_raises_and_never_exits(tmp_path, monkeypatch, fields, message):
@@ -240,7 +242,7 @@ def test_a_folder_with_other_classes_is_evaluated_on_the_classes_of_the_model(fo
     gone = tiny.CLASS_NAMES.index(renamed[0]) + 1
     assert found.dataset.class_names == tiny.CLASS_NAMES and labels == {1, 2} - {gone}
     assert found.metrics[f"AP50/{renamed[0]}"] is None
-    assert found.metrics["AP50"] == found.metrics[f"AP50/{tiny.CLASS_NAMES[2 - gone]}"]
+    assert found.metrics["AP50"] == pytest.approx(found.metrics[f"AP50/{tiny.CLASS_NAMES[2 - gone]}"])
 
 
 @pytest.mark.parametrize(
