@@ -200,7 +200,9 @@ def fit(
                 saver.confirm()
                 raise preemption.Stopped(f"asked to stop: saved step {number}, the same command continues {run}")
             if not is_last and patience.is_over(number):
-                say(f"step {number}: {train.patience} evaluations in a row without a higher {stage.metric}: the end")
+                say(
+                    f"step {number}: the training ends, because {train.patience} evaluations in a row had no higher {stage.metric}"
+                )
                 break
         saver.confirm()
         # Everything is saved, so from here a signal ends the process at once.
