@@ -200,9 +200,8 @@ def fit(
                 saver.confirm()
                 raise preemption.Stopped(f"asked to stop: saved step {number}, the same command continues {run}")
             if not is_last and patience.is_over(number):
-                say(
-                    f"step {number}: the training ends, because {train.patience} evaluations in a row had no higher {stage.metric}"
-                )
+                why = f"{train.patience} evaluations in a row had no higher {stage.metric}"
+                say(f"step {number}: the training ends, because {why}")
                 break
         saver.confirm()
         # Everything is saved, so from here a signal ends the process at once.

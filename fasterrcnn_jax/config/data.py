@@ -65,8 +65,8 @@ class DataConfig:
     """folder of the data set with its annotations and images; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the
     data_dir of TFDS"""
     layout: Layout = "voc"
-    """file layout of root; auto: recognised from the files in root; this also sets the other fields of the layout, and the
-    class names and splits that are not given"""
+    """file layout of root; auto: recognised from the files in root; this also sets the other fields of the layout,
+    and the class names and splits that are not given"""
     voc_images: str = "JPEGImages"
     """layout voc: folder of a split's images, relative to root; may contain {split}"""
     voc_annotations: str = "Annotations"
