@@ -342,7 +342,7 @@ def test_evaluate_needs_only_the_run_folder(trained, folder, tmp_path, monkeypat
     assert status == 0, err
     # The same table as at the end of training.
     assert table_of(out) == table_of(trained[1])
-    assert re.search(r"^split +test of voc .*, also used to choose the checkpoint$", out, re.MULTILINE)
+    assert re.search(r"^split +test of .*, also used to choose the checkpoint$", out, re.MULTILINE)
     # Our checkpoints have a part without arrays, of which Orbax says that it may be malformed.
     assert "malformed" not in err
     files = run / "evaluation" / "test"
