@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint: python evaluate.py runs/shapes, or --ckpt runs/shapes
+"""Evaluates a checkpoint: fasterrcnn-jax evaluate runs/shapes
 
-The model and the configuration come from the checkpoint. Prints the average precision per class, and writes the
-detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the RPN's proposals cover.
+RUN is --ckpt without the flag. The model and the configuration come from the checkpoint. Prints the average precision
+per class, and writes the detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the
+RPN's proposals cover.
 """
 
 import dataclasses
@@ -60,7 +61,9 @@ class Evaluated(NamedTuple):
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = cli.parse(Arguments, argv, subject="--ckpt", description=__doc__)
+    arguments = cli.parse(
+        Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
+    )
     split, also, dataset, found = evaluate(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     # Printed before a file can fail: the table is what took the time.
     print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")

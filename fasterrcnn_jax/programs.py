@@ -70,7 +70,7 @@ def train(
     fields = {name: value for name, value in given.items() if value is not None} | fields
     cli.set_up_libraries()
     try:
-        outcome = training.train(with_fields(load_config(path), fields))
+        outcome = training.run(with_fields(load_config(path), fields))
     except training.preemption.Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
     assert outcome is not None, "the last stage of a training always has results"

@@ -239,6 +239,29 @@ def test_faults_are_shown_where_no_object_has_a_class(clean, capsys):
     assert "Faulty images were skipped: 8" in said and "train0.xml: the file is refused" in said
 
 
+def test_a_folder_with_one_split_is_checked_with_a_configuration_that_divides_it(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "set", records=exports.RECORDS[:1])
+    assert run("folder.py", "--data.root", tmp_path / "set") == 0
+    said = capsys.readouterr().out
+    assert "\nall: " in said and "Splits cannot be read" not in said
+
+
+def test_links_out_of_a_folder_are_followed_where_asked_and_the_command_says_so(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "set", records=exports.RECORDS[:1])
+    (image,) = (path for path in (tmp_path / "set").iterdir() if path.suffix in (".png", ".jpg"))
+    image.rename(tmp_path / image.name)
+    image.symlink_to(tmp_path / image.name)
+    assert run(tmp_path / "set") == 2 and "link" in capsys.readouterr().err
+    assert run(tmp_path / "set", "--follow_links") == 0
+    assert f"fasterrcnn-jax train {tmp_path / 'set'} --data.follow_links" in capsys.readouterr().out
+    assert run("folder.py", "--data.root", tmp_path / "set", "--follow_links") == 0
+
+
+def test_the_folder_may_come_after_the_flags(clean, tmp_path):
+    assert run("--sheets", tmp_path / "sheets", "--all", clean) == 0
+    assert (tmp_path / "sheets" / "train.jpg").exists()
+
+
 def test_a_configuration_with_layout_auto_is_checked(tmp_path, capsys):
     exports.write_coco_roboflow(tmp_path)
     assert run("folder.py", "--data.root", tmp_path, "--data.layout", "auto", "--data.test_split", "valid") == 2

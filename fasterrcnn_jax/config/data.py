@@ -65,8 +65,8 @@ class DataConfig:
     """folder of the data set with its annotations and images; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the
     data_dir of TFDS"""
     layout: Layout = "voc"
-    """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
-    class names and the splits that are not there"""
+    """file layout of root; auto: recognised from the files in root; this also sets the other fields of the layout,
+    and the class names and splits that are not given"""
     voc_images: str = "JPEGImages"
     """layout voc: folder of a split's images, relative to root; may contain {split}"""
     voc_annotations: str = "Annotations"
@@ -99,8 +99,8 @@ class DataConfig:
     fraction for training; 1.0: every image is trained on, and evaluated too; auto: 0.8 where the data set has one
     split; empty: the data set's own splits"""
     split_of: str | None = None
-    """the split that data.split divides; None: train_split. A run stores it here and names the parts in train_split and
-    test_split"""
+    """split that data.split divides; None: train_split. A run stores it here, and the names of the parts in train_split
+    and test_split"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False

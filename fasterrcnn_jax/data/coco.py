@@ -69,7 +69,7 @@ NO_ID = "Annotations without an id were read"
 TEXT = "Numbers written as text were read as numbers"
 EXTENT = "Missing boxes were replaced by the extent of the outline"
 IGNORED = "Objects marked ignore are used like crowds: they are not trained on"
-GROUPING = "Categories that no annotation uses and that only group others were left out"
+GROUPING = "Categories that no annotation uses and that are the supercategory of others were left out"
 REPEATED = "Repeated categories and images were read once"
 SEPARATOR = "A file_name of Windows was read with / as separator and without drive"
 
@@ -205,7 +205,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
             grouping |= dict.fromkeys(place.rpartition(", ")[2] for place in found[GROUPING])
             listed[split] = [item.get("file_name") for item in _list(path, content, "images")]
     images = _folder_of(root, pattern, listed)
-    notes = [f"{name} is left out: no annotation uses it, it only groups others" for name in grouping]
+    notes = [f"{name} is left out: no annotation uses it, and it is the supercategory of others" for name in grouping]
     others = [name for name in names if root / name not in files.values()]
     if others:
         notes.append(f"other files with the keys of COCO are not used: {', '.join(others[:5])}")

@@ -18,7 +18,7 @@ from fasterrcnn_jax.regular_files import check_regular
 # The longest path that Linux allows.
 MAX_PATH = 4096
 
-MOVED = "Paths that do not exist in the folder were taken as the file of that name in it"
+MOVED = "Paths that do not exist were read as the only file of that name in the folder"
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 

@@ -70,7 +70,7 @@ REPEATED_IMAGE = "Repeated images of a list were ignored"
 CONFIDENCE = "The sixth number of a line was ignored"
 OUTLINE = "Outlines were replaced by their extent"
 KEYPOINTS = "Keypoints were ignored"
-OTHER_PLACE = "Paths of splits were taken as the end of them that exists in the folder"
+OTHER_PLACE = "Paths of splits that do not exist were read as the longest end of the path that exists in the folder"
 NO_PLACE = "Splits whose images are not in the folder were left out"
 OUTSIDE_SPLITS = "Images outside the folders of the splits were left out"
 

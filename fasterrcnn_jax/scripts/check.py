@@ -1,13 +1,11 @@
-"""Looks for faults in labelled images and describes the data set: fasterrcnn-jax check configs/voc.py, or check FOLDER
+"""Looks for faults in labelled images and describes the data set: fasterrcnn-jax check FOLDER
 
-Reads every annotation and decodes every image. With a configuration file, any field on the command line overrides the
-field in the file. With a folder, or with data.layout auto, the layout is recognised, and so are the classes; the first
-lines say what was recognised and why, and how to train on it. The exit status is 0 if nothing is wrong, 1
-if something is odd but a rule says how it is read, and 2 if there is a fault that stops training (--data.faults skip
-skips it) or if an image is in two splits.
+Reads every annotation and decodes every image. The layout and the classes are recognised; the first lines say what was
+recognised and why, and how to train on it. The exit status is 0 if nothing is wrong, 1 if something is odd but a rule
+says how it is read, and 2 if there is a fault that stops training (--data.faults skip skips it) or if an image is in
+two splits.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import shlex
@@ -15,12 +13,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig, ModelConfig
-from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.config.checks import AUTO, fitted
 from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
@@ -28,7 +28,6 @@ from fasterrcnn_jax.data.fitting import fit
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.layouts import Layout
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
-from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
@@ -47,53 +46,43 @@ NO_CLASS = "No object of the data set has a class name"
 SHOWN = 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    folder: Annotated[Path, tyro.conf.Positional]
+    """folder of labelled images; or a configuration file (.py), whose fields are then flags"""
+    sheets: Path | None = None
+    """folder to write one sheet per split into: a JPEG of many images with their boxes"""
+    all: bool = False
+    """print every finding, not only 20 of each kind"""
+    max_pixels: int | None = None
+    """report images of more pixels as faults, without decoding them; None: data.max_pixels"""
+    follow_links: bool = False
+    """open files that symbolic links in the folder place outside of it; otherwise they are refused"""
+
+
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fasterrcnn-jax check",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "what", type=Path, metavar="CONFIG_OR_FOLDER", help="configuration file (.py) or folder of labelled images"
-    )
-    parser.add_argument(
-        "--sheets",
-        type=Path,
-        metavar="FOLDER",
-        help="write one sheet per split into FOLDER: a JPEG of many images with their boxes",
-    )
-    parser.add_argument("--all", action="store_true", help=f"print every finding, not only {SHOWN} of each kind")
-    parser.add_argument(
-        "--max_pixels",
-        type=int,
-        metavar="N",
-        help="report images of more pixels as faults, without decoding them; default: data.max_pixels",
-    )
-    arguments, rest = parser.parse_known_args(argv)
-
-    is_file = arguments.what.suffix == ".py"
-    if is_file or rest:
-        config = cli.parse_config([str(arguments.what), *rest], description=__doc__)
+    usage = ("FOLDER | CONFIG.py [--FLAG VALUE ...]",)
+    arguments, fields = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, fields=True)
+    is_file = arguments.folder.suffix == ".py"
+    if is_file or fields:
+        config = cli.parse_config([str(arguments.folder), *fields], description=__doc__)
         data = config.data
+        data = dataclasses.replace(data, follow_links=data.follow_links or arguments.follow_links)
+        layout = sources.recognise(data.root, follow_links=data.follow_links) if data.layout == AUTO else None
+        data = sources.with_class_names(data)
         splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
-        if data.layout == "auto":
-            layout = sources.recognise(data.root, follow_links=data.follow_links)
+        if layout is not None:
             print_lines(*layout_lines(data.root, layout))
-            data = sources.with_layout(data)
-            splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
             # A training divides the only split.
             if not is_file or (len(layout.splits) == 1 and data.split and data.test_split == "test"):
                 splits = layout.splits
-        data, splits = sources.with_class_names(data), dict.fromkeys(splits)
+        splits = dict.fromkeys(splits)
     else:
-        layout = sources.recognise(arguments.what)
-        print_lines(*layout_lines(arguments.what, layout))
+        layout = sources.recognise(arguments.folder, follow_links=arguments.follow_links)
+        print_lines(*layout_lines(arguments.folder, layout))
         config = load_config(cli.START)
         data, splits = layout.data, layout.splits
-    if data.shapes is not None:
-        make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--max_pixels must be positive, got {max_pixels}")
@@ -126,12 +115,13 @@ def main(argv: list[str] | None = None) -> None:
 def layout_lines(folder: Path, layout: Layout) -> list[str]:
     """Returns the lines that say what was recognised in a folder, and the command that trains on it."""
     names = layout.data.class_names
+    links = " --data.follow_links" if layout.data.follow_links else ""
     return [
         f"layout     {layout.name}: {layout.why}",
         *(f"           {note}" for note in layout.notes),
         f"splits     {', '.join(layout.splits)}",
         f"classes    {len(names)}: {joined_names(names)}",
-        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}",
+        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}{links}",
     ]
 
 

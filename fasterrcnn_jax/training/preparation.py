@@ -155,7 +155,7 @@ def _images(splits: dict[str, Dataset]) -> str:
 
 
 def _is_the_same_run(config: Config) -> bool:
-    """Returns whether the run folder is new, or holds a run of the same data and settings."""
+    """Returns whether the run folder is new, or holds a run of the same data, first weights and settings."""
     path = run_folder.config_path(config.run)
     if not path.is_file():
         return True
@@ -163,5 +163,5 @@ def _is_the_same_run(config: Config) -> bool:
         stored = from_json(path.read_text(encoding="utf-8"), str(path))
     except (InputError, OSError, UnicodeDecodeError):
         return False
-    same_data = stored.data.root.resolve() == config.data.root.resolve()
-    return same_data and first_difference(stored, config) is None
+    same_start = stored.data.root.resolve() == config.data.root.resolve() and stored.init == config.init
+    return same_start and first_difference(stored, config) is None
