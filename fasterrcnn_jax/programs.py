@@ -101,6 +101,6 @@ def evaluate(
     cli.set_up_libraries()
     root = None if data is None else Path(data)
     asked = evaluating.Arguments(ckpt=Path(ckpt), root=root, split=split, batch_size=batch_size, **arguments)
-    found = evaluating.evaluate(asked, load(ckpt, backbone=backbone))
+    found = evaluating.results_of(asked, load(ckpt, backbone=backbone))
     assert found.score.detections is not None, "proposals are not evaluated here"
     return EvaluationResult(found.score.values, found.score.table, found.split, found.score.detections, found.dataset)
