@@ -32,15 +32,15 @@ def in_voc(name):
     return read
 
 
-def in_export(write, read_split, name, split="train"):
-    """Puts the pipe in place of one file that `write` makes, and reads a split."""
+def in_export(write, read_folder, name):
+    """Puts the pipe in place of one file that `write` makes, and reads the split "train" of the folder."""
 
     def read(path):
         root = path.parent / "set"
         write(root)
         (root / name).unlink()
         path.rename(root / name)
-        read_split(root, split, exports.CLASSES)
+        read_folder(root, "train", exports.CLASSES)
 
     return read
 
@@ -96,7 +96,7 @@ READERS = {
     "image of a data set": in_voc("JPEGImages/train1.png"),
     "YOLO description": in_export(exports.write_yolo, yolo.read_yolo, "data.yaml"),
     "YOLO labels": in_export(exports.write_yolo, yolo.read_yolo, "labels/train/a.txt"),
-    "LabelMe": in_export(exports.write_labelme, labelme.read_labelme, "a.json", "all"),
+    "LabelMe": in_export(exports.write_labelme, lambda root, *_: labelme.recognise(root), "a.json"),
     "csv": in_export(exports.write_csv, csv_table.read_csv, "train_labels.csv"),
 }
 

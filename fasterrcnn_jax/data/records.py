@@ -7,7 +7,7 @@ covers [x1, x2) x [y1, y2). Labels are 1..K in the order of `class_names`; 0 is 
 import dataclasses
 import html
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +102,18 @@ def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -
     area, other_area = (np.maximum(b[:, 2:] - b[:, :2], 0.0).prod(axis=1) for b in (boxes, others))
     union = area[:, None] + other_area[None] - intersection
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)
+
+
+def box_iou_in_parts(
+    boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]
+) -> Iterator[tuple[int, Float[np.ndarray, "_ m"]]]:
+    """Yields the first row and the IoUs of some rows of `box_iou` at a time: thousands of boxes take little memory."""
+    rows = max(1, _PAIRS // max(1, len(others)))
+    for first in range(0, len(boxes), rows):
+        yield first, box_iou(boxes[first : first + rows], others)
+
+
+_PAIRS = 2**18
 
 
 def joined_names(names: Collection[str], most: int = 20) -> str:
