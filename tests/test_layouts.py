@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import unicodedata
+from urllib.parse import quote
 
 import exports
 import fuzz_readers
@@ -335,3 +336,25 @@ def test_the_reason_why_no_class_is_found_is_said(tmp_path):
         path.write_text('<?xml version="1.0" encoding="utf-16"?>' + path.read_text())
     with pytest.raises(InputError, match="a.xml: the file is not well-formed XML"):
         sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
+
+
+def test_label_files_with_the_names_of_a_url_belong_to_their_images(tmp_path):
+    """Label Studio writes labels/Capture_d%C3%A9cran.txt for images/Capture_décran.png (its issue 1266)."""
+    records = [record._replace(name=f"bild é {record.name}") for record in WHOLE_PIXELS]
+    exports.write_yolo(tmp_path, records=records)
+    for path in (tmp_path / "labels").rglob("*.txt"):
+        path.rename(path.with_name(quote(path.name)))
+    dataset = sources.read(sources.recognise(tmp_path).data, "train")
+    assert sum(len(record.boxes) for record in dataset.records) == 4 and dataset.notes == ()
+
+
+def test_lists_beside_the_folders_are_the_splits(tmp_path):
+    """The layout of PaddleDetection: a line names the image and its XML file."""
+    exports.write_voc_flat(tmp_path, records=WHOLE_PIXELS)
+    for split, names in (("train", "ab"), ("val", "c")):
+        lines = "".join(f"./images/{name}.png ./annotations/{name}.xml\n" for name in names)
+        (tmp_path / f"{split}.txt").write_text(lines)
+    (tmp_path / "label_list.txt").write_text("square\ndisc\n")
+    recognised = sources.recognise(tmp_path)
+    assert recognised.splits == ("train", "val")
+    assert [len(sources.read(recognised.data, split).records) for split in recognised.splits] == [2, 1]

@@ -31,17 +31,17 @@ class Files(NamedTuple):
     others: dict[str, str]  # composed name -> name of each file that is no image
     folders: frozenset[str]  # folders with an image in them or below them; "" is the root
     by_place: dict[str, str]  # name of an image, as it is and without its extension -> name
-    by_name: dict[str, list[str]]  # the same without its folders and in lower case -> names
-    by_letters: dict[str, list[str]]  # others and folders in lower case -> names
+    by_name: dict[str, list[str]]  # the same without its folders, as `_alike` writes it -> names
+    by_letters: dict[str, list[str]]  # others and folders, as `_alike` writes them -> names
 
     def other(self, name: str) -> str | None:
         """Returns the file of that name that is no image, or the only one that differs in upper and lower case."""
-        same = [other for other in self.by_letters.get(name.lower(), ()) if other not in self.folders]
+        same = [other for other in self.by_letters.get(_alike(name), ()) if other not in self.folders]
         return self.others.get(name) or (same[0] if len(same) == 1 else None)
 
     def folder(self, name: str) -> str | None:
         """Returns the folder of that name with images, or the only one that differs in upper and lower case."""
-        same = [folder for folder in self.by_letters.get(name.lower(), ()) if folder in self.folders]
+        same = [folder for folder in self.by_letters.get(_alike(name), ()) if folder in self.folders]
         return name if name in self.folders else same[0] if len(same) == 1 else None
 
 
@@ -66,7 +66,7 @@ def files_below(root: Path, within: Path | None = None) -> Files:
     by_place |= {composed(name): name for name in images}
     by_name = defaultdict(list)
     for name in images:
-        last = posixpath.basename(composed(name)).lower()
+        last = _alike(posixpath.basename(name))
         by_name[last].append(name)
         by_name[without_extension(last)].append(name)
     others, folders = {composed(name): name for name in names if not is_image(name)}, set()
@@ -76,8 +76,13 @@ def files_below(root: Path, within: Path | None = None) -> Files:
             folders.add(name)
     by_letters = defaultdict(list)
     for name in (*others.values(), *folders):
-        by_letters[composed(name).lower()].append(name)
+        by_letters[_alike(name)].append(name)
     return Files(root, images, others, frozenset(folders), by_place, dict(by_name), dict(by_letters))
+
+
+def _alike(name: str) -> str:
+    """Returns a name in small letters and without the codes of a URL: Label Studio can write %C3%A9 for é."""
+    return composed(unquote(name)).lower()
 
 
 def is_image(name: str) -> bool:
@@ -112,9 +117,8 @@ def image_named(text: str, files: Files, folders: Iterable[str], field: str, fou
     name = next((files.by_place[end] for end in ends(parts) if end in files.by_place), None)
     if name is None:
         last = parts[-1] if parts else ""
-        # An image may have been converted to another format after it was labelled, and a server writes %20 for a blank.
-        spellings = (name for text in (last, unquote(last)) for name in (text, without_extension(text)))
-        fitting = next((images for name in spellings if (images := files.by_name.get(name.lower()))), ())
+        # An image may have been converted to another format after it was labelled.
+        fitting = files.by_name.get(_alike(last)) or files.by_name.get(_alike(without_extension(last)), ())
         if not fitting:
             raise InputError(f"{field}: no image file {quoted(text)} in {files.root}")
         if len(fitting) > 1:

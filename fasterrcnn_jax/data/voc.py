@@ -192,6 +192,8 @@ def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:
     if places.lists is None:
         folders = {name: root / places.of(name).annotations for name in names}
         return tuple(name for name in names if any(map(_is_xml, names_below(folders[name]))))
+    if "/" not in places.lists:  # other text files can be beside them
+        return tuple(name for name in names if name.lower() in SPLIT_NAMES)
     known = set(names)
     return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
@@ -323,12 +325,13 @@ def _images_of(xml: list[str], annotations: str, folders: dict[str, str], images
 def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Places, str | None]:
     """Returns the places with the lists in ImageSets/Main, if there are any, and a note about them."""
     lists = [name for name in names if re.fullmatch(r"imagesets/(main/)?[^/]+\.txt", name.lower())]
+    # PaddleDetection has train.txt beside the folders; others write ImageSets/train.txt, or other letters than VOC.
+    lists = lists or [name for name in names if name.lower().endswith(".txt") and _stem(name).lower() in SPLIT_NAMES]
     if "{split}" in places.annotations or not lists:
         return places, None
-    # Other programs write ImageSets/train.txt, or other letters than VOC.
     folder = max(dict.fromkeys(name.rpartition("/")[0] for name in lists), key=lambda name: name.count("/"))
     lists = [name for name in lists if name.rpartition("/")[0] == folder]
-    pattern = f"{folder}/{{split}}{PurePosixPath(lists[0]).suffix}"
+    pattern = f"{folder and f'{folder}/'}{{split}}{PurePosixPath(lists[0]).suffix}"
     images, annotations = places.images.split("/"), places.annotations.split("/")
     # The list has the folders that all images share.
     while min(len(images), len(annotations)) > 1 and images[-1] == annotations[-1]:
