@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(
         Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
     )
-    split, chose, dataset, found = evaluate(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
+    split, chose, dataset, found = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     # Printed before a file can fail: the table is what took the time.
     also = ", also used to choose the checkpoint" if chose else ""
     print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     print_lines(f"files      {out}")
 
 
-def evaluate(arguments: Arguments, model: Detector) -> Evaluated:
+def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     """Returns the results of `model`, which was loaded from `arguments.ckpt`, on one split.
 
     Raises:
