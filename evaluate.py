@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(
         Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
     )
-    split, also, dataset, found = results_of(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
+    split, also, dataset, found = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     # Printed before a file can fail: the table is what took the time.
     print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")
     if found.detections is None:  # proposals are not written to files
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     print_lines(f"files      {out}", *(f"           {sentence}" for sentence in left_out))
 
 
-def results_of(arguments: Arguments, model: Detector) -> Evaluated:
+def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     """Returns the results of `model`, which was loaded from `arguments.ckpt`, on one split.
 
     Raises:

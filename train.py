@@ -63,13 +63,13 @@ from fasterrcnn_jax.zoo import load_weights
 @cli.script
 def main(argv: list[str] | None = None) -> None:
     try:
-        run(cli.parse_config(argv, description=__doc__))
+        train_stages(cli.parse_config(argv, description=__doc__))
     except preemption.Stopped as stopped:
         say(str(stopped))
         sys.exit(preemption.EXIT_STATUS)
 
 
-def run(config: Config) -> Outcome | None:
+def train_stages(config: Config) -> Outcome | None:
     """Trains every stage of a run, or continues it, and prints what comes of it.
 
     Returns:

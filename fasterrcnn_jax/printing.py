@@ -60,7 +60,7 @@ def progress_bar(
     return tqdm(
         items,
         # tqdm adds the colon itself in its own format only.
-        desc=f"{printable(title)}: " if title else None,
+        desc=printable(title and f"{title}: ") or None,
         total=total,
         unit=unit,
         initial=done,

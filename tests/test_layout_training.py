@@ -6,7 +6,7 @@ import exports
 import numpy as np
 import pytest
 import tiny
-from fasterrcnn_jax.scripts.train import run
+from fasterrcnn_jax.scripts.train import train_stages
 from PIL import Image
 
 from fasterrcnn_jax.config import TrainConfig
@@ -45,7 +45,7 @@ def test_a_folder_of_every_tool_is_recognised_trained_on_and_evaluated(layout, t
         data=dataclasses.replace(whole.data, root=root, layout="auto", split="auto", class_names=()),
         train=TrainConfig(steps=20, batch_size=4, learning_rate=0.01, checkpoint_every=20),
     )
-    outcome = run(config)
+    outcome = train_stages(config)
     assert outcome is not None and np.isfinite(outcome.values["AP50"])
     printed = capsys.readouterr().out
     assert f"data       {root}" in printed and "classes    2" in printed

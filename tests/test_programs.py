@@ -147,7 +147,7 @@ def asked(monkeypatch):
         seen.append(config)
         return Outcome(config.run, {"AP50": None}, ("table",))
 
-    monkeypatch.setattr(programs.training, "train", note)
+    monkeypatch.setattr(programs.training, "train_stages", note)
 
     def call(*args, **fields):
         fasterrcnn_jax.train(*args, **fields)

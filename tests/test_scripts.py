@@ -124,7 +124,7 @@ def test_a_run_prints_its_table_and_where_things_are(trained):
     assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-4])
     assert lines[-3] == "split      test, also used to choose the checkpoint"
     assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
-    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [46], AP50 [01]\.\d\d\d", lines[-1])
+    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d", lines[-1])
 
 
 def table_of(out):
