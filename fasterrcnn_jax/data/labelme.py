@@ -291,7 +291,7 @@ def _kind(shape: dict[str, Any], where: str) -> str:
 
 def _label(shape: dict[str, Any], where: str) -> str:
     label = shape.get("label")
-    if type(label) in (int, float) and abs(label) < MAX_COORDINATE:
+    if isinstance(label, int | float) and _is_number(label):
         label = f"{label:g}" if isinstance(label, float) else str(label)
     if not isinstance(label, str) or not 0 < len(label.strip()) <= MAX_NAME:
         raise InputError(f"{where}, label: must be a name of at most {MAX_NAME} characters, got {quoted(label)}")
@@ -321,7 +321,7 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    return type(value) in (int, float) and abs(value) < MAX_COORDINATE
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
 def _declared(root: Path) -> list[str]:

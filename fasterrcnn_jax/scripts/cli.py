@@ -240,15 +240,9 @@ def set_up_libraries() -> None:
     # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger().addFilter(_is_not_of_orbax)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasterrcnn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    # It warns on the root logger of every checkpoint that has a part without arrays, as ours have.
-    return "orbax" not in Path(record.pathname).parts
 
 
 @runtime_checkable
