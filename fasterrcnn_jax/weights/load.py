@@ -336,7 +336,7 @@ def _differences(config: ModelConfig, expected: Mapping[str, str]) -> list[str]:
 
 
 def _matters(field: str, config: ModelConfig) -> bool:
-    if config.backbone.name == "vgg16":
+    if not config.backbone.name.startswith("resnet"):
         return not field.startswith("backbone.")
     # Blocks of two 3x3 convolutions have only one place for the stride.
     return field != "backbone.stride_in" or config.backbone.name not in ("resnet18", "resnet34")
