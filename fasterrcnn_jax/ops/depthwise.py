@@ -1,10 +1,7 @@
 """Depthwise convolution: each channel has a filter of its own. Howard et al. 2017 (arXiv:1704.04861), section 3.1.
 
-On a CPU, XLA's grouped convolution takes 10 to 100 times as long as sums of shifted products, so those are used there.
-Milliseconds of one run on two shared cores of an AMD EPYC server, batch 4, the maps of EfficientNet-Lite0 at 256 x 320
-pixels, with `benchmarks/operations.py --only depthwise`:
-
-TABLE
+On a CPU, sums of shifted products are many times as fast as XLA's grouped convolution; docs/decisions/0015 has the
+measurements.
 """
 
 import functools
@@ -33,7 +30,7 @@ def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, st
     convolution.
     """
     if choice.device()[0] == "cpu":
-        return _shifted(x, kernel, stride)
+        return shifted(x, kernel, stride=stride)
     return grouped(x, kernel, stride=stride)
 
 
@@ -48,6 +45,11 @@ def grouped(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stri
         feature_group_count=x.shape[-1],
         preferred_element_type=x.dtype,
     )
+
+
+def shifted(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int) -> Float[Array, "b h2 w2 c"]:
+    """Returns the same as `depthwise`, by sums of shifted products."""
+    return _shifted(x, kernel, stride)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
