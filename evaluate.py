@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint: python evaluate.py runs/shapes, or --ckpt runs/shapes
+"""Evaluates a checkpoint: fasterrcnn-jax evaluate runs/shapes
 
-The model and the configuration come from the checkpoint. Prints the average precision per class, and writes the
-detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the RPN's proposals cover.
+RUN is --ckpt without the flag. The model and the configuration come from the checkpoint. Prints the average precision
+per class, and writes the detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the
+RPN's proposals cover.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.processes import per_device
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
+from fasterrcnn_jax.training.evaluation import also_used, is_within
 from fasterrcnn_jax.training.preparation import stored_split
 
 
@@ -52,17 +54,18 @@ class Evaluated(NamedTuple):
     """A model's results on one split."""
 
     split: str
-    chose: bool  # the split also chose the checkpoint
+    also: str  # what the run used the split for before, for the end of a sentence
     dataset: Dataset
     score: Score
 
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = cli.parse(Arguments, argv, subject="--ckpt", description=__doc__)
-    split, chose, dataset, found = evaluate(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
+    arguments = cli.parse(
+        Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
+    )
+    split, also, dataset, found = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     # Printed before a file can fail: the table is what took the time.
-    also = ", also used to choose the checkpoint" if chose else ""
     print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")
     if found.detections is None:  # proposals are not written to files
         return
@@ -70,11 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     run = ckpt.parent if ckpt.is_file() else checkpoint.run_of(ckpt)
     out = arguments.out or run_folder.evaluation_folder(run, split)
     write_coco_json(out / "detections.json", found.detections, dataset)
-    write_voc_files(out, found.detections, dataset, split=split)
-    print_lines(f"files      {out}")
+    left_out = write_voc_files(out, found.detections, dataset, split=split)
+    print_lines(f"files      {out}", *(f"           {sentence}" for sentence in left_out))
 
 
-def evaluate(arguments: Arguments, model: Detector) -> Evaluated:
+def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     """Returns the results of `model`, which was loaded from `arguments.ckpt`, on one split.
 
     Raises:
@@ -90,10 +93,11 @@ def evaluate(arguments: Arguments, model: Detector) -> Evaluated:
     batch_size = arguments.batch_size or _batch_size(config)
     of = "proposals" if arguments.proposals else "detections"
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
-    chose = (
-        arguments.root is None and config is not None and split == (config.train.best_split or config.data.test_split)
-    )
-    return Evaluated(split, chose, dataset, found)
+    also = ""
+    if arguments.root is None and config is not None:
+        chose = split == (config.train.best_split or config.data.test_split)
+        also = also_used(chose=chose, trained=is_within(split, config.data.train_split))
+    return Evaluated(split, also, dataset, found)
 
 
 def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tuple[str, Dataset]:

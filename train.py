@@ -1,4 +1,4 @@
-"""Trains a detector and evaluates it: python train.py FOLDER, or --config configs/shapes.py
+"""Trains a detector and evaluates it: fasterrcnn-jax train FOLDER, or python train.py --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
 metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
@@ -63,13 +63,13 @@ from fasterrcnn_jax.zoo import load_weights
 @cli.script
 def main(argv: list[str] | None = None) -> None:
     try:
-        train(cli.parse_config(argv, description=__doc__))
+        train_stages(cli.parse_config(argv, description=__doc__))
     except preemption.Stopped as stopped:
         say(str(stopped))
         sys.exit(preemption.EXIT_STATUS)
 
 
-def train(config: Config) -> Outcome | None:
+def train_stages(config: Config) -> Outcome | None:
     """Trains every stage of a run, or continues it, and prints what comes of it.
 
     Returns:
@@ -200,7 +200,8 @@ def fit(
                 saver.confirm()
                 raise preemption.Stopped(f"asked to stop: saved step {number}, the same command continues {run}")
             if not is_last and patience.is_over(number):
-                say(f"step {number}: {train.patience} evaluations in a row without a higher {stage.metric}: the end")
+                why = f"{train.patience} evaluations in a row had no higher {stage.metric}"
+                say(f"step {number}: the training ends, because {why}")
                 break
         saver.confirm()
         # Everything is saved, so from here a signal ends the process at once.
@@ -228,7 +229,8 @@ def fit(
             result = evaluator.evaluate(model, data.test_split, shown)
     if result is None:
         return None
-    return outcome_of(stage, result, last, chosen=chosen, chosen_on=best_split, shown_on=data.test_split)
+    splits_of = {"chosen_on": best_split, "shown_on": data.test_split, "trained_on": data.train_split}
+    return outcome_of(stage, result, last, chosen=chosen, **splits_of)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:

@@ -32,7 +32,7 @@ from isolated import run_child, run_isolated
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.families import resnet_fpn
 from fasterrcnn_jax.config.text import load_config
-from fasterrcnn_jax.data import loader, sources, voc
+from fasterrcnn_jax.data import loader, sources
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.evaluation.report import evaluate_detections
@@ -41,6 +41,7 @@ from fasterrcnn_jax.inference.prediction import to_original
 from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.structures import Batch, Detections
 from fasterrcnn_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from fasterrcnn_jax.training.preparation import prepare
 from fasterrcnn_jax.training.state import merge
 from fasterrcnn_jax.training.step import (
     AXIS,
@@ -221,10 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 60.0 * arguments.minutes
     if arguments.child:
         config = load_config(arguments.config)
-        data = replace(config.data, root=arguments.data)
-        if not data.class_names:
-            data = replace(data, class_names=tuple(sorted(voc.class_names_in(data.root, data.train_split))))
-        config = replace(config, data=data)
+        run = arguments.child.with_name("run")
+        config = prepare(replace(config, run=run, data=replace(config.data, root=arguments.data))).config
 
         def run_case(name: str, without: set[str], turn: Callable[[str], None]) -> dict:
             if name in without:

@@ -14,13 +14,13 @@ VERBS = {
     "train": "trains a detector and evaluates it",
     "evaluate": "evaluates a checkpoint",
     "check": "looks for faults in labelled images and describes the data set",
-    "predict": "detects objects in a folder of images",
+    "predict": "detects objects in images",
     "tfds": "stores VOC or COCO for TFDS, without TensorFlow",
     "weights": "shows and converts weights files",
     "summary": "prints the parameters, cost and shapes of a model",
 }
 PROGRAM = "fasterrcnn-jax"
-USAGE = f"usage: {PROGRAM} {{{','.join(VERBS)}}} ..."
+USAGE = f"usage: {PROGRAM} {{{','.join(VERBS)}}} SUBJECT [--FLAG VALUE ...]"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,11 +52,21 @@ def progress_bar(
     if not sys.stderr.isatty():
         how = dict(
             file=_Lines(),
+            position=0,  # a bar in a bar would move the cursor of a terminal
             mininterval=LINE_EVERY,
             delay=LINE_EVERY,
             bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}{postfix}",
         )
-    return tqdm(items, desc=printable(title) or None, total=total, unit=unit, initial=done, disable=not shown, **how)
+    return tqdm(
+        items,
+        # tqdm adds the colon itself in its own format only.
+        desc=printable(title and f"{title}: ") or None,
+        total=total,
+        unit=unit,
+        initial=done,
+        disable=not shown,
+        **how,
+    )
 
 
 class _Lines:

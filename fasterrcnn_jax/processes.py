@@ -19,6 +19,8 @@ from fasterrcnn_jax.errors import InputError
 
 AXIS = "batch"
 TIMEOUT = 300  # seconds that processes wait for one another at the start
+# Exists where the driver of an NVIDIA GPU is loaded.
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -83,7 +85,7 @@ def device_line() -> str:
     """Returns the line that names the devices; says where a GPU is installed that JAX does not use."""
     devices = jax.devices()
     line = f"device     {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-    if devices[0].platform == "cpu" and Path("/dev/nvidiactl").exists():
+    if devices[0].platform == "cpu" and NVIDIA_DRIVER.exists():
         line += "; this computer has an NVIDIA GPU, but JAX does not see it: pip install 'jax[cuda13]'"
     return line
 

@@ -70,7 +70,7 @@ def train(
     fields = {name: value for name, value in given.items() if value is not None} | fields
     cli.set_up_libraries()
     try:
-        outcome = training.train(with_fields(load_config(path), fields))
+        outcome = training.train_stages(with_fields(load_config(path), fields))
     except training.preemption.Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
     assert outcome is not None, "the last stage of a training always has results"
@@ -101,6 +101,6 @@ def evaluate(
     cli.set_up_libraries()
     root = None if data is None else Path(data)
     asked = evaluating.Arguments(ckpt=Path(ckpt), root=root, split=split, batch_size=batch_size, **arguments)
-    found = evaluating.evaluate(asked, load(ckpt, backbone=backbone))
+    found = evaluating.evaluate_model(asked, load(ckpt, backbone=backbone))
     assert found.score.detections is not None, "proposals are not evaluated here"
     return EvaluationResult(found.score.values, found.score.table, found.split, found.score.detections, found.dataset)

@@ -433,7 +433,7 @@ CASES = {
     ),
     "voc_unlisted_files": fine(lambda root: shutil.copy(xml_of(root), root / "Annotations/extra.xml")),
     "voc_list_crlf_bom_blank": fine(listing(b"\xef\xbb\xbfok \r\n\r\n  odd\r\n\r\n")),
-    "voc_list_class_style": noted(listing(b"ok  1\nodd -1\n"), "train.txt line 1", "second column"),
+    "voc_list_class_style": noted(listing(b"ok  1\nodd -1\n"), "train.txt line 1", "follows the name"),
     "voc_list_with_extension": fine(listing(b"ok.jpg\nodd.jpg\n")),
     "voc_list_of_xml": fine(listing(b"ok.xml\nodd.xml\n")),
     "voc_list_with_folders": noted(listing(b"ok\nJPEGImages/odd.png\n"), "train.txt line 2", "folder"),

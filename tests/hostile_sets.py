@@ -1,10 +1,13 @@
 """Data sets of one small file that once took time or memory with the square of its size; for `budget.check`."""
 
 import contextlib
+import json
+import re
 import tempfile
 from pathlib import Path
 
 import bad_cases
+import exports
 import numpy as np
 
 from fasterrcnn_jax.config import DataConfig
@@ -72,6 +75,38 @@ def unlisted_class(root: Path, size: int) -> None:
         coco(root, annotations(scattered(size), [size] * size, categories=items), named(size))
 
 
+def yolo(root: Path, size: int) -> None:
+    """One file of labels with as many boxes, one of them of a class that has no name."""
+    exports.write_yolo(root)
+    lines = [f"{n % 2} {x / 100:.4f} {y / 100:.4f} 0.05 0.05" for n, (x, y, _, _) in enumerate(scattered(size))]
+    (root / "labels/train/a.txt").write_text("\n".join([*lines, "7 0.5 0.5 0.1 0.1"]))
+    layout(root, "yolo")
+
+
+def labelme(root: Path, size: int) -> None:
+    """One file with as many shapes, each of a class of its own."""
+    exports.write_labelme(root)
+    content = json.loads((root / "a.json").read_text())
+    shapes = [{"label": f"class {n}", "points": [[1, 1], [9, 9]], "shape_type": "rectangle"} for n in range(size)]
+    (root / "a.json").write_text(json.dumps(content | {"shapes": shapes}))
+    layout(root, "labelme")
+
+
+def csv(root: Path, size: int) -> None:
+    """One table with as many lines about images that do not exist."""
+    exports.write_csv(root)
+    path = root / "train_labels.csv"
+    lines = [re.sub(r"[^,]*\.png", f"{n}.png", path.read_text().splitlines()[1]) for n in range(size)]
+    path.write_text("\n".join([path.read_text(), *lines]))
+    layout(root, "csv")
+
+
+def layout(root: Path, name: str) -> None:
+    split = "all" if name == "labelme" else "train"
+    data = sources.with_class_names(DataConfig(root=root, layout=name, train_split=split, faults="skip"))
+    sources.read(data, split)
+
+
 SETS = {
     "blanks in a VOC list": lambda root, n: voc(root, listing=b"ok\nodd" + b" " * n + b"x\nodd\n"),
     "COCO categories": lambda root, n: coco(root, bad_cases.instances() | {"categories": classes(n)}, named(2)),
@@ -80,6 +115,9 @@ SETS = {
     ),
     "classes and faults": unlisted_class,
     "class names": lambda root, n: voc(root, class_names=(*bad_cases.CLASSES, *named(n))),
+    "YOLO labels": yolo,
+    "LabelMe shapes": labelme,
+    "lines of csv": csv,
     "check: scattered boxes": lambda root, n: checked(root, annotations(scattered(n), [3, 7] * (n // 2))),
     "check: equal boxes": lambda root, n: checked(root, annotations(scattered(1).repeat(n, 0), [3, 7] * (n // 2))),
     "check: classes": lambda root, n: checked(root, annotations(scattered(n), [*range(n)], categories=classes(n))),

@@ -91,9 +91,9 @@ def overlapping(path: Path) -> None:
 
 
 def many_views(path: Path) -> None:
-    """Writes a file of 1,000 tensors that all view one storage, as some optimizers keep all weights in one buffer."""
-    base = np.zeros(100_000, np.float32)
-    foreign_files.write_zip(path, {f"{i}": base[i * 5 : i * 5 + 5] for i in range(1_000)})
+    """Writes a file of 2,000 tensors that all view one storage, as some optimizers keep all weights in one buffer."""
+    base = np.zeros(180_000, np.float32)
+    foreign_files.write_zip(path, {f"{i}": base[i * 5 : i * 5 + 5] for i in range(2_000)})
 
 
 def repeated_views(path: Path) -> None:

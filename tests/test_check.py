@@ -178,14 +178,21 @@ def test_a_configuration_is_checked_with_its_fields_overridden_and_its_anchors_c
     assert run("folder.py", *fields, "--model.rpn.anchor_scales", "9", "10", "--data.test_split", "train") == 0
     said = capsys.readouterr().out
     assert "\ntrain: " in said and "\ntest: " not in said
-    assert "anchor_scales 9 10" in said and "(240 to 320 pixels)" in said
+    assert "anchor_scales 9 10" in said and "(320 to 320 pixels)" in said
     # 24 pixels become 24 x 320 / 72, which is 6.67 times 16.
     assert re.search(r"k-means .* --model.rpn.anchor_scales 6\.6\d ", said)
 
 
-def test_a_folder_takes_no_fields_and_other_paths_are_refused(clean, capsys):
-    assert run(clean, "--data.root", "x") == 2
-    assert "takes no fields" in capsys.readouterr().err
+def test_a_folder_takes_the_fields_that_train_takes(clean, capsys):
+    assert run(clean, "--data.class_names", "disc") == 1
+    said = capsys.readouterr().out
+    assert "\ntrain: " in said and "\ntest: " in said and "\nring  " not in said
+    assert "Objects of classes outside data.class_names were ignored: 7" in said
+    assert run(clean, "--data.classnames", "disc") == 2
+    assert "--data.class_names" in capsys.readouterr().err
+
+
+def test_other_paths_are_refused(clean, capsys):
     assert run(clean / "nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(clean / "JPEGImages") == 2
@@ -230,6 +237,29 @@ def test_faults_are_shown_where_no_object_has_a_class(clean, capsys):
     said = capsys.readouterr().out
     assert "FAULT: No object of the data set has a class name: 1" in said
     assert "Faulty images were skipped: 8" in said and "train0.xml: the file is refused" in said
+
+
+def test_a_folder_with_one_split_is_checked_with_a_configuration_that_divides_it(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "set", records=exports.RECORDS[:1])
+    assert run("folder.py", "--data.root", tmp_path / "set") == 0
+    said = capsys.readouterr().out
+    assert "\nall: " in said and "Splits cannot be read" not in said
+
+
+def test_links_out_of_a_folder_are_followed_where_asked_and_the_command_says_so(tmp_path, capsys):
+    exports.write_voc_beside(tmp_path / "set", records=exports.RECORDS[:1])
+    (image,) = (path for path in (tmp_path / "set").iterdir() if path.suffix in (".png", ".jpg"))
+    image.rename(tmp_path / image.name)
+    image.symlink_to(tmp_path / image.name)
+    assert run(tmp_path / "set") == 2 and "link" in capsys.readouterr().err
+    assert run(tmp_path / "set", "--follow_links") == 0
+    assert f"fasterrcnn-jax train {tmp_path / 'set'} --data.follow_links" in capsys.readouterr().out
+    assert run("folder.py", "--data.root", tmp_path / "set", "--follow_links") == 0
+
+
+def test_the_folder_may_come_after_the_flags(clean, tmp_path):
+    assert run("--sheets", tmp_path / "sheets", "--all", clean) == 0
+    assert (tmp_path / "sheets" / "train.jpg").exists()
 
 
 def test_a_configuration_with_layout_auto_is_checked(tmp_path, capsys):

@@ -112,7 +112,8 @@ def test_help_all_lists_every_field_with_its_default(capsys, argv):
     assert not caught.value.code
     text = capsys.readouterr().out
     # A part that is None, such as the pyramid of a network with one feature map, has no fields in the help text.
-    absent = {"model.fpn."} if "coco_resnet50_fpn.py" not in str(argv) else {"data.shapes."}
+    absent = {} if "coco_resnet50_fpn.py" in str(argv) else {"model.fpn."}
+    absent = absent if "shapes.py" in str(argv) else {*absent, "data.shapes."}
     names = [name for name in fields_of(Config) if not name.startswith(tuple(absent))]
     assert len(names) > 50
     for name in names:
@@ -166,6 +167,57 @@ def test_a_leading_folder_is_the_data_of_the_configuration_for_folders(tmp_path)
     assert parsed.data.root == tmp_path and parsed.data.layout == "auto" and parsed.train.epochs == 3
     parsed = cli.parse_config([str(tmp_path), "--config", str(SHAPES)], description="")
     assert parsed.data.root == tmp_path and parsed.model == load_config(SHAPES).model
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    files: tuple[Path, ...]
+    """files to read"""
+    deep: bool = False
+    """read folders too"""
+
+
+def subject(*argv):
+    return cli.parse(
+        Subject, argv=list(argv), usage=("FILES [--deep]",), description="Reads.\n\nAll.", subject="--files"
+    )
+
+
+def test_the_subject_of_a_verb_leads_without_its_flag():
+    expected = Subject((Path("a"), Path("b")), True)
+    assert subject("a", "b", "--deep") == subject("--files", "a", "b", "--deep") == expected
+    assert subject("--deep", "--files", "a", "b") == expected
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_a_verb_is_its_usage_and_each_field(capsys, monkeypatch, flag):
+    monkeypatch.setattr(sys, "argv", ["fasterrcnn-jax read"])
+    with pytest.raises(SystemExit) as ended:
+        subject("a", flag)
+    assert not ended.value.code
+    assert capsys.readouterr().out.splitlines() == [
+        "usage: fasterrcnn-jax read FILES [--deep]",
+        "",
+        "Reads.",
+        "",
+        "All.",
+        "",
+        "  --files (required)",
+        "      files to read",
+        "  --deep (default: False)",
+        "      read folders too",
+    ]
+
+
+@pytest.mark.parametrize("verb", verbs.VERBS)
+def test_every_verb_has_a_help_of_the_same_look(capsys, monkeypatch, restored_logging, verb):
+    monkeypatch.setattr(sys, "argv", [""])
+    with pytest.raises(SystemExit) as ended:
+        verbs.main([verb, "-h"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not ended.value.code and len(lines) < 80
+    assert re.match(rf"usage: fasterrcnn-jax {verb} \w+", lines[0])
+    assert any(re.match(r"  (--\w|[A-Z]+$)", line) for line in lines), lines
 
 
 def test_a_leading_configuration_file_is_the_configuration():

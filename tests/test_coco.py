@@ -88,7 +88,6 @@ FAULTS = {
     "right of the image": (of_annotation("bbox", [97, 9, 30, 30]), ["annotation 1, bbox", "outside", "96 x 64"]),
     "above the image": (of_annotation("bbox", [9, -40, 30, 30]), ["annotation 1, bbox", "outside", "96 x 64"]),
     "area is text": (of_annotation("area", "large"), ["annotation 1, area", "'large'"]),
-    "area nan": (of_annotation("area", float("nan")), ["annotation 1, area", "nan"]),
     "area negative": (of_annotation("area", -1), ["annotation 1, area", "-1"]),
     "crowd not 0 or 1": (of_annotation("iscrowd", 2), ["annotation 1, iscrowd", "2"]),
     "crowd is text": (of_annotation("iscrowd", "many"), ["annotation 1, iscrowd", "'many'"]),
@@ -109,6 +108,8 @@ FAULTS = {
     "file_name empty": (of_image("file_name", ""), ["image 10, file_name"]),
     "file_name is a number": (of_image("file_name", 10), ["image 10, file_name", "got 10"]),
     # A fuzzer's findings: such messages were as long as the value.
+    # A fuzzer's finding: longer than a name in a folder may be.
+    "file_name long": (of_image("file_name", "a" * 300), ["image 10, file_name", "a ..."]),
     "file_name endless": (of_image("file_name", "a" * 5000), ["image 10, file_name", "a ..."]),
     "crowd endless": (of_annotation("iscrowd", "a" * 5000), ["annotation 1, iscrowd", "a ..."]),
     "category name endless": (changed(("categories", 1, "name"), "a" * 5000), ["categories[1], name", "a ..."]),
@@ -197,6 +198,12 @@ VARIANTS = {
     "sizes empty text": (sizes("", ""), FIRST, [coco.NO_SIZE]),
     "size half there": (of_image("width", None), FIRST, [coco.NO_SIZE]),
     "sizes as text": (sizes("96", "64.0"), FIRST, [coco.TEXT]),
+    "sizes of words": (sizes("null", " NaN "), FIRST, [coco.NO_SIZE]),
+    "area nan": (with_items("annotations", lambda a: a | {"area": float("nan")}), FIRST, [coco.NO_AREA]),
+    "area of a word": (with_items("annotations", lambda a: a | {"area": " None"}), FIRST, [coco.NO_AREA]),
+    "boxes as one text": (
+        with_items("annotations", lambda a: a | {"bbox": str(a["bbox"])}), FIRST, [coco.TEXT]
+    ),
     "area null": (with_items("annotations", lambda a: a | {"area": None}), FIRST, [coco.NO_AREA]),
     "area as text": (with_items("annotations", lambda a: a | {"area": str(a["area"])}), FIRST, [coco.TEXT]),
     "crowd false": (with_items("annotations", lambda a: a | {"iscrowd": False}), FIRST, []),

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from fasterrcnn_jax.data import division
-from fasterrcnn_jax.data.division import divide, part, read_division, stored_division
+from fasterrcnn_jax.data.division import TooFewImages, divide, part, read_division, stored_division
 from fasterrcnn_jax.errors import InputError
 
 NAMES = ("ring", "disc", "rare")
@@ -79,8 +79,15 @@ def test_a_rare_class_is_in_both_parts(tmp_path):
         assert {"005", "017"} & set(parts["train"]) and {"005", "017"} & set(parts["val"])
 
 
-def test_a_part_without_an_image_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.split leaves no image for val \(0.2 of 2 images"):
+@pytest.mark.parametrize("count, fractions", [(2, (0.8,)), (3, (0.9,)), (3, (0.8, 0.1, 0.1)), (5, (0.5, 0.01))])
+def test_every_part_of_few_images_has_one(tmp_path, count, fractions):
+    for seed in range(3):
+        parts = divide(dataset(tmp_path, count), fractions, seed=seed)
+        assert all(parts.values()) and max(parts.values(), key=len) == parts["train"]
+
+
+def test_fewer_groups_than_parts_cannot_be_divided(tmp_path):
+    with pytest.raises(TooFewImages, match="the 2 images form 1 groups; --data.split 1.0 trains on all images"):
         divide(dataset(tmp_path, 2, copies=[(1, 0)]), (0.8,), seed=0)
 
 

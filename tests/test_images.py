@@ -289,7 +289,7 @@ def test_an_image_that_changed_its_size_since_it_was_read_is_named(tmp_path, rgb
     """Its boxes refer to the old size; nothing larger than that is decoded."""
     path = tmp_path / "a.webp"
     Image.fromarray(rgb).save(path)
-    dataset = open_images(tmp_path, ("thing",))
+    dataset = open_images([tmp_path], ("thing",))
     for new in (rgb[:, :-1], rgb.swapaxes(0, 1), np.zeros((900, 900, 3), np.uint8)):
         Image.fromarray(new).save(path)
         said = f"a.webp: the image has changed: 30 x 20 pixels .* now {new.shape[1]} x {new.shape[0]}"

@@ -16,6 +16,7 @@ import tiny
 from launcher import Launcher
 from orbax.checkpoint import v1 as ocp
 
+from fasterrcnn_jax.data.proposal_files import read_proposals
 from fasterrcnn_jax.training import run_folder
 from fasterrcnn_jax.training.preemption import EXIT_STATUS
 
@@ -115,16 +116,19 @@ def is_writing(run):
 
 def digests(run):
     """Returns SHA-256 of the last checkpoint, of the metrics, and of the last image."""
-    last = run / "checkpoints" / str(STEPS)
+    metrics = hashlib.sha256(json.dumps(numbers_in(run)).encode())
+    image = hashlib.sha256((run / "images" / f"{STEPS:06d}.png").read_bytes())
+    return tuple(digest.hexdigest()[:16] for digest in (digest_of(run / "checkpoints" / str(STEPS)), metrics, image))
+
+
+def digest_of(checkpoint):
     arrays = hashlib.sha256()
-    found = ocp.load_checkpointables(last, {"model": None, "train": None, "meta": None})
+    found = ocp.load_checkpointables(checkpoint, {"model": None, "train": None, "meta": None})
     for part in ("model", "train"):
         for path, value in sorted(found[part].items()):
             arrays.update(f"{path} {value.dtype} {value.shape}".encode() + np.asarray(value).tobytes())
     arrays.update(found["meta"]["iterator"].encode())
-    metrics = hashlib.sha256(json.dumps(numbers_in(run)).encode())
-    image = hashlib.sha256((run / "images" / f"{STEPS:06d}.png").read_bytes())
-    return tuple(digest.hexdigest()[:16] for digest in (arrays, metrics, image))
+    return arrays
 
 
 def stop(launcher, pid, moment, seconds, number):
@@ -203,6 +207,50 @@ def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder,
         assert launcher.wait(pid) == -signal.SIGKILL, f"{moment}: {log_of(run).read_text()}"
     finish(launcher, folder, run)
     assert_same_end(run, whole)
+
+
+ALTERNATING = """
+import test_stages
+from fasterrcnn_jax.config import AlternatingConfig
+stages = AlternatingConfig(steps=(2, 2, 2, 2), decay_steps=(1, 1, 1, 1))
+train = dataclasses.replace(config.train, scheme="alternating", alternating=stages, steps=8, decay_steps=())
+config = dataclasses.replace(config, train=train, model=test_stages.MODEL)
+"""
+# Where the process is killed while one stage hands over to the next. Each start continues where the one before was
+# killed. A start opens the checkpoints of the stages in their order, also of those that are complete.
+HANDING_OVER = {
+    "before stage 1 stores its proposals": ("fasterrcnn_jax.inference.proposal_store:write_proposals", 1),
+    "between the proposals of two splits": ("fasterrcnn_jax.inference.proposal_store:write_proposals", 2),
+    "before stage 2 begins": ("fasterrcnn_jax.training.checkpoint:open_checkpoints", 2),
+    "before stage 3 takes the weights of stage 2": ("fasterrcnn_jax.training.checkpoint:load", 1),
+    "before stage 3 stores its proposals": ("fasterrcnn_jax.inference.proposal_store:write_proposals", 1),
+    "before stage 4 takes the weights of stage 3": ("fasterrcnn_jax.training.checkpoint:load", 2),
+    "before the best checkpoint of stage 4 is copied": ("fasterrcnn_jax.training.checkpoint:write_best", 1),
+}
+
+
+@pytest.mark.slow
+def test_alternating_training_killed_while_stages_hand_over_ends_with_the_same_bits(launcher, folder, tmp_path):
+    (tmp_path / "mine.py").write_text((folder / "mine.py").read_text() + ALTERNATING)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    # The programs of four stages are compiled here.
+    assert launcher.wait(start(launcher, tmp_path, whole), seconds=500) == 0, log_of(whole).read_text()
+    for moment, place in HANDING_OVER.items():
+        pid = start(launcher, tmp_path, run, signal_at=(*place, signal.SIGKILL))
+        assert launcher.wait(pid) == -signal.SIGKILL, f"{moment}: {log_of(run).read_text()}"
+    finish(launcher, tmp_path, run)
+    folders = ["", *(f"stages/{path.name}" for path in sorted((whole / "stages").iterdir()))]
+    assert len(folders) == 4
+    for name in folders:
+        assert numbers_in(run / name) == numbers_in(whole / name)
+        one, other = (digest_of(of / name / "checkpoints" / "2").hexdigest() for of in (run, whole))
+        assert one == other, name
+        for path in sorted((whole / name / "proposals").glob("*.safetensors")):
+            (found, maker), (expected, by) = (
+                read_proposals(of / name / "proposals" / path.name) for of in (run, whole)
+            )
+            assert maker == by and list(found) == list(expected)
+            assert all(np.array_equal(*pair) for id in found for pair in zip(found[id], expected[id], strict=True))
 
 
 # Where a first signal comes: (function, its call, signal), the exit status, and the steps that are saved.

@@ -188,7 +188,7 @@ SHAPE_FAULTS = {
     "a polygon of two points": (shape("square", SQUARE, "polygon"), ["points", "at least 3"]),
     "a circle of three points": (shape("square", [[1, 2], [3, 4], [5, 6]], "circle"), ["points", "two points"]),
     "a point of three numbers": (shape("square", [[1, 2, 3], [4, 5, 6]]), ["points", "[x, y]"]),
-    "text": (shape("square", [["1", 2], [4, 5]]), ["points", "'1'"]),
+    "text": (shape("square", [["one", 2], [4, 5]]), ["points", "'one'"]),
     "true": (shape("square", [[True, 2], [4, 5]]), ["points", "True"]),
     "not finite": (shape("square", [[float("nan"), 2], [4, 5]]), ["points", "nan"]),
     "huge": (shape("square", [[10**400, 2], [4, 5]]), ["points"]),
@@ -224,8 +224,7 @@ FILE_FAULTS = {
     "shapes that are a number": (lambda folder: change(folder, shapes=3), ["a.json, shapes", "3"]),
     "shapes of numbers": (lambda folder: change(folder, shapes=[3]), ["a.json, shapes", "[3]"]),
     "another size": (lambda folder: change(folder, imageWidth=64, imageHeight=96), ["64 x 96", "96 x 64"]),
-    "a size that is text": (lambda folder: change(folder, imageWidth="96"), ["a.json, imageWidth", "'96'"]),
-    "half a size": (lambda folder: change(folder, imageWidth=None), ["a.json, imageWidth", "None"]),
+    "a size that is text": (lambda folder: change(folder, imageWidth="wide"), ["a.json, imageWidth", "'wide'"]),
     "a path that is a number": (lambda folder: change(folder, imagePath=3), ["a.json, imagePath", "3"]),
     "a path with a zero": (
         lambda folder: (shutil.move(folder / "a.png", folder / "z.png"), change(folder, imagePath="a\0.png")),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import unicodedata
+from urllib.parse import quote
 
 import exports
 import fuzz_readers
@@ -212,6 +214,14 @@ def test_images_without_xml_are_no_split_and_are_left_out(tmp_path):
     assert "Images without an XML file were left out: 1" in dataset.notes[0]
 
 
+def test_a_file_name_too_long_for_the_file_system_hides_no_layout(tmp_path):
+    """A fuzzer's finding."""
+    exports.write_coco_label_studio(tmp_path)
+    path = tmp_path / "result.json"
+    path.write_text(path.read_text().replace("images/a.png", "a" * 300))
+    assert sources.recognise(tmp_path).splits == ("result",)
+
+
 def test_a_grouping_category_that_one_split_uses_is_a_class(tmp_path):
     exports.write_coco_roboflow(tmp_path)
     path = tmp_path / "test/_annotations.coco.json"
@@ -240,3 +250,111 @@ def test_a_linked_folder_of_images_is_read_where_links_are_followed(layout, tmp_
     folder.symlink_to(tmp_path / "pictures")
     data = sources.with_class_names(DataConfig(root=tmp_path / "set", layout="auto", follow_links=True))
     assert len(sources.read(data, data.train_split).records) == 3
+
+
+@pytest.mark.parametrize("layout", ["labelImg", "Kaggle", "COCO with train.json", "YOLO", "LabelMe", "csv"])
+def test_names_with_accents_are_the_same_composed_and_decomposed(layout, tmp_path):
+    """macOS writes ä as two characters into names of files, other systems and annotations as one."""
+    names = ["bäd é", "ok"]
+    composed, decomposed = (
+        [
+            record._replace(name=unicodedata.normalize(form, name))
+            for name, record in zip(names, WHOLE_PIXELS, strict=False)
+        ]
+        for form in ("NFC", "NFD")
+    )
+    exports.WRITERS[layout](tmp_path, records=composed)
+    for path in [path for path in tmp_path.rglob("*") if path.suffix == ".png"]:
+        path.unlink()
+        written = unicodedata.normalize("NFD", path.stem)
+        exports.write_images(path.parent, [record for record in decomposed if record.name == written])
+    data = sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
+    dataset = sources.read(data, data.train_split)
+    assert sorted(unicodedata.normalize("NFC", stem(record)) for record in dataset.records) == names
+    assert [len(record.boxes) for record in dataset.records] == [2, 2]
+
+
+def test_class_names_with_accents_are_one_class(tmp_path):
+    exports.write_voc_beside(tmp_path, records=WHOLE_PIXELS)
+    for name, form in (("a", "NFC"), ("b", "NFD")):
+        path = tmp_path / f"{name}.xml"
+        path.write_text(path.read_text().replace("disc", unicodedata.normalize(form, "Löwe")), encoding="utf-8")
+    data = DataConfig(root=tmp_path, layout="auto")
+    assert sources.with_class_names(data).class_names == ("Löwe", "square")
+    given = dataclasses.replace(data, class_names=(unicodedata.normalize("NFD", "Löwe"),))
+    assert sum(len(record.boxes) for record in sources.read(sources.with_class_names(given), "all").records) == 3
+
+
+@pytest.mark.parametrize("layout", ["Roboflow VOC", "Roboflow COCO", "YOLO", "LabelMe", "csv", "PASCAL VOC"])
+def test_splits_and_labels_are_found_in_any_letter_case(layout, tmp_path):
+    if layout == "LabelMe":
+        for split in ("train", "valid"):
+            exports.write_labelme(tmp_path / split, records=WHOLE_PIXELS)
+    else:
+        exports.WRITERS[layout](tmp_path, records=WHOLE_PIXELS)
+    # Deepest first, so that the path of each stays valid.
+    for path in sorted(tmp_path.rglob("*"), key=lambda path: -len(path.parts)):
+        if path.suffix != ".yaml" and path.suffix.lower() not in (".png", ".xml") and path.stem != "_annotations.coco":
+            path.rename(path.with_name(path.name.title().replace(".Png", ".png")))
+    data = sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
+    assert data.train_split.lower() == "train" and data.test_split.lower() in ("test", "val", "valid")
+    for split in (data.train_split, data.test_split):
+        assert sum(len(record.boxes) for record in sources.read(data, split).records) == 4
+
+
+def test_the_test_split_is_preferred_for_the_report(tmp_path):
+    exports.write_voc_roboflow(tmp_path, records=WHOLE_PIXELS)
+    (tmp_path / "test").rename(tmp_path / "Testing")
+    data = sources.with_layout(DataConfig(root=tmp_path, layout="auto"))
+    assert (data.train_split, data.test_split) == ("train", "Testing")
+
+
+@pytest.mark.parametrize("layout", ["labelImg", "LabelMe", "YOLO", "Kaggle", "CVAT COCO"])
+def test_the_images_of_a_run_folder_are_no_data(layout, tmp_path):
+    exports.WRITERS[layout](tmp_path, records=WHOLE_PIXELS)
+    before = sources.recognise(tmp_path)
+    run = tmp_path / "runs/set"
+    exports.write_images(run / "images", [record._replace(name=f"run {record.name}") for record in WHOLE_PIXELS])
+    (run / "checkpoints/4").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    after = sources.recognise(tmp_path)
+    assert (after.splits, after.why) == (before.splits, before.why)
+    found = sources.read(after.data, after.splits[0])
+    assert len(found.records) == 3 and found.notes == sources.read(before.data, before.splits[0]).notes
+
+
+@pytest.mark.parametrize("name, way", [("set.zip", "unpack it"), ("data.yaml", "give the folder that holds it")])
+def test_a_file_in_place_of_the_folder_is_refused_with_the_way(name, way, tmp_path):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(InputError, match=f"{name}: must be the folder of the data set, but is a file; {way}"):
+        sources.recognise(tmp_path / name)
+
+
+def test_the_reason_why_no_class_is_found_is_said(tmp_path):
+    exports.write_voc_beside(tmp_path, records=WHOLE_PIXELS)
+    for path in tmp_path.glob("*.xml"):
+        path.write_text('<?xml version="1.0" encoding="utf-16"?>' + path.read_text())
+    with pytest.raises(InputError, match="a.xml: the file is not well-formed XML"):
+        sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
+
+
+def test_label_files_with_the_names_of_a_url_belong_to_their_images(tmp_path):
+    """Label Studio writes labels/Capture_d%C3%A9cran.txt for images/Capture_décran.png (its issue 1266)."""
+    records = [record._replace(name=f"bild é {record.name}") for record in WHOLE_PIXELS]
+    exports.write_yolo(tmp_path, records=records)
+    for path in (tmp_path / "labels").rglob("*.txt"):
+        path.rename(path.with_name(quote(path.name)))
+    dataset = sources.read(sources.recognise(tmp_path).data, "train")
+    assert sum(len(record.boxes) for record in dataset.records) == 4 and dataset.notes == ()
+
+
+def test_lists_beside_the_folders_are_the_splits(tmp_path):
+    """The layout of PaddleDetection: a line names the image and its XML file."""
+    exports.write_voc_flat(tmp_path, records=WHOLE_PIXELS)
+    for split, names in (("train", "ab"), ("val", "c")):
+        lines = "".join(f"./images/{name}.png ./annotations/{name}.xml\n" for name in names)
+        (tmp_path / f"{split}.txt").write_text(lines)
+    (tmp_path / "label_list.txt").write_text("square\ndisc\n")
+    recognised = sources.recognise(tmp_path)
+    assert recognised.splits == ("train", "val")
+    assert [len(sources.read(recognised.data, split).records) for split in recognised.splits] == [2, 1]

@@ -105,7 +105,7 @@ POSITIONS = [{}, [], None, 7, "2"] + [
 
 @pytest.mark.parametrize("position", POSITIONS, ids=repr)
 def test_a_position_that_is_none_of_this_run_is_refused(dataset, data, position):
-    with pytest.raises(InputError, match="^RUN: the stored position of the data is none of this run's"):
+    with pytest.raises(InputError, match="^RUN: the stored position of the data does not belong to this run"):
         loader.set_position(batches_of(dataset, data), position, "RUN")
 
 

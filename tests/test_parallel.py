@@ -10,10 +10,11 @@ import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 
+from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import create_detector
-from fasterrcnn_jax.processes import check_batch_size, per_device
+from fasterrcnn_jax.processes import check_batch_size, device_line, per_device
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.step import (
@@ -114,3 +115,14 @@ def test_a_batch_is_shared_by_the_devices_of_all_processes(monkeypatch):
     check_batch_size(16, accumulate=2)
     with pytest.raises(InputError, match=r"batch_size is 12, not a multiple of the 8 devices of 2 processes"):
         check_batch_size(12)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about a GPU that JAX does not use")
+def test_a_gpu_that_jax_does_not_use_is_named_with_the_remedy(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidiactl"
+    monkeypatch.setattr(processes, "NVIDIA_DRIVER", driver)
+    assert device_line() == f"device     {jax.device_count()} x cpu (cpu)"
+    driver.touch()
+    assert device_line().endswith(
+        "; this computer has an NVIDIA GPU, but JAX does not see it: pip install 'jax[cuda13]'"
+    )

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import unicodedata
 
 import bad_cases
@@ -23,6 +24,7 @@ import tiny
 from PIL import Image
 
 from fasterrcnn_jax import __main__ as verbs
+from fasterrcnn_jax import printing
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.evaluation.report import evaluate_detections, format_table
@@ -85,8 +87,10 @@ def voc_class_in_training(*class_names):
     def arguments(root):
         voc_class(root)
         config = tiny.config(root.parent)
-        data = dataclasses.replace(config.data, root=root, class_names=class_names)
-        return ["train", "--config", tiny.write_config(root / "mine.py", dataclasses.replace(config, data=data))]
+        data = dataclasses.replace(config.data, root=root, test_split="train", class_names=class_names)
+        # It ends before the first step, after it has said what it understood.
+        config = dataclasses.replace(config, data=data, init=root / "absent")
+        return ["train", "--config", tiny.write_config(root / "mine.py", config)]
 
     return arguments
 
@@ -287,6 +291,26 @@ def test_a_line_above_the_progress_bar_is_printable(capsys):
     assert capsys.readouterr().out == f"continuing {printable(EVIL)}\n"
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr(printing, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    # An evaluation within a training.
+    with (
+        printing.progress_bar(title="", total=9, unit="step"),
+        printing.progress_bar(title="voc", total=3, unit="image") as bar,
+    ):
+        bar.delay = bar.mininterval = 0.0
+        for _ in range(3):
+            bar.update()
+    said = capsys.readouterr().err
+    if is_terminal:
+        assert "\r" in said and "|" in said
+    else:
+        assert "\r" not in said and "\x1b" not in said
+        assert re.fullmatch(r"((0 of 9 steps|voc: \d of 3 images), 00:00\n)+", said) and "voc: 3 of 3" in said
+
+
 def test_hostile_names_keep_the_columns_of_a_table(tmp_path, capsys):
     """A name is made printable before its width counts, and it cannot add a row."""
     data = tiny.dataset(tmp_path, [(np.zeros((9, 9, 3), np.uint8), [[1, 1, 5, 5]], [1])], class_names=(EVIL, "disc"))
@@ -350,4 +374,4 @@ def test_every_module_prints_with_the_one_function():
         ("__main__", "print"),
         ("training.progress", "tqdm.write"),
     }
-    assert titles and all(re.match(r"printable\(|'", title) for title in titles)
+    assert titles and all(re.match(r"(f'\{)?printable\(|'", title) for title in titles)

@@ -4,11 +4,12 @@ import os
 import shutil
 import signal
 
+import exports
 import pytest
 import tiny
 
 import fasterrcnn_jax
-from fasterrcnn_jax.data import coco, images, proposal_files, voc
+from fasterrcnn_jax.data import coco, csv_table, images, labelme, proposal_files, voc, yolo
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.training import replay
 from fasterrcnn_jax.training.progress import MetricsWriter
@@ -27,6 +28,19 @@ def in_voc(name):
         path.rename(target)
         for record in voc.read_voc(root, "train", CLASSES).records:
             images.record_pixels(record)
+
+    return read
+
+
+def in_export(write, read_folder, name):
+    """Puts the pipe in place of one file that `write` makes, and reads the split "train" of the folder."""
+
+    def read(path):
+        root = path.parent / "set"
+        write(root)
+        (root / name).unlink()
+        path.rename(root / name)
+        read_folder(root, "train", exports.CLASSES)
 
     return read
 
@@ -80,6 +94,10 @@ READERS = {
     "list of images": in_voc("ImageSets/Main/train.txt"),
     "annotation": in_voc("Annotations/train1.xml"),
     "image of a data set": in_voc("JPEGImages/train1.png"),
+    "YOLO description": in_export(exports.write_yolo, yolo.read_yolo, "data.yaml"),
+    "YOLO labels": in_export(exports.write_yolo, yolo.read_yolo, "labels/train/a.txt"),
+    "LabelMe": in_export(exports.write_labelme, lambda root, *_: labelme.recognise(root), "a.json"),
+    "csv": in_export(exports.write_csv, csv_table.read_csv, "train_labels.csv"),
 }
 
 
@@ -88,7 +106,7 @@ READERS = {
 def test_a_named_pipe_is_refused(tmp_path, kind):
     path = tmp_path / "pipe.png"
     os.mkfifo(path)
-    with pytest.raises(InputError, match="must be a regular file, but is a named pipe|no such list"):
+    with pytest.raises(InputError, match="must be a regular file, but is a named pipe|no (such list|table of boxes)"):
         READERS[kind](path)
 
 

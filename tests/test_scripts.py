@@ -25,6 +25,7 @@ from PIL import Image
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.sources import open_split
 from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.inference.scoring import Score
 from fasterrcnn_jax.training import checkpoint
 
 STEPS = 6
@@ -118,10 +119,31 @@ def lines_of(run, key):
 def test_a_run_prints_its_table_and_where_things_are(trained):
     run, out, err = trained
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[-7:]] == ["class", "ring", "disc", "mAP", "AP50", "checkpoint", "best"]
-    assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-3])
+    first = ["class", "ring", "disc", "mAP", "AP50", "split", "checkpoint", "best"]
+    assert [line.split()[0] for line in lines[-8:]] == first
+    assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-4])
+    assert lines[-3] == "split      test, also used to choose the checkpoint"
     assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
-    assert re.fullmatch(rf"best +{re.escape(str(run))}/checkpoints/[46]: AP50 [01]\.\d\d\d", lines[-1])
+    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d", lines[-1])
+
+
+def table_of(out):
+    """Returns the lines of the last table in the output of a script, the metric below it included."""
+    lines = out.splitlines()
+    start = max(number for number, line in enumerate(lines) if line.startswith("class "))
+    return lines[start : start + 5]
+
+
+def test_the_best_checkpoint_is_a_folder_of_its_own_that_load_and_evaluate_take(trained, folder, tmp_path):
+    best = trained[0] / "best"
+    step = re.search(r"^best .*: step (\d)", trained[1], re.MULTILINE)[1]
+    assert best.is_dir() and not best.is_symlink()
+    chosen = values_of(trained[0] / "checkpoints" / step)
+    for path in (trained[0], best, Path(shutil.copytree(best, tmp_path / "run" / "best"))):
+        for name, value in values_of(path).items():
+            np.testing.assert_array_equal(value, chosen[name])
+    status, out, err = called(evaluate_script.main, tmp_path / "run")
+    assert status == 0 and table_of(out) == table_of(trained[1]), err
 
 
 def test_a_run_compiles_its_step_once(trained):
@@ -139,8 +161,8 @@ def test_the_run_folder_holds_configuration_numbers_images_and_checkpoints(train
     events = list(run.glob("events.out.tfevents.*"))
     assert len(events) == 1 and events[0].stat().st_size > 500
     assert steps_in(run) == [4, 6]
-    for step in (4, 6):
-        with Image.open(run / "images" / f"{step:06d}.png") as image:
+    for name in ("000004", "000006", "first_batch"):
+        with Image.open(run / "images" / f"{name}.png") as image:
             assert min(image.size) > 100
 
 
@@ -178,9 +200,33 @@ def test_a_finished_run_started_again_evaluates_without_training(folder, trained
     assert status == 0 and f"from step {STEPS}" in out
     assert "compiling the training step" not in err
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
-    assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
+    assert table_of(out) == table_of(trained[1])
     for name, value in values_of(run).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+class Worsening:
+    """An evaluator whose first evaluation is the best one."""
+
+    def __init__(self, *_):
+        self.metric = 0.5
+
+    def evaluate(self, model, split, number):
+        self.metric /= 2
+        return Score({"AP50": self.metric}, "headline", "class \ntable", [], None)
+
+
+def test_a_run_whose_evaluations_do_not_improve_ends_early_and_stays_ended(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_script, "Evaluator", Worsening)
+    fields = ("--run", tmp_path / "run", "--train.checkpoint_every", 1, "--train.evaluate_every", 1)
+    for said in ("step 3: the training ends, because 2 evaluations in a row had no higher AP50", "from step 3"):
+        status, out, err = train(folder, *fields, "--train.patience", 2)
+        assert status == 0 and said in out, err
+        assert f"best       {tmp_path}/run/best: step 1, AP50 0.250" in out
+        assert [line["step"] for line in lines_of(tmp_path / "run", "gradient_norm")] == [1, 2, 3]
+    status, out, err = train(folder, *fields, "--train.patience", 3)
+    assert status == 0 and "from step 3" in out, err
+    assert [line["step"] for line in lines_of(tmp_path / "run", "gradient_norm")] == [1, 2, 3, 4]
 
 
 class Poisoned:
@@ -235,6 +281,17 @@ def test_the_failed_batch_is_written_and_replayed(stopped, folder):
     assert all("nan" not in row and "finite" not in row for row in rows[1:] if row.split()[0] != ids[0])
 
 
+def test_a_failed_batch_of_another_run_is_refused(stopped, folder, tmp_path):
+    """Its step is after the last one, or its images have another canvas; repeating steps would not reach it."""
+    (path,) = (stopped[0] / "failed").iterdir()
+    arrays = dict(np.load(path))
+    for changed in ({"step": np.int64(7)}, {"images": arrays["images"][:, :64]}):
+        np.savez_compressed(tmp_path / "other.npz", **arrays | changed)
+        result = train(folder, "--run", stopped[0], "--replay", tmp_path / "other.npz")
+        number = changed.get("step", 5)
+        refused(result, rf"--replay .*other.npz: holds step {number} of another run than {stopped[0]}$")
+
+
 def test_a_nan_loss_leaves_the_earlier_checkpoints_unchanged(stopped):
     run = stopped[0]
     # The state after step 4 is not saved, because the loss of step 5, which would have confirmed it, is NaN.
@@ -253,7 +310,7 @@ def test_a_stopped_run_continues_to_the_same_weights(stopped, folder, trained):
     whole = {line["step"]: line for line in lines_of(trained[0], "gradient_norm")}
     for line in lines_of(run, "gradient_norm"):
         assert [line[name] for name in LOSSES] == [whole[line["step"]][name] for name in LOSSES]
-    assert out.splitlines()[-7:-2] == trained[1].splitlines()[-7:-2]
+    assert table_of(out) == table_of(trained[1])
     # The newest checkpoint is now later than the failed step.
     replay = train(folder, "--run", run, "--replay", run / "failed" / "step_00000005.npz")
     refused(replay, r"holds step 5, but the newest checkpoint of .* is already at step 6")
@@ -290,12 +347,15 @@ def test_another_seed_gives_other_weights(folder, trained):
 
 
 def test_evaluate_needs_only_the_run_folder(trained, folder, tmp_path, monkeypatch):
-    run = Path(shutil.copytree(trained[0] / "checkpoints", tmp_path / "run" / "checkpoints")).parent
+    run = shutil.copytree(trained[0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    status, out, err = called(evaluate_script.main, "--ckpt", run)
+    status, out, err = called(evaluate_script.main, run)
     assert status == 0, err
     # The same table as at the end of training.
-    assert out.splitlines()[-6:-1] == trained[1].splitlines()[-7:-2]
+    assert table_of(out) == table_of(trained[1])
+    assert re.search(r"^split +test of .*, also used to choose the checkpoint$", out, re.MULTILINE)
+    # Our checkpoints have a part without arrays, of which Orbax says that it may be malformed.
+    assert "malformed" not in err
     files = run / "evaluation" / "test"
     assert {path.name for path in files.iterdir()} == {
         "detections.json",
@@ -314,7 +374,7 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
     status, out, err = called(evaluate_script.main, "--ckpt", trained[0] / "checkpoints" / "4", *arguments)
     assert status == 0, err
     assert "compiling detection for images (3, 96, 96, 3)" in err
-    assert re.search(r"^AP50 [01]\.\d\d$", out, re.MULTILINE)
+    assert re.search(r"^AP50 [01]\.\d\d$", out, re.MULTILINE) and "also used" not in out
     assert (tmp_path / "files" / "comp4_det_train_ring.txt").is_file()
 
 
@@ -323,7 +383,7 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
     [
         (("--data.root", "nowhere"), "nowhere"),
         (("--data.train_split", "trian"), "trian"),
-        (("--data.class_names", "ring"), "disc"),
+        (("--data.class_names", "rings", "disc"), "no object in .* is named 'rings'; did you mean 'ring'"),
         (("--data.layout", "coco"), r"instances_train.json: not found; download images and annotations"),
         (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
         (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ devices"),

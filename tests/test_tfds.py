@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+import stat
 import sys
 import tarfile
 import zipfile
@@ -470,6 +471,15 @@ def code_in_info(folder):
     (folder / "dataset_info.json").write_text(json.dumps(top | {"features": json.loads(evil)}))
 
 
+def leave_the_folder_by_name(folder):
+    """A fault: the template of the file names leads to a shard outside the folder."""
+    outside = folder.parents[2] / "elsewhere"
+    outside.mkdir()
+    for shard in folder.glob("*array_record*"):
+        shutil.copy(shard, outside)
+    changed_json(folder / "dataset_info.json", '"{DATASET}', '"../../../elsewhere/{DATASET}')
+
+
 def declares(name, key, value):
     """A fault: a file says another size than the data has."""
 
@@ -518,6 +528,15 @@ FAULTS = {
         declares("features.json", "numClasses", str(2**40)),
         ["label, classLabel: must contain only numClasses, of at most 100,000", "1099511627776"],
     ),
+    "one class more than any set has": (
+        declares("features.json", "numClasses", "100001"),
+        ["label, classLabel: must contain only numClasses, of at most 100,000", "100001"],
+    ),
+    "an outermost feature without its content": (
+        lambda f: (f / "features.json").write_text('{"type": "FeaturesDict"}'),
+        ["features.json: must contain a FeaturesDict with type, content and proto_cls"],
+    ),
+    "a shard outside the folder": (leave_the_folder_by_name, ["elsewhere", "is outside the folder"]),
     "records without end": (
         declares("dataset_info.json", "shardLengths", [str(2**40)]),
         ["mine-train.array_record-00000-of-00001 cannot hold 1,099,511,627,776 records"],
@@ -637,6 +656,13 @@ def zip_of_zeros(archive):
         file.writestr("train2017/large.jpg", bytes(50_000_000))
 
 
+def zip_with_link(archive):
+    with zipfile.ZipFile(archive, "w") as file:
+        entry = zipfile.ZipInfo("train2017/link")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(entry, "../../outside")
+
+
 def tar_with(kind, target):
     """An archive with a link of this kind, whose target is longer than PATH_MAX in part."""
 
@@ -664,6 +690,7 @@ def tar_with(kind, target):
         ("voc/2012", tar_with(tarfile.FIFOTYPE, ""), "is a link or a device"),
         ("voc/2012", sparse_tar, "its 10,240 bytes would unpack to 1,099,511,627,776"),
         ("voc/2012", lambda path: path.write_bytes(gzip.compress(bytes(10**6))), "cannot be unpacked"),
+        ("coco/2017", zip_with_link, "'train2017/link' is a link or a device"),
         ("coco/2017", zip_of_zeros, "bytes would unpack to 50,000,000"),
         (
             "voc/2012",

@@ -112,7 +112,7 @@ FAULTS = {
         ["JPEGImages/odd.png", "not an image"],
     ),
     "list empty": (listing(b"\xef\xbb\xbf\r\n \r\n"), ["train.txt", "list of split train is empty"]),
-    "list not UTF-8": (listing("ok\ncafé\n".encode("utf-16")), ["train.txt", "not UTF-8"]),
+    "list not UTF-8": (listing("ok\ncafé\n".encode("latin-1")), ["train.txt", "not UTF-8"]),
     "list absent": (
         lambda root: (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/val.txt"),
         ["ImageSets/Main/train.txt", "no such list", "val"],
@@ -245,7 +245,22 @@ READ_ANYWAY = {
     "no filename": (replace("<filename>odd.png</filename>", ""), BOXES, None),
     "list with mark, CRLF and blanks": (listing(b"\xef\xbb\xbfok \r\n\r\n  odd\r\n\r\n"), BOXES, None),
     "list with extensions": (listing(b"ok.jpg\nodd.PNG\n"), BOXES, None),
-    "list with class column": (listing(b"ok  1\nodd -1\n"), BOXES, ["second column", ": 2", "train.txt line 1"]),
+    "list with class column": (listing(b"ok  1\nodd -1\n"), BOXES, ["follows the name", ": 2", "train.txt line 1"]),
+    "list with more columns": (
+        listing(b"ok\t1\t2\nodd, 3, 4\n"),
+        BOXES,
+        ["follows the name", ": 2", "train.txt line 1"],
+    ),
+    "list with quotation marks": (listing(b'"ok"\n"odd"\n'), BOXES, ["follows the name", ": 2"]),
+    "list with comments": (listing(b"# images\nok\nodd\n#\n"), BOXES, ["Comments", ": 2", "train.txt line 1"]),
+    "list of PowerShell": (listing("ok\r\nodd\r\n".encode("utf-16")), BOXES, None),
+    "size null": (replace("<width>96", "<width>None"), BOXES, ["<size>", "odd.xml"]),
+    "size not a number": (replace("<width>96", "<width> NaN "), BOXES, ["<size>", "odd.xml"]),
+    "blanks before the declaration": (
+        lambda root: xml_of(root).write_text('\n <?xml version="1.0"?>' + annotation()),
+        BOXES,
+        None,
+    ),
     "list with repeated id": (listing(b"ok\nodd\nodd\n"), BOXES, ["Repeated", ": 1", "train.txt line 3", "odd"]),
     "list with folders": (listing(b"JPEGImages/ok.png\nodd\n"), BOXES, ["folder in a line", "train.txt line 1"]),
     "list with paths of another machine": (
@@ -310,7 +325,9 @@ def test_oddity_is_read_as_stated(root, case):
 
 
 @pytest.mark.parametrize(
-    "text, expected", [("1", True), ("1.0", True), ("True", True), ("yes", True), ("0", False), ("", False)]
+    "text, expected",
+    [("1", True), ("1.0", True), ("True", True), ("yes", True), ("Y", True), ("0", False), ("", False), ("-1", False)]
+    + [("null", False), ("NaN", False), ("n/a", False), ("Undefined", False), ("F", False)],
 )
 def test_difficult_is_read_as_it_is_written(root, text, expected):
     replace("<difficult>0", f"<difficult>{text}")(root)

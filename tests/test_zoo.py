@@ -161,8 +161,8 @@ def test_a_new_model_starts_from_a_run_or_a_checkpoint(trained, caplog):
     with caplog.at_level("INFO", "fasterrcnn_jax"):
         assert_equal(train.first_model(started, stage, fresh=True), model)
     count = len(jax.tree.leaves(model))
-    (report,) = [line for line in caplog.messages if "format run folder" in line]
-    assert report.endswith(f"checkpoints/0: {count} weights, format run folder") and len(caplog.messages) == 1
+    (report,) = [record.getMessage() for record in caplog.records if record.name.startswith("fasterrcnn_jax")]
+    assert report.endswith(f"checkpoints/0: {count} weights, format run folder")
     assert_equal(fasterrcnn_jax.create(tiny.MODEL, tiny.CLASS_NAMES, weights=config.run / "checkpoints" / "0"), model)
     # A run that continues has its own weights.
     other = train.first_model(started, stage, fresh=False)

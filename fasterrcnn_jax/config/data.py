@@ -65,8 +65,8 @@ class DataConfig:
     """folder of the data set with its annotations and images; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the
     data_dir of TFDS"""
     layout: Layout = "voc"
-    """file layout of root; auto: recognised from the files in root, which also gives the fields of the layout, and the
-    class names and the splits that are not there"""
+    """file layout of root; auto: recognised from the files in root; this also sets the other fields of the layout,
+    and the class names and splits that are not given"""
     voc_images: str = "JPEGImages"
     """layout voc: folder of a split's images, relative to root; may contain {split}"""
     voc_annotations: str = "Annotations"
@@ -96,10 +96,11 @@ class DataConfig:
     split: tuple[float, ...] | Auto = ()
     """fractions (training, validation) or (training, validation, test) by which the images of train_split are divided
     into the splits train, val and test, by train.seed, with near copies of an image on one side; one number is the
-    fraction for training; auto: 0.8 where the data set has one split; empty: the data set's own splits"""
+    fraction for training; 1.0: every image is trained on, and evaluated too; auto: 0.8 where the data set has one
+    split; empty: the data set's own splits"""
     split_of: str | None = None
-    """the split that data.split divides; None: train_split. A run stores it here and names the parts in train_split and
-    test_split"""
+    """split that data.split divides; None: train_split. A run stores it here, and the names of the parts in train_split
+    and test_split"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False
@@ -138,9 +139,9 @@ class DataConfig:
         if self.split != AUTO and self.split:
             require(
                 len(self.split) <= 3 and min(self.split) > 0.0 and sum(self.split) <= 1.0 + 1e-6,
-                f"split must be one to three positive fractions with a sum of at most 1, got {self.split}",
+                "split must be one to three positive fractions with a sum of at most 1, for example 0.8 for 80 %, got "
+                f"{' '.join(f'{fraction:g}' for fraction in self.split)}",
             )
-            require(self.split != (1.0,), "split must leave images for validation, got (1.0,)")
         require_positive(max_boxes=self.max_boxes, threads=self.threads, max_pixels=self.max_pixels)
         require_not_negative(cache_mb=self.cache_mb)
         if self.crop_aspect is not None:

@@ -157,8 +157,8 @@ class RpnConfig:
     """side of the base square that anchor_scales multiply, in pixels of the network input; with a pyramid: the side on
     the finest level, doubled at each coarser level"""
     anchor_scales: tuple[float, ...] | Auto = (8.0, 16.0, 32.0)
-    """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO; auto: fitted to the boxes of
-    the training images, four, or one with a pyramid"""
+    """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO; auto: four scales, or one
+    with a pyramid, fitted to the boxes of the training images"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """aspect ratios of the anchors, height / width"""
     anchor_rounding: Literal["base", "half", "none"] = "base"

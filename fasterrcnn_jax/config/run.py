@@ -19,7 +19,7 @@ class Config:
     train: TrainConfig
     run: Path
     """run folder, which receives the configuration, metrics, checkpoints and images; {data} in it stands for the name
-    of the data folder, and -2, -3 and so on follow where that folder holds another run"""
+    of the data folder; where a folder of that name holds another run, -2, -3 and so on is added"""
     size: int | Auto | None = None
     """length of the longer image side in the network, in pixels; it sets model.image.short_side, long_side and
     canvases; auto: 320, or more where objects would be small; None: model.image decides"""

@@ -82,7 +82,8 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
     Args:
       values: values by the field's full name (train.batch_size), or by its last part (batch_size), which means the
-        outermost field of that name. Lists become tuples and, for a path, text becomes a path.
+        outermost field of that name. Lists become tuples and, for a path, text becomes a path. One value may
+        stand for a list of one.
     Raises:
       InputError: there is no such field, several fields have the name, or the value does not suit it.
     """
@@ -99,6 +100,8 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         try:
             value = _plain(list(value) if isinstance(value, tuple) else value, found[0])
             value = Path(value) if _is_path(value, kind) else value
+            # As on the command line, one value is a list of one: split=0.8, class_names="cat".
+            value = value if _has_type(value, kind) or not _has_type((value,), kind) else (value,)
             if not _has_type(value, kind):
                 raise InputError(f"{found[0]} must be {_type_name(kind)}, got {quoted(value)}")
             config = _replaced(config, found[0].split("."), value)

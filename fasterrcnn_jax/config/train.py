@@ -93,7 +93,7 @@ class TrainConfig:
     """number of newest checkpoints to keep, in addition to the best one"""
     evaluate_every: int | Auto = 0
     """steps between the evaluations that select the best checkpoint, a multiple of checkpoint_every; 0: evaluate only
-    after the last step; auto: at every checkpoint"""
+    after the last step; auto: at every checkpoint, or less often so that there are about ten"""
     patience: int | None = None
     """end the training after this many evaluations in a row without a higher best_metric; None: never"""
     best_split: str | None = None

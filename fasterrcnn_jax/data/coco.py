@@ -13,6 +13,7 @@ in real data sets and have one sensible meaning are read with that meaning. `Dat
 import contextlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -34,9 +35,10 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.file_names import Files, files_below, image_named
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, in_order, names_below
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, Layout, composed, in_order, names_below
 from fasterrcnn_jax.data.links import Guard, link_guard
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names
+from fasterrcnn_jax.data.objects import flag, is_unknown
+from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -67,13 +69,9 @@ NO_ID = "Annotations without an id were read"
 TEXT = "Numbers written as text were read as numbers"
 EXTENT = "Missing boxes were replaced by the extent of the outline"
 IGNORED = "Objects marked ignore are used like crowds: they are not trained on"
-GROUPING = "Categories that no annotation uses and that only group others were left out"
+GROUPING = "Categories that no annotation uses and that are the supercategory of others were left out"
 REPEATED = "Repeated categories and images were read once"
 SEPARATOR = "A file_name of Windows was read with / as separator and without drive"
-
-_FLAGS = {"1": True, "true": True, "0": False, "false": False, "none": False, "": False}
-# What writers put in place of a size that they do not know.
-_UNKNOWN = (None, "", 0, -1)
 
 Id = int | str
 
@@ -116,7 +114,7 @@ def read_coco(
     check_class_names(class_names)
     content, found = _load(path, guard), defaultdict(list)
     name_of = _categories(path, content, found)
-    label_of_name = {name: label for label, name in enumerate(class_names, start=1)}
+    label_of_name = labels_of(class_names)
     label_of = {key: label_of_name[name] for key, name in name_of.items() if name in label_of_name}
 
     listed = _list(path, content, "images")
@@ -207,7 +205,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
             grouping |= dict.fromkeys(place.rpartition(", ")[2] for place in found[GROUPING])
             listed[split] = [item.get("file_name") for item in _list(path, content, "images")]
     images = _folder_of(root, pattern, listed)
-    notes = [f"{name} is left out: no annotation uses it, it only groups others" for name in grouping]
+    notes = [f"{name} is left out: no annotation uses it, and it is the supercategory of others" for name in grouping]
     others = [name for name in names if root / name not in files.values()]
     if others:
         notes.append(f"other files with the keys of COCO are not used: {', '.join(others[:5])}")
@@ -216,7 +214,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
         name = "COCO as Roboflow writes it"
     elif pattern == "{split}.json" and splits == ("result",):
         name = "COCO as Label Studio writes it"
-    shown = pattern.replace("{split}", "SPLIT") if len(splits) > 1 else str(files[splits[0]].relative_to(root))
+    shown = pattern.replace("{split}", "SPLIT" if len(splits) > 1 else next(iter(splits)))
     where = "the folder" if images == "." else images.replace("{split}", "SPLIT") + "/"
     why = f"{shown} has the keys images, annotations and categories, and the images are in {where}"
     data = DataConfig(
@@ -263,7 +261,7 @@ def _folder_of(root: Path, pattern: str, listed: dict[str, list[Any]]) -> str:
         sample = [name.replace("\\", "/") for name in names[:: max(1, len(names) // 30)] if isinstance(name, str)]
         inside = [name for name in sample if not name.startswith("/") and ".." not in name.split("/")]
         for folder in dict.fromkeys(usual):
-            counts[folder] += sum((root / folder.replace("{split}", split) / name).exists() for name in inside)
+            counts[folder] += sum(os.path.exists(root / folder.replace("{split}", split) / name) for name in inside)
         if not any(counts.values()):
             # Paths of another machine: the last part must be somewhere below the folder.
             wanted = {name.rpartition("/")[2].lower() for name in sample}
@@ -310,9 +308,9 @@ def _categories(path: Path, content: dict[str, Any], found: Found) -> dict[int, 
         category_id, name = _id(item, "id", field, found), item.get("name")
         if not isinstance(category_id, int):
             raise InputError(f"{field}, id: must be an integer, {_got(item, 'id')}")
-        if type(name) in (int, float) and abs(name) < 1e12:
+        if isinstance(name, int | float) and _is_number(name):
             name = f"{name:g}" if isinstance(name, float) else str(name)
-        name = name.strip() if isinstance(name, str) else ""
+        name = composed(name.strip()) if isinstance(name, str) else ""
         # JSON can contain unpaired surrogates, which cannot be written to a file or a terminal.
         if not 0 < len(name) <= MAX_NAME or re.search(r"[\ud800-\udfff]", name):
             raise InputError(f"{field}, name: must be text of at most {MAX_NAME} characters, {_got(item, 'name')}")
@@ -355,17 +353,18 @@ def _image_paths(
             if len(items) > 1:
                 found[REPEATED].append(field)
             name = items[0].get("file_name")
-            bad = not isinstance(name, str) or not 0 < len(name) <= MAX_PATH or "\0" in name
-            if bad or (folder / name).is_dir():
+            text = name if isinstance(name, str) else ""
+            # os.path takes names that are too long for the file system; Path does not.
+            if not 0 < len(text) <= MAX_PATH or "\0" in text or os.path.isdir(folder / text):
                 raise InputError(
                     f"{field}, file_name: must be a path inside the image folder, {_got(items[0], 'file_name')}"
                 )
             # Separators and drives are read alike on every system, because the file may come from another system.
-            inside = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
-            if inside.startswith("/") or ".." in inside.split("/") or not (folder / inside).exists():
+            inside = re.sub(r"^[A-Za-z]:", "", text.replace("\\", "/"))
+            if inside.startswith("/") or ".." in inside.split("/") or not os.path.exists(folder / inside):
                 elsewhere[image_id] = inside
             else:
-                if inside != name:
+                if inside != text:
                     found[SEPARATOR].append(f"{field}, file_name: {quoted(name)}")
                 paths[image_id] = folder / inside
     if elsewhere:
@@ -397,8 +396,8 @@ def _searched(
 
 def _frame(item: dict[str, Any], path: Path, field: str, found: Found, max_pixels: int) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the boxes refer to, and whether it is that of the upright image."""
-    sides = [None if item.get(key) in _UNKNOWN else _number(item, key, field, found) for key in ("height", "width")]
-    if any(side in _UNKNOWN for side in sides):
+    sides = [0.0 if is_unknown(item.get(key)) else _number(item, key, field, found) for key in ("height", "width")]
+    if any(side in (0, -1) for side in sides):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
     return annotated_frame(path, (sides[0], sides[1]), field, found, max_pixels=max_pixels)
@@ -425,7 +424,7 @@ def _object(item: dict[str, Any], field: str, label: int, image_hw: tuple[int, i
     if _flag(item, "ignore", field):
         found[IGNORED].append(field)
         crowd = True
-    area = math.nan if item.get("area") in (None, "") else _number(item, "area", field, found)
+    area = math.nan if is_unknown(item.get("area")) else _number(item, "area", field, found)
     if area < 0:
         raise InputError(f"{field}, area: must not be negative, got {area:g}")
     if x > image_hw[1] or y > image_hw[0] or x + width < 0 or y + height < 0:
@@ -447,7 +446,10 @@ def _object(item: dict[str, Any], field: str, label: int, image_hw: tuple[int, i
 def _sides(item: dict[str, Any], field: str, found: Found) -> list[float]:
     """Returns (x, y, width, height): of bbox, or of the outline where bbox is missing or empty."""
     sides = item.get("bbox")
-    missing = sides in (None, "", [], [0, 0, 0, 0])
+    if isinstance(sides, str) and not is_unknown(sides):  # a list as text
+        sides = [side for side in sides.strip("[]() ").split(",") if side.strip()]
+        found[TEXT].append(f"{field}, bbox: {quoted(item['bbox'])}")
+    missing = is_unknown(sides) or sides == [0, 0, 0, 0] or (isinstance(sides, list) and all(map(is_unknown, sides)))
     outline = _outline(item.get("segmentation")) if missing else []
     if outline:
         found[EXTENT].append(field)
@@ -455,7 +457,7 @@ def _sides(item: dict[str, Any], field: str, found: Found) -> list[float]:
         return [x1, y1, x2 - x1, y2 - y1]
     if not isinstance(sides, list) or len(sides) != 4 or not all(_is_number(_as_number(side)) for side in sides):
         raise InputError(f"{field}, bbox: must be four finite numbers, {_got(item, 'bbox')}")
-    if any(isinstance(side, str) for side in sides):
+    if any(isinstance(side, str) for side in item["bbox"]) and not isinstance(item["bbox"], str):
         found[TEXT].append(f"{field}, bbox: {quoted(sides)}")
     return [float(side) for side in sides]
 
@@ -476,11 +478,10 @@ def _words(sides: list[float]) -> str:
 
 
 def _flag(item: dict[str, Any], key: str, field: str) -> bool:
-    value = item.get(key)
-    text = f"{value:g}" if _is_number(value) else str(value).strip().lower()
-    if text not in _FLAGS:
+    value = flag(item.get(key))
+    if value is None:
         raise InputError(f"{field}, {key}: must be 0 or 1, {_got(item, key)}")
-    return _FLAGS[text]
+    return value
 
 
 def _id(item: dict[str, Any], key: str, field: str, found: Found) -> Id:

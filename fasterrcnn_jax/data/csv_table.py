@@ -34,9 +34,9 @@ from fasterrcnn_jax.data.faults import (
 )
 from fasterrcnn_jax.data.file_names import files_below, first_line, image_named, read_text
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
-from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split, split_among
+from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, is_unknown, number, record_of
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Our name of a column -> its names in headers, in small letters, without blanks and punctuation.
@@ -105,8 +105,12 @@ def class_names_in(root: Path | str, split: str, *, within: Path | None = None) 
     root = Path(root)
     files_below(root, within)  # refuses links
     table = _read_table(_table_path(root, split))
-    place = table.columns["class"]
-    names = {fields[place].strip() for _, fields in table.lines if len(fields) == table.length}
+    place, corners = table.columns["class"], [table.columns[column] for column in CORNERS]
+    names = {
+        composed(fields[place].strip())
+        for _, fields in table.lines
+        if len(fields) == table.length and not all(is_unknown(fields[corner]) for corner in corners)
+    }
     declared = _declared(root)
     return (*declared, *sorted(names.difference(declared, ("",))))
 
@@ -141,7 +145,7 @@ def read_csv(
     root = Path(root)
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
     files = files_below(root, within)
     path = _table_path(root, split)
     table = _read_table(path)
@@ -182,12 +186,12 @@ def read_csv(
                         raise InputError(
                             f"{where}, width and height: {quoted(size)} differs from {quoted(first_size)} in {first}"
                         )
-                    if not any(row[column] for column in CORNERS):
+                    if all(is_unknown(row[column]) for column in CORNERS):
                         continue
                     x1, y1, x2, y2 = (number(row[column], f"{where}, {column}") for column in CORNERS)
                     box = x1, y1, x2, y2
                     check_inside(box, frame[0], where)
-                    class_name = row["class"]
+                    class_name = composed(row["class"])
                     if not 0 < len(class_name) <= MAX_NAME:
                         raise InputError(
                             f"{where}, class: must be a name of at most {MAX_NAME} characters, got {quoted(class_name)}"
@@ -212,7 +216,7 @@ def _tables(root: Path) -> dict[str, Path]:
     tables = {}
     for path in paths:
         parts = (*re.split("[^a-z]+", path.stem.lower()), path.parent.name if path.parent != root else "")
-        split = next((part for part in parts if part in SPLIT_NAMES), path.stem if len(paths) > 1 else WHOLE)
+        split = split_among(parts) or (path.stem if len(paths) > 1 else WHOLE)
         if split in tables:
             raise InputError(f"{path}: split {split} is also in {tables[split]}; keep one of the tables")
         tables[split] = path
@@ -220,7 +224,7 @@ def _tables(root: Path) -> dict[str, Path]:
 
 
 def _csv_files(root: Path) -> list[Path]:
-    found = (path for folder in FOLDERS for path in sorted((root / folder).glob("*.csv")))
+    found = (path for folder in FOLDERS for path in sorted((root / folder).glob("*.[cC][sS][vV]")))
     return [path for path in found if not path.name.startswith(".") and path.is_file()]
 
 
@@ -314,8 +318,8 @@ def _stated(size: tuple[str, str], has_columns: bool, field: str, found: Found) 
     """Returns the (height, width) of a line; None if it gives none."""
     if not has_columns:
         return None
-    width, height = (number(text, field) if text else 0.0 for text in size)
-    if (width, height) == (0, 0):
+    width, height = (0.0 if is_unknown(text) else number(text, field) for text in size)
+    if width in (0, -1) or height in (0, -1):
         found[NO_SIZE].append(field)
         return None
     return height, width

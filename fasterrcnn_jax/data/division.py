@@ -28,10 +28,14 @@ PARTS = ("train", "val", "test")
 Division = Mapping[str, tuple[str, ...]]
 
 
+class TooFewImages(InputError):
+    """A data set has fewer groups of near copies than parts."""
+
+
 def parts_of(fractions: tuple[float, ...]) -> dict[str, float]:
     """Returns the fraction of each part by name; one number leaves the rest for validation."""
     if len(fractions) == 1:
-        fractions = (fractions[0], 1.0 - fractions[0])
+        fractions = (fractions[0], round(1.0 - fractions[0], 9))
     return dict(zip(PARTS, fractions, strict=False))
 
 
@@ -42,7 +46,8 @@ def divide(dataset: Dataset, fractions: tuple[float, ...], *, seed: int) -> Divi
       fractions: of training, validation and test, as in `data.split`; images beyond their sum are in no part.
       seed: of the order in which groups are dealt.
     Raises:
-      InputError: an image cannot be decoded, or a part would have no image.
+      TooFewImages: a part would have no image.
+      InputError: an image cannot be decoded.
     """
     traces, records = [], dataset.records
     few = len(records) * (len(records) - 1) // 2 <= MOST_PAIRS
@@ -61,17 +66,16 @@ def divide(dataset: Dataset, fractions: tuple[float, ...], *, seed: int) -> Divi
     for row, record in zip(counts, records, strict=True):
         np.add.at(row, record.labels - 1, 1)
     wanted = parts_of(fractions)
+    if len(groups) < len(wanted):
+        raise TooFewImages(
+            f"{dataset.name}: data.split cannot divide the images into {', '.join(wanted)}: near copies stay together, "
+            f"and the {len(records)} images form {len(groups)} groups; --data.split 1.0 trains on all images"
+        )
     dealt = _deal(groups, counts, np.array(list(wanted.values())), seed)
     ids = {
         name: tuple(records[index].id for index in range(len(records)) if dealt[index] == part)
         for part, name in enumerate(wanted)
     }
-    for name, fraction in wanted.items():
-        if not ids[name]:
-            raise InputError(
-                f"{dataset.name}: data.split leaves no image for {name} ({fraction:g} of {len(records)} images, which "
-                f"form {len(groups)} groups of near copies); give a larger fraction or more images"
-            )
     return ids
 
 
@@ -169,4 +173,11 @@ def _deal(groups: list[list[int]], counts: np.ndarray, fractions: np.ndarray, se
             objects[chosen] -= sums[group]
         done = set(turn)
         waiting = [g for g in waiting if g not in done]
+    for part in range(len(fractions)):
+        # Of few images, a small fraction is less than one.
+        if not (dealt == part).any():
+            of_group = [dealt[group[0]] for group in groups]
+            giving = max(sorted(set(of_group)), key=of_group.count)
+            given = min((g for g in order if of_group[g] == giving), key=lambda g: sizes[g])
+            dealt[groups[given]] = part
     return dealt

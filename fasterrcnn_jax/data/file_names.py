@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from fasterrcnn_jax.data.faults import Found
-from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS, names_below
+from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS, composed, names_below
 from fasterrcnn_jax.data.links import link_guard
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
@@ -17,20 +18,31 @@ from fasterrcnn_jax.regular_files import check_regular
 # The longest path that Linux allows.
 MAX_PATH = 4096
 
-MOVED = "Paths that do not exist in the folder were taken as the file of that name in it"
+MOVED = "Paths that do not exist were read as the only file of that name in the folder"
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class Files(NamedTuple):
-    """The files below the folder of a data set; all names are relative to it, with /."""
+    """The files below the folder of a data set; all names are relative to it, with /. Keys are `composed`."""
 
     root: Path
     images: tuple[str, ...]  # sorted
-    others: frozenset[str]  # files that are no images
+    others: dict[str, str]  # composed name -> name of each file that is no image
     folders: frozenset[str]  # folders with an image in them or below them; "" is the root
     by_place: dict[str, str]  # name of an image, as it is and without its extension -> name
-    by_name: dict[str, list[str]]  # the same without its folders and in lower case -> names
+    by_name: dict[str, list[str]]  # the same without its folders, as `_alike` writes it -> names
+    by_letters: dict[str, list[str]]  # others and folders, as `_alike` writes them -> names
+
+    def other(self, name: str) -> str | None:
+        """Returns the file of that name that is no image, or the only one that differs in upper and lower case."""
+        same = [other for other in self.by_letters.get(_alike(name), ()) if other not in self.folders]
+        return self.others.get(name) or (same[0] if len(same) == 1 else None)
+
+    def folder(self, name: str) -> str | None:
+        """Returns the folder of that name with images, or the only one that differs in upper and lower case."""
+        same = [folder for folder in self.by_letters.get(_alike(name), ()) if folder in self.folders]
+        return name if name in self.folders else same[0] if len(same) == 1 else None
 
 
 def files_below(root: Path, within: Path | None = None) -> Files:
@@ -50,17 +62,27 @@ def files_below(root: Path, within: Path | None = None) -> Files:
         guard(root / name)
     images = tuple(name for name in names if is_image(name))
     # A name with its extension goes before an equal name without.
-    by_place = {without_extension(name): name for name in reversed(images)} | {name: name for name in images}
+    by_place = {composed(without_extension(name)): name for name in reversed(images)}
+    by_place |= {composed(name): name for name in images}
     by_name = defaultdict(list)
     for name in images:
-        by_name[posixpath.basename(name).lower()].append(name)
-        by_name[posixpath.basename(without_extension(name)).lower()].append(name)
-    others, folders = frozenset(names).difference(images), set()
+        last = _alike(posixpath.basename(name))
+        by_name[last].append(name)
+        by_name[without_extension(last)].append(name)
+    others, folders = {composed(name): name for name in names if not is_image(name)}, set()
     for name in images:
         while name not in folders:
             name = posixpath.dirname(name)
             folders.add(name)
-    return Files(root, images, others, frozenset(folders), by_place, dict(by_name))
+    by_letters = defaultdict(list)
+    for name in (*others.values(), *folders):
+        by_letters[_alike(name)].append(name)
+    return Files(root, images, others, frozenset(folders), by_place, dict(by_name), dict(by_letters))
+
+
+def _alike(name: str) -> str:
+    """Returns a name in small letters and without the codes of a URL: Label Studio can write %C3%A9 for é."""
+    return composed(unquote(name)).lower()
 
 
 def is_image(name: str) -> bool:
@@ -86,7 +108,7 @@ def image_named(text: str, files: Files, folders: Iterable[str], field: str, fou
     Raises:
       InputError: no image or several images fit.
     """
-    path = clean_path(text, field)
+    path, folders = composed(clean_path(text, field)), tuple(map(composed, folders))
     for folder in folders:
         name = files.by_place.get(posixpath.normpath(posixpath.join(folder, path)))
         if name is not None:
@@ -96,9 +118,14 @@ def image_named(text: str, files: Files, folders: Iterable[str], field: str, fou
     if name is None:
         last = parts[-1] if parts else ""
         # An image may have been converted to another format after it was labelled.
-        fitting = files.by_name.get(last.lower()) or files.by_name.get(without_extension(last).lower(), ())
+        fitting = files.by_name.get(_alike(last)) or files.by_name.get(_alike(without_extension(last)), ())
         if not fitting:
             raise InputError(f"{field}: no image file {quoted(text)} in {files.root}")
+        if len(fitting) > 1:
+            # One of the folders, in other letters.
+            likely = {posixpath.normpath(folder).lower() for folder in folders}
+            near = [name for name in fitting if (posixpath.dirname(composed(name)) or ".").lower() in likely]
+            fitting = near if len(near) == 1 else fitting
         if len(fitting) > 1:
             raise InputError(
                 f"{field}: {quoted(text)} does not exist, and {len(fitting)} images in {files.root} have its name, "

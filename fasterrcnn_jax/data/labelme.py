@@ -37,10 +37,11 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import annotated_frame
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, names_below, no_such_split
-from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.layouts import WHOLE, Layout, composed, in_order, names_below, no_such_split, split_among
+from fasterrcnn_jax.data.objects import MAX_COORDINATE, MAX_NAME, Object, check_inside, is_unknown, record_of
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.regular_files import check_regular
 
 # Shapes that are read, with the smallest number of points. The last two are of programs with the same format.
 POINTS = {"rectangle": 2, "polygon": 3, "circle": 2, "mask": 2, "oriented_rectangle": 3, "rotation": 3}
@@ -62,7 +63,7 @@ def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds LabelMe annotations; looks at the ends of a few files to find out."""
     if not root.is_dir():
         return None
-    names = [name for name in names_below(root, follow_links=within is None) if name.endswith(".json")]
+    names = [name for name in names_below(root, follow_links=within is None) if name.lower().endswith(".json")]
     taken = next((name for name in names[:20] if _seems_annotation(root / name)), None)
     if taken is None:
         return None
@@ -122,7 +123,7 @@ def read_labelme(
     root = Path(root)
     check_class_names(class_names)
     name, found = f"{root} ({split})", defaultdict(list)
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
     files = files_below(root, within)
     annotations = _annotations(files, found)
     if split not in annotations:
@@ -184,6 +185,7 @@ def read_labelme(
 
 def _seems_annotation(path: Path) -> bool:
     """Returns whether the first or the last 4096 bytes have keys of LabelMe; imageData can be long."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             text = file.read(4096)
@@ -196,7 +198,7 @@ def _seems_annotation(path: Path) -> bool:
 
 def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
     """Returns the json files of each split; "all" if no folder has the name of a split."""
-    names = sorted(name for name in files.others if name.endswith(".json"))
+    names = sorted(name for name in files.others.values() if name.lower().endswith(".json"))
     placed = defaultdict(list)
     for name in names:
         placed[_folder_split(name)].append(name)
@@ -206,7 +208,7 @@ def _annotations(files: Files, found: Found) -> dict[str, list[str]]:
 
 
 def _folder_split(name: str) -> str:
-    return next((part for part in name.split("/")[:-1] if part in SPLIT_NAMES), WHOLE)
+    return split_among(name.split("/")[:-1]) or WHOLE
 
 
 def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
@@ -214,7 +216,7 @@ def _split_of(image: str, annotations: dict[str, list[str]]) -> str:
 
 
 def _json_of(image: str, files: Files) -> bool:
-    return f"{without_extension(image)}.json" in files.others
+    return files.other(composed(f"{without_extension(image)}.json")) is not None
 
 
 def _load(path: Path) -> Any:
@@ -240,7 +242,7 @@ def _shapes(content: Any, field: str) -> list[dict[str, Any]] | None:
 
 def _image(content: dict[str, Any], path: str, files: Files, found: Found) -> str:
     """Returns the image of an annotation: the one of the same name beside it, else the one that imagePath names."""
-    beside = files.by_place.get(without_extension(path))
+    beside = files.by_place.get(composed(without_extension(path)))
     given, field = content.get("imagePath"), f"{files.root / path}, imagePath"
     if given is not None and not isinstance(given, str):
         raise InputError(f"{field}: must be the path of an image, got {quoted(given)}")
@@ -266,7 +268,7 @@ def _frame(
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the shapes refer to, and whether it is that of the upright image."""
     sides: tuple[Any, Any] = content.get("imageHeight"), content.get("imageWidth")
-    if sides == (None, None):
+    if any(is_unknown(side) or side in (0, -1) for side in sides):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
     for key, side in zip(("imageHeight", "imageWidth"), sides, strict=True):
@@ -279,6 +281,7 @@ def _frame(
 def _kind(shape: dict[str, Any], where: str) -> str:
     """Returns the shape_type; the first versions drew polygons only and did not write it."""
     kind = shape.get("shape_type") or "polygon"
+    kind = kind.lower() if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in (*POINTS, *WITHOUT_EXTENT):
         raise InputError(
             f"{where}, shape_type: must be one of {', '.join((*POINTS, *WITHOUT_EXTENT))}, got {quoted(kind)}"
@@ -288,11 +291,11 @@ def _kind(shape: dict[str, Any], where: str) -> str:
 
 def _label(shape: dict[str, Any], where: str) -> str:
     label = shape.get("label")
-    if type(label) is int:
-        label = str(label)
+    if type(label) in (int, float) and abs(label) < MAX_COORDINATE:
+        label = f"{label:g}" if isinstance(label, float) else str(label)
     if not isinstance(label, str) or not 0 < len(label.strip()) <= MAX_NAME:
         raise InputError(f"{where}, label: must be a name of at most {MAX_NAME} characters, got {quoted(label)}")
-    return label.strip()
+    return composed(label.strip())
 
 
 def _extent(shape: dict[str, Any], kind: str, where: str) -> tuple[float, float, float, float]:
@@ -314,7 +317,10 @@ def _extent(shape: dict[str, Any], kind: str, where: str) -> tuple[float, float,
 
 
 def _is_number(value: Any) -> bool:
-    # The comparison also rejects NaN and integers too long for a float.
+    # A number may be written as text. The comparison also rejects NaN and integers too long for a float.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     return type(value) in (int, float) and abs(value) < MAX_COORDINATE
 
 

@@ -5,6 +5,8 @@
 
 import os
 import re
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,11 @@ from fasterrcnn_jax.errors import InputError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Names of folders and files that stand for a split, in the order in which splits are listed.
-SPLIT_NAMES = ("train", "training", "trainval", "valid", "val", "validation", "dev", "test", "testing")
+SPLIT_NAMES = (
+    *("train", "training", "trainval"),
+    *("valid", "val", "validation", "dev", "eval", "evaluation"),
+    *("test", "testing"),
+)
 # The split of a folder that is not split.
 WHOLE = "all"
 
@@ -29,10 +35,23 @@ class Layout(NamedTuple):
     notes: tuple[str, ...] = ()  # sentences
 
 
+def composed(name: str) -> str:
+    """Returns a name with its accents composed (Unicode NFC): macOS writes ä as two characters, other systems as one.
+
+    Names are compared in this form; files are opened with the names that they have.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def in_order(splits: set[str]) -> tuple[str, ...]:
     """Returns the names of splits in the order of `SPLIT_NAMES`; others, for example with a year, follow sorted."""
-    first = [name for name in SPLIT_NAMES if name in splits]
+    first = [split for name in SPLIT_NAMES for split in sorted(splits) if split.lower() == name]
     return (*first, *sorted(splits.difference(first)))
+
+
+def split_among(parts: Iterable[str]) -> str | None:
+    """Returns the first part of a path that is the name of a split in any letter case; None without one."""
+    return next((part for part in parts if part.lower() in SPLIT_NAMES), None)
 
 
 def splits_of(root: Path, pattern: str) -> tuple[str, ...] | None:
@@ -62,20 +81,25 @@ def no_such_split(what: str, splits: tuple[str, ...]) -> InputError:
     )
 
 
+def _is_run_folder(folders: list[str], files: list[str]) -> bool:
+    # A name alone could be that of data: a training writes both.
+    return "checkpoints" in folders and "config.json" in files
+
+
 def names_below(folder: Path, *, follow_links: bool = False) -> tuple[str, ...]:
     """Returns the sorted paths of all files below `folder`, relative to it and with /.
 
-    Hidden files and folders are left out, and so are linked folders unless `follow_links`; a folder that is reached
-    twice is listed once.
+    Hidden files and folders are left out, and so are the run folders of trainings, whose images are no data, and linked
+    folders unless `follow_links`; a folder that is reached twice is listed once.
     """
     names, seen = [], set()
     for path, folders, files in os.walk(folder, followlinks=follow_links):
         real = os.path.realpath(path)
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        if real in seen:
+        below = Path(path).relative_to(folder)
+        if real in seen or (below.parts and _is_run_folder(folders, files)):
             folders.clear()
             continue
         seen.add(real)
-        below = Path(path).relative_to(folder)
         names += [(below / name).as_posix() for name in files if not name.startswith(".")]
     return tuple(sorted(names))

@@ -144,7 +144,7 @@ def set_position(batches: grain.DatasetIterator, position: Any, where: str) -> N
         batches.set_state(position)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(
-            f"{where}: the stored position of the data is none of this run's ({type(error).__name__}: {error}); "
+            f"{where}: the stored position of the data does not belong to this run ({type(error).__name__}: {error}); "
             "choose another --run"
         ) from error
 

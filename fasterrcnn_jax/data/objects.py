@@ -1,5 +1,6 @@
 """Builds records from objects whose corners are in continuous pixels, for the readers of YOLO, LabelMe and csv."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ EMPTY = "Boxes without a width or height were dropped"
 MAX_COORDINATE = 1e12
 
 MAX_NAME = 255
+
+# Words for yes, no, and a value that the writer did not know, in small letters.
+_YES, _NO = ("1", "true", "yes", "y", "t"), ("0", "-1", "false", "no", "n", "f")
+_UNKNOWN = ("", "none", "null", "nan", "n/a", "na", "unknown", "unspecified", "undefined", "?")
 
 
 class Object(NamedTuple):
@@ -65,6 +70,21 @@ def record_of(
     none = np.zeros(len(inside), bool)
     arrays = inside, labels, none, none.copy(), box_areas(inside)
     return ImageRecord(name, path, image_hw, *arrays, upright=upright)
+
+
+def is_unknown(value: object) -> bool:
+    """Returns whether a value stands for none: null, an empty text or list, NaN, or a word such as unknown."""
+    if isinstance(value, str):
+        return value.strip().lower() in _UNKNOWN
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def flag(value: object) -> bool | None:
+    """Returns the meaning of a flag, which is no where its writer did not know it; None: it is no flag."""
+    text = str(value).strip().lower()
+    with contextlib.suppress(ValueError):
+        text = f"{float(text):g}"
+    return True if text in _YES else False if text in _NO or is_unknown(text) else None
 
 
 def number(text: str, field: str) -> float:

@@ -7,13 +7,14 @@ covers [x1, x2) x [y1, y2). Labels are 1..K in the order of `class_names`; 0 is 
 import dataclasses
 import html
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fasterrcnn_jax.data.layouts import composed
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Smaller objects are not visible. Also, an empty box in a 0-based file is one pixel wide by VOC's 1-based rule.
@@ -103,6 +104,18 @@ def box_iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]) -
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0.0)
 
 
+def box_iou_in_parts(
+    boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]
+) -> Iterator[tuple[int, Float[np.ndarray, "_ m"]]]:
+    """Yields the first row and the IoUs of some rows of `box_iou` at a time: thousands of boxes take little memory."""
+    rows = max(1, _PAIRS // max(1, len(others)))
+    for first in range(0, len(boxes), rows):
+        yield first, box_iou(boxes[first : first + rows], others)
+
+
+_PAIRS = 2**18
+
+
 def joined_names(names: Collection[str], most: int = 20) -> str:
     """Returns the first names for a message, joined, and the number of the others."""
     others = f" and {len(names) - most} more" if len(names) > most else ""
@@ -113,6 +126,11 @@ def check_class_names(class_names: tuple[str, ...]) -> None:
     """Raises InputError unless there is at least one class name and none appears twice."""
     if isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names):
         raise InputError(f"class_names must contain at least one name and no name twice, got {quoted(class_names)}")
+
+
+def labels_of(class_names: tuple[str, ...]) -> dict[str, int]:
+    """Returns the label of each class by its name, in which `composed` wrote the accents."""
+    return {composed(name): label for label, name in enumerate(class_names, start=1)}
 
 
 def large_enough(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
+from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names, labels_of
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -55,9 +56,7 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     Raises:
       InputError: no class names are given, the data is missing or has a fault, or joined splits share an image.
     """
-    if data.shapes is not None:
-        shapes = data.shapes
-        make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
+    _draw_shapes(data)
     dataset = read(data, split)
     if data.faults == "skip":
         dataset = skip_undecodable(dataset)
@@ -106,20 +105,30 @@ def _within(data: DataConfig) -> Path | None:
     return None if data.follow_links else data.root
 
 
+def _draw_shapes(data: DataConfig) -> None:
+    shapes = data.shapes
+    if shapes is not None:
+        make_shapes(data.root, seed=shapes.seed, num_train=shapes.num_train, num_test=shapes.num_test)
+
+
 def with_class_names(data: DataConfig) -> DataConfig:
     """Returns `data`; if it has no class names, with those of its training split.
 
-    They are in the order that the data declares, or sorted where it declares none, as in VOC.
+    They are in the order that the data declares, or sorted where it declares none, as in VOC. With `data.shapes`, draws
+    the shapes data set first.
 
     Raises:
       InputError: the training split cannot be read or has no class, or the data has no class of a given name.
     """
+    _draw_shapes(data)
     data = with_layout(data)
     if data.class_names:
         _check_class_names(data)
         return data
     names = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
     if not names:
+        # A fault of a file may be the reason, and reading says it.
+        read(dataclasses.replace(data, class_names=("object",)), data.train_split)
         raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
     in_order = names if _declares(data) else sorted(names)
     return dataclasses.replace(data, class_names=tuple(in_order))
@@ -127,7 +136,7 @@ def with_class_names(data: DataConfig) -> DataConfig:
 
 def _check_class_names(data: DataConfig) -> None:
     """Raises InputError if a given class name is in no split: most likely it is mistyped."""
-    absent, known = set(data.class_names), set()
+    absent, known = set(labels_of(data.class_names)), set()
     for name in _all_class_names(data):
         known.add(name)
         absent.discard(name)
@@ -137,7 +146,7 @@ def _check_class_names(data: DataConfig) -> None:
         return
     if data.layout == "yolo" and all(name.isdecimal() for name in known):  # class_names name the class numbers
         return
-    name = next(name for name in data.class_names if name in absent)
+    name = next(name for name in labels_of(data.class_names) if name in absent)
     letters = {other.lower(): other for other in sorted(known)}
     near = [letters[word] for word in difflib.get_close_matches(name.lower(), letters, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"they are named {joined_names(sorted(known))}"
@@ -223,6 +232,8 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     Raises:
       InputError: the folder has no known layout; the sentence says what was found. Or a file is a link out of it.
     """
+    if root.is_file():
+        raise InputError(f"{root}: must be the folder of the data set, but is a file; {_way_to_folder(root)}")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder or configuration file")
     inner = _inner(root)
@@ -244,11 +255,16 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     notes += [
         f"the folder could also be read as {other.name} with --data.layout {other.data.layout}" for other in others
     ]
-    data = layout.data
+    data = dataclasses.replace(layout.data, follow_links=follow_links)
     if not data.class_names:
-        of_data = dataclasses.replace(data, follow_links=follow_links)
-        data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(of_data, layout.splits))))
+        data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(data, layout.splits))))
     return layout._replace(data=data, notes=tuple(notes))
+
+
+def _way_to_folder(file: Path) -> str:
+    if file.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        return "unpack it"
+    return f"give the folder that holds it and the images, for example {file.parent}"
 
 
 def with_layout(data: DataConfig) -> DataConfig:
@@ -268,10 +284,10 @@ def with_layout(data: DataConfig) -> DataConfig:
     fields = {name: getattr(layout.data, name) for name in of_layout}
     train, test = data.train_split, data.test_split
     if train == "train" and "train" not in layout.splits:
-        train = next((split for split in layout.splits if "train" in split), layout.splits[0])
+        train = next((split for split in layout.splits if "train" in split.lower()), layout.splits[0])
     if test == "test" and "test" not in layout.splits:
-        held_out = [split for split in layout.splits if split not in (train, "trainval") and "train" not in split]
-        test = next(iter(held_out), test)
+        held_out = [split for split in layout.splits if split != train and "train" not in split.lower()]
+        test = next((split for split in held_out if "test" in split.lower()), next(iter(held_out), test))
     names = data.class_names or layout.data.class_names
     return dataclasses.replace(data, **fields, train_split=train, test_split=test, class_names=names)
 
@@ -322,39 +338,54 @@ def _seen(root: Path) -> str:
             f"{found}; the nearest layout is PASCAL VOC, whose XML files have the root <annotation> and are named like "
             "their images"
         )
+    if counts.get(".csv"):
+        columns = ", ".join(csv_table.REQUIRED)
+        return f"{found}; the nearest layout is csv, whose first line must have the columns {columns}"
     if images:
         return f"{found}, and no annotations"
     return found
 
 
 def open_images(
-    folder: Path,
+    given: Sequence[Path],
     class_names: tuple[str, ...],
     *,
     faults: Faults = "error",
     max_pixels: int = DataConfig.max_pixels,
 ) -> Dataset:
-    """Returns the images of a folder, sorted by name, without objects; the file name is the id.
+    """Returns image files, and the images of folders sorted by name, without objects.
 
-    Images are turned as EXIF says, as image viewers show them. Files without an image extension and subfolders are
-    ignored; a note counts them.
+    The id of an image is its file name; if several images have one name, it is the path below the folder that all
+    images are in. An image that is given twice is read once. Images are turned as EXIF says, as image viewers show
+    them. In a folder, hidden files, files without an image extension and subfolders are ignored; a note counts them.
 
     Args:
+      given: image files and folders.
       class_names: the class names of the detector that predicts on the images.
       faults: "skip" skips images that cannot be decoded; every image is then decoded once to find them.
       max_pixels: an image with more pixels is a fault.
 
     Raises:
-      InputError: the folder is missing or has no image, or a file with an image extension is not an image.
+      InputError: a path does not exist, there is no image, or a given file or a file with an image extension is not
+        an image.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    found, records, none = defaultdict(list), [], np.zeros(0)
-    paths = sorted(folder.iterdir())
-    for path in watched(paths, f"reading {folder}", len(paths)):
-        if path.suffix.lower() not in IMAGE_EXTENSIONS or path.is_dir():
-            found["Subfolders and files without an image extension were ignored"].append(str(path))
-            continue
+    found, none = defaultdict(list), np.zeros(0)
+    listed: dict[Path, Path] = {}
+    for place in given:
+        if not place.exists():
+            raise InputError(f"{place}: no such file or folder")
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            is_image = path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+            if path != place and (not is_image or path.is_dir()):
+                found["Hidden files, subfolders and files without an image extension were ignored"].append(str(path))
+            else:
+                listed.setdefault(path.resolve(), path)
+    names = Counter(path.name for path in listed.values())
+    # Not `absolute`, which keeps "..": an id is also the name of a file that `predict` writes.
+    folders = [os.path.dirname(os.path.abspath(path)) for path in listed.values()]
+    shared = os.path.commonpath(folders) if folders else ""
+    title, records = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else ""), []
+    for path in watched(listed.values(), f"reading {title}", len(listed)):
         with skipping(FAULTY_IMAGE, found, faults):
             if faults == "skip":
                 read_image(path, max_pixels=max_pixels)
@@ -366,15 +397,16 @@ def open_images(
                 none,
             )
             image_hw = image_size(path, upright=True, max_pixels=max_pixels)
-            records.append(ImageRecord(path.name, path, image_hw, *arrays, upright=True))
+            name = path.name if names[path.name] == 1 else Path(os.path.relpath(path, shared)).as_posix()
+            records.append(ImageRecord(name, path, image_hw, *arrays, upright=True))
     findings = findings_of(found)
     ids = tuple(range(1, len(class_names) + 1))
     notes = notes_of(findings)
     for note in notes:
         logger.warning("%s", note)
     if not records:
-        raise InputError(f"{folder}: contains no readable image with an extension of {' '.join(IMAGE_EXTENSIONS)}")
-    return Dataset(str(folder), class_names, tuple(records), notes, ids, findings)
+        raise InputError(f"{title}: contains no readable image with an extension of {' '.join(IMAGE_EXTENSIONS)}")
+    return Dataset(title, class_names, tuple(records), notes, ids, findings)
 
 
 def _joined(splits: list[tuple[str, Dataset]]) -> Dataset:

@@ -31,19 +31,22 @@ from fasterrcnn_jax.data.faults import (
     skipping,
     watched,
 )
+from fasterrcnn_jax.data.file_names import read_text
 from fasterrcnn_jax.data.images import annotated_frame
 from fasterrcnn_jax.data.layouts import (
     IMAGE_EXTENSIONS,
     SPLIT_NAMES,
     WHOLE,
     Layout,
+    composed,
     names_below,
     no_such_split,
     part_of_a_name,
     splits_of,
 )
 from fasterrcnn_jax.data.links import Guard, link_guard
-from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names
+from fasterrcnn_jax.data.objects import flag, is_unknown
+from fasterrcnn_jax.data.records import MIN_SIDE, Dataset, ImageRecord, box_areas, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -62,9 +65,10 @@ MAX_COORDINATE = 65535
 SMALL = "Boxes under two pixels on a side were dropped"
 CLIPPED = "Boxes reaching outside their image were clipped"
 REPEATED_LINE = "Repeated lines of the list were ignored"
-SECOND_COLUMN = "The second column of a line in the list was ignored"
+SECOND_COLUMN = "What follows the name in a line of the list was ignored"
+COMMENT = "Comments in the list were ignored"
 LINE_FOLDER = "A folder in a line of the list was ignored"
-LETTER_CASE = "Names in other letters (upper or lower case) were taken for the only file that fits"
+LETTER_CASE = "Names that differ in upper or lower case were read as the only file that fits"
 OTHER_IMAGE = "A <filename> that names another image was ignored"
 NO_XML = "Images without an XML file were left out"
 NO_SIZE = "A <size> that is empty, 0 or -1 was replaced by the size of the image file"
@@ -73,9 +77,6 @@ DECIMALS = (
     "Every corner has decimals, so the boxes are probably continuous coordinates as CVAT writes them; "
     "--data.voc_counts_from 0 reads them so"
 )
-
-_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
-_FLAGS |= {"unspecified": False, "none": False, "unknown": False}
 
 
 class Places(NamedTuple):
@@ -88,8 +89,9 @@ class Places(NamedTuple):
 
     def of(self, split: str) -> "Places":
         """Returns the places of one split."""
-        filled = (None if part is None else part.replace("{split}", split) for part in self[:3])
-        return Places(*filled, self.counts_from)
+        images, annotations = (part.replace("{split}", split) for part in (self.images, self.annotations))
+        lists = None if self.lists is None else self.lists.replace("{split}", split)
+        return Places(images, annotations, lists, self.counts_from)
 
 
 OWN_PLACES = Places()
@@ -145,7 +147,7 @@ def read_voc(
     """
     root = Path(root)
     check_class_names(class_names)
-    label_of = {name: label for label, name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
     images, annotations, listed = _open(root, split, places, within)
 
     name, found, records = f"{root} ({split})", defaultdict(list), []
@@ -190,6 +192,8 @@ def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:
     if places.lists is None:
         folders = {name: root / places.of(name).annotations for name in names}
         return tuple(name for name in names if any(map(_is_xml, names_below(folders[name]))))
+    if "/" not in places.lists:  # other text files can be beside them
+        return tuple(name for name in names if name.lower() in SPLIT_NAMES)
     known = set(names)
     return tuple(name for name in names if "_" not in name or name.rpartition("_")[2] not in known)
 
@@ -301,16 +305,16 @@ def _images_of(xml: list[str], annotations: str, folders: dict[str, str], images
     """Returns the folder, perhaps with {split}, that has images of the same names as most of the XML files."""
     at = defaultdict(list)
     for name in images:
-        at[_stem(name).rpartition("/")[2].lower()].append(_stem(name))
+        at[_stem(name).rpartition("/")[2].lower()].append(name)
     counts = Counter()
     for name in _sample(xml, 200):
         own = folders[name.rpartition("/")[0]]
-        below = _stem(name) if own == "." else _stem(name)[len(own) + 1 :]
+        below = _stem(name) if own == "." else _stem(name)[len(composed(own)) + 1 :]
         stem = _stem(below) if _is_image(below) else below  # a.jpg.xml for a.jpg
         split = dict(zip(annotations.split("/"), own.split("/"), strict=False)).get("{split}")
         for image in at[stem.rpartition("/")[2].lower()]:
-            if f"/{image}".lower().endswith(f"/{stem}".lower()):
-                folder = image[: len(image) - len(stem)].strip("/").split("/")
+            if f"/{_stem(image)}".lower().endswith(f"/{stem}".lower()):
+                folder = image.split("/")[: -1 - stem.count("/")]
                 counts["/".join("{split}" if part == split else part for part in folder) or "."] += 1
     if not counts:
         return None
@@ -320,14 +324,19 @@ def _images_of(xml: list[str], annotations: str, folders: dict[str, str], images
 
 def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Places, str | None]:
     """Returns the places with the lists in ImageSets/Main, if there are any, and a note about them."""
-    lists = [name for name in names if re.fullmatch(r"ImageSets/Main/[^/]+\.txt", name)]
+    lists = [name for name in names if re.fullmatch(r"imagesets/(main/)?[^/]+\.txt", name.lower())]
+    # PaddleDetection has train.txt beside the folders; others write ImageSets/train.txt, or other letters than VOC.
+    lists = lists or [name for name in names if name.lower().endswith(".txt") and _stem(name).lower() in SPLIT_NAMES]
     if "{split}" in places.annotations or not lists:
         return places, None
+    folder = max(dict.fromkeys(name.rpartition("/")[0] for name in lists), key=lambda name: name.count("/"))
+    lists = [name for name in lists if name.rpartition("/")[0] == folder]
+    pattern = f"{folder and f'{folder}/'}{{split}}{PurePosixPath(lists[0]).suffix}"
     images, annotations = places.images.split("/"), places.annotations.split("/")
     # The list has the folders that all images share.
     while min(len(images), len(annotations)) > 1 and images[-1] == annotations[-1]:
         images, annotations = images[:-1], annotations[:-1]
-    own = Places("/".join(images), "/".join(annotations))
+    own = Places("/".join(images), "/".join(annotations), pattern)
     stems = [_stem(name).rpartition("/")[2] for name in lists]
     # VoTT writes lists per class only: cat_train.txt has every training image, with 1 or -1.
     prefixes = {stem.rpartition("_")[0] for stem in stems}
@@ -340,7 +349,7 @@ def _with_lists(root: Path, places: Places, names: tuple[str, ...]) -> tuple[Pla
                     frozenset(_first_column(line.strip()) for line in text.splitlines() if line.strip())
                 )
         if all(len(distinct) == 1 for distinct in lines.values()):
-            own = own._replace(lists=f"ImageSets/Main/{min(prefixes)}_{{split}}.txt")
+            own = own._replace(lists=pattern.replace("{split}", f"{min(prefixes)}_{{split}}"))
             return own, f"the lists of the classes name the same images, so {own.lists} is used"
     return own, None
 
@@ -378,7 +387,7 @@ def object_names(
 
 
 def _names(annotation: ElementTree.Element) -> set[str]:
-    names = {(element.findtext("name") or "").strip() for element in annotation.findall("object")}
+    names = {composed((element.findtext("name") or "").strip()) for element in annotation.findall("object")}
     return names - {""}
 
 
@@ -422,6 +431,7 @@ def _files(folder: Path, extensions: tuple[str, ...], within: Path | None) -> _F
 
 
 def _stem(name: str) -> str:
+    name = composed(name)
     return name[: len(name) - len(PurePosixPath(name).suffix)]
 
 
@@ -433,7 +443,7 @@ def _ids(
         return _read_list(listed, images, annotations, found, faults)
     labelled = {stem.lower() for stem in annotations.of_stem}
     for stem, names in images.of_stem.items():
-        if not labelled & {stem.lower(), names[0].lower()}:
+        if not labelled & {stem.lower(), composed(names[0]).lower()}:
             found[NO_XML].append(str(images.folder / names[0]))
     if not annotations.of_stem:
         raise InputError(f"{annotations.folder}: the folder contains no XML file")
@@ -441,10 +451,7 @@ def _ids(
 
 
 def _read_list(path: Path, images: _Files, annotations: _Files, found: Found, faults: Faults) -> list[tuple[str, str]]:
-    try:
-        text = _read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the list is not UTF-8 text: {error}") from None
+    text = composed(read_text(path))
     ids, empty = {}, True
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         line = line.strip()
@@ -455,6 +462,8 @@ def _read_list(path: Path, images: _Files, annotations: _Files, found: Found, fa
             image_id, is_second_column = _id_of_line(line, where, images, annotations, found)
             if is_second_column:
                 found[SECOND_COLUMN].append(where)
+            if image_id is None:
+                continue
             if image_id in ids:
                 found[REPEATED_LINE].append(f"{where}: {image_id}")
             else:
@@ -464,15 +473,17 @@ def _read_list(path: Path, images: _Files, annotations: _Files, found: Found, fa
     return list(ids.items())
 
 
-def _id_of_line(line: str, where: str, images: _Files, annotations: _Files, found: Found) -> tuple[str, bool]:
-    """Returns the id that a line of a list names, and whether the line has VOC's second column.
+def _id_of_line(line: str, where: str, images: _Files, annotations: _Files, found: Found) -> tuple[str | None, bool]:
+    """Returns the id that a line of a list names, None for a comment, and whether more follows it in the line.
 
     The longest reading that names an existing file is used: names may contain blanks and dots, or end in " 1". Lists
     of other programs contain paths, so folders in front are left out until a file fits.
     """
     first_column = _first_column(line)
     readings = [
-        (text, column != line) for column in (line, first_column) for text in (column, _without_extension(column))
+        (text, column != line)
+        for column in (line, first_column, _word(line))
+        for text in (column, _without_extension(column))
     ]
     for text, is_second_column in readings:
         # No data set is deeper; the limit keeps the time linear in the length of the line.
@@ -489,7 +500,10 @@ def _id_of_line(line: str, where: str, images: _Files, annotations: _Files, foun
                 found[LETTER_CASE].append(f"{where}: {image_id}, and the file is {similar[0]}")
                 return similar[0], is_second_column
             return image_id, is_second_column
-    image_id, is_second_column = readings[-1]
+    if line.startswith("#"):
+        found[COMMENT].append(where)
+        return None, False
+    image_id, is_second_column = readings[3]
     outside = re.search(r"\0|^/|^[A-Za-z]:", image_id) or {"..", "."} & set(re.split(r"[/\\]", image_id))
     if outside or len(image_id) > MAX_PATH:
         raise InputError(f"{where}: the id must name a file inside {images.folder}, got {quoted(image_id)}")
@@ -504,6 +518,11 @@ def _first_column(line: str) -> str:
     """Returns a line without VOC's second column, with which lists of one class say whether the image has the class."""
     first, second = (*line.rsplit(None, 1), "")[:2]
     return first if second in ("0", "1", "-0", "-1", "+0", "+1") else line
+
+
+def _word(line: str) -> str:
+    """Returns what stands before the first blank, comma or semicolon, without quotation marks."""
+    return re.split(r"[\s,;]", line, maxsplit=1)[0].strip("\"'")
 
 
 def _without_extension(name: str) -> str:
@@ -521,6 +540,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse(path: Path) -> ElementTree.Element:
     content = _read_bytes(path)
+    content = content.lstrip(b" \t\r\n")  # XML allows no blanks before its declaration
     # Entities are declared inside a document type; they can read other files or expand without bound. A document type
     # without declarations is only a name. The zero bytes are removed so that the pattern also matches UTF-16 text.
     if re.search(rb"<!ENTITY|<!DOCTYPE[^>]*\[", content.replace(b"\0", b""), re.IGNORECASE):
@@ -550,12 +570,12 @@ def _image_path(
 ) -> Path:
     """Returns the image file of an id; <filename> can only give the extension, not the folder or stem."""
     stated = (annotation.findtext("filename") or "").strip()
-    hint = re.split(r"[/\\]", stated)[-1]
+    hint = composed(re.split(r"[/\\]", stated)[-1])
     own = image_id.rpartition("/")[2]
     if hint and own.lower() not in (hint.lower(), _stem(hint).lower()):
         found[OTHER_IMAGE].append(f"{xml_path}, filename: {quoted(stated)}")
     # a.jpg.xml belongs to a.jpg.
-    names = images.named(image_id) or [name for name in images.named(_stem(image_id)) if name == image_id]
+    names = images.named(image_id) or [name for name in images.named(_stem(image_id)) if composed(name) == image_id]
     if not names:
         hinted = PurePosixPath(hint).suffix if _stem(hint) == own else ""
         raise InputError(
@@ -565,9 +585,9 @@ def _image_path(
     # Several images may differ in their extension only.
     order = {extension: place for place, extension in enumerate(IMAGE_EXTENSIONS)}
     ranked = sorted(
-        names, key=lambda name: (name.rpartition("/")[2] != hint, order[PurePosixPath(name).suffix.lower()])
+        names, key=lambda name: (composed(name).rpartition("/")[2] != hint, order[PurePosixPath(name).suffix.lower()])
     )
-    if image_id not in (_stem(ranked[0]), ranked[0]):
+    if image_id not in (_stem(ranked[0]), composed(ranked[0])):
         found[LETTER_CASE].append(f"{where}: {image_id}, and the file is {images.folder / ranked[0]}")
     return images.folder / ranked[0]
 
@@ -580,18 +600,18 @@ def _frame(
     size = _child(annotation, "size", field, required=False)
     stated = None
     if size is not None:
-        sides = [_side(size, tag, f"{field}, {tag}") for tag in ("height", "width")]
-        if None in sides:
+        height, width = (_side(size, tag, f"{field}, {tag}") for tag in ("height", "width"))
+        if height is None or width is None:
             found[NO_SIZE].append(str(xml_path))
         else:
-            stated = (sides[0], sides[1])
+            stated = height, width
     return annotated_frame(image_path, stated, field, found, max_pixels=max_pixels)
 
 
 def _side(size: ElementTree.Element, tag: str, field: str) -> float | None:
     """Returns a side of the image, or None where the writer did not know it."""
     child = _child(size, tag, field, required=False)
-    if child is None or not (child.text or "").strip():
+    if child is None or is_unknown(child.text):
         return None
     side = _number(size, tag, field)
     return None if side in (0.0, -1.0) else side
@@ -599,7 +619,7 @@ def _side(size: ElementTree.Element, tag: str, field: str) -> float | None:
 
 def _label(element: ElementTree.Element, field: str, label_of: dict[str, int], found: Found) -> int | None:
     """Returns the label, or None for an object of another class."""
-    name = (_child(element, "name", f"{field}, name").text or "").strip()
+    name = composed((_child(element, "name", f"{field}, name").text or "").strip())
     if not name:
         raise InputError(f"{field}, name: must be the name of a class, got {quoted(name)}")
     if name not in label_of:
@@ -610,13 +630,12 @@ def _label(element: ElementTree.Element, field: str, label_of: dict[str, int], f
 def _difficult(element: ElementTree.Element, field: str, found: Found) -> bool:
     child = _child(element, "difficult", f"{field}, difficult", required=False)
     text = "0" if child is None else (child.text or "").strip()
-    with contextlib.suppress(ValueError):
-        text = f"{float(text):g}"
-    if text.lower() not in _FLAGS:
+    is_difficult = flag(text)
+    if is_difficult is None:
         raise InputError(f"{field}, difficult: must be 0 or 1, got {quoted(text)}")
-    if text not in ("0", "1"):
+    if not re.fullmatch(r"[01](\.0*)?", text):
         found[NO_DIFFICULT].append(f"{field}: {quoted(text)}")
-    return _FLAGS[text.lower()]
+    return is_difficult
 
 
 def _box(

@@ -45,9 +45,9 @@ from fasterrcnn_jax.data.file_names import (
     without_extension,
 )
 from fasterrcnn_jax.data.images import image_size
-from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, in_order, no_such_split
+from fasterrcnn_jax.data.layouts import SPLIT_NAMES, WHOLE, Layout, composed, in_order, no_such_split, split_among
 from fasterrcnn_jax.data.objects import MAX_NAME, Object, check_inside, number, record_of
-from fasterrcnn_jax.data.records import Dataset, check_class_names
+from fasterrcnn_jax.data.records import Dataset, check_class_names, labels_of
 from fasterrcnn_jax.errors import InputError, quoted
 
 # Files that hold one class name per line: labelImg, Label Studio; darknet, CVAT; Roboflow; makesense.
@@ -70,7 +70,7 @@ REPEATED_IMAGE = "Repeated images of a list were ignored"
 CONFIDENCE = "The sixth number of a line was ignored"
 OUTLINE = "Outlines were replaced by their extent"
 KEYPOINTS = "Keypoints were ignored"
-OTHER_PLACE = "Paths of splits were taken as the end of them that exists in the folder"
+OTHER_PLACE = "Paths of splits that do not exist were read as the longest end of the path that exists in the folder"
 NO_PLACE = "Splits whose images are not in the folder were left out"
 OUTSIDE_SPLITS = "Images outside the folders of the splits were left out"
 
@@ -151,7 +151,7 @@ def read_yolo(
         found[NO_NAMES].append(str(root))
     elif not description.names:
         description = description._replace(names=dict(enumerate(class_names)), source="class_names")
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
+    label_of = labels_of(class_names)
 
     records = []
     images = _images_of(description, split, found, faults)
@@ -217,7 +217,7 @@ def _describe(root: Path, found: Found, within: Path | None) -> _Description:
                 if "names" in content:
                     field = f"{path}, names"
                     place = _place(content["names"], "", files, field)
-                    if place is None or place[0] not in files.others:
+                    if place is None or place[0] not in files.others.values():
                         raise InputError(f"{field}: no file {quoted(content['names'])} in {root}")
                     source, names = str(root / place[0]), _read_names(root / place[0])
                 break
@@ -288,7 +288,7 @@ _NOTHING = ("", "~", "null", "Null", "NULL", "None")
 def _checked_name(name: Any, field: str) -> str:
     if not isinstance(name, str) or not 0 < len(name.strip()) <= MAX_NAME:
         raise InputError(f"{field}: must be a name of at most {MAX_NAME} characters, got {quoted(name)}")
-    return name.strip()
+    return composed(name.strip())
 
 
 def _keypoint_numbers(content: dict[str, Any], path: Path) -> int:
@@ -364,8 +364,9 @@ def _place(text: str, base: str, files: Files, field: str) -> tuple[str, bool] |
     whole = path if path.startswith("/") or not base else posixpath.join(clean_path(base, f"{field}, path"), path)
     parts = [part for part in posixpath.normpath(whole).split("/") if part not in ("", ".", "..")]
     for end in ends(parts) if parts else ("",):
-        if end in files.others or end in files.folders:
-            return end, end == "/".join(parts)
+        place = files.other(end) or files.folder(end)
+        if place is not None:
+            return place, place == "/".join(parts)
     return None
 
 
@@ -377,7 +378,7 @@ def _names_beside(files: Files) -> tuple[str, dict[int, str]] | None:
     Raises:
       InputError: two lists contradict each other.
     """
-    lists = sorted(name for name in files.others if posixpath.basename(name) in NAME_FILES)
+    lists = sorted(name for name in files.others.values() if posixpath.basename(name) in NAME_FILES)
     taken = None
     for name in lists:
         names = _read_names(files.root / name)
@@ -400,11 +401,11 @@ def _read_names(path: Path) -> dict[int, str]:
 
 def _folder_places(files: Files, found: Found) -> dict[str, tuple[str, ...]]:
     """Returns the images of each split by their folders: images/train or train/images; without such folders, of all."""
-    inside = [name for name in files.images if "images" in name.split("/")[:-1]]
+    inside = [name for name in files.images if "images" in name.lower().split("/")[:-1]]
     images = inside or files.images  # not the images that a training wrote into the folder
     places = defaultdict(list)
     for name in images:
-        places[next((part for part in name.split("/")[:-1] if part in SPLIT_NAMES), WHOLE)].append(name)
+        places[split_among(name.split("/")[:-1]) or WHOLE].append(name)
     if len(places) > 1:
         found[OUTSIDE_SPLITS] += [str(files.root / name) for name in places.pop(WHOLE, ())]
     return {split: tuple(names) for split, names in places.items()}
@@ -417,7 +418,7 @@ def _images_of(description: _Description, split: str, found: Found, faults: Faul
         raise no_such_split(f"{files.root}: no split is named {quoted(split)}", in_order(set(description.splits)))
     images = {}
     for place in description.splits[split]:
-        if place in files.others:
+        if place in files.others.values():
             for number, line in lines_of(files.root / place):
                 field = f"{files.root / place} line {number}"
                 with skipping(FAULTY_IMAGE, found, faults):
@@ -436,14 +437,11 @@ def _images_of(description: _Description, split: str, found: Found, faults: Faul
 
 def _label_path(image: str, files: Files) -> str | None:
     """Returns the label file of an image: images/a/b.jpg has labels/a/b.txt; else the file is beside the image."""
-    label = f"{without_extension(image)}.txt"
+    label = composed(f"{without_extension(image)}.txt")
     parts = label.split("/")
-    places = [place for place, part in enumerate(parts[:-1]) if part in ("images", "JPEGImages")]
-    if places:
-        apart = "/".join((*parts[: places[-1]], "labels", *parts[places[-1] + 1 :]))
-        if apart in files.others:
-            return apart
-    return label if label in files.others else None
+    places = [place for place, part in enumerate(parts[:-1]) if part.lower() in ("images", "jpegimages")]
+    apart = ["/".join((*parts[: places[-1]], "labels", *parts[places[-1] + 1 :]))] if places else []
+    return next((name for place in (*apart, label) if (name := files.other(place)) is not None), None)
 
 
 def _class_names(description: _Description, split: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from fasterrcnn_jax.data.records import Dataset, ImageProposals, box_iou
+from fasterrcnn_jax.data.records import Dataset, ImageProposals, box_iou_in_parts
 
 LIMITS = (100, 300, 1000, 2000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
@@ -40,23 +40,24 @@ def proposal_recall(proposals: Sequence[ImageProposals], dataset: Dataset) -> Pr
     found_at = [np.zeros((len(THRESHOLDS), 0), np.int64)]
     for found, record in zip(proposals, dataset.records, strict=True):
         objects = record.boxes[~(record.difficult | record.crowd)]
-        found_at.append(_ranks(box_iou(found.boxes[: max(LIMITS)], objects)))
+        found_at.append(_ranks(found.boxes[: max(LIMITS)], objects))
     ranks = np.concatenate(found_at, axis=1)
     if not ranks.size:
         return ProposalRecall(0, np.full((len(LIMITS), len(THRESHOLDS)), math.nan))
     return ProposalRecall(ranks.shape[1], np.stack([(ranks < limit).mean(axis=1) for limit in LIMITS]))
 
 
-def _ranks(iou: Float[np.ndarray, "p g"]) -> Int[np.ndarray, "t g"]:
+def _ranks(proposals: Float[np.ndarray, "p 4"], objects: Float[np.ndarray, "g 4"]) -> Int[np.ndarray, "t g"]:
     """Returns, per threshold and object, the rank of the proposal that finds the object; `_NEVER`: no proposal does."""
-    ranks = np.full((len(THRESHOLDS), iou.shape[1]), _NEVER)
+    ranks = np.full((len(THRESHOLDS), len(objects)), _NEVER)
     levels = np.arange(len(THRESHOLDS))
-    for place in np.flatnonzero(iou.max(axis=1, initial=0.0) >= THRESHOLDS[0]):
-        free = np.where(ranks == _NEVER, iou[place], -1.0)
-        # Equal IoUs: the last object, as in pycocotools.
-        best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)
-        takes = free[levels, best] >= THRESHOLDS
-        ranks[levels[takes], best[takes]] = place
+    for first, iou in box_iou_in_parts(proposals, objects):
+        for row in np.flatnonzero(iou.max(axis=1, initial=0.0) >= THRESHOLDS[0]):
+            free = np.where(ranks == _NEVER, iou[row], -1.0)
+            # Equal IoUs: the last object, as in pycocotools.
+            best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)
+            takes = free[levels, best] >= THRESHOLDS
+            ranks[levels[takes], best[takes]] = first + row
     return ranks
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou
+from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou_in_parts
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
 
 # The points of py-faster-rcnn's `voc_ap`, np.arange(0., 1.1, 0.1). np.linspace(0, 1, 11) has the same bits. k / 10 has
@@ -124,10 +124,13 @@ def precision_recall(
 
 def _matched_object(found: ImageDetections, record: ImageRecord, iou_threshold: float, first_object: int) -> np.ndarray:
     """Returns [D] int64: the index of each detection's object among all objects; -1: no object."""
-    if not len(found.boxes) or not len(record.boxes):
-        return np.full(len(found.boxes), -1, np.int64)
-    iou = box_iou(found.boxes, record.boxes)
-    iou[np.asarray(found.labels)[:, None] != record.labels[None, :]] = -1.0
-    best = np.argmax(iou, axis=1)
-    overlap = np.take_along_axis(iou, best[:, None], axis=1)[:, 0]
-    return np.where(overlap > iou_threshold, best + first_object, -1)
+    objects, labels = np.full(len(found.boxes), -1, np.int64), np.asarray(found.labels)
+    if not len(record.boxes):
+        return objects
+    for first, iou in box_iou_in_parts(found.boxes, record.boxes):
+        part = slice(first, first + len(iou))
+        iou[labels[part, None] != record.labels[None, :]] = -1.0
+        best = np.argmax(iou, axis=1)
+        overlap = np.take_along_axis(iou, best[:, None], axis=1)[:, 0]
+        objects[part] = np.where(overlap > iou_threshold, best + first_object, -1)
+    return objects

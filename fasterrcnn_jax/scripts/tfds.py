@@ -18,8 +18,8 @@ from fasterrcnn_jax.scripts import cli
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     name: Annotated[Literal["voc/2007", "voc/2012", "coco/2017"], tyro.conf.Positional]
-    """data set to store"""
-    archives: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVES")]
+    """data set to store: voc/2007, voc/2012 or coco/2017"""
+    archives: Annotated[Path, tyro.conf.Positional]
     """folder with the archives, or with their unpacked contents; voc/2007: VOCtrainval_06-Nov-2007.tar and
     VOCtest_06-Nov-2007.tar; voc/2012: VOCtrainval_11-May-2012.tar; coco/2017: train2017.zip, val2017.zip and
     annotations_trainval2017.zip"""
@@ -29,7 +29,7 @@ class Arguments:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = cli.parse(Arguments, argv, description=__doc__)
+    arguments = cli.parse(Arguments, argv=argv, usage=("NAME ARCHIVES [--root ROOT]",), description=__doc__)
     folder, counts = tfds_builder.build(arguments.name, arguments.archives, arguments.root.expanduser())
     lines = [f"{split:10} {count} images" for split, count in counts.items()]
     print_lines(*lines, f"folder     {folder}")

@@ -1,4 +1,4 @@
-"""Shows and converts weights files: fasterrcnn-jax weights inspect FILE, fasterrcnn-jax weights convert IN OUT
+"""Shows and converts weights files: fasterrcnn-jax weights inspect FILE, fasterrcnn-jax weights convert SOURCE OUT
 
 Code in a file is never run. fasterrcnn_jax.load_weights loads any of these files into a detector.
 """
@@ -15,12 +15,14 @@ from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.weights import files, save_weights
 from fasterrcnn_jax.weights.load import FORMAT, formats_of
 
+USAGE = ("inspect FILE", "convert SOURCE OUT [--backbone MODULE:CLASS]")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
     """Shows the format and the arrays of a weights file."""
 
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    file: Annotated[Path, tyro.conf.Positional]
     """weights file: .safetensors, .pth of PyTorch, or .pkl of NumPy arrays"""
 
 
@@ -32,9 +34,9 @@ class Convert:
     of faster-rcnn.pytorch. A file of another program keeps its array names and arrays.
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    source: Annotated[Path, tyro.conf.Positional]
     """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[Path, tyro.conf.Positional]
     """.safetensors file to write"""
     backbone: str | None = None
     """MODULE:CLASS of the backbone of your own that the model was trained with; the class is imported"""
@@ -42,7 +44,7 @@ class Convert:
 
 @cli.script
 def main(argv: list[str] | None = None) -> None:
-    arguments = cli.parse(Inspect | Convert, argv, description=__doc__)
+    arguments = cli.parse(Inspect, Convert, argv=argv, usage=USAGE, description=__doc__)
     if isinstance(arguments, Inspect):
         inspect(arguments.file)
     else:

@@ -21,7 +21,20 @@ class Outcome(NamedTuple):
     lines: tuple[str, ...]  # the table, and where the files are
 
 
-def outcome_of(stage: Stage, result: Score, last: int, *, chosen: str | None, chosen_on: str, shown_on: str) -> Outcome:
+def also_used(*, chose: bool, trained: bool) -> str:
+    """Returns what the images of a table were used for before, as the end of a sentence."""
+    uses = ["used to choose the checkpoint"] * chose + ["trained on"] * trained
+    return f", also {' and '.join(uses)}" if uses else ""
+
+
+def is_within(split: str, whole: str) -> bool:
+    """Returns whether the splits that `split` joins with + share one with `whole`."""
+    return not {*split.split("+")}.isdisjoint(whole.split("+"))
+
+
+def outcome_of(
+    stage: Stage, result: Score, last: int, *, chosen: str | None, chosen_on: str, shown_on: str, trained_on: str
+) -> Outcome:
     """Returns the results that a stage ends with.
 
     Args:
@@ -29,9 +42,11 @@ def outcome_of(stage: Stage, result: Score, last: int, *, chosen: str | None, ch
       chosen: what RUN/best is, as `checkpoint.write_best` says it; None: the stage has no such folder.
       chosen_on: split that chose the best checkpoint.
       shown_on: split of `result`.
+      trained_on: split of the training images.
     """
-    twice = ", also used to choose the checkpoint" if chosen_on == shown_on and chosen is not None else ""
-    lines = [*result.table.split("\n"), f"split      {shown_on}{twice}"]
+    chose = chosen_on == shown_on and chosen is not None
+    also = also_used(chose=chose, trained=is_within(shown_on, trained_on))
+    lines = [*result.table.split("\n"), f"split      {shown_on}{also}"]
     lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")
     if chosen is not None:
         lines.append(f"best       {best_folder(stage.run)}: {chosen}")

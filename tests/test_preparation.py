@@ -1,0 +1,217 @@
+"""`train FOLDER` from the folder to the first step: what is understood, divided and fitted, and what a run keeps."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+
+import exports
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from fasterrcnn_jax.config.text import load_config, to_json
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.scripts import cli
+from fasterrcnn_jax.scripts import evaluate as evaluate_script
+from fasterrcnn_jax.scripts import train as train_script
+from fasterrcnn_jax.training import preparation, run_folder
+from fasterrcnn_jax.training.preparation import prepare, stored_split
+from fasterrcnn_jax.weights import pretrained
+
+
+def write_labelimg(root, count, *, first=0):
+    """Writes images that differ, with a disc each and a square in the first one."""
+    names = [f"image {index}" for index in range(first, first + count)]
+    for index, name in enumerate(names):
+        classes = ("disc", "square") if index == 0 else ("disc",)
+        boxes = ((10, 10, 40, 40), (45, 20, 85, 60))
+        record = exports.Labelled(name, (96, 64), tuple(zip(classes, boxes, strict=False)))
+        exports.write_xml(root, [record])
+        pixels = np.random.default_rng(first + index).integers(0, 255, (8, 12, 3)).astype(np.uint8)
+        Image.fromarray(np.kron(pixels, np.ones((8, 8, 1), np.uint8))).save(root / f"{name}.png")
+
+
+def configured(root, run, *, train=None, **data):
+    config = load_config(cli.RANDOM)
+    data = dataclasses.replace(config.data, root=root, **data)
+    return dataclasses.replace(config, run=run, data=data, train=dataclasses.replace(config.train, **(train or {})))
+
+
+def used(prepared):
+    """Returns the splits that are trained on, that choose the checkpoint, and that the report is of."""
+    data = prepared.config.data
+    return data.train_split, prepared.config.train.best_split or data.test_split, data.test_split
+
+
+def sizes(prepared):
+    return {name: len(dataset.records) for name, dataset in prepared.splits.items()}
+
+
+# ---------------------------------------------------------------- what is divided
+
+
+def test_one_list_is_divided_and_everything_is_said_and_stored(tmp_path):
+    write_labelimg(tmp_path / "set", 10)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run"))
+    assert sizes(prepared) == {"train": 8, "val": 2} and used(prepared) == ("train", "val", "val")
+    said = "\n".join(prepared.sentences)
+    assert "PASCAL VOC, XML beside the images (10 XML files" in said and "images     train 8, val 2" in said
+    assert re.search(r"classes    2, with objects to train on: disc 8, square 1", said)
+    stored = json.loads(run_folder.division_path(tmp_path / "run").read_text())
+    assert {name: len(ids) for name, ids in stored.items()} == {"train": 8, "val": 2}
+    assert '"auto"' not in to_json(prepared.config)
+
+
+def test_a_continued_run_has_the_same_parts_whatever_was_added(tmp_path):
+    write_labelimg(tmp_path / "set", 10)
+    config = configured(tmp_path / "set", tmp_path / "run")
+    first = prepare(config)
+    write_labelimg(tmp_path / "set", 2, first=20)
+    again = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7)))
+    for name in ("train", "val"):
+        ids = [record.id for record in first.splits[name].records]
+        assert [record.id for record in again.splits[name].records] == ids
+        assert [record.id for record in stored_split(first.config, tmp_path / "run", name).records] == ids
+
+
+def test_three_fractions_choose_on_the_second_part_and_report_on_the_third(tmp_path):
+    write_labelimg(tmp_path / "set", 10)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", split=(0.6, 0.2, 0.2)))
+    assert used(prepared) == ("train", "val", "test") and set(sizes(prepared)) == {"train", "val", "test"}
+
+
+def test_a_training_split_that_is_divided_leaves_the_test_split_for_the_report(tmp_path):
+    exports.write_voc(tmp_path / "set", records=exports.RECORDS)
+    for index, name in enumerate("abc"):
+        Image.fromarray(
+            tiny.rectangle_image(exports.RECORDS[index].size[::-1], (1, 1, 9, 9), seed=index)
+        ).save(tmp_path / f"set/JPEGImages/{name}.png")  # fmt: skip
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", split=(0.7,)))
+    assert used(prepared) == ("train", "val", "test") and sizes(prepared) == {"train": 2, "val": 1, "test": 3}
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_images_that_cannot_be_divided_are_trained_on_and_evaluated(tmp_path, caplog, seen):
+    write_labelimg(tmp_path / "set", 1)
+    for extension in ("png", "xml") if seen == 2 else ():
+        (tmp_path / f"set/copy.{extension}").write_bytes((tmp_path / f"set/image 0.{extension}").read_bytes())
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run"))
+    assert used(prepared) == ("all", "all", "all") and sizes(prepared) == {"all": seen}
+    assert "too few images that differ to divide them: all are trained on and evaluated" in caplog.text
+    with pytest.raises(InputError, match="--data.split 1.0 trains on all images"):
+        prepare(configured(tmp_path / "set", tmp_path / "other", split=(0.8,)))
+
+
+def test_the_fraction_one_trains_on_every_image(tmp_path):
+    write_labelimg(tmp_path / "set", 4)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", split=(1.0,)))
+    assert used(prepared) == ("all", "all", "all") and sizes(prepared) == {"all": 4}
+    assert not run_folder.division_path(tmp_path / "run").exists()
+
+
+def test_a_set_with_nothing_but_a_test_split_is_divided(tmp_path):
+    write_labelimg(tmp_path / "set/test", 5)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run"))
+    assert used(prepared) == ("train", "val", "val") and sizes(prepared) == {"train": 4, "val": 1}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Valid", "validation", "dev", "eval"])
+def test_validation_images_of_the_data_choose_the_checkpoint(tmp_path, name):
+    for number, split in enumerate(("train", name, "test")):
+        write_labelimg(tmp_path / "set" / split, 2, first=3 * number)
+    config = configured(tmp_path / "set", tmp_path / "run")
+    assert used(prepare(config)) == ("train", name, "test")
+    without_test = configured(tmp_path / "set", tmp_path / "run", test_split=name)
+    assert used(prepare(without_test)) == ("train", name, name)
+
+
+def test_a_split_for_the_report_that_does_not_exist_is_refused(tmp_path):
+    write_labelimg(tmp_path / "set", 4)
+    with pytest.raises(InputError, match="no split is named 'tset'; the existing splits are: train, val, all"):
+        prepare(configured(tmp_path / "set", tmp_path / "run", test_split="tset"))
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", test_split="train"))
+    assert used(prepared) == ("train", "val", "train")
+
+
+# ---------------------------------------------------------------- where the run is
+
+
+def test_the_run_is_named_after_the_folder_and_other_settings_take_the_next_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_labelimg(tmp_path / "my set", 4)
+    config = configured(tmp_path / "my set", load_config(cli.RANDOM).run)
+
+    def started(**train):
+        prepared = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, **train)))
+        run_folder.write_config(prepared.config, prepared.config.run)
+        return prepared.config.run.as_posix()
+
+    assert started() == started() == "runs/my set"
+    assert started(learning_rate=0.5) == "runs/my set-2"
+    # A longer run is the same run.
+    assert started(epochs=900.0) == "runs/my set"
+    write_labelimg(tmp_path / "other/my set", 4)
+    config = configured(tmp_path / "other/my set", config.run)
+    assert started() == "runs/my set-3"
+
+
+def test_a_path_with_a_point_at_its_end_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    write_labelimg(tmp_path / "set", 4)
+    monkeypatch.chdir(tmp_path / "set")
+    prepared = prepare(configured(preparation.Path("."), load_config(cli.RANDOM).run))
+    assert prepared.config.run.as_posix() == "runs/set"
+
+
+# ---------------------------------------------------------------- the whole way
+
+
+def called(main, *argv):
+    """Returns (exit status, stdout and stderr) of a script."""
+    out, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main([str(argument) for argument in argv])
+        except SystemExit as error:
+            status = error.code
+    return status, out.getvalue()
+
+
+@pytest.fixture
+def kept_programs(tmp_path, monkeypatch):
+    """The evaluation uses the program that the training compiled."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    # Optax's schedules mix integers and floats.
+    with tiny.restored_logging(), tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"):
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("kept_programs")
+def test_a_folder_is_trained_on_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # From random weights, which need not fit a network of another width.
+    monkeypatch.setattr(pretrained, "is_installed", lambda name: False)
+    write_labelimg(tmp_path / "my set", 2)
+    quick = ["--size", 64, "--model.backbone.width", 8, "--model.rpn.channels", 8, "--model.rpn.anchor_scales", 2]
+    quick += ["--model.roi_features.output_size", 4, "--train.steps", 1, "--train.warmup_steps", 0]
+    status, said = called(train_script.main, "my set", *quick, "--data.split", 1.0)
+    assert status == 0, said
+    order = ["data       my set: PASCAL VOC", "classes    2", "images     all 2", "run        runs/my set", "mAP "]
+    assert sorted(order, key=said.index) == order
+    assert "split      all, also used to choose the checkpoint and trained on" in said
+    assert "malformed" not in said and (tmp_path / "runs/my set/best").is_dir()
+    # Images whose names have blanks: the table is there, and every file that can be.
+    status, said = called(evaluate_script.main, "runs/my set")
+    assert status == 0 and "\nclass " in said and "lack 2 images whose id has white space" in said, said
+    assert "malformed" not in said and "also used to choose the checkpoint and trained on" in said
+    written = {path.name for path in (tmp_path / "runs/my set/evaluation/all").iterdir()}
+    assert written == {"detections.json", "comp4_det_all_disc.txt", "comp4_det_all_square.txt"}
