@@ -27,7 +27,7 @@ from fasterrcnn_jax.inference.prediction import preprocess
 from fasterrcnn_jax.models.detector import empty_detector, split
 from fasterrcnn_jax.models.efficientnet import SCALES, EfficientNet
 from fasterrcnn_jax.models.layers import Conv, FrozenBatchNorm
-from fasterrcnn_jax.ops.depthwise import depthwise, grouped
+from fasterrcnn_jax.ops.depthwise import depthwise_conv, grouped
 from fasterrcnn_jax.scripts import cli, train
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.weights import files, pretrained
@@ -75,7 +75,7 @@ def test_depthwise_convolution_is_the_sum_over_its_window_in_each_channel(size, 
         y, pull_back = jax.vjp(lambda x, kernel: function(x, kernel, stride=stride), x, kernel)
         return y, *pull_back(normal(*y.shape, seed=2))
 
-    results = with_gradients(depthwise), with_gradients(grouped)
+    results = with_gradients(depthwise_conv), with_gradients(grouped)
     for row, column, window in windows(np.float64(x), size, stride):
         expected = np.einsum("bijc,ijc->bc", window, np.float64(kernel[:, :, 0]))
         np.testing.assert_allclose(results[0][0][:, row, column], expected, atol=1e-4)
@@ -86,7 +86,7 @@ def test_depthwise_convolution_is_the_sum_over_its_window_in_each_channel(size, 
 def test_depthwise_sums_are_float32_in_bfloat16():
     """256 and 24 ones: bfloat16 has no number between 256 and 258, so a sum in it would stay at 256."""
     kernel = jnp.ones((5, 5, 1, 1)).at[0, 0].set(256.0)
-    y = jax.jit(functools.partial(depthwise, stride=1))(jnp.ones((1, 5, 5, 1), jnp.bfloat16), kernel)
+    y = jax.jit(functools.partial(depthwise_conv, stride=1))(jnp.ones((1, 5, 5, 1), jnp.bfloat16), kernel)
     assert y.dtype == jnp.bfloat16 and y[0, 2, 2, 0] == 280
 
 

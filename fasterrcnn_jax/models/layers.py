@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
-from fasterrcnn_jax.ops.depthwise import depthwise
+from fasterrcnn_jax.ops.depthwise import depthwise_conv
 from fasterrcnn_jax.structures import Images
 
 Valid = Float[Array, "b h w 1"] | None
@@ -109,7 +109,7 @@ class DepthwiseConv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return depthwise(x, self.kernel[...], stride=self.stride)
+        return depthwise_conv(x, self.kernel[...], stride=self.stride)
 
 
 class Linear(nnx.Module):

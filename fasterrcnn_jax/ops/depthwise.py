@@ -23,7 +23,9 @@ def same_padding(side: int, size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int) -> Float[Array, "b h2 w2 c"]:
+def depthwise_conv(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int
+) -> Float[Array, "b h2 w2 c"]:
     """Returns the depthwise convolution in the type of `x` with SAME padding; sums are float32.
 
     The implementation depends on JAX's default device while tracing: shifted products on a CPU, else XLA's grouped
@@ -35,7 +37,7 @@ def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, st
 
 
 def grouped(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int) -> Float[Array, "b h2 w2 c"]:
-    """Returns the same as `depthwise`, by XLA's grouped convolution."""
+    """Returns the same as `depthwise_conv`, by XLA's grouped convolution."""
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -48,7 +50,7 @@ def grouped(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stri
 
 
 def shifted(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int) -> Float[Array, "b h2 w2 c"]:
-    """Returns the same as `depthwise`, by sums of shifted products."""
+    """Returns the same as `depthwise_conv`, by sums of shifted products."""
     return _shifted(x, kernel, stride)
 
 
