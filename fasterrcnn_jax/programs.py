@@ -56,7 +56,7 @@ def train(
     Args:
       data: folder of labelled images; None: the folder in the configuration.
       config: configuration file, or the name of a shipped one such as "shapes.py"; None: the one for a folder.
-      init: weights file or run folder that a new run starts from.
+      init: weights file or run folder that a new run starts from, or "imagenet".
       epochs: number of passes over the training images; None: fitted to the number of images.
       fields: values of other fields by their name (batch_size=8), or by their full name with
         `**{"model.rpn.channels": 64}`; `train.py --help_all` lists them.
@@ -65,7 +65,7 @@ def train(
       NonFiniteLossError: training diverged.
       KeyboardInterrupt: a signal asked the training to stop, and its last step is saved.
     """
-    path = cli.START if config is None else cli.shipped_or_own(Path(config))
+    path = cli.start() if config is None else cli.shipped_or_own(Path(config))
     given = {"data.root": data, "init": init, "train.epochs": epochs}
     fields = {name: value for name, value in given.items() if value is not None} | fields
     cli.set_up_libraries()

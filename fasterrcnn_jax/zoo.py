@@ -8,7 +8,7 @@ from fasterrcnn_jax.config import ModelConfig, families
 from fasterrcnn_jax.data import coco, voc
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector, create_detector, empty_detector, given_backbone
-from fasterrcnn_jax.weights import files
+from fasterrcnn_jax.weights import files, pretrained
 from fasterrcnn_jax.weights import load_weights as load_file
 from fasterrcnn_jax.weights.files import Weights
 from fasterrcnn_jax.weights.load import (
@@ -148,7 +148,8 @@ def create(
       class_names: class names without background. None: the classes of the model's published weights.
       num_classes: number of classes, instead of `class_names`. The names are those of the published weights if the
         number is the same, otherwise class 1, class 2, ...
-      weights: a path that `load_weights` reads. If its number of classes differs, the last layers get random weights.
+      weights: a path that `load_weights` reads, or "imagenet". If its number of classes differs, the last layers get
+        random weights.
       backbone: your own backbone class; see docs/backbone.md.
     Raises:
       InputError: there is no such model, or the weights do not fit it.
@@ -180,14 +181,16 @@ def load_weights(model: Detector, path: str | Path, *, format: str | None = None
 
     Args:
       path: a run folder, RUN/best, one checkpoint RUN/checkpoints/STEP, or a file: `.safetensors`, `.pth` of torch, or
-        `.pkl` of NumPy arrays. No code in a file is run. ImageNet weights fill only the layers they have.
+        `.pkl` of NumPy arrays. No code in a file is run. ImageNet weights fill only the layers they have. "imagenet":
+        the file in the installed package with ImageNet weights for the model's backbone; a path of that name is
+        "./imagenet".
       format: `name` of one of `weights.tables.FORMATS`, for a file of another program; None: the names in the file
         decide. Caffe's and torchvision's ImageNet weights have the same names; the model's channel order decides
         between them.
     Raises:
       InputError: the path cannot be read or is of another network; names the path and the array or the field.
     """
-    path = Path(path)
+    path = pretrained.imagenet_file(model.config.backbone) if path == pretrained.IMAGENET else Path(path)
     if not path.is_dir():
         return load_file(model, path, format=format)
     if format is not None:

@@ -229,7 +229,10 @@ def test_detections_of_an_image_do_not_depend_on_its_place_in_the_batch(random_w
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(backbone=BackboneConfig(name="vgg16", norm="none")), "needs a resnet backbone of stride 16, got vgg16"),
+        (
+            dict(backbone=BackboneConfig(name="vgg16", norm="none")),
+            "needs a resnet or efficientnet backbone of stride 16, got vgg16",
+        ),
         (dict(backbone=BackboneConfig(stride=8)), "resnet101 of stride 8"),
         (dict(roi_features=dataclasses.replace(tiny.FPN.roi_features, operator="pool")), "must be align .* got pool"),
         (dict(image=ModelConfig().image), r"multiples of 32 with a pyramid, got \(608, 1008\)"),

@@ -21,6 +21,7 @@ from fasterrcnn_jax.scripts import evaluate as evaluate_script
 from fasterrcnn_jax.scripts import train as train_script
 from fasterrcnn_jax.training import preparation, run_folder
 from fasterrcnn_jax.training.preparation import prepare, stored_split
+from fasterrcnn_jax.weights import pretrained
 
 
 def write_labelimg(root, count, *, first=0):
@@ -36,7 +37,7 @@ def write_labelimg(root, count, *, first=0):
 
 
 def configured(root, run, *, train=None, **data):
-    config = load_config(cli.START)
+    config = load_config(cli.RANDOM)
     data = dataclasses.replace(config.data, root=root, **data)
     return dataclasses.replace(config, run=run, data=data, train=dataclasses.replace(config.train, **(train or {})))
 
@@ -143,7 +144,7 @@ def test_a_split_for_the_report_that_does_not_exist_is_refused(tmp_path):
 def test_the_run_is_named_after_the_folder_and_other_settings_take_the_next_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_labelimg(tmp_path / "my set", 4)
-    config = configured(tmp_path / "my set", load_config(cli.START).run)
+    config = configured(tmp_path / "my set", load_config(cli.RANDOM).run)
 
     def started(**train):
         prepared = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, **train)))
@@ -162,7 +163,7 @@ def test_the_run_is_named_after_the_folder_and_other_settings_take_the_next_name
 def test_a_path_with_a_point_at_its_end_has_the_name_of_its_folder(tmp_path, monkeypatch):
     write_labelimg(tmp_path / "set", 4)
     monkeypatch.chdir(tmp_path / "set")
-    prepared = prepare(configured(preparation.Path("."), load_config(cli.START).run))
+    prepared = prepare(configured(preparation.Path("."), load_config(cli.RANDOM).run))
     assert prepared.config.run.as_posix() == "runs/set"
 
 
@@ -197,6 +198,8 @@ def kept_programs(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("kept_programs")
 def test_a_folder_is_trained_on_and_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # From random weights, which need not fit a network of another width.
+    monkeypatch.setattr(pretrained, "is_installed", lambda name: False)
     write_labelimg(tmp_path / "my set", 2)
     quick = ["--size", 64, "--model.backbone.width", 8, "--model.rpn.channels", 8, "--model.rpn.anchor_scales", 2]
     quick += ["--model.roi_features.output_size", 4, "--train.steps", 1, "--train.warmup_steps", 0]

@@ -187,7 +187,10 @@ def test_fields_are_given_by_their_last_part_or_by_their_full_name(asked, tmp_pa
     ("fields", "message"),
     [
         ({"batchsize": 8}, "batchsize: no field has this name; .*batch_size"),
-        ({"channels": 8}, "channels: several fields have this name; model.rpn.channels or model.box_head.channels"),
+        (
+            {"config": "folder.py", "channels": 8},
+            "channels: several fields have this name; model.rpn.channels or model.box_head.channels",
+        ),
         ({"batch_size": "eight"}, "train.batch_size must be int, got 'eight'"),
         ({"batch_size": 0}, "train.batch_size: batch_size must be positive, got 0"),
         ({"epochs": -1}, "train.epochs: epochs must be positive, got -1"),

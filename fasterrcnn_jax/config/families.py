@@ -29,6 +29,13 @@ IMAGENET_RGB = {
     "std": (58.395, 57.12, 57.375),
 }
 
+# The pixel format that the weights of EfficientNet-Lite expect.
+EFFICIENTNET_RGB = {
+    "channel_order": "rgb",
+    "mean": (127.0, 127.0, 127.0),
+    "std": (128.0, 128.0, 128.0),
+}
+
 # Fields of `TrainConfig`.
 VGG16_TRAINING = {"weight_decay": 5e-4, "double_bias": True, "clip_norm": 10.0}
 RESNET_TRAINING = {"weight_decay": 1e-4, "double_bias": False}

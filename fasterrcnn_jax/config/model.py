@@ -64,15 +64,20 @@ class ImageConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """The layers that all regions share: VGG16 up to conv5_3; ResNet up to conv4_x (C4), with stage 4 in the box head;
-    or all of ResNet, under a feature pyramid."""
+    or all of ResNet or EfficientNet-Lite, under a feature pyramid."""
 
-    name: Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
-    """network: VGG16 (Simonyan and Zisserman 2014, arXiv:1409.1556) or a ResNet (He et al. 2015, arXiv:1512.03385),
-    with bottleneck blocks from depth 50; VGG16 also needs the other settings in configs/voc_vgg16.py"""
+    name: Literal[
+        "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+        "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
+    ] = "resnet101"  # fmt: skip
+    """network: VGG16 (Simonyan and Zisserman 2014, arXiv:1409.1556), a ResNet (He et al. 2015, arXiv:1512.03385), with
+    bottleneck blocks from depth 50, or an EfficientNet-Lite (Tan and Le 2019, arXiv:1905.11946), only with a pyramid;
+    VGG16 also needs the other settings in configs/voc_vgg16.py"""
     own: str | None = None
     """MODULE:CLASS of a backbone of your own, used instead of name; see docs/backbone.md"""
     width: int = 64
-    """channels of the first layer; 64 is the published network, a smaller number makes every layer thinner"""
+    """channels of the first layer, or twice their number for EfficientNet-Lite; 64 is the published network, a smaller
+    number makes every layer thinner"""
     stride: Literal[8, 16] = 16
     """input pixels per feature cell; 8 separates small objects better, at four times the cost"""
     norm: Literal["none", "frozen_batch", "group"] = "frozen_batch"
@@ -85,7 +90,7 @@ class BackboneConfig:
     padded by 1 (torchvision)"""
     fixed_stages: int = 1
     """number of leading stages that are never trained; the stem belongs to the first; 1 for ResNet, 2 (conv1_1 to
-    conv2_2) for VGG16"""
+    conv2_2) for VGG16; EfficientNet-Lite has one stage for each of the strides 4, 8, 16 and 32"""
     mask_padding: bool = False
     """set the padding to zero after every layer and leave it out of group statistics, so that results do not depend on
     it; on for training from random weights, off for weights that were trained without it"""
@@ -399,6 +404,10 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.fpn is None:
+            require(
+                self.backbone.own is not None or not self.backbone.name.startswith("efficientnet"),
+                f"{self.backbone.name} needs a pyramid, got fpn None",
+            )
             stages = 5 if self.backbone.name == "vgg16" else 3
             require(
                 self.backbone.fixed_stages <= stages,
@@ -413,7 +422,7 @@ class ModelConfig:
             return
         require(
             self.backbone.own is not None or (self.backbone.name != "vgg16" and self.backbone.stride == 16),
-            "a pyramid needs a resnet backbone of stride 16, got "
+            "a pyramid needs a resnet or efficientnet backbone of stride 16, got "
             f"{self.backbone.name} of stride {self.backbone.stride}",
         )
         require(

@@ -13,8 +13,9 @@ def unread_fields(config: Config) -> list[str]:
     model, train = config.model, config.train
     backbone, features = model.backbone, model.roi_features
     operator = features.operator
-    is_vgg, has_bottlenecks = (
+    is_vgg, is_resnet, has_bottlenecks = (
         backbone.name == "vgg16",
+        backbone.name.startswith("resnet"),
         backbone.name in ("resnet50", "resnet101", "resnet152"),
     )
     is_fpn = model.fpn is not None
@@ -25,7 +26,7 @@ def unread_fields(config: Config) -> list[str]:
     falls = train.schedule if is_alternating else train.scheme
     reads = [
         (backbone, "model.backbone", has_bottlenecks, ("stride_in",), backbone.name),
-        (backbone, "model.backbone", not is_vgg, ("stem_pool",), backbone.name),
+        (backbone, "model.backbone", is_resnet, ("stem_pool",), backbone.name),
         (
             model.box_head,
             "model.box_head",

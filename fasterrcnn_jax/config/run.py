@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from fasterrcnn_jax.config.checks import AUTO, Auto, require
 from fasterrcnn_jax.config.data import DataConfig
@@ -22,9 +23,10 @@ class Config:
     size: int | Auto | None = None
     """length of the longer image side in the network, in pixels; it sets model.image.short_side, long_side and
     canvases; auto: 320, or more where objects would be small; None: model.image decides"""
-    init: Path | None = None
+    init: Literal["imagenet"] | Path | None = None
     """weights that a new run starts from: a run folder (its best checkpoint), one checkpoint RUN/checkpoints/STEP, or a
-    weights file, ours or another program's; the classes may differ; None: random weights"""
+    weights file, ours or another program's; the classes may differ; imagenet: the ImageNet weights of an installed
+    package (a path of that name is ./imagenet); None: random weights"""
     replay: Path | None = None
     """a file in RUN/failed, written when a number was not finite; instead of training, repeat that step image by image
     and show where the first such number appears"""

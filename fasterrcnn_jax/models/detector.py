@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from fasterrcnn_jax.config import BackboneConfig, ModelConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.models.efficientnet import EfficientNet
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
 from fasterrcnn_jax.models.layers import Undrawn, level_masks, normalised
@@ -99,7 +100,8 @@ def backbone_class(config: BackboneConfig) -> BackboneClass:
       InputError: `config.own` cannot be imported.
     """
     if config.own is None:
-        return Vgg16 if config.name == "vgg16" else ResNet
+        is_lite = config.name.startswith("efficientnet")
+        return Vgg16 if config.name == "vgg16" else EfficientNet if is_lite else ResNet
     return import_class(config.own, "model.backbone.own")
 
 

@@ -8,6 +8,7 @@ used; sums, biases and normalisation are float32, and their results are rounded.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.ops.depthwise import depthwise_conv
 from fasterrcnn_jax.structures import Images
 
 Valid = Float[Array, "b h w 1"] | None
@@ -53,7 +55,11 @@ def first_std(size: int, out_channels: int, image: ImageConfig) -> float:
 
 
 class Conv(nnx.Module):
-    """k x k convolution with padding (k - 1) / 2; with `predicts` the result is float32 for any type of input."""
+    """k x k convolution; with `predicts` the result is float32 for any type of input.
+
+    Padding is (k - 1) / 2 on each side, or TensorFlow's SAME: as few zeros as `ceil(side / stride)` results need, and
+    of an odd number one more at the far border.
+    """
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Conv(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        padding: Literal["half", "same"] = "half",
         bias: bool = False,
         std: float | None = None,
         predicts: bool = False,
@@ -72,6 +79,7 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(_normal(rng, shape, std))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
         self.stride = stride
+        self.padding = padding
         self.predicts = predicts
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -81,16 +89,27 @@ class Conv(nnx.Module):
             x = x[:, :: self.stride, :: self.stride]
             y = jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
         else:
-            padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:2]]
+            halves = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:2]]
             y = lax.conv_general_dilated(
                 x,
                 kernel,
                 (self.stride,) * 2,
-                padding,
+                "SAME" if self.padding == "same" else halves,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 preferred_element_type=dtype,
             )
         return y if self.bias is None else _add_bias(self.bias[...], y)
+
+
+class DepthwiseConv(nnx.Module):
+    """k x k convolution of each channel alone, with TensorFlow's SAME padding."""
+
+    def __init__(self, channels: int, size: int, *, stride: int, rng: np.random.Generator):
+        self.kernel = nnx.Param(_normal(rng, (size, size, 1, channels), he_std(size, 1)))
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return depthwise_conv(x, self.kernel[...], stride=self.stride)
 
 
 class Linear(nnx.Module):
@@ -154,14 +173,15 @@ class GroupNorm(nnx.Module):
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with fixed statistics: a constant affine map of each channel."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, epsilon: float = EPSILON):
+        self.epsilon = epsilon
         self.scale = Constant(jnp.ones(channels))
         self.bias = Constant(jnp.zeros(channels))
         self.mean = Constant(jnp.zeros(channels))
         self.var = Constant(jnp.ones(channels))
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
-        factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
+        factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
         centred = x.astype(jnp.float32) - _per_channel(self.mean[...], x)
         y = centred * _per_channel(factor, x) + _per_channel(self.bias[...], x)
         return (y if valid is None else y * valid).astype(x.dtype)

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         layout = sources.recognise(arguments.folder, follow_links=arguments.follow_links)
         print_lines(*layout_lines(arguments.folder, layout))
-        config = load_config(cli.START)
+        config = load_config(cli.start(silent=True))
         data, splits = layout.data, layout.splits
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:

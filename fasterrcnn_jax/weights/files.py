@@ -19,11 +19,11 @@ from fasterrcnn_jax.weights.numpy_pickle import PickledArray
 from fasterrcnn_jax.weights.restricted_pickle import Unknown
 from fasterrcnn_jax.weights.torch_files import LEGACY_START, Tensor
 
-# torchvision's file names end in the first digits of the SHA-256. These are the digits of the ResNets, VGG16 and the
-# detectors.
+# These file names end in the first digits of the SHA-256: torchvision's ResNets, VGG16 and detectors, and the three
+# EfficientNet-Lite.
 DIGITS = {
     *("f37072fd", "b627a593", "0676ba61", "11ad3fa6", "63fe2227", "cd907fc2", "394f9c45", "f82ba261"),
-    *("397923af", "6c64b313", "258fb6c6", "dd69338a"),
+    *("397923af", "6c64b313", "258fb6c6", "dd69338a", "57934424", "77cc7160", "9656183e"),
 }
 # Entries that contain the weights in files of training programs: of torchvision, fvcore and timm; of PyTorch's
 # tutorial; of Lightning and mmengine; of Detectron; and averages of the weights, for files that hold nothing else.

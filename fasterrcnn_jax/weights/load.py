@@ -37,6 +37,9 @@ PREDICTORS = ("box_head/class_logits/", "box_head/deltas/")
 # Metadata keys in the files we write: the format, the model configuration and the class names.
 FORMAT, CONFIG, CLASS_NAMES = "weights_format", "model_config", "class_names"
 
+# A line of the log shows at most this many names of arrays.
+NAMES_IN_LOG = 8
+
 # Fields of the model that decide which arrays it has. The anchors come last: they can differ in other ways than in
 # their number.
 SHAPES = (
@@ -89,7 +92,9 @@ def log(report: Report, where: str) -> None:
     for what, names in (("in the file but not used", report.unused), ("not from the file", report.kept)):
         if names:
             # The names of a file can contain any character.
-            logger.info("%s: %s: %s", where, what, ", ".join(map(repr, names)))
+            shown = ", ".join(map(repr, names[:NAMES_IN_LOG]))
+            more = f" and {len(names) - NAMES_IN_LOG} more" if len(names) > NAMES_IN_LOG else ""
+            logger.info("%s: %s: %s%s", where, what, shown, more)
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
@@ -336,7 +341,7 @@ def _differences(config: ModelConfig, expected: Mapping[str, str]) -> list[str]:
 
 
 def _matters(field: str, config: ModelConfig) -> bool:
-    if config.backbone.name == "vgg16":
+    if not config.backbone.name.startswith("resnet"):
         return not field.startswith("backbone.")
     # Blocks of two 3x3 convolutions have only one place for the stride.
     return field != "backbone.stride_in" or config.backbone.name not in ("resnet18", "resnet34")

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config.families import EFFICIENTNET_RGB
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.models import efficientnet
 from fasterrcnn_jax.models.layers import EPSILON
 from fasterrcnn_jax.weights.layouts import (
     BACKGROUND_LAST,
@@ -78,6 +80,8 @@ TORCHVISION_RESNET = {"backbone.stride_in": "3x3", "backbone.stem_pool": "padded
 CAFFE_RESNET = {"backbone.stride_in": "1x1", "backbone.stem_pool": "ceil"}
 DETECTRON2_RESNET = {"backbone.stride_in": "1x1", "backbone.stem_pool": "padded"}
 
+EFFICIENTNET_PIXELS = {f"image.{field}": value for field, value in EFFICIENTNET_RGB.items()}
+
 TORCH_BLOCK = {
     "convs/<k>": "conv<k+1>",
     "norms/<k>": "bn<k+1>",
@@ -89,6 +93,14 @@ DETECTRON2_BLOCK = {
     "norms/<k>": "conv<k+1>.norm",
     "shortcut": "shortcut",
     "shortcut_norm": "shortcut.norm",
+}
+EFFICIENTNET_BLOCK = {
+    "expand": "_expand_conv",
+    "expand_norm": "_bn0",
+    "depthwise": "_depthwise_conv",
+    "depthwise_norm": "_bn1",
+    "project": "_project_conv",
+    "project_norm": "_bn2",
 }
 CAFFE2_BLOCK = {
     "convs/0": "branch2a",
@@ -138,6 +150,24 @@ def _vgg16(features: str, classifier: str, config: ModelConfig) -> tuple[Row, ..
     return (*rows, _row("box_head/tail/fcs/1", f"{classifier}.3"))
 
 
+def _efficientnet(prefix: str, config: ModelConfig) -> tuple[Row, ...]:
+    """Returns the rows of an EfficientNet-Lite, whose blocks are numbered through all stages."""
+    rows = [_row("backbone/stem", f"{prefix}_conv_stem"), _row("backbone/stem_norm", f"{prefix}_bn0")]
+    number = 0
+    for stage, blocks in enumerate(efficientnet.stages_of(config.backbone)):
+        for i in range(len(blocks)):
+            for ours, theirs in EFFICIENTNET_BLOCK.items():
+                rows.append(_row(f"backbone/stages/{stage}/blocks/{i}/{ours}", f"{prefix}_blocks.{number}.{theirs}"))
+            number += 1
+    # The model has none of these: a file that has one is of another network.
+    others = (f"{prefix}_blocks.<i>.{name}" for name in ("_depthwise_conv", "_se_reduce"))
+    return (*rows, _row("backbone/others/<i>", *others))
+
+
+def _imagenet_efficientnet(config: ModelConfig) -> tuple[Row, ...]:
+    return _efficientnet("", config) if config.backbone.name in efficientnet.SCALES else ()
+
+
 def _classification(config: ModelConfig) -> tuple[Row, ...]:
     if config.backbone.name == "vgg16":
         return _vgg16("features", "classifier", config)
@@ -164,8 +194,12 @@ def _torchvision_fpn(config: ModelConfig) -> tuple[Row, ...]:
     head, cells = config.box_head, after_pooling(config.roi_features.output_size)
     fcs = ["fc6", "fc7"] if head.convs == 0 else [str(head.convs + 1 + 2 * i) for i in range(head.layers)]
     body = "backbone.body."
+    if config.backbone.name in efficientnet.SCALES:
+        trunk = _efficientnet(body, config)
+    else:
+        trunk = _resnet(f"{body}conv1", f"{body}bn1", f"{body}layer<i+1>.<j>.", f"{body}layer4.<j>.", TORCH_BLOCK)
     return (
-        *_resnet(f"{body}conv1", f"{body}bn1", f"{body}layer<i+1>.<j>.", f"{body}layer4.<j>.", TORCH_BLOCK),
+        *trunk,
         _row("neck/lateral/<i>", "backbone.fpn.inner_blocks.<i>.0", "backbone.fpn.inner_blocks.<i>"),
         _row("neck/lateral_norms/<i>", "backbone.fpn.inner_blocks.<i>.1"),
         _row("neck/output/<i>", "backbone.fpn.layer_blocks.<i>.0", "backbone.fpn.layer_blocks.<i>"),
@@ -253,6 +287,15 @@ DETECTRON = Format(
     absent=DETECTOR_ONLY,
     expects=DETECTRON2_PIXELS | DETECTRON2_RESNET,
 )
+EFFICIENTNET = Format(
+    name="efficientnet",
+    source="ImageNet classification, EfficientNet-PyTorch and its Lite: efficientnet-lite0, -lite1, -lite2",
+    markers=("_conv_stem.weight",),
+    rows=_imagenet_efficientnet,
+    leaves=TORCH_LEAVES,
+    absent=DETECTOR_ONLY,
+    expects=EFFICIENTNET_PIXELS,
+)
 FASTER_RCNN_PYTORCH = Format(
     name="faster_rcnn_pytorch",
     source="detectors of faster-rcnn.pytorch: VGG16 and ResNet-C4",
@@ -264,7 +307,7 @@ FASTER_RCNN_PYTORCH = Format(
 TORCHVISION_FPN = Format(
     name="torchvision_fpn",
     source="detectors of torchvision: fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2",
-    markers=("backbone.body.conv1.weight",),
+    markers=("backbone.body.conv1.weight", "backbone.body._conv_stem.weight"),
     rows=_torchvision_fpn,
     leaves=TORCH_LEAVES,
     expects=TORCHVISION_PIXELS | TORCHVISION_RESNET,
@@ -288,6 +331,7 @@ FORMATS = (
     TORCHVISION,
     CAFFE,
     DETECTRON,
+    EFFICIENTNET,
     FASTER_RCNN_PYTORCH,
     TORCHVISION_FPN,
     TORCHVISION_FPN_EPSILON_0,
