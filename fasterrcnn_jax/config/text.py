@@ -192,7 +192,7 @@ def _build(cls: type, values: Any, name: str, taken: list[str]) -> Any:
         if nested is not None and value is not None:
             built[field] = _build(nested, value, where, taken)
             continue
-        if _is_path(value, known[field].type):
+        if isinstance(value, str) and _is_path(value, known[field].type):
             # The name of a file may contain bytes that are not UTF-8.
             _check_text(value, where, os.fsencode)
             built[field] = Path(value)
