@@ -37,7 +37,11 @@ def fit(config: Config, splits: Iterable[Dataset], train_set: Dataset) -> Fitted
     Args:
       splits: all splits of the run; canvases hold the images of all of them.
       train_set: the images that are trained on, as `prepare_training_set` returns them.
+    Raises:
+      InputError: there is no image, or no object that anchors can be fitted to.
     """
+    if not train_set.records:
+        raise InputError(f"{train_set.name}: has no image to train on")
     records, sentences = [record for split in splits for record in split.records], []
     model = config.model
     if config.size is not None:
