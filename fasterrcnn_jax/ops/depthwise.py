@@ -68,7 +68,7 @@ def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, 
 
 def _backward(stride: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    size, sides = kernel.shape[0], x.shape[1:3]
+    size, sides = kernel.shape[0], (x.shape[1], x.shape[2])
     # Of the input: the mirrored filter on the gradient, which has stride - 1 zeros between its cells.
     borders = []
     for side, cells in zip(sides, gradient.shape[1:3], strict=True):
