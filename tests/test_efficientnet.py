@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import sys
 import zlib
@@ -353,7 +354,9 @@ def test_a_weights_file_of_ours_comes_back_bit_for_bit(tmp_path):
 def test_a_folder_is_trained_from_the_published_weights_with_its_fixed_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_voc(tmp_path / "voc", train=4, test=2)
-    with tiny.restored_logging(), tiny.quick_compilation(), contextlib.redirect_stdout(None):
+    # Optax's schedules mix integers and floats.
+    standard = jax.numpy_dtype_promotion("standard")
+    with tiny.restored_logging(), tiny.quick_compilation(), standard, contextlib.redirect_stdout(io.StringIO()):
         train.main(["voc", "--size", "96", "--train.steps", "2", "--train.warmup_steps", "0"])
     trained = fasterrcnn_jax.load("runs/voc")
     published = fasterrcnn_jax.create(trained.config, trained.class_names, weights="imagenet")

@@ -99,7 +99,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         kind = places[found[0]]
         try:
             value = _plain(list(value) if isinstance(value, tuple) else value, found[0])
-            value = Path(value) if _is_path(value, kind) else value
+            value = Path(value) if isinstance(value, str) and _is_path(value, kind) else value
             # As on the command line, one value is a list of one: split=0.8, class_names="cat".
             value = value if _has_type(value, kind) or not _has_type((value,), kind) else (value,)
             if not _has_type(value, kind):
@@ -213,13 +213,13 @@ def _build(cls: type, values: Any, name: str, taken: list[str]) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _is_path(value: Any, kind: Any) -> bool:
-    """Returns whether text is the path of a field of type `kind`, and not a word that the type names."""
+def _is_path(text: str, kind: Any) -> bool:
+    """Returns whether `text` is a path for a field of type `kind`, and not a word that the type names."""
     alternatives = (kind, *get_args(kind))
     words = [
         word for alternative in alternatives if get_origin(alternative) is Literal for word in get_args(alternative)
     ]
-    return Path in alternatives and isinstance(value, str) and value not in words
+    return Path in alternatives and text not in words
 
 
 def _plain(value: Any, where: str) -> Any:

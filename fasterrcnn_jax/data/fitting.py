@@ -66,6 +66,8 @@ def fit(config: Config, splits: Iterable[Dataset], train_set: Dataset) -> Fitted
         sides = ", ".join(f"{model.rpn.anchor_base * scale:.0f}" for scale in scales)
         on = "" if model.fpn is None else " on the finest level"
         sentences.append(f"anchors    sides {sides} pixels{on}")
+    if not train_set.records:
+        raise InputError(f"{train_set.name}: no image can be trained on")
     train = fitted_training(config.train, len(train_set.records))
     epochs = fitted(train.steps, "train.steps") * train.batch_size / len(train_set.records)
     sentences.append(
