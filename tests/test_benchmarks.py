@@ -44,6 +44,7 @@ def benchmark(script, *arguments, folder):
     return done, json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_operation_is_timed_without_torchvision_and_the_report_says_so(tmp_path):
     done, report = benchmark("kernels.py", "--tiny", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

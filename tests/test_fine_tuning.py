@@ -73,6 +73,7 @@ def test_a_run_starts_from_another_programs_weights_and_its_own_are_saved_and_lo
                 np.testing.assert_array_equal(values, others)
 
 
+@pytest.mark.slow
 def test_a_continued_run_does_not_need_its_initial_weights_file(run):
     start, config, init = run
     start("--init", str(init), "--train.steps", "2")

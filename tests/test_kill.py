@@ -196,10 +196,10 @@ MOMENTS = {
     "between an evaluation and its image": ("fasterrcnn_jax.training.evaluation:comparison_sheet", 2),
     "before the last results": ("fasterrcnn_jax.training.checkpoint:best", 1),
 }
-QUICK = ("between an evaluation and its image",)
 
 
-@pytest.mark.parametrize("moments", [QUICK, pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [tuple(MOMENTS)])
 def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder, whole, tmp_path, moments):
     run = tmp_path / "run"
     for moment in moments:

@@ -346,7 +346,7 @@ def test_features_of_a_masked_backbone_do_not_depend_on_the_canvas(random_weight
         assert not wide[rows:].any() and not wide[:, columns:].any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_recomputed_stages_give_the_same_gradients_and_keep_less(random_weights, name):
     images, image_hw = normal(1, 48, 64, 3), jnp.asarray([(40.0, 60.0)])
 

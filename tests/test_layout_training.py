@@ -1,4 +1,4 @@
-"""Trains twenty steps on the folder of every labelling tool, and evaluates; in CI on two of them."""
+"""Trains twenty steps on the folder of every labelling tool, and evaluates."""
 
 import dataclasses
 
@@ -11,7 +11,6 @@ from PIL import Image
 
 from fasterrcnn_jax.config import TrainConfig
 
-QUICK = ("labelImg", "YOLO")
 RECORDS = tuple(
     exports.Labelled(f"image {index}", (96, 64), ((exports.CLASSES[index % 2], (8 + index, 10, 48 + index, 50)),))
     for index in range(10)
@@ -32,9 +31,8 @@ def paint(folder):
         Image.fromarray(tiny.rectangle_image((64, 96), box, seed=seed)).save(path)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in exports.WRITERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", exports.WRITERS)
 def test_a_folder_of_every_tool_is_recognised_trained_on_and_evaluated(layout, tmp_path, capsys):
     root = tmp_path / "my set"
     exports.WRITERS[layout](root, records=RECORDS)

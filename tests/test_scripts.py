@@ -316,6 +316,7 @@ def test_a_stopped_run_continues_to_the_same_weights(stopped, folder, trained):
     refused(replay, r"holds step 5, but the newest checkpoint of .* is already at step 6")
 
 
+@pytest.mark.slow
 def test_fifty_steps_twice_give_the_same_bits(folder):
     """Compares everything that is saved: weights, optimizer, position in the data, and every logged number."""
     runs = [folder / "fifty", folder / "fifty again"]
@@ -406,8 +407,13 @@ def test_a_typo_names_the_nearest_field(folder):
     "argv, message",
     [
         (("--train.learning_rate", "0.5"), "train.learning_rate = 0.01, but 0.5 was requested"),
-        (("--data.class_names", "disc", "ring"), r"data.class_names = \['ring', 'disc'\], but"),
-        (("--data.faults", "skip"), "data.faults = error, but skip was requested"),  # plans other batches
+        pytest.param(
+            ("--data.class_names", "disc", "ring"),
+            r"data.class_names = \['ring', 'disc'\], but",
+            marks=pytest.mark.slow,
+        ),
+        # Plans other batches.
+        pytest.param(("--data.faults", "skip"), "data.faults = error, but skip was requested", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_not_continued_with_another_configuration(folder, trained, tmp_path, argv, message):

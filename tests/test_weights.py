@@ -631,7 +631,7 @@ def test_saving_and_loading_is_exact_and_without_a_warning(name, random_weights,
     # What the weights were trained with goes with them.
     other = dataclasses.replace(config, image=dataclasses.replace(config.image, std=(2.0, 2.0, 2.0)))
     load_weights(abstract(other), path)
-    assert f"model.image.std = '{config.image.std}', but the model has (2.0, 2.0, 2.0)" in caplog.text
+    assert f"model.image.std = {config.image.std}, but the model has (2.0, 2.0, 2.0)" in caplog.text
 
 
 @pytest.mark.parametrize("version", [1, 2])
