@@ -199,11 +199,10 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [tuple(MOMENTS)])
-def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder, whole, tmp_path, moments):
+def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder, whole, tmp_path):
     run = tmp_path / "run"
-    for moment in moments:
-        pid = start(launcher, folder, run, signal_at=(*MOMENTS[moment], signal.SIGKILL))
+    for moment, place in MOMENTS.items():
+        pid = start(launcher, folder, run, signal_at=(*place, signal.SIGKILL))
         assert launcher.wait(pid) == -signal.SIGKILL, f"{moment}: {log_of(run).read_text()}"
     finish(launcher, folder, run)
     assert_same_end(run, whole)
