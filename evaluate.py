@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fasterrcnn_jax.config import Config, DataConfig
+from fasterrcnn_jax.config.checks import AUTO
 from fasterrcnn_jax.config.data import Layout
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.data.records import Dataset
@@ -94,8 +95,8 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     of = "proposals" if arguments.proposals else "detections"
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
     also = ""
-    if arguments.root is None and config is not None:
-        chose = split == (config.train.best_split or config.data.test_split)
+    if config is not None and (arguments.root is None or _is_own_data(arguments, config)):
+        chose = is_within(split, config.train.best_split or config.data.test_split)
         also = also_used(chose=chose, trained=is_within(split, config.data.train_split))
     return Evaluated(split, also, dataset, found)
 
@@ -103,6 +104,8 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
 def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tuple[str, Dataset]:
     """Returns the split to evaluate: of the run's own data, or of the folder `--root`."""
     root, split = arguments.root, arguments.split
+    if _is_own_data(arguments, config):
+        root = None  # with the division of the run
     if root is None:
         if config is None:
             raise InputError(f"--ckpt {arguments.ckpt}: a weights file names no data; add --root FOLDER")
@@ -113,11 +116,19 @@ def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tu
     data = DataConfig(root=root) if config is None else config.data
     data = dataclasses.replace(data, root=root, shapes=None, class_names=model.class_names, split=())
     if data.layout != "tfds":
-        splits = sources.recognise(root).splits if arguments.layout == "auto" else ()
+        recognised = arguments.layout == AUTO
+        splits = sources.recognise(root, follow_links=data.follow_links).splits if recognised else ()
         data = sources.with_layout(dataclasses.replace(data, layout=arguments.layout))
         split = split or _held_out(splits, data.test_split)
     split = split or data.test_split
     return split, sources.open_split(data, split)
+
+
+def _is_own_data(arguments: Arguments, config: Config | None) -> bool:
+    """Returns whether `--root` is the folder that the run was trained on."""
+    if arguments.root is None or config is None or arguments.layout != AUTO:
+        return False
+    return arguments.root.resolve() == config.data.root.resolve()
 
 
 def _held_out(splits: tuple[str, ...], usual: str) -> str:

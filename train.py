@@ -40,7 +40,7 @@ from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, outcome_of
 from fasterrcnn_jax.training.expected_time import Evaluations
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.patience import Patience
-from fasterrcnn_jax.training.preparation import prepare
+from fasterrcnn_jax.training.preparation import prepare, write_division
 from fasterrcnn_jax.training.progress import (
     LateReport,
     MetricsWriter,
@@ -81,7 +81,8 @@ def train_stages(config: Config) -> Outcome | None:
     """
     processes.initialize(config.distributed)
     compilations.watch()
-    config, splits, train_set, understood = prepare(config)
+    prepared = prepare(config)
+    config, splits, train_set, understood, _ = prepared
     stages = stages_of(config)
     if config.replay is not None:
         stages = (failed_stage(stages, config.replay),)
@@ -95,6 +96,8 @@ def train_stages(config: Config) -> Outcome | None:
     lock = run_folder.locked(config.run) if config.replay is None else contextlib.nullcontext()
     outcome = None
     with lock:
+        if config.replay is None and processes.is_main():
+            write_division(prepared)
         for number, stage in enumerate(stages):
             # The newest checkpoint of all stages knows which data was accepted last.
             is_newest = not any(run_folder.has_checkpoints(later.run) for later in stages[number + 1 :])
@@ -153,6 +156,9 @@ def fit(
         return None
     if processes.is_main():
         run_folder.write_config(config, run)
+    if run == config.run:
+        # A process that was killed, or a user who removed the checkpoints, may have left another one.
+        checkpoint.write_best(checkpoints, run, metric=stage.metric)
     fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
@@ -163,6 +169,8 @@ def fit(
     batch_size = processes.per_device(train.batch_size // train.accumulate)
     evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size)
     patience = Patience(train, checkpoint.best(checkpoints))
+    if patience.is_over(done) and done < steps:
+        say(f"the training ended at step {done} by train.patience; a larger one trains on")
     result, stop = None, False
     with checkpoint.closing(checkpoints), metrics, progress, contextlib.ExitStack() as noting:
         asked_to_stop = None
@@ -200,7 +208,7 @@ def fit(
                 saver.confirm()
                 raise preemption.Stopped(f"asked to stop: saved step {number}, the same command continues {run}")
             if not is_last and patience.is_over(number):
-                why = f"{train.patience} evaluations in a row had no higher {stage.metric}"
+                why = f"{train.patience} evaluations in a row were below the best {stage.metric}"
                 say(f"step {number}: the training ends, because {why}")
                 break
         saver.confirm()

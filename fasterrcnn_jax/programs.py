@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from fasterrcnn_jax.config.text import load_config, with_fields
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import BackboneClass, Detector
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.scripts import evaluate as evaluating
@@ -66,6 +67,8 @@ def train(
       KeyboardInterrupt: a signal asked the training to stop, and its last step is saved.
     """
     path = cli.start() if config is None else cli.shipped_or_own(Path(config))
+    if "replay" in fields:
+        raise InputError("replay is for train.py, which prints what it finds")
     given = {"data.root": data, "init": init, "train.epochs": epochs}
     fields = {name: value for name, value in given.items() if value is not None} | fields
     cli.set_up_libraries()

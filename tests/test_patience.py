@@ -28,7 +28,7 @@ def over_at(metrics, *, best=None, first=10):
         ([0.1, 0.2, 0.3, 0.4], None),
         ([0.3, 0.2, 0.1, 0.4], 30),
         ([0.3, 0.2, 0.4, 0.3, 0.3], 50),
-        ([0.3, 0.3, 0.3], 30),  # an equal metric is no better one
+        ([0.3, 0.3, 0.3, 0.2, 0.2], 50),  # an equal metric is as good as the best one
         ([0.3, None, math.nan], 30),  # an undefined metric is no better one
         ([None, None, None, 0.1, 0.0], None),  # a training without any metric has no best evaluation
     ],

@@ -62,6 +62,7 @@ def test_one_list_is_divided_and_everything_is_said_and_stored(tmp_path):
     said = "\n".join(prepared.sentences)
     assert "PASCAL VOC, XML beside the images (10 XML files" in said and "images     train 8, val 2" in said
     assert re.search(r"classes    2, with objects to train on: disc 8, square 1", said)
+    preparation.write_division(prepared)
     stored = json.loads(run_folder.division_path(tmp_path / "run").read_text())
     assert {name: len(ids) for name, ids in stored.items()} == {"train": 8, "val": 2}
     assert '"auto"' not in to_json(prepared.config)
@@ -71,8 +72,11 @@ def test_a_continued_run_has_the_same_parts_whatever_was_added(tmp_path):
     write_labelimg(tmp_path / "set", 10)
     config = configured(tmp_path / "set", tmp_path / "run")
     first = prepare(config)
+    preparation.write_division(first)
+    run_folder.write_config(first.config, tmp_path / "run")
     write_labelimg(tmp_path / "set", 2, first=20)
-    again = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7)))
+    data = dataclasses.replace(config.data, accept_changed=True)
+    again = prepare(dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=7)))
     for name in ("train", "val"):
         ids = [record.id for record in first.splits[name].records]
         assert [record.id for record in again.splits[name].records] == ids

@@ -95,7 +95,7 @@ class TrainConfig:
     """steps between the evaluations that select the best checkpoint, a multiple of checkpoint_every; 0: evaluate only
     after the last step; auto: at every checkpoint, or less often so that there are about ten"""
     patience: int | None = None
-    """end the training after this many evaluations in a row without a higher best_metric; None: never"""
+    """end the training after this many evaluations in a row whose best_metric is below the best one; None: never"""
     best_split: str | None = None
     """split that selects the best checkpoint; it should not be a split on which you report results; None:
     data.test_split"""

@@ -224,7 +224,9 @@ def _tables(root: Path) -> dict[str, Path]:
 
 
 def _csv_files(root: Path) -> list[Path]:
-    found = (path for folder in FOLDERS for path in sorted((root / folder).glob("*.[cC][sS][vV]")))
+    # A linked folder can lead out of the data set.
+    folders = [root / folder for folder in FOLDERS if not (folder and (root / folder).is_symlink())]
+    found = (path for folder in folders for path in sorted(folder.glob("*.[cC][sS][vV]")))
     return [path for path in found if not path.name.startswith(".") and path.is_file()]
 
 

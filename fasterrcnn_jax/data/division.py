@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.check import MOST_PAIRS
 from fasterrcnn_jax.data.faults import decoded
 from fasterrcnn_jax.data.overlap import Trace, identical, shifted_views, trace
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "val", "test")
+# The images that are in no part, where the fractions leave a rest.
+REST = "unused"
 
 # Ids of the images of each part.
 Division = Mapping[str, tuple[str, ...]]
@@ -59,7 +60,7 @@ def divide(dataset: Dataset, fractions: tuple[float, ...], *, seed: int) -> Divi
     groups = _groups(traces, shifted=few)
     doubles = sum(len(group) - 1 for group in groups)
     if doubles:
-        logger.info("%s: %d near copies of other images; each stays in the part of its twin", dataset.name, doubles)
+        logger.info("%s: %d near copies of other images; near copies stay in one part", dataset.name, doubles)
     if not few:
         logger.info("%s: compared only for the same pixels: too many images for shifted views", dataset.name)
     counts = np.zeros((len(records), len(dataset.class_names)))
@@ -76,44 +77,48 @@ def divide(dataset: Dataset, fractions: tuple[float, ...], *, seed: int) -> Divi
         name: tuple(records[index].id for index in range(len(records)) if dealt[index] == part)
         for part, name in enumerate(wanted)
     }
-    return ids
+    rest = tuple(record.id for record, part in zip(records, dealt, strict=True) if part < 0)
+    return ids | ({REST: rest} if rest else {})
 
 
-def stored_division(path: Path, dataset: Dataset, fractions: tuple[float, ...], *, seed: int) -> Division:
-    """Returns the division in `path`; where there is no such file, divides the images and writes it.
+def division_text(division: Division) -> str:
+    """Returns the text of the file that stores a division."""
+    return json.dumps(division, indent=1) + "\n"
 
+
+class ChangedImages(InputError):
+    """The data set has other images than when it was divided."""
+
+
+def read_division(path: Path, dataset: Dataset, *, accept_changed: bool) -> Division:
+    """Returns the division in `path`.
+
+    Args:
+      accept_changed: images that are new are in no part and images that are gone are left out, with a warning.
     Raises:
-      InputError: the file is damaged, or it names an image that the data set does not have.
+      ChangedImages: images are new or gone.
+      InputError: the file is damaged.
     """
     check_regular(path)
-    if not path.exists():
-        division = divide(dataset, fractions, seed=seed)
-        write_atomically(path, json.dumps(division, indent=1) + "\n")
-        return division
-    return read_division(path, dataset)
-
-
-def read_division(path: Path, dataset: Dataset) -> Division:
-    """Returns the division in `path`. Images that it does not name are in no part; a warning counts them.
-
-    Raises:
-      InputError: as `stored_division`.
-    """
     try:
         division = json.loads(path.read_text(encoding="utf-8"))
         if not all(
-            name in PARTS and isinstance(ids, list) and all(isinstance(image_id, str) for image_id in ids)
+            name in (*PARTS, REST) and isinstance(ids, list) and all(isinstance(image_id, str) for image_id in ids)
             for name, ids in division.items()
         ):
             raise ValueError("must map train, val and test to lists of image ids")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: the division of the images cannot be read: {error}") from error
     known, named = {record.id for record in dataset.records}, {i for ids in division.values() for i in ids}
-    for missing in sorted(named - known)[:1]:
-        raise InputError(f"{path}: names the image {missing!r}, which {dataset.name} does not have; use another --run")
-    if known - named:
-        logger.warning("%s: %d images of %s are in no part", path, len(known - named), dataset.name)
-    return {name: tuple(ids) for name, ids in division.items()}
+    if known != named:
+        sentence = (
+            f"{path}: {dataset.name} has changed since it was divided: {len(known - named)} images are new and "
+            f"{len(named - known)} are gone, for example {quoted(min(known ^ named))}"
+        )
+        if not accept_changed:
+            raise ChangedImages(f"{sentence}; restore it, choose another --run, or add --data.accept_changed")
+        logger.warning("%s; the new ones are in no part", sentence)
+    return {name: tuple(image_id for image_id in ids if image_id in known) for name, ids in division.items()}
 
 
 def part(dataset: Dataset, division: Division, name: str) -> Dataset:

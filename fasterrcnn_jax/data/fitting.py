@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,12 +69,45 @@ def fit(config: Config, splits: Iterable[Dataset], train_set: Dataset) -> Fitted
     if not train_set.records:
         raise InputError(f"{train_set.name}: no image can be trained on")
     train = fitted_training(config.train, len(train_set.records))
-    epochs = fitted(train.steps, "train.steps") * train.batch_size / len(train_set.records)
+    images = len(train_set.records)
+    epochs = fitted(train.steps, "train.steps") * train.batch_size / images
     sentences.append(
-        f"schedule   {train.steps} steps of {train.batch_size} images, {epochs:.1f} epochs of "
-        f"{len(train_set.records)} images; a checkpoint every {train.checkpoint_every} steps"
+        f"schedule   {train.steps} steps of {train.batch_size} images, {epochs:.1f} epochs of {images} images "
+        f"({math.ceil(images / train.batch_size)} steps each); a checkpoint every {train.checkpoint_every} steps"
     )
     return Fitted(dataclasses.replace(config, model=model, train=train), tuple(sentences))
+
+
+def adopted(config: Config, stored: Config) -> Config:
+    """Returns the configuration of a run that continues: what is "auto" keeps the value that the run has stored.
+
+    Where the data has changed a little, fitting again would give other values, and so another run. `train.epochs` is
+    None where its steps are stored.
+    """
+
+    def kept(asked: Any, before: Any, names: Sequence[str]) -> Any:
+        values = {name: getattr(before, name) for name in names if getattr(asked, name) == AUTO}
+        return dataclasses.replace(asked, **values)
+
+    model, train, image = config.model, config.train, config.model.image
+    rpn = kept(model.rpn, stored.model.rpn, ("anchor_scales",))
+    if config.size == AUTO:
+        sizes = {name: getattr(stored.model.image, name) for name in ("short_side", "long_side", "canvases")}
+        image = dataclasses.replace(image, **sizes)
+    else:
+        image = kept(image, stored.model.image, ("canvases",))
+    names = ["warmup_steps", "checkpoint_every", "evaluate_every"]
+    if train.epochs is None:
+        names.append("steps")
+    elif train.epochs == stored.train.epochs:
+        # The steps of this number of epochs are fitted to the number of images.
+        steps, decay_steps = stored.train.steps, stored.train.decay_steps
+        train = dataclasses.replace(train, epochs=None, steps=steps, decay_steps=decay_steps)
+    return dataclasses.replace(
+        kept(config, stored, ("size",)),
+        model=dataclasses.replace(model, rpn=rpn, image=image),
+        train=kept(train, stored.train, names),
+    )
 
 
 def fitted_size(records: Sequence[ImageRecord]) -> tuple[int, str]:

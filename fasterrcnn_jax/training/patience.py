@@ -16,14 +16,14 @@ class Patience:
         self._best = best
 
     def measured(self, step: int, metric: float | None) -> None:
-        """Notes the metric of an evaluation; of equal metrics, the first is the best one."""
+        """Notes the metric of an evaluation; of equal metrics, the last is the best one, as in `checkpoint.best`."""
         if metric is None or math.isnan(metric):
             return
-        if self._best is None or metric > self._best.metric:
+        if self._best is None or metric >= self._best.metric:
             self._best = Best(step, metric)
 
     def is_over(self, step: int) -> bool:
-        """Returns whether `train.patience` evaluations have passed without a better one, at an evaluated step."""
+        """Returns whether `train.patience` evaluations in a row were below the best one, at an evaluated step."""
         if self._patience is None or self._best is None:
             return False
         return (step - self._best.step) // self._every >= self._patience

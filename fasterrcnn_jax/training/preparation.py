@@ -11,13 +11,23 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.config.checks import AUTO, fitted
 from fasterrcnn_jax.config.rules import first_difference
 from fasterrcnn_jax.config.text import from_json
 from fasterrcnn_jax.data import sources
-from fasterrcnn_jax.data.division import TooFewImages, part, parts_of, read_division, stored_division
-from fasterrcnn_jax.data.fitting import fit
+from fasterrcnn_jax.data.division import (
+    ChangedImages,
+    Division,
+    TooFewImages,
+    divide,
+    division_text,
+    part,
+    parts_of,
+    read_division,
+)
+from fasterrcnn_jax.data.fitting import adopted, fit
 from fasterrcnn_jax.data.layouts import no_such_split
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.training_set import prepare_training_set
@@ -41,27 +51,52 @@ class Prepared(NamedTuple):
     splits: dict[str, Dataset]
     train_set: Dataset  # what is trained on
     sentences: tuple[str, ...]  # what was understood of the data, and what was fitted to it
+    division: Division | None  # of the split that is divided; `write_division` stores it
 
 
 def prepare(config: Config) -> Prepared:
-    """Returns the run with its data read and with every "auto" replaced.
+    """Returns the run with its data read and with every "auto" replaced; writes nothing.
 
-    A division of the data is read from the run folder, or made and written there.
+    A run that has started keeps the division and the fitted values that it stored.
 
     Raises:
       InputError: the data cannot be used; see `sources.open_split`.
     """
     if DATA_NAME not in str(config.run):
-        return _prepared(config)
+        return _prepared(config, _stored(config.run))
     name = config.data.root.resolve().name or "data"
     for number in itertools.count(1):
         run = Path(str(config.run).replace(DATA_NAME, name if number == 1 else f"{name}-{number}"))
-        if not run_folder.config_path(run).is_file() and not run_folder.is_unused(run):
+        asked, stored = dataclasses.replace(config, run=run), _stored(run)
+        if stored is None and run_folder.is_unused(run):
+            return _prepared(asked, None)
+        # Cheap comparisons first: the data of another run is not read.
+        if stored is None or stored.data.root.resolve() != config.data.root.resolve() or stored.init != config.init:
             continue
-        prepared = _prepared(dataclasses.replace(config, run=run))
-        if _is_the_same_run(prepared.config):
+        try:
+            prepared = _prepared(asked, stored)
+        except ChangedImages:
+            continue
+        if first_difference(stored, prepared.config) is None:
             return prepared
     raise AssertionError("unreachable")
+
+
+def write_division(prepared: Prepared) -> None:
+    """Writes the division of a new run into its folder. Call it under the lock of the folder, in the first process.
+
+    Raises:
+      InputError: another start has divided the images otherwise since this one looked.
+    """
+    if prepared.division is None:
+        return
+    path = run_folder.division_path(prepared.config.run)
+    if _stored(prepared.config.run) is None:
+        write_atomically(path, division_text(prepared.division))
+        return
+    is_other = path.exists() and path.read_text(encoding="utf-8") != division_text(prepared.division)
+    if is_other and not prepared.config.data.accept_changed:
+        raise InputError(f"{path}: another start has divided the images; start again, or choose another --run")
 
 
 def stored_split(config: Config, run: Path, name: str) -> Dataset:
@@ -70,12 +105,21 @@ def stored_split(config: Config, run: Path, name: str) -> Dataset:
     if not data.split or name not in parts_of(fitted(data.split, "data.split")):
         return sources.open_split(data, name)
     whole = sources.open_split(data, data.split_of or data.train_split)
-    return part(whole, read_division(run_folder.division_path(run), whole), name)
+    division = read_division(run_folder.division_path(run), whole, accept_changed=True)
+    return part(whole, division, name)
 
 
-def _prepared(config: Config) -> Prepared:
+def _prepared(config: Config, stored: Config | None) -> Prepared:
+    """Returns the prepared run.
+
+    Args:
+      stored: the configuration of a run that has started; None: a new run.
+    """
     data, splits_of_data, sentences = _understood(config.data)
-    data, parts = _divided(data, splits_of_data, config)
+    data, parts, division = _divided(data, splits_of_data, config, stored)
+    epochs = config.train.epochs
+    if stored is not None:
+        config = adopted(config, stored)
     train = config.train
     if train.best_split is None:
         train = dataclasses.replace(train, best_split=_validation(data, (*parts, *splits_of_data)))
@@ -83,8 +127,9 @@ def _prepared(config: Config) -> Prepared:
     splits = {name: parts[name] if name in parts else sources.open_split(data, name) for name in split_names(config)}
     train_set = prepare_training_set(splits[data.train_split], data)
     fitting = fit(config, splits.values(), train_set)
+    whole = dataclasses.replace(fitting.config, train=dataclasses.replace(fitting.config.train, epochs=epochs))
     sentences += [_classes(splits[data.train_split]), _images(splits), *fitting.sentences]
-    return Prepared(fitting.config, splits, train_set, tuple(sentences))
+    return Prepared(whole, splits, train_set, tuple(sentences), division)
 
 
 def _validation(data: DataConfig, splits: tuple[str, ...]) -> str | None:
@@ -99,16 +144,19 @@ def _understood(data: DataConfig) -> tuple[DataConfig, tuple[str, ...], list[str
     """Returns the data with its layout and class names, the splits if the layout was recognised, and sentences."""
     if data.layout != AUTO:
         return sources.with_class_names(data), (), [f"data       {data.root}"]
-    layout = sources.recognise(data.root)
+    layout = sources.recognise(data.root, follow_links=data.follow_links)
     found = sources.with_class_names(sources.with_layout(data))
     return found, layout.splits, [f"data       {found.root}: {layout.name} ({layout.why})", *layout.notes]
 
 
-def _divided(data: DataConfig, splits: tuple[str, ...], config: Config) -> tuple[DataConfig, dict[str, Dataset]]:
-    """Returns the data with the names of its parts, and the parts; none where nothing is divided.
+def _divided(
+    data: DataConfig, splits: tuple[str, ...], config: Config, stored: Config | None
+) -> tuple[DataConfig, dict[str, Dataset], Division | None]:
+    """Returns the data with the names of its parts, the parts and the division; nothing where it is not divided.
 
     Args:
       splits: the names of the splits that the data set has, if they are known.
+      stored: as in `_prepared`.
     """
     fractions, whole_name = data.split, data.split_of or data.train_split
     # A data set with nothing but a test split is divided, as any other single split is.
@@ -116,31 +164,34 @@ def _divided(data: DataConfig, splits: tuple[str, ...], config: Config) -> tuple
     if fractions == AUTO:
         fractions = DEFAULT_SPLIT if splits and not has_test else ()
     if not fractions:
-        return dataclasses.replace(data, split=()), {}
+        return dataclasses.replace(data, split=()), {}, None
     # Every image is trained on. Without test images, the same images are evaluated.
     undivided = dataclasses.replace(
         data, split=(), train_split=whole_name, test_split=data.test_split if has_test else whole_name
     )
-    if fractions == EVERYTHING:
-        return undivided, {}
+    if fractions == EVERYTHING or (data.split == AUTO and stored is not None and not stored.data.split):
+        return undivided, {}, None
     named = parts_of(fractions)
     if splits and data.test_split not in (DataConfig.test_split, *named, *splits):
         raise no_such_split(f"data.test_split: no split is named {quoted(data.test_split)}", (*named, *splits))
     whole = sources.open_split(data, whole_name)
     path = run_folder.division_path(config.run)
     try:
-        division = stored_division(path, whole, tuple(named.values()), seed=config.train.seed)
+        if stored is not None and path.exists():
+            division = read_division(path, whole, accept_changed=data.accept_changed)
+        else:
+            division = divide(whole, tuple(named.values()), seed=config.train.seed)
     except TooFewImages:
         if data.split != AUTO:
             raise
         logger.warning("%s: too few images that differ to divide them: all are trained on and evaluated", whole.name)
-        return undivided, {}
+        return undivided, {}, None
     # The data set's own test images are a better report than images that choose the checkpoint.
     test = data.test_split if has_test or data.test_split in named else list(named)[-1]
     divided = dataclasses.replace(
         data, split=tuple(named.values()), split_of=whole_name, train_split="train", test_split=test
     )
-    return divided, {name: part(whole, division, name) for name in division}
+    return divided, {name: part(whole, division, name) for name in division}, division
 
 
 def _classes(dataset: Dataset) -> str:
@@ -154,14 +205,10 @@ def _images(splits: dict[str, Dataset]) -> str:
     return f"images     {', '.join(f'{name} {len(dataset.records):,}' for name, dataset in splits.items())}"
 
 
-def _is_the_same_run(config: Config) -> bool:
-    """Returns whether the run folder is new, or holds a run of the same data, first weights and settings."""
-    path = run_folder.config_path(config.run)
-    if not path.is_file():
-        return True
+def _stored(run: Path) -> Config | None:
+    """Returns the configuration of a run that has started; None for a new run, or where it cannot be read."""
+    path = run_folder.config_path(run)
     try:
-        stored = from_json(path.read_text(encoding="utf-8"), str(path))
+        return from_json(path.read_text(encoding="utf-8"), str(path))
     except (InputError, OSError, UnicodeDecodeError):
-        return False
-    same_start = stored.data.root.resolve() == config.data.root.resolve() and stored.init == config.init
-    return same_start and first_difference(stored, config) is None
+        return None

@@ -93,7 +93,7 @@ class MetricsWriter:
 
     def __init__(self, run: Path, *, after: int, silent: bool = False):
         self._run, self._lines, self._board = run, None, None
-        self._after, self._names_after = after, set()
+        self._evaluated: dict[int, set[str]] = {}  # names of the numbers of evaluations, by step
         if silent:
             return
         path = metrics_path(run)
@@ -103,12 +103,19 @@ class MetricsWriter:
             self._lines = path.open("a", buffering=1)
         except OSError as error:
             raise InputError(f"{path} cannot be read and written: {error.strerror or error}") from error
-        self._names_after = {name for line in kept if _step_of(line) == after for name in json.loads(line)}
+        for line in kept:
+            self._note(**json.loads(line))
         self._board = TensorBoard(run, purge_step=after + 1)
 
     def has(self, step: int, names: Iterable[str]) -> bool:
-        """Returns whether an earlier start wrote numbers of these names for `step`, where that is its last step."""
-        return step == self._after and self._names_after.issuperset(names)
+        """Returns whether an evaluation with numbers of these names is written for `step`."""
+        return self._evaluated.get(step, set()).issuperset(names)
+
+    def _note(self, step: int, **values: object) -> None:
+        # The numbers of an evaluation have names such as test/AP50.
+        names = {name for name in values if "/" in name}
+        if names:
+            self._evaluated.setdefault(step, set()).update(names)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one line.
@@ -122,6 +129,7 @@ class MetricsWriter:
             self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         except OSError as error:
             raise InputError(f"{metrics_path(self._run)} cannot be written: {error.strerror or error}") from error
+        self._note(step, **values)
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
