@@ -257,7 +257,9 @@ class Progress:
 
     def _say_expected_time(self, number: int) -> None:
         done = self._evaluations.number * number // self._steps
-        left = self._evaluations._replace(number=self._evaluations.number - done)
+        # After the first evaluation, detection is compiled.
+        canvases = frozenset() if done else self._evaluations.canvases
+        left = self._evaluations._replace(number=self._evaluations.number - done, canvases=canvases)
         seconds = expected_seconds(
             self._timed,
             steps=self._steps - number,
