@@ -116,10 +116,11 @@ def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tu
     data = DataConfig(root=root) if config is None else config.data
     data = dataclasses.replace(data, root=root, shapes=None, class_names=model.class_names, split=())
     if data.layout != "tfds":
-        recognised = arguments.layout == AUTO
-        splits = sources.recognise(root, follow_links=data.follow_links).splits if recognised else ()
-        data = sources.with_layout(dataclasses.replace(data, layout=arguments.layout))
-        split = split or _held_out(splits, data.test_split)
+        # The places of the run's own data say nothing about another folder.
+        given = DataConfig(root=root, layout=arguments.layout)
+        places = {name: getattr(given, name) for name in ("layout", *sources.PLACES)}
+        data, layout = sources.placed(dataclasses.replace(data, **places))
+        split = split or _held_out(() if layout is None else layout.splits, data.test_split)
     split = split or data.test_split
     return split, sources.open_split(data, split)
 

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from fasterrcnn_jax.config.text import load_config, to_json
+from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.scripts import evaluate as evaluate_script
@@ -140,6 +141,96 @@ def test_a_split_for_the_report_that_does_not_exist_is_refused(tmp_path):
         prepare(configured(tmp_path / "set", tmp_path / "run", test_split="tset"))
     prepared = prepare(configured(tmp_path / "set", tmp_path / "run", test_split="train"))
     assert used(prepared) == ("train", "val", "train")
+
+
+# ---------------------------------------------------------------- a layout that is named
+
+
+@pytest.fixture
+def painted(tmp_path):
+    """Returns a function that writes four images, which differ, as a tool does."""
+
+    def write(tool):
+        boxes = ((8, 10, 48, 50), (50, 10, 90, 50))
+        records = tuple(
+            exports.Labelled(name, (96, 64), tuple(zip(exports.CLASSES[::-1], boxes[: 1 + int(name) % 2])))
+            for name in "0123"
+        )
+        exports.WRITERS[tool](tmp_path / "set", records=records)
+        for path in (tmp_path / "set").rglob("*.png"):
+            seed = int(path.stem)
+            Image.fromarray(tiny.rectangle_image((64, 96), (8, 10, 48, 50), seed=seed)).save(path)
+        return tmp_path / "set"
+
+    return write
+
+
+@pytest.mark.parametrize("split", ["auto", (0.5,)])
+@pytest.mark.parametrize("tool", exports.WRITERS)
+def test_a_named_layout_is_prepared_like_the_recognised_one(painted, tmp_path, tool, split):
+    root = painted(tool)
+    auto = prepare(configured(root, tmp_path / "run", split=split))
+    named = prepare(configured(root, tmp_path / "run", split=split, layout=auto.config.data.layout))
+    assert named.config == auto.config and named.division == auto.division
+    assert sizes(named) == sizes(auto) and used(named) == used(auto)
+    for name, dataset in auto.splits.items():
+        assert [record.id for record in named.splits[name].records] == [record.id for record in dataset.records]
+        for one, other in zip(named.splits[name].records, dataset.records, strict=True):
+            np.testing.assert_array_equal(one.boxes, other.boxes)
+    # The first line says why; the notes of the recognised one name other layouts too.
+    fitted = [line for line in auto.sentences[1:] if line.split()[0] in ("classes", "images", "canvases", "schedule")]
+    assert set(fitted) <= set(named.sentences) and named.sentences[0].startswith(f"data       {root}: ")
+
+
+@pytest.mark.parametrize("asked", ["voc", "vocdevkit", "coco", "yolo", "labelme", "csv"])
+@pytest.mark.parametrize("tool", ["labelImg", "Roboflow COCO", "YOLO", "LabelMe", "csv"])
+def test_a_folder_of_another_layout_than_the_named_one_is_refused_with_the_way_out(painted, tmp_path, tool, asked):
+    root = painted(tool)
+    layout = sources.recognise(root).data.layout
+    if layout == asked:
+        return
+    with pytest.raises(InputError) as caught:
+        prepare(configured(root, tmp_path / "run", layout=asked))
+    said = str(caught.value)
+    assert said.startswith(f"{root}: not of layout {asked}, which data.layout names, but ")
+    assert said.endswith(f"; use --data.layout {layout} or auto") and "\n" not in said
+    prepare(configured(root, tmp_path / "run", layout=layout))
+
+
+@pytest.mark.parametrize("asked", ["voc", "vocdevkit", "coco", "yolo", "labelme", "csv"])
+def test_a_folder_without_labels_is_refused_with_what_it_contains(tmp_path, asked):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/notes.txt").touch()
+    with pytest.raises(InputError, match=f"not of layout {asked}, which data.layout names: the folder contains 1 of"):
+        prepare(configured(tmp_path / "set", tmp_path / "run", layout=asked))
+
+
+def test_labels_that_show_no_sign_of_their_layout_are_read_where_it_is_named(tmp_path):
+    """The label files of the first images are empty."""
+    write_labelimg(tmp_path / "set", 30)
+    for path in (tmp_path / "set").glob("*.xml"):
+        path.unlink()
+    for path in sorted((tmp_path / "set").glob("*.png")):
+        path.with_suffix(".txt").write_text("")
+    path.with_suffix(".txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    with pytest.raises(InputError, match="no known layout"):
+        prepare(configured(tmp_path / "set", tmp_path / "run"))
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", layout="yolo"))
+    assert sum(len(record.boxes) for dataset in prepared.splits.values() for record in dataset.records) == 1
+
+
+def test_places_that_are_given_stay_and_the_split_is_divided(tmp_path):
+    write_labelimg(tmp_path / "set/photos", 5)
+    places = dict(voc_images="photos", voc_annotations="photos", voc_lists=None)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", layout="voc", **places))
+    assert sizes(prepared) == {"train": 4, "val": 1} and prepared.config.data.voc_annotations == "photos"
+
+
+def test_joined_splits_of_the_data_stay_the_report_where_the_training_split_is_divided(tmp_path):
+    for number, split in enumerate(("train", "val", "test")):
+        write_labelimg(tmp_path / "set" / split, 4, first=4 * number)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run", split=(0.5,), test_split="val+test"))
+    assert used(prepared) == ("train", "val", "val+test") and sizes(prepared)["val+test"] == 8
 
 
 # ---------------------------------------------------------------- where the run is

@@ -233,10 +233,10 @@ def test_without_class_names_those_in_the_data_are_listed(voc, devkit, coco):
 def test_class_names_left_empty_are_those_that_the_file_declares_or_the_objects_sorted(voc, devkit, coco):
     empty = dataclasses.replace(coco, class_names=(), train_split="b2017+a2017")
     assert with_class_names(empty) == dataclasses.replace(empty, class_names=("ring", "disc"))
-    chosen = dataclasses.replace(coco, class_names=("disc", "ring"))
+    chosen = dataclasses.replace(empty, class_names=("disc", "ring"))
     assert with_class_names(chosen) is chosen
-    for data, split in ((voc, "train"), (devkit, "2007_trainval+2012_trainval")):
-        data = dataclasses.replace(data, class_names=(), train_split=split)
+    for data, split, test in ((voc, "train", "test"), (devkit, "2007_trainval+2012_trainval", "2007_test")):
+        data = dataclasses.replace(data, class_names=(), train_split=split, test_split=test)
         assert with_class_names(data) == dataclasses.replace(data, class_names=("disc", "ring"))
 
 
@@ -260,7 +260,7 @@ def test_a_class_that_only_another_split_has_is_no_error(voc):
 def test_a_subset_of_the_classes_is_a_choice(layout, split, other, request):
     data = request.getfixturevalue(layout)
     (kept,) = {*tiny.CLASS_NAMES} - {other}
-    chosen = dataclasses.replace(data, class_names=(kept,))
+    chosen = dataclasses.replace(data, class_names=(kept,), train_split=split, test_split=split)
     every, part = open_split(data, split), open_split(chosen, split)
     assert with_class_names(chosen) is chosen
     label = tiny.CLASS_NAMES.index(kept) + 1

@@ -7,12 +7,13 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.config.checks import AUTO
 from fasterrcnn_jax.data import coco, csv_table, labelme, tfds, voc, yolo
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 OTHER_IDS = "Joined files give the classes different ids, so results have the ids 1, 2, 3 and so on"
 
+_COCO_SITE = "https://cocodataset.org/#download"
+_VOC_SITE = "http://host.robots.ox.ac.uk/pascal/VOC/"
 _VOC_ARCHIVES = {
     "2007": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar",
     "2012": "VOCtrainval_11-May-2012.tar",
@@ -68,7 +71,8 @@ def open_split(data: DataConfig, split: str) -> Dataset:
 
 def read(data: DataConfig, split: str) -> Dataset:
     """Returns the same as `open_split`, but decodes no image and logs nothing."""
-    data = with_layout(data)
+    if data.layout == AUTO:
+        data = with_layout(data)
     names = split.split("+")
     if not data.class_names:
         found = joined_names(
@@ -112,26 +116,42 @@ def _draw_shapes(data: DataConfig) -> None:
 
 
 def with_class_names(data: DataConfig) -> DataConfig:
-    """Returns `data`; if it has no class names, with those of its training split.
+    """Returns `data` as `understood` completes it."""
+    return understood(data)[0]
 
-    They are in the order that the data declares, or sorted where it declares none, as in VOC. With `data.shapes`, draws
-    the shapes data set first.
+
+def understood(data: DataConfig) -> tuple[DataConfig, Layout | None]:
+    """Returns the same as `placed`, with class names. With `data.shapes`, draws the shapes data set first.
+
+    If none are given, they are those of all splits, in the order that the data declares, or sorted where it declares
+    none, as in VOC.
 
     Raises:
-      InputError: the training split cannot be read or has no class, or the data has no class of a given name.
+      InputError: as in `placed`; the training split cannot be read or has no class, or the data has no class of a given
+        name.
     """
     _draw_shapes(data)
-    data = with_layout(data)
+    data, layout = placed(data)
     if data.class_names:
         _check_class_names(data)
-        return data
-    names = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
+        return data, layout
+    names = () if layout is None else _names_of_layout(layout)
+    if not names:  # the splits are not known, or cannot be read
+        found = dict.fromkeys(name for split in data.train_split.split("+") for name in _class_names(data, split))
+        names = tuple(found if _declares(data) else sorted(found))
     if not names:
         # A fault of a file may be the reason, and reading says it.
         read(dataclasses.replace(data, class_names=("object",)), data.train_split)
         raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
-    in_order = names if _declares(data) else sorted(names)
-    return dataclasses.replace(data, class_names=tuple(in_order))
+    return dataclasses.replace(data, class_names=names), layout
+
+
+def _names_of_layout(layout: Layout) -> tuple[str, ...]:
+    """Returns the class names of all splits of a layout."""
+    if layout.data.class_names:
+        return layout.data.class_names
+    names = _names_of_splits(layout.data, layout.splits)
+    return tuple(names if _declares(layout.data) else sorted(names))
 
 
 def _check_class_names(data: DataConfig) -> None:
@@ -168,17 +188,19 @@ def _all_class_names(data: DataConfig) -> Iterator[str]:
         yield from _names_of_splits(data, (split,))
 
 
-def _names_of_splits(data: DataConfig, splits: Iterable[str]) -> set[str]:
+def _names_of_splits(data: DataConfig, splits: Iterable[str]) -> dict[str, None]:
     """Returns the class names of some splits. A split that cannot be read has none here: reading it says why."""
-    names = set()
+    names = {}
     for split in splits:
         with contextlib.suppress(InputError):
-            names.update(_class_names(data, split))
+            names |= dict.fromkeys(_class_names(data, split))
     return names
 
 
 def _splits(data: DataConfig) -> tuple[str, ...]:
     """Returns the splits that the folder has; () where the layout does not tell without reading."""
+    if data.layout == "voc":
+        return voc.splits(data.root, _voc_places(data))
     if data.layout == "vocdevkit":
         return _devkit_splits(data.root)
     if data.layout in _WHOLE_FOLDER:
@@ -210,15 +232,18 @@ def _devkit_splits(root: Path) -> tuple[str, ...]:
     return tuple(f"{path.name[3:]}_{name}" for path in years for name in voc.splits(path) if name != WHOLE)
 
 
-# In the order in which they are asked: the files of the first leave no doubt.
-_RECOGNISERS = (
-    _recognise_devkit,
-    coco.recognise,
-    voc.recognise,
-    labelme.recognise,
-    yolo.recognise,
-    csv_table.recognise,
-)
+# By `data.layout`, in the order in which they are asked: the files of the first leave no doubt.
+_RECOGNISERS: dict[str, Callable[..., Layout | None]] = {
+    "vocdevkit": _recognise_devkit,
+    "coco": coco.recognise,
+    "voc": voc.recognise,
+    "labelme": labelme.recognise,
+    "yolo": yolo.recognise,
+    "csv": csv_table.recognise,
+}
+
+# Fields that a layout sets.
+PLACES = ("voc_images", "voc_annotations", "voc_lists", "voc_counts_from", "coco_annotations", "coco_images")
 
 
 def recognise(root: Path, *, follow_links: bool = False) -> Layout:
@@ -232,6 +257,18 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     Raises:
       InputError: the folder has no known layout; the sentence says what was found. Or a file is a link out of it.
     """
+    layout = _recognised(root, AUTO, follow_links)
+    return layout._replace(data=dataclasses.replace(layout.data, class_names=_names_of_layout(layout)))
+
+
+def _recognised(root: Path, named: str, follow_links: bool) -> Layout:
+    """Returns the same as `recognise`, but the class names only where recognising reads them anyway.
+
+    Args:
+      named: the layout that the folder must have, as `data.layout` names it.
+    Raises:
+      InputError: as in `recognise`; or the folder is not of the named layout.
+    """
     if root.is_file():
         raise InputError(f"{root}: must be the folder of the data set, but is a file; {_way_to_folder(root)}")
     if not root.is_dir():
@@ -239,26 +276,64 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     inner = _inner(root)
     within = None if follow_links else root
     files_below(inner, within)  # refuses links before any file is opened
-    fitting, faults = [], []
-    for recogniser in _RECOGNISERS:
-        try:
-            fitting.append(recogniser(inner, within=within))
-        except InputError as error:  # a file that tells the layout, and has a fault
-            faults.append(error)
-    fitting = [layout for layout in fitting if layout is not None]
-    if not fitting:
-        raise faults[0] if faults else InputError(f"{root}: no known layout of labelled images: {_seen(inner)}")
-    layout, *others = fitting
-    notes = list(layout.notes)
+    layout = None if named == AUTO else _RECOGNISERS[named](inner, within=within)
+    notes = []
+    if layout is None:
+        fitting, faults = _fitting(inner, within)
+        if named != AUTO:
+            layout = _as_named(root, inner, named, fitting)
+        elif not fitting:
+            raise faults[0] if faults else InputError(f"{root}: no known layout of labelled images: {_seen(inner)}")
+        else:
+            layout, *others = fitting
+            notes += [
+                f"the folder could also be read as {other.name} with --data.layout {other.data.layout}"
+                for other in others
+            ]
     if inner != root:
         notes.insert(0, f"{root} contains only the folder {inner.relative_to(root)}, which is read")
-    notes += [
-        f"the folder could also be read as {other.name} with --data.layout {other.data.layout}" for other in others
-    ]
-    data = dataclasses.replace(layout.data, follow_links=follow_links)
-    if not data.class_names:
-        data = dataclasses.replace(data, class_names=tuple(sorted(_names_of_splits(data, layout.splits))))
-    return layout._replace(data=data, notes=tuple(notes))
+    notes = (*notes[: inner != root], *layout.notes, *notes[inner != root :])
+    return layout._replace(data=dataclasses.replace(layout.data, follow_links=follow_links), notes=notes)
+
+
+def _fitting(root: Path, within: Path | None) -> tuple[list[Layout], list[InputError]]:
+    """Returns every layout that a folder may have, the likeliest first, and the faults of files that tell a layout."""
+    fitting, faults = [], []
+    for recogniser in _RECOGNISERS.values():
+        try:
+            fitting.append(recogniser(root, within=within))
+        except InputError as error:
+            faults.append(error)
+    return [layout for layout in fitting if layout is not None], faults
+
+
+def _as_named(root: Path, inner: Path, named: str, others: Sequence[Layout]) -> Layout:
+    """Returns the layout that `data.layout` names, of a folder that shows no sign of it.
+
+    The reader may still find its files: YOLO labels that are all empty, for example.
+
+    Raises:
+      InputError: the folder has one of the other layouts, or none at all.
+    """
+    refused = f"{root}: not of layout {named}, which data.layout names"
+    if others:
+        raise InputError(
+            f"{refused}, but {others[0].name} ({others[0].why}); use --data.layout {others[0].data.layout} or auto"
+        )
+    data = DataConfig(root=inner, layout=named)
+    with contextlib.suppress(InputError):
+        if splits := _splits(data):
+            return Layout(f"layout {named}", "as data.layout says", data, splits)
+    raise InputError(f"{refused}: {_seen(inner)}{_WAYS.get(named, '')}")
+
+
+# What else helps where a folder has no files of a layout.
+_WAYS = {
+    "voc": "; give other places with --data.voc_images, --data.voc_annotations and --data.voc_lists",
+    "vocdevkit": f"; unpack the archives from {_VOC_SITE} there, or give another folder with --data.root",
+    "coco": f"; unpack images and annotations from {_COCO_SITE} there, or give other paths with "
+    "--data.coco_annotations and --data.coco_images",
+}
 
 
 def _way_to_folder(file: Path) -> str:
@@ -268,28 +343,49 @@ def _way_to_folder(file: Path) -> str:
 
 
 def with_layout(data: DataConfig) -> DataConfig:
-    """Returns `data` with layout "auto" replaced by the layout that is recognised; other data as it is.
+    """Returns `data` as `placed` completes it, with class names."""
+    data, layout = placed(data)
+    if layout is None or data.class_names:
+        return data
+    return dataclasses.replace(data, class_names=_names_of_layout(layout))
 
-    The fields of the layout are those of the recognised one. Class names are found if there are none, and a split named
-    train or test, which are the defaults, becomes another one of the folder if there is no such split.
+
+def placed(data: DataConfig) -> tuple[DataConfig, Layout | None]:
+    """Returns `data` with the places of its files and the names of its splits, and its layout; None for TFDS.
+
+    The layout "auto" is replaced by the one that is recognised, and a named one is recognised like it. Places that are
+    given with a named layout stay. A split named train or test, which are the defaults, becomes another one of the
+    folder if there is no such split.
 
     Raises:
-      InputError: as in `recognise`.
+      InputError: the folder is not of the layout; the sentence says what was found.
     """
-    if data.layout != "auto":
-        return data
-    layout = recognise(data.root, follow_links=data.follow_links)
-    of_layout = ("root", "layout", "voc_images", "voc_annotations", "voc_lists", "voc_counts_from")
-    of_layout += ("coco_annotations", "coco_images")
-    fields = {name: getattr(layout.data, name) for name in of_layout}
+    if data.layout == "tfds":
+        return data, None
+    if data.layout != AUTO and (_has_places(data) or not data.root.exists()):
+        splits = _splits(data) if data.root.is_dir() else ()
+        layout = Layout(f"layout {data.layout}", "data.layout", dataclasses.replace(data, class_names=()), splits)
+    else:
+        layout = _recognised(data.root, data.layout, data.follow_links)
+    fields = {name: getattr(layout.data, name) for name in ("root", "layout", *PLACES)}
     train, test = data.train_split, data.test_split
-    if train == "train" and "train" not in layout.splits:
+    if layout.splits and train == "train" and "train" not in layout.splits:
         train = next((split for split in layout.splits if "train" in split.lower()), layout.splits[0])
     if test == "test" and "test" not in layout.splits:
-        held_out = [split for split in layout.splits if split != train and "train" not in split.lower()]
+        held_out = [split for split in layout.splits if split not in train.split("+") and "train" not in split.lower()]
         test = next((split for split in held_out if "test" in split.lower()), next(iter(held_out), test))
-    names = data.class_names or layout.data.class_names
-    return dataclasses.replace(data, **fields, train_split=train, test_split=test, class_names=names)
+    found = dataclasses.replace(data, **fields, train_split=train, test_split=test)
+    return (data if found == data else found), layout
+
+
+def _has_places(data: DataConfig) -> bool:
+    """Returns whether the places of a named layout are given, or the files of COCO are in the usual ones."""
+    defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    if any(getattr(data, name) != defaults[name] for name in PLACES):
+        return True
+    # Its files are large, and recognising reads them.
+    splits = _splits(data) if data.layout == "coco" else ()
+    return any((data.root / data.coco_images.replace("{split}", split)).is_dir() for split in splits)
 
 
 def _inner(root: Path) -> Path:
@@ -317,7 +413,7 @@ def _seen(root: Path) -> str:
     nearer = []
     for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))[:20]:
         with contextlib.suppress(InputError):
-            if any(recogniser(path, within=root) is not None for recogniser in _RECOGNISERS):
+            if any(recogniser(path, within=root) is not None for recogniser in _RECOGNISERS.values()):
                 nearer.append(path)
     if nearer:
         return f"did you mean {' or '.join(map(str, nearer[:3]))}, which have one?"
@@ -474,7 +570,7 @@ def _voc_place(data: DataConfig, name: str) -> tuple[Path, str, voc.Places]:
     if not folder.is_dir() or incomplete:
         archives = _VOC_ARCHIVES.get(year, "the archives of that year")
         raise InputError(
-            f"{absent}: not found; unpack {archives} from http://host.robots.ox.ac.uk/pascal/VOC/, "
+            f"{absent}: not found; unpack {archives} from {_VOC_SITE}, "
             "which creates a folder VOCdevkit, or give another folder with --data.root"
         )
     return folder, list_name, places
@@ -488,12 +584,14 @@ def _coco_place(data: DataConfig, name: str) -> tuple[Path, Path]:
         data.root / pattern.replace("{split}", name) for pattern in (data.coco_annotations, data.coco_images)
     )
     existing = splits_of(data.root, data.coco_annotations)
-    others = f"; the existing splits are: {', '.join(existing)}" if existing and name not in existing else ""
+    others = divide = ""
+    if existing and name not in existing:
+        others = f"; the existing splits are: {', '.join(existing)}"
+        divide = ", or divide the training split with --data.split"
     for path, exists in ((annotations, annotations.is_file()), (images, images.is_dir())):
         if not exists:
             raise InputError(
-                f"{path}: not found{others}; download images and annotations from https://cocodataset.org/#download, "
-                "give other paths with --data.root, --data.coco_annotations and --data.coco_images, "
-                "or divide the training split with --data.split"
+                f"{path}: not found{others}; download images and annotations from {_COCO_SITE}, or give other paths "
+                f"with --data.root, --data.coco_annotations and --data.coco_images{divide}"
             )
     return annotations, images

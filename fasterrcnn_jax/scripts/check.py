@@ -20,7 +20,7 @@ import tyro
 from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig, ModelConfig
-from fasterrcnn_jax.config.checks import AUTO, fitted
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.config.text import load_config
 from fasterrcnn_jax.data import check, sources
 from fasterrcnn_jax.data.anchor_scales import Scales, anchor_sizes, fit_sizes, model_scales, size_iou
@@ -65,22 +65,23 @@ def main(argv: list[str] | None = None) -> None:
     usage = ("FOLDER | CONFIG.py [--FLAG VALUE ...]",)
     arguments, fields = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, fields=True)
     is_file = arguments.folder.suffix == ".py"
+    links = ["--data.follow_links"] if arguments.follow_links else []
     if is_file or fields:
         config = cli.parse_config([str(arguments.folder), *fields], description=__doc__)
         data = config.data
         data = dataclasses.replace(data, follow_links=data.follow_links or arguments.follow_links)
-        layout = sources.recognise(data.root, follow_links=data.follow_links) if data.layout == AUTO else None
-        data = sources.with_class_names(data)
+        data, layout = sources.understood(data)
         splits = (data.train_split, config.train.best_split or data.test_split, data.test_split)
         if layout is not None:
-            print_lines(*layout_lines(data.root, layout))
+            layout = layout._replace(data=dataclasses.replace(layout.data, class_names=data.class_names))
+            print_lines(*layout_lines(layout, shlex.join([str(arguments.folder), *fields, *links])))
             # A training divides the only split.
             if not is_file or (len(layout.splits) == 1 and data.split and data.test_split == "test"):
                 splits = layout.splits
         splits = dict.fromkeys(splits)
     else:
         layout = sources.recognise(arguments.folder, follow_links=arguments.follow_links)
-        print_lines(*layout_lines(arguments.folder, layout))
+        print_lines(*layout_lines(layout, shlex.join([str(arguments.folder), *links])))
         config = load_config(cli.start(silent=True))
         data, splits = layout.data, layout.splits
     max_pixels = data.max_pixels if arguments.max_pixels is None else arguments.max_pixels
@@ -112,16 +113,19 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(severity(findings))
 
 
-def layout_lines(folder: Path, layout: Layout) -> list[str]:
-    """Returns the lines that say what was recognised in a folder, and the command that trains on it."""
+def layout_lines(layout: Layout, arguments: str) -> list[str]:
+    """Returns the lines that say what was recognised in a folder, and the command that trains on it.
+
+    Args:
+      arguments: those of the command.
+    """
     names = layout.data.class_names
-    links = " --data.follow_links" if layout.data.follow_links else ""
     return [
         f"layout     {layout.name}: {layout.why}",
         *(f"           {note}" for note in layout.notes),
         f"splits     {', '.join(layout.splits)}",
         f"classes    {len(names)}: {joined_names(names)}",
-        f"train      fasterrcnn-jax train {shlex.quote(str(folder))}{links}",
+        f"train      fasterrcnn-jax train {arguments}",
     ]
 
 

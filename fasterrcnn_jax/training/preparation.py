@@ -141,11 +141,10 @@ def _validation(data: DataConfig, splits: tuple[str, ...]) -> str | None:
 
 
 def _understood(data: DataConfig) -> tuple[DataConfig, tuple[str, ...], list[str]]:
-    """Returns the data with its layout and class names, the splits if the layout was recognised, and sentences."""
-    if data.layout != AUTO:
-        return sources.with_class_names(data), (), [f"data       {data.root}"]
-    layout = sources.recognise(data.root, follow_links=data.follow_links)
-    found = sources.with_class_names(sources.with_layout(data))
+    """Returns the data with its layout and class names, the splits of the data if they are known, and sentences."""
+    found, layout = sources.understood(data)
+    if layout is None:
+        return found, (), [f"data       {found.root}"]
     return found, layout.splits, [f"data       {found.root}: {layout.name} ({layout.why})", *layout.notes]
 
 
@@ -160,7 +159,8 @@ def _divided(
     """
     fractions, whole_name = data.split, data.split_of or data.train_split
     # A data set with nothing but a test split is divided, as any other single split is.
-    has_test = data.test_split in splits and (data.test_split, len(splits)) != (DataConfig.test_split, 1)
+    own_test = {*data.test_split.split("+")} <= {*splits}
+    has_test = own_test and (data.test_split, len(splits)) != (DataConfig.test_split, 1)
     if fractions == AUTO:
         fractions = DEFAULT_SPLIT if splits and not has_test else ()
     if not fractions:
@@ -172,7 +172,7 @@ def _divided(
     if fractions == EVERYTHING or (data.split == AUTO and stored is not None and not stored.data.split):
         return undivided, {}, None
     named = parts_of(fractions)
-    if splits and data.test_split not in (DataConfig.test_split, *named, *splits):
+    if splits and not {*data.test_split.split("+")} <= {DataConfig.test_split, *named, *splits}:
         raise no_such_split(f"data.test_split: no split is named {quoted(data.test_split)}", (*named, *splits))
     whole = sources.open_split(data, whole_name)
     path = run_folder.division_path(config.run)
