@@ -9,9 +9,11 @@ import exports
 import fuzz_readers
 import numpy as np
 import pytest
+from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data import sources
+from fasterrcnn_jax.data.images import GREY_16
 from fasterrcnn_jax.errors import InputError
 
 # layout -> (data.layout, splits, whether it has fractions of pixels)
@@ -240,7 +242,7 @@ def test_a_link_out_of_the_folder_is_refused_unless_links_are_followed(tmp_path)
     assert len(sources.read(data, "all").records) == 3
 
 
-@pytest.mark.parametrize("layout", ["PASCAL VOC", "COCO", "YOLO"])
+@pytest.mark.parametrize("layout", ["PASCAL VOC", "COCO", "YOLO", "csv", "Kaggle", "CVAT COCO"])
 def test_a_linked_folder_of_images_is_read_where_links_are_followed(layout, tmp_path):
     exports.WRITERS[layout](tmp_path / "set", records=WHOLE_PIXELS)
     folder = next(
@@ -250,6 +252,54 @@ def test_a_linked_folder_of_images_is_read_where_links_are_followed(layout, tmp_
     folder.symlink_to(tmp_path / "pictures")
     data = sources.with_class_names(DataConfig(root=tmp_path / "set", layout="auto", follow_links=True))
     assert len(sources.read(data, data.train_split).records) == 3
+
+
+@pytest.mark.parametrize("layout", ["LabelMe", "csv", "labelImg", "Kaggle"])
+def test_a_linked_folder_of_labels_is_left_out_unless_links_are_followed(layout, tmp_path):
+    """The folder of the data holds a link to the folder of the tables, json files or XML files, and nothing else."""
+    exports.WRITERS[layout](tmp_path / "set", records=WHOLE_PIXELS)
+    if layout == "csv":
+        (tmp_path / "set/annotations").mkdir()
+        for path in (tmp_path / "set").glob("*.csv"):
+            path.rename(tmp_path / "set/annotations" / path.name)
+        linked = "annotations"
+    elif layout == "Kaggle":
+        linked = "annotations"
+    else:
+        (tmp_path / "set").rename(tmp_path / "day1")
+        (tmp_path / "set").mkdir()
+        (tmp_path / "day1").rename(tmp_path / "set/day1")
+        (tmp_path / "set/notes.csv").touch()
+        linked = "day1"
+    (tmp_path / "set" / linked).rename(tmp_path / "outside")
+    (tmp_path / "set" / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="no known layout of labelled images"):
+        sources.recognise(tmp_path / "set")
+    data = sources.with_class_names(DataConfig(root=tmp_path / "set", layout="auto", follow_links=True))
+    dataset = sources.read(data, data.train_split)
+    assert sum(len(record.boxes) for record in dataset.records) == 4
+
+
+def test_a_linked_table_is_refused_unless_links_are_followed(tmp_path):
+    exports.write_csv(tmp_path / "set", records=WHOLE_PIXELS)
+    table = tmp_path / "set/train_labels.csv"
+    table.rename(tmp_path / "table.csv")
+    table.symlink_to(tmp_path / "table.csv")
+    with pytest.raises(InputError, match="train_labels.csv: must lie inside .* is reached by a link"):
+        sources.recognise(tmp_path / "set")
+    for named in ("auto", "csv"):
+        data = sources.with_class_names(DataConfig(root=tmp_path / "set", layout=named, follow_links=True))
+        assert len(sources.read(data, "train").records) == 3
+
+
+@pytest.mark.parametrize("layout", ["labelImg", "CVAT COCO", "YOLO", "LabelMe", "csv"])
+def test_grey_images_of_16_bits_are_counted_in_every_layout(layout, tmp_path):
+    exports.WRITERS[layout](tmp_path, records=WHOLE_PIXELS)
+    for path in tmp_path.rglob("a.png"):
+        Image.fromarray(np.full((64, 96), 300, np.uint16)).save(path)
+    data = sources.with_class_names(DataConfig(root=tmp_path, layout="auto"))
+    notes = [note for note in sources.read(data, data.train_split).notes if note.startswith(GREY_16)]
+    assert len(notes) == 1 and notes[0].startswith(f"{GREY_16}: 1, the first in ") and "a.png" in notes[0]
 
 
 @pytest.mark.parametrize("layout", ["labelImg", "Kaggle", "COCO with train.json", "YOLO", "LabelMe", "csv"])

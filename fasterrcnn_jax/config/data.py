@@ -65,8 +65,8 @@ class DataConfig:
     """folder of the data set with its annotations and images; layout vocdevkit: contains VOC2007 and VOC2012; tfds: the
     data_dir of TFDS"""
     layout: Layout = "voc"
-    """file layout of root; auto: recognised from the files in root; this also sets the other fields of the layout,
-    and the class names and splits that are not given"""
+    """file layout of root; auto: recognised from the files in root. This also sets the other fields of the layout, and
+    the class names and splits that are not given; so does a layout that is named, unless its fields are given"""
     voc_images: str = "JPEGImages"
     """layout voc: folder of a split's images, relative to root; may contain {split}"""
     voc_annotations: str = "Annotations"
@@ -86,7 +86,7 @@ class DataConfig:
     voc/2007:5.0.0"""
     class_names: tuple[str, ...] = ()
     """names of the object classes to train on, without background; objects of other classes are ignored; if empty: all
-    classes of the training split, in the order that the data declares, or sorted"""
+    classes of the data, in the order that it declares, or sorted"""
     train_split: str = "train"
     """splits to train on, joined by +; layout voc: NAME of ImageSets/Main/NAME.txt; vocdevkit: YEAR_NAME, for example
     2007_trainval; coco: the {split} of coco_annotations; tfds: a split of the data set, for example train, or a part of

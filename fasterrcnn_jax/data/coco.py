@@ -28,8 +28,7 @@ from fasterrcnn_jax.data.faults import (
     OTHER_CLASS,
     Faults,
     Found,
-    findings_of,
-    notes_of,
+    dataset_of,
     skipping,
     watched,
 )
@@ -166,9 +165,8 @@ def read_coco(
         area = np.where(np.isnan(area), box_areas(boxes), area)
         arrays = boxes, labels, difficult, crowd, area
         records.append(ImageRecord(str(image_id), image_path, image_hw, *arrays, upright=upright))
-    findings = findings_of(found)
     ids = _result_ids(class_names, {name: key for key, name in name_of.items()})
-    return Dataset(str(path), tuple(class_names), tuple(records), notes_of(findings), ids, findings)
+    return dataset_of(str(path), class_names, records, found, category_ids=ids)
 
 
 def category_names(annotation_path: Path | str, *, within: Path | None = None) -> tuple[str, ...]:

@@ -27,8 +27,7 @@ from fasterrcnn_jax.data.faults import (
     OTHER_CLASS,
     Faults,
     Found,
-    findings_of,
-    notes_of,
+    dataset_of,
     skipping,
     watched,
 )
@@ -81,7 +80,7 @@ class _Table(NamedTuple):
 
 def recognise(root: Path, *, within: Path | None = None) -> Layout | None:
     """Returns the layout if `root` holds tables of boxes; looks at the first lines of csv files to find out."""
-    tables = _tables(root) if root.is_dir() else {}
+    tables = _tables(root, within) if root.is_dir() else {}
     if not tables:
         return None
     path = next(iter(tables.values()))
@@ -97,21 +96,21 @@ def splits(root: Path | str, *, within: Path | None = None) -> tuple[str, ...]:
     A split is named after the table or its folder: train for train.csv, train_labels.csv and train/_annotations.csv. A
     single table without such a name is the split "all".
     """
-    return tuple(_tables(Path(root)))
+    return tuple(_tables(Path(root), within))
 
 
 def class_names_in(root: Path | str, split: str, *, within: Path | None = None) -> tuple[str, ...]:
     """Returns the class names of one split: those of a class file by their numbers, then others, sorted."""
     root = Path(root)
     files_below(root, within)  # refuses links
-    table = _read_table(_table_path(root, split))
+    table = _read_table(_table_path(root, split, within))
     place, corners = table.columns["class"], [table.columns[column] for column in CORNERS]
     names = {
         composed(fields[place].strip())
         for _, fields in table.lines
         if len(fields) == table.length and not all(is_unknown(fields[corner]) for corner in corners)
     }
-    declared = _declared(root)
+    declared = _declared(root, within)
     return (*declared, *sorted(names.difference(declared, ("",))))
 
 
@@ -147,7 +146,7 @@ def read_csv(
     name, found = f"{root} ({split})", defaultdict(list)
     label_of = labels_of(class_names)
     files = files_below(root, within)
-    path = _table_path(root, split)
+    path = _table_path(root, split, within)
     table = _read_table(path)
     _check_pixels(table)
     folder = path.parent.relative_to(root).as_posix()
@@ -201,8 +200,7 @@ def read_csv(
                     else:
                         found[OTHER_CLASS].append(f"{where}, class: {quoted(class_name)}")
             records.append(record_of(image, root / image, frame, objects, found))
-    findings = findings_of(found)
-    return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
+    return dataset_of(name, class_names, records, found)
 
 
 def _plain(text: str) -> str:
@@ -210,9 +208,9 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def _tables(root: Path) -> dict[str, Path]:
+def _tables(root: Path, within: Path | None) -> dict[str, Path]:
     """Returns the table of each split, in the order of the splits; looks at the first lines of each csv file."""
-    paths = [path for path in _csv_files(root) if _seems_table(path)]
+    paths = [path for path in _csv_files(root, within) if _seems_table(path)]
     tables = {}
     for path in paths:
         parts = (*re.split("[^a-z]+", path.stem.lower()), path.parent.name if path.parent != root else "")
@@ -223,9 +221,9 @@ def _tables(root: Path) -> dict[str, Path]:
     return {split: tables[split] for split in in_order(set(tables))}
 
 
-def _csv_files(root: Path) -> list[Path]:
+def _csv_files(root: Path, within: Path | None) -> list[Path]:
     # A linked folder can lead out of the data set.
-    folders = [root / folder for folder in FOLDERS if not (folder and (root / folder).is_symlink())]
+    folders = [root / folder for folder in FOLDERS if within is None or not (folder and (root / folder).is_symlink())]
     found = (path for folder in folders for path in sorted(folder.glob("*.[cC][sS][vV]")))
     return [path for path in found if not path.name.startswith(".") and path.is_file()]
 
@@ -236,10 +234,10 @@ def _seems_table(path: Path) -> bool:
     return False
 
 
-def _table_path(root: Path, split: str) -> Path:
+def _table_path(root: Path, split: str, within: Path | None) -> Path:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    tables = _tables(root)
+    tables = _tables(root, within)
     if split not in tables:
         raise no_such_split(f"{root}: no table of boxes is named {quoted(split)}", tuple(tables))
     return tables[split]
@@ -327,9 +325,9 @@ def _stated(size: tuple[str, str], has_columns: bool, field: str, found: Found) 
     return height, width
 
 
-def _declared(root: Path) -> tuple[str, ...]:
+def _declared(root: Path, within: Path | None) -> tuple[str, ...]:
     """Returns the class names of a class file of keras-retinanet, lines `name,number`, by their numbers."""
-    for path in _csv_files(root):
+    for path in _csv_files(root, within):
         if "class" in path.stem.lower() and not _seems_table(path):
             with contextlib.suppress(InputError):
                 lines = [fields for _, fields in _rows(read_text(path), path)]

@@ -57,6 +57,24 @@ def notes_of(findings: tuple[Finding, ...]) -> tuple[str, ...]:
     )
 
 
+def dataset_of(
+    name: str,
+    class_names: tuple[str, ...],
+    records: Iterable[ImageRecord],
+    found: Found,
+    *,
+    category_ids: tuple[int, ...] | None = None,
+) -> Dataset:
+    """Returns what a reader has read: the records, and what it found on the way as findings and notes.
+
+    Args:
+      category_ids: id of each class in result files; None: 1, 2, 3 and so on.
+    """
+    findings = findings_of(found)
+    ids = tuple(range(1, len(class_names) + 1)) if category_ids is None else category_ids
+    return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), ids, findings)
+
+
 def skip_undecodable(dataset: Dataset) -> Dataset:
     """Returns the data set without the images that cannot be decoded; decodes every image once.
 

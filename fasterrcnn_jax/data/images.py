@@ -77,13 +77,23 @@ _TURNS = {
 }
 
 
-def image_size(path: ImageFile, *, upright: bool = False, max_pixels: int = DataConfig.max_pixels) -> tuple[int, int]:
+def image_size(
+    path: ImageFile,
+    *,
+    upright: bool = False,
+    max_pixels: int = DataConfig.max_pixels,
+    found: dict[str, list[str]] | None = None,
+) -> tuple[int, int]:
     """Returns (height, width) as stored or, with `upright`, turned as EXIF says; reads only the header.
 
+    Args:
+      found: receives the note about 16 bits.
     Raises:
       InputError: the file is missing, empty, not an image, or has more than `max_pixels` pixels.
     """
     with _open(path, max_pixels) as image:
+        if found is not None and image.mode in _MODES_16:
+            found[GREY_16].append(str(path))
         return _shown_hw(image, upright)
 
 

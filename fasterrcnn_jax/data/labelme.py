@@ -22,8 +22,7 @@ from fasterrcnn_jax.data.faults import (
     OTHER_CLASS,
     Faults,
     Found,
-    findings_of,
-    notes_of,
+    dataset_of,
     skipping,
     watched,
 )
@@ -179,8 +178,7 @@ def read_labelme(
                     found,
                 )
     ordered = tuple(records[image] for image in sorted(records))
-    findings = findings_of(found)
-    return Dataset(name, tuple(class_names), ordered, notes_of(findings), tuple(label_of.values()), findings)
+    return dataset_of(name, class_names, ordered, found)
 
 
 def _seems_annotation(path: Path) -> bool:

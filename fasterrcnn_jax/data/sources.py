@@ -142,7 +142,8 @@ def understood(data: DataConfig) -> tuple[DataConfig, Layout | None]:
     if not names:
         # A fault of a file may be the reason, and reading says it.
         read(dataclasses.replace(data, class_names=("object",)), data.train_split)
-        raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name")
+        found = f"; {_seen(data.root)}" if layout is not None and NO_SIGN in layout.notes else ""
+        raise InputError(f"{data.root}: no object of the split {data.train_split} has a class name{found}")
     return dataclasses.replace(data, class_names=names), layout
 
 
@@ -323,10 +324,12 @@ def _as_named(root: Path, inner: Path, named: str, others: Sequence[Layout]) -> 
     data = DataConfig(root=inner, layout=named)
     with contextlib.suppress(InputError):
         if splits := _splits(data):
-            return Layout(f"layout {named}", "as data.layout says", data, splits)
+            return Layout(named, AS_NAMED, data, splits, (NO_SIGN,))
     raise InputError(f"{refused}: {_seen(inner)}{_WAYS.get(named, '')}")
 
 
+AS_NAMED = "as data.layout says"
+NO_SIGN = "no file shows that the folder has this layout"
 # What else helps where a folder has no files of a layout.
 _WAYS = {
     "voc": "; give other places with --data.voc_images, --data.voc_annotations and --data.voc_lists",
@@ -364,7 +367,7 @@ def placed(data: DataConfig) -> tuple[DataConfig, Layout | None]:
         return data, None
     if data.layout != AUTO and (_has_places(data) or not data.root.exists()):
         splits = _splits(data) if data.root.is_dir() else ()
-        layout = Layout(f"layout {data.layout}", "data.layout", dataclasses.replace(data, class_names=()), splits)
+        layout = Layout(data.layout, AS_NAMED, dataclasses.replace(data, class_names=()), splits)
     else:
         layout = _recognised(data.root, data.layout, data.follow_links)
     fields = {name: getattr(layout.data, name) for name in ("root", "layout", *PLACES)}

@@ -29,8 +29,7 @@ from fasterrcnn_jax.data.faults import (
     FAULTY_OBJECT,
     Faults,
     Found,
-    findings_of,
-    notes_of,
+    dataset_of,
     skipping,
     watched,
 )
@@ -116,11 +115,10 @@ def read_tfds(
             seen[record_id] = place
             image = StoredImage(place, functools.partial(_image_bytes, source, index, place))
             records.append(ImageRecord(record_id, image, image_hw, *_arrays(rows)))
-    findings = findings_of(found)
     is_coco = builder.info.name == "coco" and stored_names == coco.CLASS_NAMES
     ids = _COCO_IDS if is_coco else range(1, 1 + len(stored_names))
     category_ids = tuple(ids[index_of[class_name]] for class_name in class_names)
-    return Dataset(dataset_name, tuple(class_names), tuple(records), notes_of(findings), category_ids, findings)
+    return dataset_of(dataset_name, class_names, records, found, category_ids=category_ids)
 
 
 def class_names_of(root: Path | str, name: str, *, within: Path | None = None) -> tuple[str, ...]:

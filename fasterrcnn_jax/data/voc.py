@@ -26,8 +26,7 @@ from fasterrcnn_jax.data.faults import (
     OTHER_CLASS,
     Faults,
     Found,
-    findings_of,
-    notes_of,
+    dataset_of,
     skipping,
     watched,
 )
@@ -179,8 +178,7 @@ def read_voc(
             records.append(ImageRecord(image_id, image_path, image_hw, *arrays, upright=upright))
     if places.counts_from == 1 and 0 < decimals == objects:
         found[DECIMALS].append(name)
-    findings = findings_of(found)
-    return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
+    return dataset_of(name, class_names, records, found)
 
 
 def splits(root: Path | str, places: Places = OWN_PLACES) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from fasterrcnn_jax.data.faults import (
     OTHER_CLASS,
     Faults,
     Found,
+    dataset_of,
     findings_of,
     notes_of,
     skipping,
@@ -157,7 +158,7 @@ def read_yolo(
     images = _images_of(description, split, found, faults)
     for image in watched(images, f"reading {name}", len(images)):
         with skipping(FAULTY_IMAGE, found, faults):
-            image_hw = image_size(root / image, upright=True, max_pixels=max_pixels)
+            image_hw = image_size(root / image, upright=True, max_pixels=max_pixels, found=found)
             objects, label_path = [], _label_path(image, description.files)
             if label_path is None:
                 found[NO_LABELS].append(str(root / image))
@@ -171,8 +172,7 @@ def read_yolo(
                     else:
                         found[OTHER_CLASS].append(f"{where}: {quoted(class_name)}")
             records.append(record_of(image, root / image, (image_hw, True), objects, found, slack=SLACK))
-    findings = findings_of(found)
-    return Dataset(name, tuple(class_names), tuple(records), notes_of(findings), tuple(label_of.values()), findings)
+    return dataset_of(name, class_names, records, found)
 
 
 def _sign(root: Path, within: Path | None) -> str | None:
