@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fasterrcnn_jax.config import Config, DataConfig
-from fasterrcnn_jax.config.checks import AUTO
+from fasterrcnn_jax.config.checks import AUTO, fitted
 from fasterrcnn_jax.config.data import Layout
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.data.records import Dataset
@@ -22,8 +22,9 @@ from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.processes import per_device
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
-from fasterrcnn_jax.training.evaluation import also_used, is_within
+from fasterrcnn_jax.training.evaluation import also_used, chose_among_several, is_within
 from fasterrcnn_jax.training.preparation import stored_split
+from fasterrcnn_jax.training.progress import evaluated_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,10 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
     also = ""
     if config is not None and (arguments.root is None or _is_own_data(arguments, config)):
-        chose = is_within(split, config.train.best_split or config.data.test_split)
+        chosen_on = config.train.best_split or config.data.test_split
+        evaluated = evaluated_steps(checkpoint.run_of(ckpt), chosen_on)
+        last = fitted(config.train.steps, "train.steps")
+        chose = is_within(split, chosen_on) and chose_among_several(config.train, last=last, evaluated=len(evaluated))
         also = also_used(chose=chose, trained=is_within(split, config.data.train_split))
     return Evaluated(split, also, dataset, found)
 

@@ -36,7 +36,7 @@ from fasterrcnn_jax.training import (
     replay,
     run_folder,
 )
-from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, outcome_of
+from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, chose_among_several, outcome_of
 from fasterrcnn_jax.training.expected_time import Evaluations
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.patience import Patience
@@ -140,7 +140,8 @@ def fit(
         proposals=given.get(data.train_split),
     )
 
-    checkpoints = checkpoint.open_checkpoints(run, keep=train.keep_checkpoints)
+    choice = checkpoint.Choice(stage.metric, best_split)
+    checkpoints = checkpoint.open_checkpoints(run, keep=train.keep_checkpoints, choice=choice)
     model = first_model(config, stage, fresh=checkpoints.latest is None)
     if checkpoints.latest is None:
         say(f"model      {parameter_count(model):,} parameters")
@@ -158,17 +159,34 @@ def fit(
         run_folder.write_config(config, run)
     if run == config.run:
         # A process that was killed, or a user who removed the checkpoints, may have left another one.
-        checkpoint.write_best(checkpoints, run, metric=stage.metric)
+        checkpoint.write_best(checkpoints, run, choice=choice)
+    before = checkpoint.best(checkpoints, choice)
+    if before is not None and before.choice not in (None, choice):
+        (old_metric, old_split), (metric, split) = before.choice, choice
+        say(
+            f"best       {metric} on {split} chooses from the next evaluation on; it is not compared with {old_metric} "
+            f"on {old_split}, which chose before"
+        )
+        before = None
     fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
     evaluations = Evaluations.of(splits[best_split], config.model.image, steps=steps, every=evaluate_every)
     canvases = canvases_of(train_set, config.model.image)
-    progress = Progress(stage, train_set, metrics, done=done, canvases=canvases, evaluations=evaluations)
+    progress = Progress(
+        stage,
+        train_set,
+        metrics,
+        done=done,
+        canvases=canvases,
+        evaluations=evaluations,
+        afterwards=detected_afterwards(config, stage, splits, known=evaluations.canvases),
+        checkpoint_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+    )
     report, saver = LateReport(progress.write), checkpoint.DeferredSave(checkpoints)
     batch_size = processes.per_device(train.batch_size // train.accumulate)
     evaluator = Evaluator(stage, splits, given, best_split, metrics, batch_size)
-    patience = Patience(train, checkpoint.best(checkpoints))
+    patience = Patience(train, before)
     if patience.is_over(done) and done < steps:
         say(f"the training ended at step {done} by train.patience; a larger one trains on")
     result, stop = None, False
@@ -192,11 +210,15 @@ def fit(
             if is_due or saver.pending is not None:
                 report.flush()
             # The loss of this step is finite, so the state before it is worth keeping.
-            if saver.confirm() and run == config.run:
-                checkpoint.write_best(checkpoints, run, metric=stage.metric)
+            if saver.pending is not None:
+                if saver.confirm() and run == config.run:
+                    checkpoint.write_best(checkpoints, run, choice=choice)
+                progress.restart_clock()
             if is_due:
                 position, seen = batches.get_state(), fingerprint.text()
-                saver.offer(checkpoint.snapshot(state, config=config, iterator_state=position, data=seen))
+                saver.offer(
+                    checkpoint.snapshot(state, config=config, iterator_state=position, data=seen, choice=choice)
+                )
             if is_last or (evaluate_every and number % evaluate_every == 0):
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
@@ -223,10 +245,13 @@ def fit(
         for name in stage.proposes_on:
             path = run_folder.proposals_path(run, name)
             stored_proposals(path, model, splits[name], batch_size=batch_size, implementation=train.implementation)
-        shown, chosen = last, None
+        shown, chosen, chosen_on = last, None, None
         if run == config.run:
-            chosen = checkpoint.write_best(checkpoints, run, metric=stage.metric)
-            best = checkpoint.best(checkpoints)
+            chosen = checkpoint.write_best(checkpoints, run, choice=choice)
+            best = checkpoint.best(checkpoints, choice)
+            deciding = best_split if best is None or best.choice is None else best.choice.split
+            if chose_among_several(train, last=last, evaluated=metrics.evaluations(deciding)):
+                chosen_on = deciding
             if best is not None and best.step != last:
                 # The best checkpoint is what `load` takes, so it is what the table shows.
                 own = backbone_class(config.model.backbone)
@@ -235,10 +260,26 @@ def fit(
         shown_before = done >= last and run != config.run
         if not shown_before and (result is None or best_split != data.test_split):
             result = evaluator.evaluate(model, data.test_split, shown)
+        if last > done:
+            progress.say_time(last)
     if result is None:
         return None
-    splits_of = {"chosen_on": best_split, "shown_on": data.test_split, "trained_on": data.train_split}
+    splits_of = {"chosen_on": chosen_on, "shown_on": data.test_split, "trained_on": data.train_split}
     return outcome_of(stage, result, last, chosen=chosen, **splits_of)
+
+
+def detected_afterwards(
+    config: Config, stage: Stage, splits: dict[str, Dataset], *, known: frozenset[tuple[int, int]]
+) -> list[Evaluations]:
+    """Returns the sets of images that a stage detects objects in after its last step and its last evaluation.
+
+    Args:
+      known: canvases that detection is compiled for by then.
+    """
+    test = config.data.test_split
+    names = [*stage.proposes_on, *([test] if (stage.train.best_split or test) != test else [])]
+    whole = [Evaluations.of(splits[name], config.model.image, steps=1, every=0) for name in names]
+    return [detected._replace(canvases=detected.canvases - known) for detected in whole]
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:

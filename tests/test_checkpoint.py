@@ -485,9 +485,12 @@ def test_meta_is_plain_text(run):
     assert json.loads(text["config"])["data"]["class_names"] == list(tiny.CLASS_NAMES)
 
 
+CHOICE = checkpoint.Choice("AP50", "test")
+
+
 def write_best(run):
     with checkpoint.open_checkpoints(run, keep=2) as checkpoints:
-        return checkpoint.write_best(checkpoints, run, metric="AP50")
+        return checkpoint.write_best(checkpoints, run, choice=CHOICE)
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +502,7 @@ def step_of(run):
 
 
 def test_best_is_a_copy_of_the_best_checkpoint_for_detection_alone(copied, config, step_of, tmp_path):
-    assert write_best(copied) == "step 1, AP50 0.500"
+    assert write_best(copied) == "step 1, AP50 0.500 on test"
     best = copied / "best"
     assert {path.name for path in best.iterdir() if path.is_dir()} == {"model", "meta"}
     assert not best.is_symlink() and not any(path.is_symlink() for path in best.rglob("*"))
@@ -546,9 +549,9 @@ def test_a_process_killed_while_it_writes_best_leaves_the_old_or_the_new_one(
         with checkpoint.open_checkpoints(copied, keep=2) as checkpoints, monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)
             with pytest.raises(Killed):
-                checkpoint.write_best(checkpoints, copied, metric="AP50")
+                checkpoint.write_best(checkpoints, copied, choice=CHOICE)
         assert step_of(copied) == (3 if name == "rmtree" else 1)
-    assert write_best(copied) == "step 3, AP50 0.900" and step_of(copied) == 3
+    assert write_best(copied) == "step 3, AP50 0.900 on test" and step_of(copied) == 3
     assert {path.name for path in copied.iterdir()} == {"checkpoints", "best"}
 
 
@@ -588,4 +591,36 @@ def test_the_best_checkpoint_is_the_latest_of_several_with_the_same_metric():
     measured = ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25))
     found = [types.SimpleNamespace(step=step, metrics={"best": metric}) for step, metric in measured]
     found.append(types.SimpleNamespace(step=10, metrics=None))
-    assert inspect.unwrap(checkpoint.best)(types.SimpleNamespace(checkpoints=found)) == (6, 0.75)
+    assert inspect.unwrap(checkpoint.best)(types.SimpleNamespace(checkpoints=found)) == (6, 0.75, None)
+
+
+OTHER = checkpoint.Choice("AP", "val")
+
+
+def save_chosen(run, config, values, choice, *, first=1):
+    with checkpoint.open_checkpoints(run, keep=1, choice=choice) as checkpoints:
+        for step, value in enumerate(values, start=first):
+            state = blank_state()._replace(step=jnp.int32(step))
+            checkpoint.save(checkpoints, state=state, config=config, iterator_state={}, measured=value, choice=choice)
+
+
+def chosen(run, choice):
+    with checkpoint.open_checkpoints(run, keep=1, choice=choice) as checkpoints:
+        return checkpoint.best(checkpoints, choice), checkpoint.write_best(checkpoints, run, choice=choice)
+
+
+def test_values_of_another_metric_are_not_compared_and_the_line_names_metric_and_split(tmp_path, config):
+    save_chosen(tmp_path, config, (0.9, 0.8), CHOICE)
+    # Nothing was measured by the other choice yet.
+    assert chosen(tmp_path, OTHER) == ((1, 0.9, CHOICE), "step 1, AP50 0.900 on test")
+    save_chosen(tmp_path, config, (0.1,), OTHER, first=3)
+    assert chosen(tmp_path, OTHER) == ((3, 0.1, OTHER), "step 3, AP 0.100 on val")
+    save_chosen(tmp_path, config, (0.3, 0.2), OTHER, first=4)
+    assert chosen(tmp_path, OTHER) == ((4, 0.3, OTHER), "step 4, AP 0.300 on val")
+    assert steps_in(tmp_path) == [4, 5]
+
+
+def test_a_metric_that_an_earlier_release_stored_without_its_name_is_compared(tmp_path, config):
+    save_chosen(tmp_path, config, (0.9,), None)
+    save_chosen(tmp_path, config, (0.8,), CHOICE, first=2)
+    assert chosen(tmp_path, CHOICE) == ((1, 0.9, None), "step 1, AP50 0.900 on test")

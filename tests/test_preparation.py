@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import re
+import shutil
+import types
 
 import exports
 import jax
@@ -143,6 +145,42 @@ def test_a_split_for_the_report_that_does_not_exist_is_refused(tmp_path):
     assert used(prepared) == ("train", "val", "train")
 
 
+def test_the_folder_of_a_run_is_evaluated_in_the_parts_of_the_run_and_another_folder_whole(tmp_path, monkeypatch):
+    write_labelimg(tmp_path / "set", 10)
+    prepared = prepare(configured(tmp_path / "set", tmp_path / "run"))
+    preparation.write_division(prepared)
+    (tmp_path / "run/checkpoints/1").mkdir(parents=True)
+    shutil.copytree(tmp_path / "set", tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    model = types.SimpleNamespace(class_names=prepared.config.data.class_names)
+
+    def evaluated(root, **arguments):
+        arguments = evaluate_script.Arguments(ckpt=tmp_path / "run", root=root, **arguments)
+        split, dataset = evaluate_script._dataset(arguments, prepared.config, model)
+        return split, [record.id for record in dataset.records]
+
+    of_run = "val", list(prepared.division["val"])
+    # The same folder in other words.
+    for root in (None, tmp_path / "set", preparation.Path("set"), tmp_path / "other/../set"):
+        assert evaluated(root) == of_run
+    assert evaluated(tmp_path / "set", split="train") == ("train", list(prepared.division["train"]))
+    split, ids = evaluated(tmp_path / "other")
+    assert split == "all" and len(ids) == 10
+    # A layout that is named is that of the folder, not the one of the run.
+    assert evaluated(tmp_path / "other", layout="voc") == (split, ids)
+
+
+def test_a_continued_run_keeps_the_split_that_chooses_its_checkpoint(tmp_path):
+    for number, split in enumerate(("train", "test")):
+        write_labelimg(tmp_path / "set" / split, 2, first=2 * number)
+    config = configured(tmp_path / "set", tmp_path / "run")
+    first = prepare(config)
+    run_folder.write_config(first.config, tmp_path / "run")
+    write_labelimg(tmp_path / "set/val", 2, first=8)
+    assert used(prepare(config)) == used(first) == ("train", "test", "test")
+    assert used(prepare(dataclasses.replace(config, run=tmp_path / "other"))) == ("train", "val", "test")
+
+
 # ---------------------------------------------------------------- a layout that is named
 
 
@@ -203,6 +241,14 @@ def test_a_folder_without_labels_is_refused_with_what_it_contains(tmp_path, aske
     (tmp_path / "set/notes.txt").touch()
     with pytest.raises(InputError, match=f"not of layout {asked}, which data.layout names: the folder contains 1 of"):
         prepare(configured(tmp_path / "set", tmp_path / "run", layout=asked))
+
+
+def test_images_without_labels_are_refused_with_what_the_folder_contains(tmp_path):
+    write_labelimg(tmp_path / "set", 2)
+    for path in (tmp_path / "set").glob("*.xml"):
+        path.unlink()
+    with pytest.raises(InputError, match="has a class name; the folder contains 2 of .png, and no annotations"):
+        prepare(configured(tmp_path / "set", tmp_path / "run", layout="yolo"))
 
 
 def test_labels_that_show_no_sign_of_their_layout_are_read_where_it_is_named(tmp_path):
@@ -302,11 +348,12 @@ def test_a_folder_is_trained_on_and_evaluated(tmp_path, monkeypatch):
     assert status == 0, said
     order = ["data       my set: PASCAL VOC", "classes    2", "images     all 2", "run        runs/my set", "mAP "]
     assert sorted(order, key=said.index) == order
-    assert "split      all, also used to choose the checkpoint and trained on" in said
+    # One evaluation chooses nothing.
+    assert "split      all, also trained on" in said
     assert (tmp_path / "runs/my set/best").is_dir()
     # Images whose names have blanks: the table is there, and every file that can be.
     status, said = called(evaluate_script.main, "runs/my set")
     assert status == 0 and "\nclass " in said and "lack 2 images whose id has white space" in said, said
-    assert "also used to choose the checkpoint and trained on" in said
+    assert ", also trained on" in said
     written = {path.name for path in (tmp_path / "runs/my set/evaluation/all").iterdir()}
     assert written == {"detections.json", "comp4_det_all_disc.txt", "comp4_det_all_square.txt"}

@@ -1,5 +1,6 @@
 """The training loop reports a step, and saves a checkpoint, one step late."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -10,10 +11,14 @@ import pytest
 import tiny
 
 from fasterrcnn_jax import printing
+from fasterrcnn_jax.scripts import train as train_script
 from fasterrcnn_jax.structures import LossTerms
 from fasterrcnn_jax.training import checkpoint
+from fasterrcnn_jax.training import progress as progress_module
 from fasterrcnn_jax.training.checkpoint import DeferredSave, Snapshot
 from fasterrcnn_jax.training.expected_time import (
+    CHECKPOINT,
+    CHECKPOINT_RATE,
     DETECTION,
     DETECTION_COMPILATION,
     Evaluations,
@@ -77,10 +82,10 @@ def batch():
     return types.SimpleNamespace(images=images, image_index=np.array([0]), image_valid=np.array([True]))
 
 
-def progress_of(config, data, metrics, *, evaluations=1):
+def progress_of(config, data, metrics, *, evaluations=1, **options):
     canvases = frozenset({(64, 96)})
     plan = Evaluations(evaluations, 1, canvases)
-    return Progress(stages_of(config)[0], data, metrics, done=0, canvases=canvases, evaluations=plan)
+    return Progress(stages_of(config)[0], data, metrics, done=0, canvases=canvases, evaluations=plan, **options)
 
 
 def test_the_expected_time_is_said_once_after_ten_steps(tmp_path, capsys):
@@ -102,13 +107,77 @@ def test_the_expected_time_counts_steps_compilations_and_evaluations():
     timed = [TimedStep(here, 10.0), TimedStep(here, 1.0), TimedStep(here, 1.1), TimedStep(here, 0.9)]
     seconds = functools.partial(expected_seconds, timed, batch_size=4)
     none = Evaluations(0, 8, frozenset({here}))
-    assert seconds(steps=100, canvases=frozenset({here}), evaluations=none) == pytest.approx(100.0)
-    assert seconds(steps=100, canvases=frozenset({here, there}), evaluations=none) == pytest.approx(109.0)
-    evaluated = seconds(steps=100, canvases=frozenset({here}), evaluations=none._replace(number=3))
+    assert seconds(steps=100, canvases=frozenset({here}), evaluations=[none]) == pytest.approx(100.0)
+    assert seconds(steps=100, canvases=frozenset({here, there}), evaluations=[none]) == pytest.approx(109.0)
+    evaluations = [none._replace(number=3)]
+    evaluated = seconds(steps=100, canvases=frozenset({here}), evaluations=evaluations)
     assert evaluated == pytest.approx(100.0 + 3 * 8 * 0.25 * DETECTION + 9.0 * DETECTION_COMPILATION)
+    # The test images come last; detection is compiled once for each canvas.
+    evaluations.append(Evaluations(1, 20, frozenset({here})))
+    tested = seconds(steps=100, canvases=frozenset({here}), evaluations=evaluations)
+    assert tested - evaluated == pytest.approx(20 * 0.25 * DETECTION)
+    saved = seconds(
+        steps=100, canvases=frozenset({here}), evaluations=[none], checkpoints=3, checkpoint_bytes=12 * 10**7
+    )
+    assert saved == pytest.approx(100.0 + 3 * (CHECKPOINT + 12e7 / CHECKPOINT_RATE))
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (700.0, "12 min"), (12_000.0, "3 h 20 min")])
+def test_what_a_stage_detects_after_its_last_step_is_counted(tmp_path):
+    config = tiny.config(tmp_path)
+    data = {
+        name: tiny.dataset(tmp_path / name, [(np.zeros((9, 9, 3), np.uint8), [], [])] * n)
+        for name, n in (("train", 3), ("val", 2), ("test", 1))
+    }
+    (stage,) = stages_of(config)
+    assert train_script.detected_afterwards(config, stage, data, known=frozenset()) == []
+    apart = stage._replace(train=dataclasses.replace(config.train, best_split="val"), proposes_on=("train",))
+    found = train_script.detected_afterwards(config, apart, data, known=frozenset())
+    assert [(of.number, of.images) for of in found] == [(1, 3), (1, 1)] and found[0].canvases
+    (one, other) = train_script.detected_afterwards(config, apart, data, known=found[0].canvases)
+    assert not one.canvases and not other.canvases
+
+
+def test_the_end_says_what_the_training_took_and_what_was_expected(tmp_path, capsys):
+    config = tiny.config(tmp_path, steps=40)
+    data = tiny.dataset(tmp_path / "images", [(np.zeros((9, 9, 3), np.uint8), [], [])])
+    config.run.mkdir()
+    numbers = StepMetrics(**dict.fromkeys(StepMetrics._fields, 1.0))
+    metrics = MetricsWriter(config.run, after=0)
+    with metrics, progress_of(config, data, metrics) as progress:
+        progress.say_time(3)
+        assert re.fullmatch(r"took       \d+ s\n", capsys.readouterr().out)
+        for number in range(1, 41):
+            progress.write(StepReport(number, numbers, batch(), data_wait=0.0))
+        expected = re.match(r"expected   (\d+ s) for", capsys.readouterr().out)[1]
+        progress.say_time(40)
+        said = capsys.readouterr().out
+        took = rf"took       \d+ s after the first 10 steps of this start \(expected: {expected}\)\n"
+        assert re.fullmatch(took, said), said
+        # A training that ended early is not compared.
+        progress.say_time(30)
+        assert "expected" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_counts_as_time_that_is_left(tmp_path, capsys, monkeypatch):
+    config = tiny.config(tmp_path, steps=40)
+    data = tiny.dataset(tmp_path / "images", [(np.zeros((9, 9, 3), np.uint8), [], [])])
+    config.run.mkdir()
+    numbers = StepMetrics(**dict.fromkeys(StepMetrics._fields, 1.0))
+    metrics = MetricsWriter(config.run, after=0)
+    asked = []
+    monkeypatch.setattr(progress_module, "expected_seconds", lambda *_, **of: asked.append(of) or 1.0)
+    with metrics, progress_of(config, data, metrics, checkpoint_bytes=7) as progress:
+        for number in range(1, 12):
+            progress.write(StepReport(number, numbers, batch(), data_wait=0.0))
+    (of,) = asked
+    # Every second step and the last one.
+    assert (of["checkpoints"], of["checkpoint_bytes"], of["steps"]) == (15, 7, 30)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(45.4, "45 s"), (371.0, "6 min 10 s"), (89.6, "1 min 30 s"), (700.0, "12 min"), (12_000.0, "3 h 20 min")],
+)
 def test_a_duration_is_said_in_few_words(seconds, words):
     assert in_words(seconds) == words
 

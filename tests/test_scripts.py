@@ -124,7 +124,8 @@ def test_a_run_prints_its_table_and_where_things_are(trained):
     assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-4])
     assert lines[-3] == "split      test, also used to choose the checkpoint"
     assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
-    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d", lines[-1])
+    assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d on test", lines[-1])
+    assert sum(bool(line.startswith("took       ")) for line in lines) == 1
 
 
 def table_of(out):
@@ -200,7 +201,9 @@ def test_a_finished_run_started_again_evaluates_without_training(folder, trained
     assert status == 0 and f"from step {STEPS}" in out
     assert "compiling the training step" not in err
     assert [line["step"] for line in lines_of(run, "gradient_norm")] == list(range(1, STEPS + 1))
-    assert table_of(out) == table_of(trained[1])
+    # It evaluates a checkpoint whose numbers are already there.
+    assert [line["step"] for line in lines_of(run, "test/AP50")] == [4, STEPS]
+    assert table_of(out) == table_of(trained[1]) and "also used to choose the checkpoint" in out and "took " not in out
     for name, value in values_of(run).items():
         np.testing.assert_array_equal(value, before[name])
 
@@ -212,7 +215,7 @@ class Worsening:
         pass
 
     def evaluate(self, model, split, number):
-        return Score({"AP50": 0.5**number / 2}, "headline", "class \ntable", [], None)
+        return Score({"AP50": 0.5**number / 2, "AP": 0.5**number / 4}, "headline", "class \ntable", [], None)
 
 
 def test_a_run_whose_evaluations_do_not_improve_ends_early_and_stays_ended(folder, tmp_path, monkeypatch):
@@ -226,6 +229,41 @@ def test_a_run_whose_evaluations_do_not_improve_ends_early_and_stays_ended(folde
     status, out, err = train(folder, *fields, "--train.patience", 3)
     assert status == 0 and "from step 3" in out, err
     assert [line["step"] for line in lines_of(tmp_path / "run", "gradient_norm")] == [1, 2, 3, 4]
+    # Another metric chooses from here; its values are smaller, and they are not compared with those before.
+    status, out, err = train(folder, *fields, "--train.patience", 1, "--train.best_metric", "AP")
+    assert status == 0 and "from step 4" in out, err
+    changed = "best       AP on test chooses from the next evaluation on; it is not compared with AP50 on test, which"
+    assert f"{changed} chose before" in out and "step 6: the training ends" not in out
+    assert f"best       {tmp_path}/run/best: step 5, AP 0.008 on test" in out
+    status, out, err = train(folder, *fields, "--train.patience", 1, "--train.best_metric", "AP")
+    assert status == 0 and "not compared" not in out and "step 5, AP 0.008 on test" in out
+
+
+class Single(Worsening):
+    """An evaluator that writes its numbers, as the real one does."""
+
+    def __init__(self, stage, splits, given, best_split, metrics, batch_size):
+        self.metrics = metrics
+
+    def evaluate(self, model, split, number):
+        result = super().evaluate(model, split, number)
+        self.metrics.write(number, {f"{split}/{name}": value for name, value in result.values.items()})
+        return result
+
+
+def test_one_evaluation_at_the_end_chooses_nothing_and_a_second_one_does(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(train_script, "Evaluator", Single)
+    fields = ("--run", run, "--train.evaluate_every", 0)
+    status, out, err = train(folder, *fields, "--train.steps", 2)
+    assert status == 0 and "\nsplit      test\n" in out, err
+    status, evaluated, err = called(evaluate_script.main, run)
+    assert status == 0 and "also used" not in evaluated, err
+    # A longer run has two evaluated checkpoints, and the best of them is shown.
+    status, out, err = train(folder, *fields, "--train.steps", 4)
+    assert status == 0 and "\nsplit      test, also used to choose the checkpoint\n" in out, err
+    status, evaluated, err = called(evaluate_script.main, run)
+    assert status == 0 and "of " in evaluated and ", also used to choose the checkpoint\n" in evaluated, err
 
 
 class Poisoned:
@@ -251,6 +289,31 @@ def stopped(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "training_batches", lambda *a, **k: Poisoned(original(*a, **k), 5))
         return run, train(folder, "--run", run)
+
+
+def poison(patch, at):
+    original = loader.training_batches
+    patch.setattr(loader, "training_batches", lambda *a, **k: Poisoned(original(*a, **k), at))
+
+
+def test_best_is_written_during_the_run_and_follows_the_checkpoints_that_are_left(folder, tmp_path, monkeypatch):
+    run, first = tmp_path / "run", ("--train.evaluate_every", 2)
+    monkeypatch.setattr(train_script, "Evaluator", Worsening)
+    with monkeypatch.context() as patch:
+        poison(patch, 6)  # the checkpoint of step 4 is written in step 5
+        refused(train(folder, "--run", run, *first), "step 6: ")
+    assert steps_in(run) == [2, 4] and same_weights(run / "best", run / "checkpoints" / "2")
+    # The best checkpoint is taken away, and a process is killed before it writes another one.
+    shutil.rmtree(run / "checkpoints" / "2")
+    with monkeypatch.context() as patch:
+        poison(patch, 1)
+        refused(train(folder, "--run", run, *first), "step 5: ")
+    assert steps_in(run) == [4] and same_weights(run / "best", run / "checkpoints" / "4")
+
+
+def same_weights(one, other):
+    values = values_of(other)
+    return all(np.array_equal(value, values[name]) for name, value in values_of(one).items())
 
 
 def test_a_nan_loss_stops_the_run_and_names_step_loss_and_images(stopped, folder):
@@ -375,6 +438,8 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
     assert status == 0, err
     assert "compiling detection for images (3, 96, 96, 3)" in err
     assert re.search(r"^AP50 [01]\.\d\d$", out, re.MULTILINE) and "also used" not in out
+    # The folder is that of the run.
+    assert re.search(r"^split +train of .*, also trained on$", out, re.MULTILINE)
     assert (tmp_path / "files" / "comp4_det_train_ring.txt").is_file()
 
 
@@ -384,8 +449,8 @@ def test_evaluate_takes_a_step_a_split_a_folder_and_a_batch_size(trained, tmp_pa
         (("--data.root", "nowhere"), "nowhere"),
         (("--data.train_split", "trian"), "trian"),
         (("--data.class_names", "rings", "disc"), "no object in .* is named 'rings'; did you mean 'ring'"),
-        (("--data.layout", "coco"), r"instances_train.json: not found; download images and annotations"),
-        (("--data.layout", "vocdevkit"), r"split 'train': in a VOCdevkit it must be YEAR_NAME"),
+        (("--data.layout", "coco"), r"not of layout coco, .* but PASCAL VOC .*; use --data.layout voc or auto"),
+        (("--data.layout", "vocdevkit"), r"not of layout vocdevkit, .* use --data.layout voc or auto"),
         (("--train.batch_size", "6"), r"train.batch_size is 6, not a multiple of the \d+ devices"),
         (("--run", "mine.py"), "mine.py"),
     ],

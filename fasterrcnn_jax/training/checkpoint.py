@@ -48,15 +48,26 @@ _VALUE = "/value"
 
 # Format version of the checkpoints that are written. Version 1 has no entry "version" and is otherwise the same.
 VERSION = 2
+# Metrics lie in 0..1.
+MAX_METRIC = 10.0
 # Of all arrays of a part. Orbax stores each of our arrays in one chunk.
 MAX_CHUNKS = 100_000
 
 
-def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
+class Choice(NamedTuple):
+    """How the best checkpoint is chosen."""
+
+    metric: str  # its name, such as AP50
+    split: str  # split that it is measured on
+
+
+def open_checkpoints(run: Path, *, keep: int, choice: Choice | None = None) -> ocp.training.Checkpointer:
     """Returns the checkpointer of a run folder. It keeps the newest `keep` checkpoints and the best one.
 
     Damaged checkpoints are renamed with a warning, so that the newest remaining one is intact.
 
+    Args:
+      choice: as in `best`.
     Raises:
       InputError: there are checkpoints, but none of them is intact; or a folder's name is a number in another form
         than 500.
@@ -80,7 +91,9 @@ def open_checkpoints(run: Path, *, keep: int) -> ocp.training.Checkpointer:
                 policies.LatestN(keep),
                 policies.BestN(
                     n=1,
-                    get_metric_fn=_decisive,
+                    get_metric_fn=lambda metrics: (
+                        _decisive(metrics) - (MAX_METRIC if _is_other(metrics, choice) else 0)
+                    ),
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
@@ -96,6 +109,7 @@ class Snapshot(NamedTuple):
     config: Config
     iterator_state: dict[str, Any]
     data: str | None = None  # fingerprint of the data
+    choice: Choice | None = None  # what `measured` is; None: it is not stored
     measured: float | None = None  # the metric that decides which checkpoint is best; None: not evaluated
 
 
@@ -110,9 +124,16 @@ def closing(checkpoints: ocp.training.Checkpointer) -> Iterator[None]:
     checkpoints.close()
 
 
-def snapshot(state: TrainState, *, config: Config, iterator_state: dict[str, Any], data: str | None = None) -> Snapshot:
+def snapshot(
+    state: TrainState,
+    *,
+    config: Config,
+    iterator_state: dict[str, Any],
+    data: str | None = None,
+    choice: Choice | None = None,
+) -> Snapshot:
     """Returns a copy of everything that a checkpoint stores."""
-    return Snapshot(jax.tree.map(lambda leaf: np.array(leaf), state), config, iterator_state, data)
+    return Snapshot(jax.tree.map(lambda leaf: np.array(leaf), state), config, iterator_state, data, choice)
 
 
 class DeferredSave:
@@ -168,11 +189,13 @@ def save(
     iterator_state: dict[str, Any],
     measured: float | None,
     data: str | None = None,
+    choice: Choice | None = None,
 ) -> None:
     """Writes the checkpoint of `state.step` and waits until it is complete. Only then are older checkpoints deleted.
 
     Args:
       data: fingerprint of the data.
+      choice: what `measured` is.
     Raises:
       OSError: the checkpoint cannot be written; older checkpoints are unchanged.
     """
@@ -180,7 +203,9 @@ def save(
     parts = {
         part: {path: np.asarray(leaf) for path, leaf in _by_path(tree).items()} for part, tree in _parts(state).items()
     }
-    metrics: dict[str, Any] | None = None if measured is None or math.isnan(measured) else {"best": measured}
+    metrics: dict[str, Any] | None = None
+    if measured is not None and not math.isnan(measured):
+        metrics = {"best": measured} | ({} if choice is None else choice._asdict())
     texts = {
         "version": str(VERSION),
         "config": to_json(config),
@@ -307,6 +332,7 @@ def load_run_config(path: str | Path) -> Config:
 class Best(NamedTuple):
     step: int
     metric: float
+    choice: Choice | None = None  # what `metric` is; None: an earlier release has stored it without its name
 
 
 def _decisive(metrics: Any) -> float:
@@ -314,26 +340,47 @@ def _decisive(metrics: Any) -> float:
     return metrics["best"]
 
 
-def best(checkpoints: ocp.training.Checkpointer) -> Best | None:
-    """Returns the checkpoint with the best metric, the latest if several are equal; None if none was evaluated."""
-    measured = [Best(found.step, _decisive(found.metrics)) for found in checkpoints.checkpoints if found.metrics]
+def _choice_of(metrics: Any) -> Choice | None:
+    """Returns what the metric of a checkpoint is; None if it does not say so."""
+    texts = [metrics.get(name) for name in Choice._fields]
+    return Choice(*texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def _is_other(metrics: Any, choice: Choice | None) -> bool:
+    """Returns whether a checkpoint was measured by another metric, or on another split, than the choice."""
+    return choice is not None and _choice_of(metrics) not in (None, choice)
+
+
+def best(checkpoints: ocp.training.Checkpointer, choice: Choice | None = None) -> Best | None:
+    """Returns the checkpoint with the best metric, the latest if several are equal; None if none was evaluated.
+
+    Args:
+      choice: how the best checkpoint is chosen. Values of another metric or split are not compared with those of this
+        one; where there are no others, the best of those that were measured like the latest is returned.
+    """
+    stored = [found for found in checkpoints.checkpoints if found.metrics]
+    own = [found for found in stored if not _is_other(found.metrics, choice)]
+    if stored and not own:
+        latest = _choice_of(max(stored, key=lambda found: found.step).metrics)
+        own = [found for found in stored if _choice_of(found.metrics) == latest]
+    measured = [Best(found.step, _decisive(found.metrics), _choice_of(found.metrics)) for found in own]
     return max(measured, key=lambda found: (found.metric, found.step), default=None)
 
 
-def write_best(checkpoints: ocp.training.Checkpointer, run: Path, *, metric: str) -> str | None:
+def write_best(checkpoints: ocp.training.Checkpointer, run: Path, *, choice: Choice) -> str | None:
     """Makes RUN/best a copy of the best checkpoint, or of the newest one if none was evaluated.
 
     The copy holds `model` and `meta`, which detection needs, and no state of the optimizer. A process that is killed
     leaves the old copy or the new one. Several processes may call this; the first one writes.
 
     Args:
-      metric: name of the metric that decides which checkpoint is best.
+      choice: as in `best`.
     Returns:
-      Which checkpoint it is, for a message, such as "step 40, AP50 0.812"; None if there is no checkpoint.
+      Which checkpoint it is, for a message, such as "step 40, AP50 0.812 on val"; None if there is no checkpoint.
     Raises:
       OSError: the copy cannot be written.
     """
-    found, newest = best(checkpoints), checkpoints.latest
+    found, newest = best(checkpoints, choice), checkpoints.latest
     if newest is None:
         return None
     step = newest.step if found is None else found.step
@@ -341,7 +388,8 @@ def write_best(checkpoints: ocp.training.Checkpointer, run: Path, *, metric: str
         _replace_best(_path_of(checkpoints, step), run)
     if found is None:
         return f"step {step}, the newest, because no checkpoint was evaluated"
-    return f"step {step}, {metric} {found.metric:.3f}"
+    metric, split = found.choice or choice
+    return f"step {step}, {metric} {found.metric:.3f} on {split}"
 
 
 def _replace_best(checkpoint: Path, run: Path) -> None:

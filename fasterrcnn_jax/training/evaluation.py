@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.inference.drawing import comparison_sheet, shown_positions
 from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
@@ -21,6 +23,16 @@ class Outcome(NamedTuple):
     lines: tuple[str, ...]  # the table, and where the files are
 
 
+def chose_among_several(train: TrainConfig, *, last: int, evaluated: int) -> bool:
+    """Returns whether evaluations decided which checkpoint is the best: one evaluation alone chooses nothing.
+
+    Args:
+      last: the last step.
+      evaluated: number of steps with an evaluation on the deciding split, as far as it is known.
+    """
+    return evaluated > 1 or 0 < fitted(train.evaluate_every, "train.evaluate_every") < last
+
+
 def also_used(*, chose: bool, trained: bool) -> str:
     """Returns what the images of a table were used for before, as the end of a sentence."""
     uses = ["used to choose the checkpoint"] * chose + ["trained on"] * trained
@@ -33,18 +45,25 @@ def is_within(split: str, whole: str) -> bool:
 
 
 def outcome_of(
-    stage: Stage, result: Score, last: int, *, chosen: str | None, chosen_on: str, shown_on: str, trained_on: str
+    stage: Stage,
+    result: Score,
+    last: int,
+    *,
+    chosen: str | None,
+    chosen_on: str | None,
+    shown_on: str,
+    trained_on: str,
 ) -> Outcome:
     """Returns the results that a stage ends with.
 
     Args:
       last: the last step.
       chosen: what RUN/best is, as `checkpoint.write_best` says it; None: the stage has no such folder.
-      chosen_on: split that chose the best checkpoint.
+      chosen_on: split that chose the best checkpoint; None: nothing was chosen.
       shown_on: split of `result`.
       trained_on: split of the training images.
     """
-    chose = chosen_on == shown_on and chosen is not None
+    chose = chosen is not None and chosen_on is not None and is_within(shown_on, chosen_on)
     also = also_used(chose=chose, trained=is_within(shown_on, trained_on))
     lines = [*result.table.split("\n"), f"split      {shown_on}{also}"]
     lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")

@@ -15,6 +15,8 @@ FIRST_STEPS = 10
 DETECTION = 0.4
 # Seconds to compile detection on one canvas over seconds to compile a training step.
 DETECTION_COMPILATION = 0.6
+# Seconds to write a small checkpoint, and bytes per second of a large one: two CPU cores, with the digests.
+CHECKPOINT, CHECKPOINT_RATE = 0.3, 60e6
 
 
 class TimedStep(NamedTuple):
@@ -41,7 +43,9 @@ def expected_seconds(
     steps: int,
     batch_size: int,
     canvases: frozenset[tuple[int, int]],
-    evaluations: Evaluations,
+    evaluations: Sequence[Evaluations],
+    checkpoints: int = 0,
+    checkpoint_bytes: int = 0,
 ) -> float:
     """Returns the expected seconds after the timed steps.
 
@@ -49,6 +53,9 @@ def expected_seconds(
       timed: the first steps of this start.
       steps: number of steps that are left.
       canvases: canvases of the training images.
+      evaluations: detections in sets of images that are left; `canvases` of each: those that are not compiled yet.
+      checkpoints: number of checkpoints that are left.
+      checkpoint_bytes: size of each.
     """
     first, later = {}, []
     for step in timed:
@@ -58,18 +65,24 @@ def expected_seconds(
             first[step.canvas] = step.seconds
     typical = statistics.median(later or first.values())
     compilation = max(0.0, statistics.mean(first.values()) - typical)
-    detection = typical / batch_size * DETECTION * evaluations.images
+    images = sum(detected.number * detected.images for detected in evaluations)
+    # Detection is compiled once for each canvas.
+    new = frozenset().union(*(detected.canvases for detected in evaluations if detected.number))
     return (
         steps * typical
         + compilation * len(canvases - set(first))
-        + evaluations.number * detection
-        + (compilation * DETECTION_COMPILATION * len(evaluations.canvases) if evaluations.number else 0.0)
+        + typical / batch_size * DETECTION * images
+        + compilation * DETECTION_COMPILATION * len(new)
+        + checkpoints * (CHECKPOINT + checkpoint_bytes / CHECKPOINT_RATE)
     )
 
 
 def in_words(seconds: float) -> str:
-    """Returns a duration such as 45 s, 12 min or 3 h 20 min."""
-    if seconds < 90:
+    """Returns a duration such as 45 s, 6 min 10 s, 12 min or 3 h 20 min."""
+    if seconds < 89.5:
         return f"{seconds:.0f} s"
+    if seconds < 595:
+        tens = round(seconds / 10) * 10
+        return f"{tens // 60} min {tens % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

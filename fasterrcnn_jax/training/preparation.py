@@ -121,7 +121,9 @@ def _prepared(config: Config, stored: Config | None) -> Prepared:
     if stored is not None:
         config = adopted(config, stored)
     train = config.train
-    if train.best_split is None:
+    if train.best_split is None and stored is not None:
+        train = dataclasses.replace(train, best_split=stored.train.best_split)
+    elif train.best_split is None:
         train = dataclasses.replace(train, best_split=_validation(data, (*parts, *splits_of_data)))
     config = dataclasses.replace(config, data=data, train=train)
     splits = {name: parts[name] if name in parts else sources.open_split(data, name) for name in split_names(config)}

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError, NonFiniteLossError
 from fasterrcnn_jax.inference.drawing import Pixels, batch_sheet, save_image
@@ -84,6 +85,25 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int else None
 
 
+def evaluated_steps(run: Path, split: str) -> set[int]:
+    """Returns the steps whose evaluation on a split is in the metrics of a run; none if they cannot be read."""
+    path = metrics_path(run)
+    try:
+        check_regular(path)
+        lines = path.read_bytes().splitlines(keepends=True)
+    except (InputError, OSError):
+        return set()
+    steps = {line: _step_of(line) for line in lines}
+    return {
+        step for line, step in steps.items() if step is not None and _has_evaluation(json.loads(line.decode()), split)
+    }
+
+
+def _has_evaluation(names: Iterable[str], split: str) -> bool:
+    # The numbers of an evaluation have names such as test/AP50.
+    return any(name.startswith(f"{split}/") for name in names)
+
+
 class MetricsWriter:
     """Appends the numbers of each step to metrics.jsonl and to TensorBoard events. With `silent` it writes nothing.
 
@@ -104,15 +124,19 @@ class MetricsWriter:
         except OSError as error:
             raise InputError(f"{path} cannot be read and written: {error.strerror or error}") from error
         for line in kept:
-            self._note(**json.loads(line))
+            values = json.loads(line)
+            self._note(values["step"], values)
         self._board = TensorBoard(run, purge_step=after + 1)
 
     def has(self, step: int, names: Iterable[str]) -> bool:
         """Returns whether an evaluation with numbers of these names is written for `step`."""
         return self._evaluated.get(step, set()).issuperset(names)
 
-    def _note(self, step: int, **values: object) -> None:
-        # The numbers of an evaluation have names such as test/AP50.
+    def evaluations(self, split: str) -> int:
+        """Returns the number of steps with an evaluation on a split."""
+        return sum(_has_evaluation(names, split) for names in self._evaluated.values())
+
+    def _note(self, step: int, values: Mapping[str, object]) -> None:
         names = {name for name in values if "/" in name}
         if names:
             self._evaluated.setdefault(step, set()).update(names)
@@ -129,7 +153,7 @@ class MetricsWriter:
             self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         except OSError as error:
             raise InputError(f"{metrics_path(self._run)} cannot be written: {error.strerror or error}") from error
-        self._note(step, **values)
+        self._note(step, values)
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
@@ -198,16 +222,22 @@ class Progress:
         done: int,
         canvases: frozenset[tuple[int, int]],
         evaluations: Evaluations,
+        afterwards: Sequence[Evaluations] = (),
+        checkpoint_bytes: int = 0,
     ):
-        """Starts the bar.
+        """Starts the bar and the clock.
 
         Args:
           done: number of steps that were completed before this start.
           canvases: canvases of the training images.
-          evaluations: the evaluations of the whole stage.
+          evaluations: the evaluations of the whole stage that choose the best checkpoint.
+          afterwards: detections of other images after the last step.
+          checkpoint_bytes: size of a checkpoint.
         """
         self._stage, self._train_set, self._metrics = stage, train_set, metrics
-        self._canvases, self._evaluations = canvases, evaluations
+        self._canvases, self._evaluations, self._afterwards = canvases, evaluations, afterwards
+        self._checkpoint_bytes = checkpoint_bytes
+        self._started, self._expected = time.perf_counter(), None
         self._rates = learning_rates(stage.train)
         self._steps = len(self._rates)
         self._timed: list[TimedStep] = []
@@ -221,7 +251,7 @@ class Progress:
         self._bar.close()
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last report out of the next rate: an evaluation does not make a step slow."""
+        """Leaves the time since the last report out of the next rate: an evaluation or a checkpoint is no step."""
         self._reported = time.perf_counter()
 
     def write(self, report: StepReport) -> None:
@@ -257,6 +287,7 @@ class Progress:
 
     def _say_expected_time(self, number: int) -> None:
         done = self._evaluations.number * number // self._steps
+        every = fitted(self._stage.train.checkpoint_every, "train.checkpoint_every")
         # After the first evaluation, detection is compiled.
         canvases = frozenset() if done else self._evaluations.canvases
         left = self._evaluations._replace(number=self._evaluations.number - done, canvases=canvases)
@@ -265,9 +296,26 @@ class Progress:
             steps=self._steps - number,
             batch_size=self._stage.train.batch_size,
             canvases=self._canvases,
-            evaluations=left,
+            evaluations=(left, *self._afterwards),
+            checkpoints=self._steps // every - number // every + (self._steps % every > 0),
+            checkpoint_bytes=self._checkpoint_bytes,
         )
-        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {left.number} evaluations")
+        number_of = left.number + sum(evaluations.number for evaluations in self._afterwards)
+        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {number_of} evaluations")
+        self._expected = time.perf_counter(), seconds
+
+    def say_time(self, number: int) -> None:
+        """Says how long the training took to step `number`, with its evaluations; and how long was expected.
+
+        A training that ended early has no expected time.
+        """
+        now = time.perf_counter()
+        if self._expected is None or number < self._steps:
+            say(f"took       {in_words(now - self._started)}")
+            return
+        since, seconds = self._expected
+        first = f"the first {FIRST_STEPS} steps of this start"
+        say(f"took       {in_words(now - since)} after {first} (expected: {in_words(seconds)})")
 
 
 def finite_metrics(step: int, metrics: StepMetrics, image_ids: list[str]) -> dict[str, float]:
