@@ -277,8 +277,13 @@ def detected_afterwards(
       known: canvases that detection is compiled for by then.
     """
     test = config.data.test_split
-    names = [*stage.proposes_on, *([test] if (stage.train.best_split or test) != test else [])]
-    whole = [Evaluations.of(splits[name], config.model.image, steps=1, every=0) for name in names]
+
+    def once(name: str) -> Evaluations:
+        return Evaluations.of(splits[name], config.model.image, steps=1, every=0)
+
+    whole = [once(name)._replace(shown=0) for name in stage.proposes_on]
+    if (stage.train.best_split or test) != test:
+        whole.append(once(test))
     return [detected._replace(canvases=detected.canvases - known) for detected in whole]
 
 

@@ -70,12 +70,16 @@ def progress_bar(
 
 
 class _Lines:
-    """An output for tqdm that makes each of its refreshes a line."""
+    """An output for tqdm that makes each of its refreshes a line, and equal ones in a row a single line."""
+
+    def __init__(self) -> None:
+        self._last = ""
 
     def write(self, text: str) -> None:
         text = text.strip()
-        if text:
+        if text and text != self._last:
             print(text, file=sys.stderr, flush=True)
+            self._last = text
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -280,8 +280,9 @@ def test_the_image_beside_the_file_is_taken_where_image_path_names_another(folde
     assert boxes_by_name(dataset) == expected() and sentences(dataset) == [labelme.OTHER_IMAGE]
 
 
-def test_a_missing_size_is_that_of_the_image(folder):
-    change(folder, imageHeight=..., imageWidth=...)
+@pytest.mark.parametrize("side", [..., None, "", 0, -1, "-1", "0.0"])
+def test_a_missing_size_is_that_of_the_image(folder, side):
+    change(folder, imageHeight=side, imageWidth=side)
     dataset = read_labelme(folder, "all", CLASSES)
     assert boxes_by_name(dataset) == expected() and sentences(dataset) == [labelme.NO_SIZE]
 

@@ -309,6 +309,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch
     else:
         assert "\r" not in said and "\x1b" not in said
         assert re.fullmatch(r"((0 of 9 steps|voc: \d of 3 images), 00:00\n)+", said) and "voc: 3 of 3" in said
+        # The bar refreshes again where it closes.
+        lines = said.splitlines()
+        assert all(one != other for one, other in zip(lines, lines[1:], strict=False))
 
 
 def test_hostile_names_keep_the_columns_of_a_table(tmp_path, capsys):

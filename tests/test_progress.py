@@ -116,6 +116,9 @@ def test_the_expected_time_counts_steps_compilations_and_evaluations():
     evaluations.append(Evaluations(1, 20, frozenset({here})))
     tested = seconds(steps=100, canvases=frozenset({here}), evaluations=evaluations)
     assert tested - evaluated == pytest.approx(20 * 0.25 * DETECTION)
+    # Batches are filled up, and the proposals of the images that are drawn are computed once more.
+    drawn = seconds(steps=100, canvases=frozenset({here}), evaluations=[Evaluations(3, 5, frozenset({here}), 2)])
+    assert drawn == pytest.approx(100.0 + 3 * (8 + 4) * 0.25 * DETECTION + 9.0 * DETECTION_COMPILATION)
     saved = seconds(
         steps=100, canvases=frozenset({here}), evaluations=[none], checkpoints=3, checkpoint_bytes=12 * 10**7
     )
@@ -132,7 +135,7 @@ def test_what_a_stage_detects_after_its_last_step_is_counted(tmp_path):
     assert train_script.detected_afterwards(config, stage, data, known=frozenset()) == []
     apart = stage._replace(train=dataclasses.replace(config.train, best_split="val"), proposes_on=("train",))
     found = train_script.detected_afterwards(config, apart, data, known=frozenset())
-    assert [(of.number, of.images) for of in found] == [(1, 3), (1, 1)] and found[0].canvases
+    assert [(of.number, of.images, of.shown) for of in found] == [(1, 3, 0), (1, 1, 1)] and found[0].canvases
     (one, other) = train_script.detected_afterwards(config, apart, data, known=found[0].canvases)
     assert not one.canvases and not other.canvases
 

@@ -76,10 +76,12 @@ def roboflow(folder):
 
 
 def roboflow_by_program(folder):
+    """The number of the classes is written with decimals."""
     roboflow(folder)
     yaml(
         folder,
-        "names:\n- square\n- disc\nnc: 2\ntest: ../test/images\ntrain: Pets-1/train/images\nval: Pets-1/valid/images\n",
+        "names:\n- square\n- disc\nnc: 2.0\ntest: ../test/images\n"
+        "train: Pets-1/train/images\nval: Pets-1/valid/images\n",
     )
 
 
@@ -309,6 +311,7 @@ YAML_FAULTS = {
     "deep": ("a: " + "[" * 50_000, ["data.yaml", "20 nested lists"]),
     "long": ("train: a\nnames: [" + "a, " * 50_000 + "]", ["data.yaml", "at most", "characters"]),
     "a count that differs": ("train: images/train\nnc: 3\nnames: [a, b]", ["data.yaml, nc", "2", "'3'"]),
+    "a count of other digits": ("train: images/train\nnc: 20\nnames: [a, b]", ["data.yaml, nc", "2", "'20'"]),
     "no name": ("train: images/train\nnames: [a, '']", ["data.yaml, names[1]", "''"]),
     "a name that is a list": ("train: images/train\nnames: [a, [b]]", ["data.yaml, names[1]", "['b']"]),
     "a key that is no number": ("train: images/train\nnames: {a: b}", ["data.yaml, names['a']", "class number"]),

@@ -266,7 +266,7 @@ def _frame(
 ) -> tuple[tuple[int, int], bool]:
     """Returns the (height, width) that the shapes refer to, and whether it is that of the upright image."""
     sides: tuple[Any, Any] = content.get("imageHeight"), content.get("imageWidth")
-    if any(is_unknown(side) or side in (0, -1) for side in sides):
+    if any(is_unknown(side) or (_is_number(side) and float(side) in (0, -1)) for side in sides):
         found[NO_SIZE].append(field)
         return annotated_frame(path, None, field, found, max_pixels=max_pixels)
     for key, side in zip(("imageHeight", "imageWidth"), sides, strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.config.checks import AUTO
+from fasterrcnn_jax.config.data import Layout as LayoutName
 from fasterrcnn_jax.data import coco, csv_table, labelme, tfds, voc, yolo
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
@@ -262,7 +263,7 @@ def recognise(root: Path, *, follow_links: bool = False) -> Layout:
     return layout._replace(data=dataclasses.replace(layout.data, class_names=_names_of_layout(layout)))
 
 
-def _recognised(root: Path, named: str, follow_links: bool) -> Layout:
+def _recognised(root: Path, named: LayoutName, follow_links: bool) -> Layout:
     """Returns the same as `recognise`, but the class names only where recognising reads them anyway.
 
     Args:
@@ -308,7 +309,7 @@ def _fitting(root: Path, within: Path | None) -> tuple[list[Layout], list[InputE
     return [layout for layout in fitting if layout is not None], faults
 
 
-def _as_named(root: Path, inner: Path, named: str, others: Sequence[Layout]) -> Layout:
+def _as_named(root: Path, inner: Path, named: LayoutName, others: Sequence[Layout]) -> Layout:
     """Returns the layout that `data.layout` names, of a folder that shows no sign of it.
 
     The reader may still find its files: YOLO labels that are all empty, for example.

@@ -276,7 +276,7 @@ def _names(content: dict[str, Any], path: Path) -> dict[int, str]:
     if names and max(names) >= MAX_CLASSES:
         raise InputError(f"{path}, names: class numbers must be below {MAX_CLASSES}, got {max(names)}")
     count = content.get("nc", "")
-    if names and count != "" and count != str(len(names)):
+    if names and count != "" and not re.fullmatch(rf"\+?0*{len(names)}(\.0*)?", str(count).strip()):
         raise InputError(f"{path}, nc: must be the number of names, {len(names)}, got {quoted(count)}")
     return names
 

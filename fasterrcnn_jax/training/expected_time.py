@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.data.transforms import canvases_of
+from fasterrcnn_jax.inference.drawing import shown_positions
 
 # The estimate is made after this many steps.
 FIRST_STEPS = 10
@@ -30,11 +31,13 @@ class Evaluations(NamedTuple):
     number: int
     images: int  # in each of them
     canvases: frozenset[tuple[int, int]]  # of these images
+    shown: int = 0  # images whose proposals are computed once more, to be drawn
 
     @classmethod
     def of(cls, dataset: Dataset, image: ImageConfig, *, steps: int, every: int) -> "Evaluations":
         """Returns the evaluations on a data set after every `every` steps, or after the last step if `every` is 0."""
-        return cls(math.ceil(steps / every) if every else 1, len(dataset.records), canvases_of(dataset, image))
+        number, shown = math.ceil(steps / every) if every else 1, len(shown_positions(dataset))
+        return cls(number, len(dataset.records), canvases_of(dataset, image), shown)
 
 
 def expected_seconds(
@@ -65,7 +68,12 @@ def expected_seconds(
             first[step.canvas] = step.seconds
     typical = statistics.median(later or first.values())
     compilation = max(0.0, statistics.mean(first.values()) - typical)
-    images = sum(detected.number * detected.images for detected in evaluations)
+
+    def in_batches(images: int) -> int:
+        # The last batch is filled up.
+        return math.ceil(images / batch_size) * batch_size
+
+    images = sum(of.number * (in_batches(of.images) + in_batches(of.shown)) for of in evaluations)
     # Detection is compiled once for each canvas.
     new = frozenset().union(*(detected.canvases for detected in evaluations if detected.number))
     return (
