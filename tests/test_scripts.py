@@ -25,6 +25,7 @@ from PIL import Image
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.sources import open_split
 from fasterrcnn_jax.data.training_set import prepare_training_set
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.scoring import Score
 from fasterrcnn_jax.training import checkpoint
 
@@ -305,9 +306,13 @@ def test_best_is_written_during_the_run_and_follows_the_checkpoints_that_are_lef
     assert steps_in(run) == [2, 4] and same_weights(run / "best", run / "checkpoints" / "2")
     # The best checkpoint is taken away, and a process is killed before it writes another one.
     shutil.rmtree(run / "checkpoints" / "2")
+
+    def killed(*_, **__):
+        raise InputError("killed before the first step")
+
     with monkeypatch.context() as patch:
-        poison(patch, 1)
-        refused(train(folder, "--run", run, *first), "step 5: ")
+        patch.setattr(train_script, "MetricsWriter", killed)
+        refused(train(folder, "--run", run, *first), "killed before the first step")
     assert steps_in(run) == [4] and same_weights(run / "best", run / "checkpoints" / "4")
 
 
