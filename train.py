@@ -55,7 +55,6 @@ from fasterrcnn_jax.training.step import (
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 from fasterrcnn_jax.zoo import load_weights
 
@@ -150,7 +149,7 @@ def fit(
         state, position = restored
         loader.set_position(batches, position, str(run))
         say(f"continuing {run} from step {state.step}")
-    state, done = replicate(state), int(state.step)
+    state, done = processes.replicate(state), int(state.step)
     if config.replay is not None:
         replay_step(config.replay, stage, graphdef, state, step, batches, config.model.image)
         return None

@@ -171,11 +171,13 @@ def test_detection_takes_the_best_given_proposals_up_to_the_limit_of_detection(d
     scores = np.linspace(1, 0.5, 12, dtype=np.float32)
     seen = []
 
-    def nothing(model, images, image_hw, proposals, *, implementation):
+    def nothing(model, rows):
+        images, _, proposals = rows
         seen.extend(found[valid] for found, valid in zip(proposals.scores, proposals.valid))
         return Detections(*(np.zeros((len(images), 1, *more), kind) for more, kind in SHAPES))
 
-    monkeypatch.setattr(inference, "jitted_detect_in_proposals", nothing)
+    monkeypatch.setattr(inference, "on_devices", lambda *_: nothing)
+    monkeypatch.setattr(inference, "replicate", lambda model, devices: model)
     model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
     stored = {record.id: ImageProposals(boxes, scores) for record in dataset.records}
     found = inference.detect_dataset_in_proposals(model, dataset, stored, batch_size=5)
