@@ -45,6 +45,12 @@ def test_proposals_come_back_bit_for_bit(tmp_path, counts):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_boxes_are_stored_by_rows_however_they_lie_in_memory(tmp_path):
+    boxes = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    write_proposals(tmp_path / "a", {"x": ImageProposals(boxes, np.ones(3, np.float32))}, made_by="w")
+    np.testing.assert_array_equal(read_proposals(tmp_path / "a")[0]["x"].boxes, boxes)
+
+
 def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "train.safetensors"
     write_proposals(path, made_up((2,)), made_by="first")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fasterrcnn_jax.data.loader import evaluation_batches
+from fasterrcnn_jax.data.proposal_files import best_of_each
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
 from fasterrcnn_jax.inference.prediction import to_original
 from fasterrcnn_jax.kernels.choice import Implementation
@@ -68,13 +69,13 @@ def detect_dataset_in_proposals(
       proposals: stored proposals by image id. For each image, the best `test_proposals.post_nms_top_n` are used.
     """
     limit = model.config.test_proposals.post_nms_top_n
-    best = {name: ImageProposals(boxes[:limit], scores[:limit]) for name, (boxes, scores) in proposals.items()}
+    used = best_of_each(proposals, limit)
 
     def find(model: Detector, batch: Batch, devices: Devices) -> Detections:
         found = on_devices(detect_in_proposals, implementation, tuple(devices))
         return found(model, (batch.images, batch.image_hw, batch.proposals))
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=best)
+    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=used)
 
 
 def propose_dataset(
@@ -88,7 +89,7 @@ def propose_dataset(
     def find(model: Detector, batch: Batch, devices: Devices) -> Detections:
         found = on_devices(find_proposals, implementation, tuple(devices))
         proposals = found(model, (batch.images, batch.image_hw, batch.scale))
-        labels = np.zeros_like(proposals.valid, np.int32)
+        labels: Any = np.zeros_like(proposals.valid, np.int32)
         return Detections(proposals.boxes, proposals.scores, labels, proposals.valid)
 
     found = _over_dataset(model, dataset, find, batch_size=batch_size, title=f"proposals {dataset.name}")

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image
 
@@ -93,7 +94,7 @@ def _of_pillow(image: Image.Image, name: str) -> Rgb:
 
 def is_traced(value: Any) -> bool:
     """Returns whether a tree of values holds one that a transformation of JAX is tracing."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
 def device_images(

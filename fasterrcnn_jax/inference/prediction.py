@@ -6,7 +6,7 @@ With a JAX array, traced or not, all of it runs on the device, as one program.
 import dataclasses
 import functools
 from collections import defaultdict
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,28 +51,6 @@ OnDeviceCanvas = tuple[
     Float[Array, "b 2"],
     Float[Array, "b 2"],
 ]
-
-
-@overload
-def predict(
-    model: Detector,
-    images: Array,
-    *,
-    batch_size: int = 1,
-    score_threshold: float = 0.0,
-    implementation: Implementation = None,
-) -> Detections: ...
-
-
-@overload
-def predict(
-    model: Detector,
-    images: Any,
-    *,
-    batch_size: int = 1,
-    score_threshold: float = 0.0,
-    implementation: Implementation = None,
-) -> Prediction | list[Prediction]: ...
 
 
 def predict(
@@ -264,7 +242,7 @@ def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: tuple
     canvases = fitted(config.canvases, "model.image.canvases")
     if canvas is None:
         canvas = canvas_for((height, width), config)
-    elif tuple(canvas) not in canvases:
+    elif canvas not in canvases:
         raise ValueError(f"canvas must be one of model.image.canvases = {canvases}, got {canvas}")
     if size is None:
         size = np.full((count, 2), (height, width), np.int32)
@@ -277,7 +255,7 @@ def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: tuple
         given = np.asarray(size)
         if (given < 0).any() or (given > (height, width)).any():
             raise ValueError(f"size must lie within the array, {height} x {width} pixels, got {given.tolist()}")
-    draw = functools.partial(resized_onto_canvas, config=config, canvas=tuple(canvas))
+    draw = functools.partial(resized_onto_canvas, config=config, canvas=canvas)
     return jax.vmap(draw)(pixels, jnp.asarray(size, jnp.int32).reshape(count, 2))
 
 
