@@ -18,6 +18,7 @@ from jaxtyping import PyTree, Shaped
 
 from fasterrcnn_jax.config import DistributedConfig
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.kernels import choice
 
 AXIS = "batch"
 # The class is in JAX's compiled part, which has no types for checkers.
@@ -91,6 +92,23 @@ def device_line() -> str:
     line = f"device     {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     if devices[0].platform == "cpu" and NVIDIA_DRIVER.exists():
         line += "; this computer has an NVIDIA GPU, but JAX does not see it: pip install 'jax[cuda13]'"
+    return line
+
+
+def kernel_line(implementation: choice.Implementation) -> str | None:
+    """Returns the line that says why a GPU runs without the kernels of this package; None if it runs with them.
+
+    Args:
+      implementation: as in `detect`. Who names one has chosen, and is told nothing.
+    """
+    if implementation is not None or choice.device()[0] != "cuda":
+        return None
+    reason = choice.not_chosen_here()
+    if reason is None:
+        return None
+    line = f"kernels    none: NMS and region features run as plain JAX, because a kernel cannot run here: {reason}"
+    if jax.__version_info__[:2] < choice.OLDEST_JAX:
+        line += "; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]'"
     return line
 
 
