@@ -2,7 +2,7 @@
 
 RUN is --ckpt without the flag. The model and the configuration come from the checkpoint. Prints the average precision
 per class, and writes the detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the
-RPN's proposals cover.
+RPN's proposals cover. With --given FILE, detects in the proposals of a file instead of the RPN's.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.config.checks import AUTO, fitted
 from fasterrcnn_jax.config.data import Layout
 from fasterrcnn_jax.data import sources
+from fasterrcnn_jax.data.proposal_files import own_proposals
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
@@ -48,6 +49,9 @@ class Arguments:
     run"""
     proposals: bool = False
     """print the recall of the proposals instead of detecting; use it for an RPN that was trained alone"""
+    given: Path | None = None
+    """file of proposals to detect in, instead of the RPN's; {split} in it stands for the name of the split; None: the
+    file that a run of train.scheme fast_rcnn names, and for any other run the RPN's proposals"""
     out: Path | None = None
     """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file"""
 
@@ -91,10 +95,30 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     config = None if ckpt.is_file() else checkpoint.load_run_config(ckpt)
     if config is not None and config.train.scheme == "rpn" and not arguments.proposals:
         raise InputError(f"--ckpt {ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals")
+    given = arguments.given
+    if config is not None and config.train.scheme == "fast_rcnn":
+        if arguments.proposals:
+            raise InputError(f"--ckpt {ckpt}: this is a box head trained alone, without an RPN; leave out --proposals")
+        given = given or config.data.proposals
+    if given is not None and arguments.proposals:
+        raise InputError(
+            f"--given {given}: the proposals of a file are not the RPN's; leave out --given or --proposals"
+        )
     split, dataset = _dataset(arguments, config, model)
     batch_size = arguments.batch_size or _batch_size(config)
-    of = "proposals" if arguments.proposals else "detections"
-    found = score(model, dataset, of=of, batch_size=batch_size, implementation=arguments.implementation)
+    of = "proposals" if arguments.proposals else "detections" if given is None else "detections in given proposals"
+    proposals = None
+    if given is not None:
+        field, limit = "model.test_proposals.post_nms_top_n", model.config.test_proposals.post_nms_top_n
+        proposals = own_proposals(given, split, dataset, field=field, limit=limit)
+    found = score(
+        model,
+        dataset,
+        of=of,
+        given=proposals,
+        batch_size=batch_size,
+        implementation=arguments.implementation,
+    )
     also = ""
     if config is not None and (arguments.root is None or _is_own_data(arguments, config)):
         chosen_on = config.train.best_split or config.data.test_split

@@ -21,6 +21,7 @@ from fasterrcnn_jax.config import Config, ImageConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.fingerprint import Fingerprint
+from fasterrcnn_jax.data.proposal_files import best_of_each, own_proposals
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.data.transforms import canvases_of
 from fasterrcnn_jax.errors import InputError
@@ -55,7 +56,6 @@ from fasterrcnn_jax.training.step import (
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 from fasterrcnn_jax.zoo import load_weights
 
@@ -88,10 +88,13 @@ def train_stages(config: Config) -> Outcome | None:
         stages = (failed_stage(stages, config.replay),)
     for stage in stages:
         check_batch_size(config, stage)
-    for sentence in (*understood, processes.device_line(), f"run        {config.run}"):
-        say(sentence)
+    kernels = processes.kernel_line(config.train.implementation)
+    for sentence in (*understood, processes.device_line(), kernels, f"run        {config.run}"):
+        if sentence is not None:
+            say(sentence)
     # Process 0 compares the data for all.
-    fingerprint = Fingerprint(splits if processes.is_main() else {})
+    given = proposals_given_to(config, stages[0], splits) if config.train.scheme == "fast_rcnn" else {}
+    fingerprint = Fingerprint(splits, given) if processes.is_main() else Fingerprint({})
     # A replay writes nothing.
     lock = run_folder.locked(config.run) if config.replay is None else contextlib.nullcontext()
     outcome = None
@@ -128,7 +131,10 @@ def fit(
     checkpoint_every = fitted(train.checkpoint_every, "train.checkpoint_every")
     evaluate_every = fitted(train.evaluate_every, "train.evaluate_every")
     best_split = train.best_split or data.test_split
-    given = proposals_given_to(stage, splits)
+    given = proposals_given_to(config, stage, splits)
+    trained_on = given.get(data.train_split)
+    if trained_on is not None:
+        trained_on = best_of_each(trained_on, config.model.train_proposals.post_nms_top_n)
     batches = loader.training_batches(
         train_set,
         data,
@@ -137,7 +143,7 @@ def fit(
         seed=train.seed,
         steps=steps,
         process=processes.process(),
-        proposals=given.get(data.train_split),
+        proposals=trained_on,
     )
 
     choice = checkpoint.Choice(stage.metric, best_split)
@@ -151,7 +157,7 @@ def fit(
         state, position = restored
         loader.set_position(batches, position, str(run))
         say(f"continuing {run} from step {state.step}")
-    state, done = replicate(state), int(state.step)
+    state, done = processes.replicate(state), int(state.step)
     if config.replay is not None:
         replay_step(config.replay, stage, graphdef, state, step, batches, config.model.image)
         return None
@@ -294,8 +300,17 @@ def check_batch_size(config: Config, stage: Stage) -> None:
     processes.check_batch_size(stage.train.batch_size, accumulate=config.train.accumulate, field=field)
 
 
-def proposals_given_to(stage: Stage, splits: dict[str, Dataset]) -> dict[str, dict[str, ImageProposals]]:
-    """Returns the stored proposals that a stage uses instead of the RPN's proposals, by split and image id."""
+def proposals_given_to(
+    config: Config, stage: Stage, splits: dict[str, Dataset]
+) -> dict[str, dict[str, ImageProposals]]:
+    """Returns the proposals that a stage uses instead of the RPN's proposals, by split and image id: stored, or own."""
+    if stage.own_proposals is not None:
+        found = {}
+        for name, dataset in splits.items():
+            part = "train_proposals" if name == config.data.train_split else "test_proposals"
+            limit, field = getattr(config.model, part).post_nms_top_n, f"model.{part}.post_nms_top_n"
+            found[name] = own_proposals(stage.own_proposals, name, dataset, field=field, limit=limit)
+        return found
     if stage.proposals is None:
         return {}
     paths = {name: run_folder.proposals_path(stage.proposals, name) for name in splits}

@@ -31,14 +31,13 @@ from fasterrcnn_jax.config import ModelConfig, TrainConfig
 from fasterrcnn_jax.config.families import resnet_c4, resnet_fpn
 from fasterrcnn_jax.models.detector import create_detector
 from fasterrcnn_jax.models.faster_rcnn import detect
+from fasterrcnn_jax.processes import AXIS, replicate
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.step import (
-    AXIS,
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 
 INPUT_SETS = 2

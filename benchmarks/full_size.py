@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fasterrcnn_jax.data import loader, sources  # noqa: E402
 from fasterrcnn_jax.data.training_set import prepare_training_set  # noqa: E402
 from fasterrcnn_jax.models.detector import create_detector  # noqa: E402
-from fasterrcnn_jax.processes import AXIS, check_batch_size  # noqa: E402
+from fasterrcnn_jax.processes import AXIS, check_batch_size, replicate  # noqa: E402
 from fasterrcnn_jax.scripts import cli  # noqa: E402
 from fasterrcnn_jax.training.optimizer import create_optimizer  # noqa: E402
-from fasterrcnn_jax.training.step import create_state, data_parallel, make_train_step, replicate  # noqa: E402
+from fasterrcnn_jax.training.step import create_state, data_parallel, make_train_step  # noqa: E402
 
 
 @cli.script

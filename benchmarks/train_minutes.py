@@ -39,16 +39,15 @@ from fasterrcnn_jax.evaluation.report import evaluate_detections
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.prediction import to_original
 from fasterrcnn_jax.models.detector import create_detector
+from fasterrcnn_jax.processes import AXIS, replicate
 from fasterrcnn_jax.structures import Batch, Detections
 from fasterrcnn_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from fasterrcnn_jax.training.preparation import prepare
 from fasterrcnn_jax.training.state import merge
 from fasterrcnn_jax.training.step import (
-    AXIS,
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 
 FOLDER_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "folder.py"

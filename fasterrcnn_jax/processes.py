@@ -6,18 +6,23 @@ and a batch has only the rows of this process. This module gathers the values th
 
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Shaped
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree, Shaped
 
 from fasterrcnn_jax.config import DistributedConfig
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.kernels import choice
 
 AXIS = "batch"
+# The class is in JAX's compiled part, which has no types for checkers.
+Devices: TypeAlias = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 TIMEOUT = 300  # seconds that processes wait for one another at the start
 # Exists where the driver of an NVIDIA GPU is loaded.
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
@@ -90,6 +95,23 @@ def device_line() -> str:
     return line
 
 
+def kernel_line(implementation: choice.Implementation) -> str | None:
+    """Returns the line that says why a GPU runs without the kernels of this package; None if it runs with them.
+
+    Args:
+      implementation: as in `detect`. Who names one has chosen, and is told nothing.
+    """
+    if implementation is not None or choice.device()[0] != "cuda":
+        return None
+    reason = choice.not_chosen_here()
+    if reason is None:
+        return None
+    line = f"kernels    none: NMS and region features run as plain JAX, because a kernel cannot run here: {reason}"
+    if jax.__version_info__[:2] < choice.OLDEST_JAX:
+        line += "; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]'"
+    return line
+
+
 def is_main() -> bool:
     """Returns True in the one process that writes files and prints."""
     return jax.process_index() == 0
@@ -111,6 +133,47 @@ def check_batch_size(batch_size: int, *, accumulate: int = 1, field: str = "trai
         among = "" if processes == 1 else f" of {processes} processes"
         parts = "" if accumulate == 1 else f" times {accumulate} micro-batches"
         raise InputError(f"{field} is {batch_size}, not a multiple of the {devices} devices{among}{parts}")
+
+
+def over_devices(
+    function: Callable[[Any, Any], Any], *, devices: Devices, out_axes: Any = 0, donate_argnums: Any = ()
+) -> Callable[[PyTree, PyTree], Any]:
+    """Returns `function` of (state, rows) mapped over devices with `pmap`; training and evaluation are mapped by this.
+
+    It takes the rows of this process, which its devices share evenly, and the state once for all devices. Place the
+    state with `replicate`.
+
+    Args:
+      out_axes: as in `pmap`. A result with axis 0 has the device axis first.
+      donate_argnums: as in `pmap`.
+    """
+    mapped = jax.pmap(
+        function,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=out_axes,
+        devices=devices,
+        donate_argnums=donate_argnums,
+    )
+    local = len(_local(devices))
+
+    def run(state: PyTree, rows: PyTree) -> Any:
+        return mapped(state, jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), rows))
+
+    return run
+
+
+def replicate(state: PyTree, *, devices: Devices | None = None) -> Any:
+    """Returns the state on every local device among `devices`, placed like the state that a mapped function returns.
+
+    With another placement, the second call would compile the program again, or copy the state again.
+    """
+    mesh = Mesh(np.array(_local(jax.devices() if devices is None else devices)), (AXIS,))
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+
+def _local(devices: Devices) -> Devices:
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def any_process(flag: bool) -> bool | jax.Array:

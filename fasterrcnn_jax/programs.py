@@ -97,7 +97,7 @@ def evaluate(
       split: split to evaluate; None: the test split.
       batch_size: number of images detected at once; None: one device's share of the training batch.
       backbone: your own backbone class, if the model was trained with one.
-      arguments: other arguments of evaluate.py: layout, implementation.
+      arguments: other arguments of evaluate.py: layout, implementation, given.
     Raises:
       InputError: the model or the data cannot be used.
     """

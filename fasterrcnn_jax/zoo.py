@@ -1,5 +1,6 @@
 """Detectors by name: their configuration and the published weights that fit it."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from fasterrcnn_jax.weights.load import (
     stored_model,
 )
 from fasterrcnn_jax.weights.tables import Format
+
+logger = logging.getLogger(__name__)
 
 
 def _coco_ids() -> tuple[str, ...]:
@@ -205,6 +208,10 @@ def load_weights(model: Detector, path: str | Path, *, format: str | None = None
     return model
 
 
+# What a training of one part leaves untrained.
+_UNTRAINED = {"rpn": "box head", "fast_rcnn": "RPN"}
+
+
 def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector:
     """Returns the detector of a run folder, of one checkpoint, or of a weights file.
 
@@ -225,7 +232,11 @@ def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector
         # Imported here, because loading a weights file does not need Orbax.
         from fasterrcnn_jax.training import checkpoint
 
-        return checkpoint.load(path, backbone=backbone)
+        model = checkpoint.load(path, backbone=backbone)
+        scheme = checkpoint.load_run_config(path).train.scheme
+        if scheme in _UNTRAINED:
+            logger.warning("%s: train.scheme was %s, so the %s was never trained", path, scheme, _UNTRAINED[scheme])
+        return model
     weights, where = files.read(path), str(path)
     stored = stored_model(weights, where)
     for format in formats_of(weights):

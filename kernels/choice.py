@@ -38,10 +38,7 @@ def choose(operation: str, implementation: Implementation, *, unsupported: str |
         raise ValueError(f"implementation must be None, 'xla' or 'mosaic', got {implementation!r}")
     if implementation == "xla":
         return "xla"
-    # The kernels were never run on GPUs from Ampere up to Hopper or on the newest ones: users must name them there.
-    reason = unsupported or unsupported_here(HOPPER if implementation is None else AMPERE)
-    if reason is None and implementation is None and device()[1] >= NEWEST:
-        reason = "it was never run on compute capability {}.{}".format(*device()[1])
+    reason = unsupported or (not_chosen_here() if implementation is None else unsupported_here(AMPERE))
     if implementation == "mosaic":
         if reason:
             raise NotImplementedError(f"the Mosaic kernel of {operation} was asked for, but {reason}")
@@ -49,6 +46,15 @@ def choose(operation: str, implementation: Implementation, *, unsupported: str |
     chosen = "xla" if reason else "mosaic"
     _log_once(operation, chosen, reason)
     return chosen
+
+
+def not_chosen_here() -> str | None:
+    """Returns why kernels are not chosen here unless they are named; None if they are chosen."""
+    # The kernels were never run on GPUs from Ampere up to Hopper or on the newest ones: users must name them there.
+    reason = unsupported_here(HOPPER)
+    if reason is None and device()[1] >= NEWEST:
+        reason = "it was never run on compute capability {}.{}".format(*device()[1])
+    return reason
 
 
 def unsupported_here(oldest: tuple[int, int]) -> str | None:

@@ -54,7 +54,8 @@ def test_every_usual_kind_gives_rgb_bytes_to_all_three_functions(given, expected
     (pixels,) = pixels_of(given)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, expected)
-    for one, other in zip(preprocess(given, tiny.IMAGE), preprocess(np.ascontiguousarray(expected), tiny.IMAGE)):
+    # A JAX array by itself stays on the device: tests/test_device_prediction.py.
+    for one, other in zip(preprocess([given], tiny.IMAGE), preprocess(np.ascontiguousarray(expected), tiny.IMAGE)):
         np.testing.assert_array_equal(one, other)
     nothing = Prediction(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32), ())
     np.testing.assert_array_equal(draw(given, nothing), expected)
@@ -94,7 +95,7 @@ def test_a_batch_array_is_a_list_of_its_images(channels):
         (RGB.astype(np.complex64), "got complex64"),
         (RGB.astype(np.float32), "floating-point values from 0 to 255, which must lie in 0..1; divide .* by 255"),
         ((RGB - 128.0) / 64, "values from -2 to 1.98438, which must lie in 0..1; .* not normalised"),
-        (jnp.full((4, 4, 3), 2, jnp.bfloat16), "values from 2 to 2"),
+        ([jnp.full((4, 4, 3), 2, jnp.bfloat16)], "values from 2 to 2"),
         (np.full((4, 4), 1e300), "values from 1e"),
         (np.full((4, 4), np.nan), "values from nan to nan"),
         (np.zeros((3, 8, 9), np.uint8), r"got uint8 \[3, 8, 9\]; move the channels to the end with image.transpose"),

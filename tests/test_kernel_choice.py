@@ -4,12 +4,17 @@ import inspect
 import logging
 from types import SimpleNamespace
 
+import fasterrcnn_jax.scripts.train as train_script
 import jax
 import jax.numpy as jnp
 import mosaic
 import pytest
+import tiny
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels.choice import choose
+
+from fasterrcnn_jax import processes
+from fasterrcnn_jax.processes import kernel_line
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +86,31 @@ def test_a_kernel_that_is_named_and_cannot_run_says_why(monkeypatch, platform, c
         choose("pooling", "mosaic", unsupported=unsupported)
     assert choose("pooling", None, unsupported=unsupported) == "xla"
     assert choose("pooling", "xla", unsupported=unsupported) == "xla"
+
+
+def test_train_says_once_why_a_gpu_runs_without_the_kernels(monkeypatch):
+    mosaic.pretend(monkeypatch)
+    assert kernel_line(None) is None
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    line = kernel_line(None)
+    assert "it needs JAX 0.11 or newer and the installed JAX is" in line and "as plain JAX" in line
+    assert line.endswith("; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]'")
+    assert kernel_line("xla") is None  # chosen by name
+    mosaic.pretend(monkeypatch, "cuda", (8, 9))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert kernel_line(None).endswith("it needs compute capability 9.0 or newer and this device has 8.9")
+    mosaic.pretend(monkeypatch, "cpu", (0, 0))
+    assert kernel_line(None) is None
+
+
+def test_train_prints_the_line_about_the_kernels(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(processes, "kernel_line", lambda implementation: f"kernels    none: {implementation}")
+    monkeypatch.setattr(train_script, "say", said.append)
+    monkeypatch.setattr(train_script, "fit", lambda *_, **__: None)
+    tiny.write_voc(tmp_path / "voc", train=2, test=1)
+    train_script.train_stages(tiny.config(tmp_path))
+    assert said.count("kernels    none: None") == 1
 
 
 def test_an_unknown_name_is_an_error():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import check_types
 import pytest
+from fasterrcnn_jax.kernels import choice
 
 import fasterrcnn_jax
 from fasterrcnn_jax import __main__ as entry
@@ -233,3 +234,15 @@ def test_help_shows_every_verb_with_its_meaning(capsys):
 def test_every_verb_is_a_script():
     scripts = {path.stem for path in (ROOT / "fasterrcnn_jax" / "scripts").glob("[!_]*.py")} - {"cli"}
     assert scripts | {"train", "evaluate"} == set(entry.VERBS)
+
+
+def test_the_gpu_extras_ask_for_the_jax_that_the_kernels_need():
+    """Where it exists: with Python 3.12 or newer. The page says so."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    oldest = ".".join(map(str, choice.OLDEST_JAX))
+    for name in ("cuda12", "cuda13"):
+        assert extras[name] == [
+            f"jax[{name}]>={oldest}; python_version >= '3.12'",
+            f"jax[{name}]; python_version < '3.12'",
+        ]
+    assert "take Python 3.12 or 3.13 and install `'.[cuda12]'`" in (ROOT / "README.md").read_text()

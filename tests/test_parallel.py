@@ -14,15 +14,13 @@ from fasterrcnn_jax import processes
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import create_detector
-from fasterrcnn_jax.processes import check_batch_size, device_line, per_device
+from fasterrcnn_jax.processes import AXIS, check_batch_size, device_line, per_device, replicate
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.step import (
-    AXIS,
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 
 B, G, STEPS = 4, 3, 4

@@ -65,6 +65,10 @@ LINES = {
     },
     "TFDS folders": {
         "test_tfds": ["test_a_damaged_folder_is_named_in_one_sentence"],
+        "test_tfrecord": [
+            "test_a_damaged_file_is_named_in_one_sentence",
+            "test_random_changes_of_a_file_give_its_records_or_our_error",
+        ],
         "test_bad_cases": ["test_spoiled_descriptions_of_tfds_give_records_or_one_sentence"],
     },
     "Archives for `fasterrcnn-jax tfds`": {

@@ -45,6 +45,12 @@ def test_proposals_come_back_bit_for_bit(tmp_path, counts):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_boxes_are_stored_by_rows_however_they_lie_in_memory(tmp_path):
+    boxes = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    write_proposals(tmp_path / "a", {"x": ImageProposals(boxes, np.ones(3, np.float32))}, made_by="w")
+    np.testing.assert_array_equal(read_proposals(tmp_path / "a")[0]["x"].boxes, boxes)
+
+
 def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "train.safetensors"
     write_proposals(path, made_up((2,)), made_by="first")
@@ -171,11 +177,13 @@ def test_detection_takes_the_best_given_proposals_up_to_the_limit_of_detection(d
     scores = np.linspace(1, 0.5, 12, dtype=np.float32)
     seen = []
 
-    def nothing(model, images, image_hw, proposals, *, implementation):
+    def nothing(model, rows):
+        images, _, proposals = rows
         seen.extend(found[valid] for found, valid in zip(proposals.scores, proposals.valid))
         return Detections(*(np.zeros((len(images), 1, *more), kind) for more, kind in SHAPES))
 
-    monkeypatch.setattr(inference, "jitted_detect_in_proposals", nothing)
+    monkeypatch.setattr(inference, "on_devices", lambda *_: nothing)
+    monkeypatch.setattr(inference, "replicate", lambda model, devices: model)
     model = nnx.eval_shape(lambda: Detector(tiny.MODEL, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
     stored = {record.id: ImageProposals(boxes, scores) for record in dataset.records}
     found = inference.detect_dataset_in_proposals(model, dataset, stored, batch_size=5)

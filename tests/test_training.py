@@ -15,7 +15,7 @@ from flax import nnx
 from fasterrcnn_jax.config import TrainConfig
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.models.detector import Detector, split
-from fasterrcnn_jax.processes import check_batch_size
+from fasterrcnn_jax.processes import AXIS, check_batch_size, replicate
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.training.optimizer import (
     create_optimizer,
@@ -24,11 +24,9 @@ from fasterrcnn_jax.training.optimizer import (
 )
 from fasterrcnn_jax.training.state import StepMetrics, merge
 from fasterrcnn_jax.training.step import (
-    AXIS,
     create_state,
     data_parallel,
     make_train_step,
-    replicate,
 )
 
 DEVICES, B, G = 4, 4, 5

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from fasterrcnn_jax.config import (
 from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.models.detector import Detector
 
 CLASS_NAMES = ("ring", "disc")
 IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB)
@@ -76,6 +78,27 @@ def restored_logging():
         logging.getLogger(name).setLevel(level)
     logging.getLogger().handlers[:] = handlers
     jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def quick_model(weights=None):
+    """Returns a detector with the small network of docs/backbone.md, which compiles in little time, and its class.
+
+    Args:
+      weights: the fixture `random_weights`; None: initial weights.
+    """
+    text = (Path(__file__).parents[1] / "docs" / "backbone.md").read_text()
+    example = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], example)
+    config = dataclasses.replace(
+        MODEL,
+        backbone=dataclasses.replace(MODEL.backbone, own="my_nets:Tiny"),
+        box_head=dataclasses.replace(MODEL.box_head, channels=16),
+    )
+
+    def build():
+        return Detector(config, CLASS_NAMES, backbone=example["Tiny"], rng=np.random.default_rng(0))
+
+    return (build() if weights is None else weights(build, seed=1)), example["Tiny"]
 
 
 def config(folder: Path, **train) -> Config:

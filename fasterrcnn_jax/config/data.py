@@ -101,6 +101,10 @@ class DataConfig:
     split_of: str | None = None
     """split that data.split divides; None: train_split. A run stores it here, and the names of the parts in train_split
     and test_split"""
+    proposals: Path | None = None
+    """train.scheme fast_rcnn: file of proposals for every image, used instead of the RPN's in training and evaluation;
+    {split} in it stands for the name of the split; of an image, the best train_proposals.post_nms_top_n are trained on;
+    docs/data.md describes the file"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False

@@ -39,6 +39,10 @@ class Config:
             rois is None or rois % self.train.batch_size == 0,
             f"rois_per_batch must be a multiple of batch_size, got {rois} and {self.train.batch_size}",
         )
+        require(
+            self.train.scheme != "fast_rcnn" or self.data.proposals is not None,
+            "train.scheme fast_rcnn needs data.proposals, a file of proposals, got None",
+        )
         if self.size is not None and self.size != AUTO:
             require(self.size >= 32, f"size must be at least 32, got {self.size}")
         largest = max(self.data.augment.short_sides, default=0)

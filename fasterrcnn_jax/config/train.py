@@ -34,9 +34,9 @@ class AlternatingConfig:
 class TrainConfig:
     """Settings of the optimisation."""
 
-    scheme: Literal["joint", "alternating", "rpn"] = "joint"
+    scheme: Literal["joint", "alternating", "rpn", "fast_rcnn"] = "joint"
     """parts to train: joint: RPN and box head together; alternating: RPN and box head in four stages; rpn: only the
-    RPN"""
+    RPN; fast_rcnn: only the box head, on the proposals in the file data.proposals; all of them with the backbone"""
     alternating: AlternatingConfig = AlternatingConfig()
     """stages of scheme alternating"""
     steps: int | Auto

@@ -2,6 +2,7 @@
 
 The fingerprint is a JSON text. For each split it holds, by image id, a digest of the labels and the size, modification
 time and content digest of the image file. It holds no paths, so a moved or copied folder with equal contents is equal.
+For a split with given proposals, it holds a digest of those of each image.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fasterrcnn_jax.data.faults import THREADS, watched
-from fasterrcnn_jax.data.records import Dataset, ImageRecord, StoredImage
+from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord, StoredImage
 from fasterrcnn_jax.errors import InputError
 
 # Digests are compared with the digest of the same image at an earlier start, so 64 bits are enough.
@@ -30,9 +31,13 @@ class _File(NamedTuple):
 class Fingerprint:
     """The contents of every split of a run. File contents are read by one thread while the training runs."""
 
-    def __init__(self, splits: Mapping[str, Dataset]):
-        """Digests the labels and looks at every image file; reads no image.
+    def __init__(
+        self, splits: Mapping[str, Dataset], proposals: Mapping[str, Mapping[str, ImageProposals]] | None = None
+    ):
+        """Digests the labels and the proposals and looks at every image file; reads no image.
 
+        Args:
+          proposals: given proposals by split and image id.
         Raises:
           InputError: an image file has disappeared.
         """
@@ -41,6 +46,10 @@ class Fingerprint:
             split: {record.id: _label_digest(record) for record in dataset.records} for split, dataset in splits.items()
         }
         self._files = {split: _files_of(dataset) for split, dataset in splits.items()}
+        for split, given in (proposals or {}).items():
+            name = f"proposals of {split}"
+            self._names[name], self._files[name] = name, {}
+            self._labels[name] = {image: _proposals_digest(found) for image, found in given.items()}
         self._digests: dict[Path, str] = {}
         self._reader: threading.Thread | None = None
 
@@ -146,6 +155,10 @@ def _label_digest(record: ImageRecord) -> str:
     for array in (record.boxes, record.labels, record.difficult, record.crowd, record.area):
         digest.update(array.tobytes())
     return digest.hexdigest()[:DIGITS]
+
+
+def _proposals_digest(found: ImageProposals) -> str:
+    return hashlib.sha256(found.boxes.tobytes() + found.scores.tobytes()).hexdigest()[:DIGITS]
 
 
 def _file_digest(path: Path) -> str:

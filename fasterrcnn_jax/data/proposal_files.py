@@ -1,4 +1,5 @@
-"""Writes and reads the proposals of a data set, which one stage of alternating training passes to the next.
+"""Writes and reads the proposals of a data set: the user's own, and those that one stage of alternating training passes
+to the next.
 
 The `.safetensors` file contains the concatenated boxes and scores of all images and the number of boxes of each image.
 Its header contains the image ids and the weights that made the proposals. The file is written completely or not at
@@ -6,6 +7,7 @@ all, and reading it runs no code.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import safetensors
 import safetensors.numpy
 
 from fasterrcnn_jax.atomic_write import write_atomically
-from fasterrcnn_jax.data.records import ImageProposals
-from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord
+from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
+
+logger = logging.getLogger(__name__)
 
 
 def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made_by: str) -> None:
@@ -28,8 +32,10 @@ def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made
       InputError: the file cannot be written.
     """
     found = list(proposals.values())
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(of_image.boxes for of_image in found)])
     arrays = {
-        "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(of_image.boxes for of_image in found)]),
+        # safetensors stores the memory as it lies, and NumPy concatenates arrays of columns to an array of columns.
+        "boxes": np.ascontiguousarray(boxes),
         "scores": np.concatenate([np.zeros(0, np.float32), *(of_image.scores for of_image in found)]),
         "counts": np.array([len(of_image.boxes) for of_image in found], np.int64),
     }
@@ -67,3 +73,66 @@ def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
     ends = np.cumsum(counts)[:-1]
     pairs = zip(np.split(boxes, ends), np.split(scores, ends), strict=True) if ids else ()
     return {name: ImageProposals(*pair) for name, pair in zip(ids, pairs, strict=True)}, made_by
+
+
+SPLIT = "{split}"
+# A box may reach this many pixels outside, as rounded corners and corners that are counted from 1 do; it is clipped.
+OUTSIDE = 1.0
+
+
+def own_proposals(path: Path, split: str, dataset: Dataset, *, field: str, limit: int) -> dict[str, ImageProposals]:
+    """Returns the user's proposals of a split, by image id: checked, and those of each image best first.
+
+    Proposals of equal score stay in the order of the file. A warning counts the images with more than `limit`.
+
+    Args:
+      path: the file; {split} in it stands for the name of the split, or for each name of splits that + joins.
+      field: the setting that holds `limit`, the number of proposals that will be used of each image.
+    Raises:
+      InputError: a file cannot be read, it has no proposals for an image, or a box is not in its image.
+    """
+    names = split.split("+") if SPLIT in str(path) else [split]
+    found, where = {}, {}
+    for name in names:
+        file = Path(str(path).replace(SPLIT, name))
+        of_file, _ = read_proposals(file)
+        found |= of_file
+        where |= dict.fromkeys(of_file, file)
+    check_present(path, found, dataset)
+    checked = {record.id: _checked(found[record.id], record, where[record.id]) for record in dataset.records}
+    if not any(len(of_image.boxes) for of_image in checked.values()):
+        raise InputError(f"{path}: the file has no boxes for any of the {len(checked)} images of {dataset.name}")
+    more = sum(len(of_image.boxes) > limit for of_image in checked.values())
+    if more:
+        logger.warning(
+            "%s: %d images have more proposals than %s = %d; the best of each image are used", path, more, field, limit
+        )
+    return checked
+
+
+def check_present(path: Path, found: Mapping[str, ImageProposals], dataset: Dataset) -> None:
+    """Raises InputError if the file at `path` has no proposals for an image."""
+    missing = [record.id for record in dataset.records if record.id not in found]
+    if missing:
+        raise InputError(f"{path}: has no proposals for {len(missing)} images, the first is {missing[0]}")
+
+
+def best_of_each(proposals: Mapping[str, ImageProposals], limit: int) -> dict[str, ImageProposals]:
+    """Returns the first `limit` proposals of each image, which are the best."""
+    return {name: ImageProposals(boxes[:limit], scores[:limit]) for name, (boxes, scores) in proposals.items()}
+
+
+def _checked(found: ImageProposals, record: ImageRecord, file: Path) -> ImageProposals:
+    height, width = record.image_hw
+    boxes, sides = found.boxes, np.array([width, height, width, height], np.float32)
+    faulty = (boxes < -OUTSIDE).any(axis=1) | (boxes > sides + OUTSIDE).any(axis=1)
+    clipped = np.clip(boxes, 0.0, sides)
+    faulty |= (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
+    if faulty.any():
+        number = int(np.flatnonzero(faulty)[0])
+        raise InputError(
+            f"{file}, image {quoted(record.id)}, boxes[{number}]: must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, "
+            f"in pixels of the image of {width} x {height} (width x height), got {boxes[number].tolist()}"
+        )
+    order = np.argsort(-found.scores, kind="stable")
+    return ImageProposals(clipped[order], found.scores[order])

@@ -1,4 +1,4 @@
-"""Reads detection data sets of TensorFlow Datasets (TFDS) that are stored as array_record, without TensorFlow.
+"""Reads detection data sets of TensorFlow Datasets (TFDS), stored as tfrecord or array_record, without TensorFlow.
 
 TFDS writes (ymin, xmin, ymax, xmax) in float32 as fractions of the image's sides. Its VOC builder divides VOC's
 1-based inclusive indices without converting them, so boxes of VOC are converted here as in `data.voc`. Boxes of every
@@ -44,6 +44,7 @@ from fasterrcnn_jax.data.records import (
     check_class_names,
     joined_names,
 )
+from fasterrcnn_jax.data.tfrecord import TfRecordFile
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.regular_files import check_regular
 
@@ -138,7 +139,7 @@ def import_tfds() -> ModuleType:
     """
     try:
         # TFDS 4.9.10 imports importlib_resources but does not declare it.
-        for name in ("array_record", "importlib_resources"):
+        for name in ("array_record", "google_crc32c", "importlib_resources"):
             importlib.import_module(name)
         return importlib.import_module("tensorflow_datasets")
     except ImportError as error:
@@ -162,7 +163,7 @@ def _open_builder(root: Path | str, name: str, guard: Guard) -> Any:
     if not (folder / "features.json").is_file():
         raise InputError(
             f"{folder / 'features.json'}: not found; store voc/2007, voc/2012 or coco/2017 with `fasterrcnn-jax tfds`, "
-            "another data set with TFDS and file_format='array_record', or give another folder with --data.root"
+            "another data set with TFDS, or give another folder with --data.root"
         )
     files = [*folder.iterdir()]
     for file in files:
@@ -172,12 +173,21 @@ def _open_builder(root: Path | str, name: str, guard: Guard) -> Any:
     _check_feature_types(folder / "features.json")
     try:
         builder = tfds.builder_from_directory(folder)
-        stored_as = builder.info.file_format.value
+        stored_as = _format(builder)
     except Exception as error:  # the errors of TFDS and its dependencies have no common type
         raise InputError(f"{folder}: TFDS cannot read this folder: {first_sentence(error)}") from error
-    if stored_as != "array_record":
-        raise InputError(f"{folder}: must be stored as array_record, got {stored_as}, which only TensorFlow can read")
+    if stored_as not in ("array_record", "tfrecord"):
+        raise InputError(
+            f"{folder / 'dataset_info.json'}, fileFormat: must be tfrecord or array_record, got {stored_as}; where "
+            f"TensorFlow is installed, rewrite it with `tfds convert_format --dataset_version_dir={folder} "
+            "--out_file_format=array_record`"
+        )
     return builder
+
+
+def _format(builder: Any) -> str:
+    # Before 2021, TFDS wrote tfrecord only and no field for it.
+    return "tfrecord" if builder.info.file_format is None else builder.info.file_format.value
 
 
 # The allowed feature classes, and the field of features.json that contains the settings of each. TFDS imports any class
@@ -287,13 +297,18 @@ def _open_source(builder: Any, split: str, guard: Guard) -> tuple[Sequence[Any],
         instructions = builder.info.splits[split].file_instructions
         for item in instructions:
             if not _is_inside(item.filename, path):
-                raise InputError(f"{item.filename} is outside the folder")
+                raise ValueError(f"{item.filename} is outside the folder")
             guard(Path(item.filename))
             # A record takes at least one byte.
             size = os.path.getsize(item.filename)
             if item.skip + item.take > size:
-                raise InputError(f"{item.filename} cannot hold {item.skip + item.take:,} records in its {size:,} bytes")
-        source = builder.as_data_source(split=split, decoders=decoders)
+                raise ValueError(f"{item.filename} cannot hold {item.skip + item.take:,} records in its {size:,} bytes")
+        if _format(builder) == "tfrecord":
+            source = _TfRecordExamples(builder, instructions, decoders)
+        else:
+            source = builder.as_data_source(split=split, decoders=decoders)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{path}: split {split!r} cannot be read: {first_sentence(error)}; the splits are {names}"
@@ -306,6 +321,44 @@ def _open_source(builder: Any, split: str, guard: Guard) -> tuple[Sequence[Any],
     return source, places
 
 
+class _TfRecordExamples(Sequence[Any]):
+    """The examples of a split stored as tfrecord, which TFDS itself reads with TensorFlow only.
+
+    TFDS decodes the records; they are the same as in array_record.
+
+    Raises:
+      InputError: a file is damaged, or does not have as many records as dataset_info.json says.
+    """
+
+    def __init__(self, builder: Any, instructions: Sequence[Any], decoders: dict[str, Any]):
+        self._features, self._decoders = builder.info.features, decoders
+        declared = {
+            Path(name).name: count
+            for split in builder.info.splits.values()
+            for name, count in zip(sorted(split.filenames), split.shard_lengths, strict=True)
+        }
+        self._places: list[tuple[TfRecordFile, range]] = []
+        for item in instructions:
+            file = TfRecordFile(Path(item.filename))
+            expected = declared.get(file.path.name, item.skip + item.take)
+            if len(file) != expected:
+                raise InputError(
+                    f"{file.path}: must have {expected:,} records, the shardLengths of dataset_info.json, got "
+                    f"{len(file):,}; copy the file again, or store the data set again with TFDS"
+                )
+            self._places.append((file, range(item.skip, item.skip + item.take)))
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for _, numbers in self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        for file, numbers in self._places:
+            if index < len(numbers):
+                return self._features.deserialize_example_np(file[numbers[index]], decoders=self._decoders)
+            index -= len(numbers)
+        raise IndexError(index)
+
+
 def _is_inside(filename: str, folder: Any) -> bool:
     return Path(os.path.abspath(filename)).is_relative_to(os.path.abspath(folder))
 
@@ -313,6 +366,8 @@ def _is_inside(filename: str, folder: Any) -> bool:
 def _example(source: Sequence[Any], index: int, place: str) -> dict[str, Any]:
     try:
         return source[index]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{place}: the record cannot be read: {first_sentence(error)}") from error
 

@@ -18,9 +18,13 @@ from fasterrcnn_jax.data.records import Dataset
 
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
     """Returns (height, width) after resizing the short side to `short_side`, with the long side at most `long_side`."""
-    scale = min(config.short_side / min(image_hw), config.long_side / max(image_hw))
+    short, long = min(image_hw), max(image_hw)
+    by_short = config.short_side * long <= config.long_side * short
+    side, of = (config.short_side, short) if by_short else (config.long_side, long)
+    # One division of whole numbers, so that `ops.resizing` finds the same size on the device: with a rounded scale, a
+    # side could come out one pixel short.
     whole = round if config.size_rounding == "nearest" else math.floor
-    height, width = (max(1, whole(side * scale)) for side in image_hw)
+    height, width = (max(1, whole(length * side / of)) for length in image_hw)
     return height, width
 
 

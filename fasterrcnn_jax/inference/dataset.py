@@ -1,23 +1,37 @@
-"""Runs a model on every image of a data set: detections, detections in given proposals, or proposals."""
+"""Runs a model on every image of a data set: detections, detections in given proposals, or proposals.
 
+All local devices take part, under the mapping of the training.
+"""
+
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fasterrcnn_jax.data.loader import evaluation_batches
+from fasterrcnn_jax.data.proposal_files import best_of_each
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
-from fasterrcnn_jax.inference.prediction import jitted_detect, to_original
+from fasterrcnn_jax.inference.prediction import to_original
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
-from fasterrcnn_jax.models.faster_rcnn import detect_in_proposals, find_proposals
+from fasterrcnn_jax.models.faster_rcnn import detect, detect_in_proposals, find_proposals
 from fasterrcnn_jax.printing import progress_bar
-from fasterrcnn_jax.processes import gather_rows, process
+from fasterrcnn_jax.processes import Devices, gather_rows, over_devices, process, replicate
 from fasterrcnn_jax.structures import Batch, Detections
 
-jitted_find_proposals = jax.jit(find_proposals, static_argnames="implementation")
-jitted_detect_in_proposals = jax.jit(detect_in_proposals, static_argnames="implementation")
+
+@functools.cache
+def on_devices(
+    function: Callable[..., Any], implementation: Implementation, devices: tuple[Any, ...]
+) -> Callable[[Detector, tuple], Any]:
+    """Returns a function of (model, rows of the other arguments) that shares the rows among the devices.
+
+    Cached, so that every evaluation of a process uses the same compiled programs.
+    """
+    mapped = over_devices(lambda model, rows: function(model, *rows, implementation=implementation), devices=devices)
+    return lambda model, rows: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(mapped(model, rows)))
 
 
 def detect_dataset(
@@ -25,12 +39,16 @@ def detect_dataset(
 ) -> list[ImageDetections]:
     """Returns the detections of every image of a data set, in its order and in pixels of the original images.
 
-    All processes must call this. Each process runs its share of the batches on one device, and all processes return
-    the same list.
+    All processes must call this. Each process runs its share of the batches on all its devices, and all processes
+    return the same list.
+
+    Args:
+      batch_size: number of images that one device processes at once.
     """
 
-    def find(batch: Batch) -> Detections:
-        return jitted_detect(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
+    def find(model: Detector, batch: Batch, devices: Devices) -> Detections:
+        found = on_devices(detect, implementation, tuple(devices))
+        return found(model, (batch.images, batch.image_hw, batch.scale))
 
     return _over_dataset(model, dataset, find, batch_size=batch_size)
 
@@ -51,14 +69,13 @@ def detect_dataset_in_proposals(
       proposals: stored proposals by image id. For each image, the best `test_proposals.post_nms_top_n` are used.
     """
     limit = model.config.test_proposals.post_nms_top_n
-    best = {name: ImageProposals(boxes[:limit], scores[:limit]) for name, (boxes, scores) in proposals.items()}
+    used = best_of_each(proposals, limit)
 
-    def find(batch: Batch) -> Detections:
-        return jitted_detect_in_proposals(
-            model, batch.images, batch.image_hw, batch.proposals, implementation=implementation
-        )
+    def find(model: Detector, batch: Batch, devices: Devices) -> Detections:
+        found = on_devices(detect_in_proposals, implementation, tuple(devices))
+        return found(model, (batch.images, batch.image_hw, batch.proposals))
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=best)
+    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=used)
 
 
 def propose_dataset(
@@ -69,9 +86,11 @@ def propose_dataset(
     All processes must call this, like `detect_dataset`.
     """
 
-    def find(batch: Batch) -> Detections:
-        found = jitted_find_proposals(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
-        return Detections(found.boxes, found.scores, jnp.zeros_like(found.valid, jnp.int32), found.valid)
+    def find(model: Detector, batch: Batch, devices: Devices) -> Detections:
+        found = on_devices(find_proposals, implementation, tuple(devices))
+        proposals = found(model, (batch.images, batch.image_hw, batch.scale))
+        labels: Any = np.zeros_like(proposals.valid, np.int32)
+        return Detections(proposals.boxes, proposals.scores, labels, proposals.valid)
 
     found = _over_dataset(model, dataset, find, batch_size=batch_size, title=f"proposals {dataset.name}")
     return [ImageProposals(image.boxes, image.scores) for image in found]
@@ -80,7 +99,7 @@ def propose_dataset(
 def _over_dataset(
     model: Detector,
     dataset: Dataset,
-    find: Callable[[Batch], Detections],
+    find: Callable[[Detector, Batch, Devices], Detections],
     *,
     batch_size: int,
     proposals: Mapping[str, ImageProposals] | None = None,
@@ -94,13 +113,15 @@ def _over_dataset(
     """
     results = {}
     index, count = process()
+    devices = jax.local_devices()
     batches = evaluation_batches(
-        dataset, model.config.image, batch_size=batch_size, process=(index, count), proposals=proposals
+        dataset, model.config.image, batch_size=batch_size * len(devices), process=(index, count), proposals=proposals
     )
+    model = replicate(model, devices=devices)
     name = title or dataset.name
     with progress_bar(title=name, total=len(dataset.records) // count, unit="image", shown=index == 0) as bar:
         for batch in batches:
-            found = jax.device_get(find(batch))
+            found = find(model, batch, devices)
             for row in np.flatnonzero(batch.image_valid).tolist():
                 position = int(batch.image_index[row])
                 results[position] = to_original(found, row, batch.scale[row], dataset.records[position].image_hw)

@@ -9,9 +9,12 @@
 | array [h, w, 4] | RGB and alpha; alpha is dropped, as by Pillow's `convert("RGB")` |
 | array [b, h, w, channels] | a batch of such arrays |
 
-Arrays are NumPy's, JAX's, or have `__array__`. uint8 values are used as they are. Floating-point values must lie in
+Arrays are NumPy's or have `__array__`. uint8 values are used as they are. Floating-point values must lie in
 0..1 up to rounding, and are multiplied by 255. In a bool array, True is 255, as in Pillow. Other integers are refused:
 nothing tells whether their white is 255, 4095 or 65535.
+
+A JAX array by itself, traced or not, stays on the device (`device_images`). Its floating-point values are the values of
+uint8, 0..255, so that the gradient is per grey level. In a list, JAX arrays are read as NumPy's.
 """
 
 import functools
@@ -19,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image
 
 from fasterrcnn_jax.data.images import image_size, read_image
@@ -87,13 +92,65 @@ def _of_pillow(image: Image.Image, name: str) -> Rgb:
     return _shaped(np.asarray(image.convert("RGB")), name)
 
 
+def is_traced(value: Any) -> bool:
+    """Returns whether a tree of values holds one that a transformation of JAX is tracing."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def device_images(
+    images: Array, name: str = "the array"
+) -> tuple[UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], bool]:
+    """Returns a JAX array of one image or of a batch as a batch of RGB, and whether it is a single image.
+
+    Nothing is copied to the host, except to check floating-point values that are not traced.
+
+    Args:
+      images: [h, w], [h, w, channels] or [b, h, w, channels] with 1, 3 or 4 channels; uint8, bool, or floating-point
+        values in 0..255, which become float32.
+      name: what to call the array in messages.
+    Raises:
+      ValueError: the array has another shape or type, or floating-point values that are not traced and not in 0..255.
+    """
+    single = images.ndim != 4
+    shape = jax.ShapeDtypeStruct(images.shape[0 if single else 1 :], images.dtype)
+    channels = _channels(shape, name)
+    pixels = images.reshape(-1, *shape.shape[:2], channels)
+    if pixels.dtype == jnp.bool:
+        pixels = jnp.where(pixels, jnp.uint8(255), jnp.uint8(0))
+    elif pixels.dtype != jnp.uint8:
+        _check_type(pixels.dtype, name)
+        pixels = pixels.astype(jnp.float32)
+        if pixels.size and not is_traced(pixels) and not bool(hold_grey_levels(pixels).all()):
+            values = np.asarray(pixels)
+            low, high = float(values.min()), float(values.max())
+            raise ValueError(
+                f"{name} has floating-point values from {low:g} to {high:g}; in a JAX array they must be those of "
+                "uint8, in 0..255; multiply values of 0..1 by 255, and give pixels that are not normalised"
+            )
+    return jnp.repeat(pixels, 3, axis=3) if channels == 1 else pixels[..., :3], single
+
+
+def hold_grey_levels(pixels: Float[Array, "b h w _"]) -> Bool[Array, "b"]:
+    """Returns which images have values of 0..255: not of 0..1, not normalised, not NaN."""
+    low, high = pixels.min(axis=(1, 2, 3)), pixels.max(axis=(1, 2, 3))
+    in_range = (low >= -0.5) & (high <= 255.5) & ((high > 1.0 + HALF_STEP) | (high == 0.0))
+    # On a CPU, the minimum passes over NaN.
+    return in_range & ~jnp.isnan(pixels).any(axis=(1, 2, 3))
+
+
 def _shaped(pixels: np.ndarray, name: str) -> Shaped[np.ndarray, "h w _"]:
     """Returns the array with an axis of channels."""
+    _channels(pixels, name)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _channels(pixels: np.ndarray | jax.ShapeDtypeStruct, name: str) -> int:
+    """Returns the number of channels of one image."""
     shape, got = pixels.shape, f"got {pixels.dtype} {list(pixels.shape)}"
     if pixels.ndim == 2 and pixels.size:
-        return pixels[..., None]
+        return 1
     if pixels.ndim == 3 and shape[2] in (1, 3, 4) and pixels.size:
-        return pixels
+        return shape[2]
     remedy = "use [batch, height, width, 1] for a batch of grey images"
     if pixels.ndim == 3 and shape[0] in (1, 3, 4):
         remedy = "move the channels to the end with image.transpose(1, 2, 0)"
@@ -110,12 +167,7 @@ def _bytes(pixels: Shaped[np.ndarray, "h w c"], name: str) -> UInt8[np.ndarray, 
         return pixels
     if pixels.dtype == bool:
         return pixels * np.uint8(255)
-    # NumPy's own test does not know JAX's bfloat16.
-    if not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must have uint8, bool or floating-point values, got {pixels.dtype}; use image.astype(np.uint8) "
-            "if they lie in 0..255, otherwise divide them by the value of white to get values in 0..1"
-        )
+    _check_type(pixels.dtype, name)
     low, high = float(pixels.min()), float(pixels.max())
     if not (low > -HALF_STEP and high < 1 + HALF_STEP):  # also refuses NaN
         raise ValueError(
@@ -124,6 +176,15 @@ def _bytes(pixels: Shaped[np.ndarray, "h w c"], name: str) -> UInt8[np.ndarray, 
         )
     values = np.rint(pixels.astype(np.float32) * np.float32(255))
     return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _check_type(dtype: np.dtype, name: str) -> None:
+    # NumPy's own test does not know JAX's bfloat16.
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must have uint8, bool or floating-point values, got {dtype}; use image.astype(np.uint8) "
+            "if they lie in 0..255, otherwise divide them by the value of white to get values in 0..1"
+        )
 
 
 def _rgb(pixels: UInt8[np.ndarray, "h w _"]) -> Rgb:

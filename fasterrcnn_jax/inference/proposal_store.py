@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fasterrcnn_jax.data.proposal_files import read_proposals, write_proposals
+from fasterrcnn_jax.data.proposal_files import check_present, read_proposals, write_proposals
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.dataset import propose_dataset
@@ -61,9 +61,7 @@ def given_proposals(path: Path, dataset: Dataset) -> dict[str, ImageProposals]:
       InputError: the file cannot be read, or it has no proposals for an image.
     """
     found, _ = read_proposals(path)
-    missing = [record.id for record in dataset.records if record.id not in found]
-    if missing:
-        raise InputError(f"{path}: has no proposals for {len(missing)} images, the first is {missing[0]}")
+    check_present(path, found, dataset)
     return found
 
 

@@ -1,5 +1,6 @@
 """The detector: its layers, its parameters, and the feature maps that RPN and box head share."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from fasterrcnn_jax.config import BackboneConfig, ModelConfig
+from fasterrcnn_jax.config import BackboneConfig, ImageConfig, ModelConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.efficientnet import EfficientNet
@@ -167,6 +168,13 @@ def empty_detector(
         return jax.eval_shape(lambda: Detector(config, class_names, backbone=backbone, rng=Undrawn(np.random.PCG64(0))))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def with_image_config(model: Detector, image: ImageConfig) -> Detector:
+    """Returns a detector with other image settings that shares the weights of `model`."""
+    changed = nnx.merge(*nnx.split(model))
+    changed.config = dataclasses.replace(model.config, image=image)
+    return changed
 
 
 def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fasterrcnn_jax.atomic_write import write_atomically
-from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import Prediction
 from fasterrcnn_jax.data.sources import open_images
@@ -20,6 +20,7 @@ from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.drawing import draw, save_image
 from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.scripts import cli
+from fasterrcnn_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.max_pixels < 1:
         raise InputError(f"--max_pixels must be positive, got {arguments.max_pixels}")
     model = cli.load_model(arguments.ckpt, arguments.backbone)
+    if arguments.ckpt.is_dir():
+        check_detects(arguments.ckpt, checkpoint.load_run_config(arguments.ckpt))
     dataset = open_images(arguments.images, model.class_names, faults=arguments.faults, max_pixels=arguments.max_pixels)
     detections = detect_dataset(
         model, dataset, batch_size=arguments.batch_size, implementation=arguments.implementation
@@ -70,6 +73,17 @@ def main(argv: list[str] | None = None) -> None:
         # Keep the whole file name: the folder may hold both a.jpg and a.png.
         save_image(drawn_images / f"{record.id}.png", drawn)
     print_lines(f"images     {len(dataset.records)}", f"files      {arguments.out}")
+
+
+def check_detects(ckpt: Path, config: Config) -> None:
+    """Raises InputError if a part of the detector of a run was never trained."""
+    if config.train.scheme == "fast_rcnn":
+        raise InputError(
+            f"--ckpt {ckpt}: this is a box head trained alone, without an RPN; fasterrcnn-jax evaluate detects in "
+            "given proposals"
+        )
+    if config.train.scheme == "rpn":
+        raise InputError(f"--ckpt {ckpt}: this is an RPN trained alone, which detects no classes")
 
 
 if __name__ == "__main__":

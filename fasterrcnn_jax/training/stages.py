@@ -1,4 +1,4 @@
-"""The stages of a training: one for joint training and for the RPN alone, four for alternating training.
+"""The stages of a training: four for alternating training, one for joint training, the RPN alone and Fast R-CNN.
 
 4-step alternating training follows Ren et al. 2015 (arXiv:1506.01497), section 3.2, as py-faster-rcnn does it:
   1. an RPN;
@@ -41,6 +41,7 @@ class Stage(NamedTuple):
     # "given" proposals are the stored ones, for a stage whose model has no trained RPN.
     evaluated: Literal["proposals", "detections", "detections in given proposals"]
     proposes_on: tuple[str, ...]  # splits whose proposals are stored in the stage's folder at its end
+    own_proposals: Path | None = None  # the user's file of proposals, used like those of the run `proposals`
 
     @property
     def metric(self) -> str:
@@ -58,6 +59,8 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     """Returns the stages in order. Each stage needs the earlier stages to be complete."""
     train = config.train
     if train.scheme != "alternating":
+        if train.scheme == "fast_rcnn":
+            return (_fast_rcnn(config),)
         is_rpn = train.scheme == "rpn"
         return (
             Stage(
@@ -89,6 +92,22 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     return tuple(
         stage(name, run, _training(train, number))
         for number, (name, run, stage) in enumerate(zip(names, runs, stages, strict=True))
+    )
+
+
+def _fast_rcnn(config: Config) -> Stage:
+    """Returns the one stage of Fast R-CNN (Girshick 2015, arXiv:1504.08083): the RPN is neither trained nor used."""
+    return Stage(
+        name="",
+        run=config.run,
+        train=config.train,
+        losses=box_training_losses,
+        parts=TRUNK + BOX,
+        first=None,
+        proposals=None,
+        evaluated="detections in given proposals",
+        proposes_on=(),
+        own_proposals=config.data.proposals,
     )
 
 

@@ -1,21 +1,18 @@
 """The training step: four losses, one update."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, split
 from fasterrcnn_jax.models.faster_rcnn import training_losses
-from fasterrcnn_jax.processes import AXIS
+from fasterrcnn_jax.processes import Devices, over_devices
 from fasterrcnn_jax.structures import Batch, Losses, LossTerms
 from fasterrcnn_jax.training.state import (
     PARTS,
@@ -27,9 +24,6 @@ from fasterrcnn_jax.training.state import (
 
 # One training step: maps the state and a batch to the next state and its metrics.
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-
-# The class is in JAX's compiled part, which has no types for checkers.
-Devices: TypeAlias = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def create_state(
@@ -145,7 +139,7 @@ def data_parallel(
     *,
     devices: Devices | None = None,
 ) -> TrainStep:
-    """Returns `step` mapped over devices with `pmap`.
+    """Returns `step` mapped over devices.
 
     It takes the batch rows of this process. The state goes in and out as one copy, without a device axis, and its
     memory is donated.
@@ -154,23 +148,4 @@ def data_parallel(
       devices: devices to use; None: all devices of all processes.
     """
     devices = jax.devices() if devices is None else devices
-    local = len(_local(devices))
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return mapped(state, jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch))
-
-    return run
-
-
-def replicate(state: TrainState, *, devices: Devices | None = None) -> TrainState:
-    """Returns the state on every local device among `devices`, placed like the state that the mapped step returns.
-
-    With another placement, the second step would compile the program again.
-    """
-    mesh = Mesh(np.array(_local(jax.devices() if devices is None else devices)), (AXIS,))
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-
-
-def _local(devices: Devices) -> Devices:
-    return [device for device in devices if device.process_index == jax.process_index()]
+    return over_devices(step, devices=devices, out_axes=(None, None), donate_argnums=0)
