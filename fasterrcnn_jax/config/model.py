@@ -80,9 +80,11 @@ class BackboneConfig:
     number makes every layer thinner"""
     stride: Literal[8, 16] = 16
     """input pixels per feature cell; 8 separates small objects better, at four times the cost"""
-    norm: Literal["none", "frozen_batch", "group"] = "frozen_batch"
+    norm: Literal["none", "frozen_batch", "batch", "group"] = "frozen_batch"
     """normalisation layers: none for the plain VGG16, frozen_batch (fixed batch normalisation) for pretrained weights,
-    group (group normalisation) for training from random weights"""
+    batch (batch normalisation over the images of all devices; detection uses running averages with momentum 0.1) for
+    many images per step, group (group normalisation) for training from random weights with few; batch needs
+    mask_padding"""
     stride_in: Literal["1x1", "3x3"] = "1x1"
     """convolution of a ResNet bottleneck that has the stride: the first 1x1 (Caffe) or the 3x3 (torchvision)"""
     stem_pool: Literal["ceil", "padded"] = "ceil"
@@ -92,8 +94,8 @@ class BackboneConfig:
     """number of leading stages that are never trained; the stem belongs to the first; 1 for ResNet, 2 (conv1_1 to
     conv2_2) for VGG16; EfficientNet-Lite has one stage for each of the strides 4, 8, 16 and 32"""
     mask_padding: bool = False
-    """set the padding to zero after every layer and leave it out of group statistics, so that results do not depend on
-    it; on for training from random weights, off for weights that were trained without it"""
+    """set the padding to zero after every layer and leave it out of the statistics of group and batch, so that results
+    do not depend on it; on for training from random weights, off for weights that were trained without it"""
     remat: bool = False
     """recompute the activations of each stage for its gradient instead of keeping them: less memory, more time"""
 
@@ -105,7 +107,11 @@ class BackboneConfig:
         require_at_most(1024, width=self.width)
         require(
             self.norm != "none" or self.name == "vgg16",
-            f"norm none is for vgg16, {self.name} needs frozen_batch or group",
+            f"norm none is for vgg16, {self.name} needs frozen_batch, batch or group",
+        )
+        require(
+            self.norm != "batch" or self.mask_padding,
+            "norm batch needs mask_padding True, because padding and empty rows must not enter its statistics",
         )
         require(
             self.own is None or len(self.own.split(":")) == 2,
@@ -125,8 +131,8 @@ class FpnConfig:
 
     channels: int = 256
     """channels of every level"""
-    norm: Literal["none", "frozen_batch", "group"] = "none"
-    """normalisation after each convolution of the pyramid and of the box head"""
+    norm: Literal["none", "frozen_batch", "batch", "group"] = "none"
+    """normalisation after each convolution of the pyramid and of the box head; as backbone.norm"""
 
     def __post_init__(self):
         require_positive(channels=self.channels)
@@ -428,6 +434,11 @@ class ModelConfig:
         require(
             self.roi_features.operator == "align",
             f"roi_features.operator must be align with a pyramid, got {self.roi_features.operator}",
+        )
+        require(
+            self.fpn.norm != "batch" or self.backbone.mask_padding,
+            "fpn.norm batch needs backbone.mask_padding True, because padding and empty rows must not enter its "
+            "statistics",
         )
         for canvas in () if self.image.canvases == AUTO else self.image.canvases:
             require(

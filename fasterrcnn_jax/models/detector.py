@@ -15,7 +15,7 @@ from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.efficientnet import EfficientNet
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
-from fasterrcnn_jax.models.layers import Undrawn, level_masks, normalised
+from fasterrcnn_jax.models.layers import BatchNorm, Undrawn, level_masks, normalised
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
 from fasterrcnn_jax.ops.anchors import strides_of
@@ -170,17 +170,40 @@ def empty_detector(
 
 
 def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    """Returns (structure, trained parameters, everything else): constants and the fixed stages are not trained."""
-    fixed = model.config.backbone.fixed_stages
+    """Returns (structure, trained parameters, everything else).
+
+    Not trained are constants, running averages, and the fixed stages.
+    """
 
     def is_trained(path: tuple[Any, ...], _: object) -> bool:
-        if path[0] != "backbone" or not fixed:
-            return True
-        # The stem belongs to the first stage.
-        return path[1] == "stages" and path[2] >= fixed
+        return not _is_fixed(model.config.backbone, path)
 
     graphdef, params, rest = nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
     return graphdef, params, rest
+
+
+def use_batch_statistics(model: Detector, *, axes: tuple[str, ...] = (), parts: tuple[str, ...]) -> None:
+    """Changes `model`: its trained batch norm layers use the statistics of the batch from here on.
+
+    Each of these layers then writes its next running averages into the model, so call this on a copy that only one
+    training step uses, inside of the function that is differentiated. Fixed stages and other parts keep their running
+    averages.
+
+    Args:
+      axes: names of the device axes that the batch is spread over.
+      parts: the parts of the detector that are trained.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm) and path[0] in parts and not _is_fixed(model.config.backbone, path):
+            module.batch_axes = axes
+
+
+def _is_fixed(config: BackboneConfig, path: tuple[Any, ...]) -> bool:
+    """Returns whether the layer or variable at `path` belongs to the stages that are never trained."""
+    if path[0] != "backbone":
+        return False
+    # The stem belongs to the first stage.
+    return path[2] < config.fixed_stages if path[1] == "stages" else config.fixed_stages > 0
 
 
 def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2"]) -> Features:
