@@ -18,7 +18,7 @@ from fasterrcnn_jax.models.heads import BoxHead, RpnHead
 from fasterrcnn_jax.models.layers import BatchNorm, Undrawn, level_masks, normalised
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
-from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.ops.anchors import anchors_per_cell, strides_of
 from fasterrcnn_jax.structures import Images
 
 # The shared feature maps that the heads read, one per level, fine to coarse.
@@ -73,7 +73,6 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
     stride = strides_of(config)[0]
     canvases = fitted(config.image.canvases, "model.image.canvases")
     cells = max(height * width for height, width in canvases) // stride**2
-    scales = fitted(config.rpn.anchor_scales, "model.rpn.anchor_scales")
     for limit, size, what in (
         (2**22, proposals * num_classes, "test_proposals.post_nms_top_n times the number of classes"),
         (
@@ -83,8 +82,9 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
         ),
         (
             2**22,
-            cells * len(scales) * len(config.rpn.anchor_ratios),
-            "the number of anchors (rpn.anchor_scales, rpn.anchor_ratios) on the finest map of the largest canvas",
+            cells * anchors_per_cell(config.rpn),
+            "the number of anchors (rpn.anchor_scales or rpn.anchor_sizes, rpn.anchor_ratios) on the finest map of the "
+            "largest canvas",
         ),
     ):
         if size > limit:
@@ -203,7 +203,7 @@ def _is_fixed(config: BackboneConfig, path: tuple[Any, ...]) -> bool:
     if path[0] != "backbone":
         return False
     # The stem belongs to the first stage.
-    return path[2] < config.fixed_stages if path[1] == "stages" else config.fixed_stages > 0
+    return path[2] < config.fixed_stages if path[1] == "stages" else config.fixed_stages > 0 or config.fixed_stem
 
 
 def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2"]) -> Features:

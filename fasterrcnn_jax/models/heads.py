@@ -13,10 +13,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
+from fasterrcnn_jax.ops.anchors import anchors_per_cell
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
+
+
+def _unchanged(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    return x
+
+
+# By `rpn.activation`.
+ACTIVATIONS = {"relu": jax.nn.relu, "none": _unchanged}
 
 
 class RpnHead(nnx.Module):
@@ -28,7 +36,8 @@ class RpnHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
         rpn = config.rpn
-        anchors = len(fitted(rpn.anchor_scales, "model.rpn.anchor_scales")) * len(rpn.anchor_ratios)
+        anchors = anchors_per_cell(rpn)
+        self.activation = ACTIVATIONS[rpn.activation]
         self.convs = nnx.List(
             [
                 Conv(rpn.channels if i else in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)
@@ -53,7 +62,7 @@ class RpnHead(nnx.Module):
         objectness, deltas = [], []
         for x, valid in zip(levels, valids or (None,) * len(levels), strict=True):
             for conv in self.convs:
-                x = jax.nn.relu(conv(x))
+                x = self.activation(conv(x))
                 x = x if valid is None else x * valid.astype(x.dtype)
             objectness.append(self.objectness(x).reshape(batch, -1))
             deltas.append(self.deltas(x).reshape(batch, -1, 4))

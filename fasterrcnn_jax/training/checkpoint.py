@@ -1,9 +1,9 @@
 """Writes and reads the checkpoints of a run with Orbax.
 
 A checkpoint is written to a temporary folder and then renamed, so an incomplete one never has a checkpoint's name.
-It contains `model` (trained, averaged, frozen and running values by path), `train` (optimizer, step, key), `metrics` if it was
-evaluated, and `meta` (configuration with the class names, position of the data iterator, fingerprint of the data,
-digests of all parts).
+It contains `model` (trained, averaged, frozen and running values by path), `train` (optimizer, step, key), `metrics`
+if it was evaluated, and `meta` (configuration with the class names, position of the data iterator, fingerprint of the
+data, digests of all parts).
 Everything that is read is checked against the digests, because the storage does not detect flipped bits in arrays.
 """
 
