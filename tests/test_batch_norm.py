@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from safetensors.numpy import load_file
 
+import fasterrcnn_jax
 from fasterrcnn_jax.config import BackboneConfig, Config, DataConfig, FpnConfig, TrainConfig
 from fasterrcnn_jax.models.detector import Detector, use_batch_statistics
 from fasterrcnn_jax.models.faster_rcnn import box_training_losses, detect, rpn_training_losses
@@ -346,6 +348,27 @@ def test_regions_that_are_none_do_not_enter_the_statistics_of_the_box_head(rando
 
         for one, other in zip(found(pooled), found(garbage), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_exported_weights_name_the_running_averages(random_weights, tmp_path):
+    """The names are those of PyTorch. The file loads as the same detector, and into one with fixed statistics."""
+    backbone = BackboneConfig(name="vgg16", width=8, norm="batch", mask_padding=True, fixed_stages=0)
+    head = dataclasses.replace(tiny.MODEL.box_head, channels=16)
+    config = dataclasses.replace(tiny.MODEL, backbone=backbone, box_head=head)
+    model = random_weights(lambda: Detector(config, tiny.CLASS_NAMES, rng=np.random.default_rng(0)))
+    path = tmp_path / "weights.safetensors"
+    fasterrcnn_jax.save_weights(model, path)
+    arrays = load_file(path)
+    for number in (1, 4, 8, 11, 15, 18, 21, 25, 28, 31, 35, 38, 41):
+        assert {f"RCNN_base.{number}.running_{name}" for name in ("mean", "var")} <= set(arrays)
+    norm = model.backbone.stages[0].norms[1]
+    np.testing.assert_array_equal(arrays["RCNN_base.4.running_var"], norm.var[...])
+    again = fasterrcnn_jax.load(path)
+    fixed = dataclasses.replace(config, backbone=dataclasses.replace(backbone, norm="frozen_batch"))
+    other = fasterrcnn_jax.create(fixed, tiny.CLASS_NAMES, weights=path)
+    for name, value in by_path(model).items():
+        np.testing.assert_array_equal(by_path(again)[name], value, err_msg=name)
+        np.testing.assert_array_equal(by_path(other)[name], value, err_msg=name)
 
 
 def test_batch_norm_without_a_mask_of_the_padding_is_refused():
