@@ -193,7 +193,9 @@ class Case:
         graphdef, state = create_state(self.model, optimizer, seed=0)
         step = make_train_step(graphdef, optimizer, axis_name=AXIS, losses=losses_on_their_rois)
         devices = jax.local_devices()[:1]
-        run, state = data_parallel(step, devices=devices), replicate(state, devices=devices)
+        run = data_parallel(step, devices=devices)
+        # Copied, because the step takes the memory of its state.
+        state = replicate(jax.tree.map(np.array, state), devices=devices)
         losses, states = [], []
         for number in self.numbers:
             state, metrics = run(state, self.batch(number))

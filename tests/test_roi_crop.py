@@ -68,7 +68,7 @@ def test_without_max_pooling_each_cell_is_one_sample():
 
 
 def test_the_maximum_of_twice_as_many_samples_is_the_pooled_crop():
-    twice = roi_crop(FEATURES, BOXES, **OPTIONS | dict(output_size=6), max_pool=False)
+    twice = roi_crop(jnp.asarray(FEATURES), jnp.asarray(BOXES), stride=STRIDE, output_size=6, max_pool=False)
     pooled = np.asarray(twice).reshape(len(BOXES), 3, 2, 3, 2, -1).max(axis=(2, 4))
     np.testing.assert_allclose(crop(FEATURES, BOXES), pooled, rtol=1e-6, atol=1e-6)
 
@@ -76,8 +76,9 @@ def test_the_maximum_of_twice_as_many_samples_is_the_pooled_crop():
 @pytest.mark.parametrize("max_pool", [True, False])
 def test_the_configuration_says_whether_the_crop_is_pooled(max_pool):
     config = RoiFeaturesConfig(operator="crop", output_size=3, crop_max_pool=max_pool)
-    found = roi_features((jnp.asarray(FEATURES),), BOXES, strides=(STRIDE,), far_corner_offset=0, config=config)
-    np.testing.assert_array_equal(found, roi_crop(FEATURES, BOXES, **OPTIONS, max_pool=max_pool))
+    features, boxes = jnp.asarray(FEATURES), jnp.asarray(BOXES)
+    found = roi_features((features,), boxes, strides=(STRIDE,), far_corner_offset=0, config=config)
+    np.testing.assert_array_equal(found, roi_crop(features, boxes, **OPTIONS, max_pool=max_pool))
 
 
 def test_cells_outside_the_map_are_zero():

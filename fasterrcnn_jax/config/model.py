@@ -446,7 +446,8 @@ class ModelConfig:
 
     def __post_init__(self):
         levels = 1 if self.fpn is None else 5
-        sizes = self.rpn.anchor_sizes
+        # A configuration file may put anything here; it is told so where all types are checked.
+        sizes = self.rpn.anchor_sizes if isinstance(self.rpn, RpnConfig) else None
         require(
             sizes is None or len(sizes) == levels,
             f"rpn.anchor_sizes must hold {levels} {'tuple' if levels == 1 else 'tuples, one for each level'}, "

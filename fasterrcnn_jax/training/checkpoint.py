@@ -288,12 +288,8 @@ def read_weights(path: str | Path) -> Stored:
     """
     folder, found = _newest_whole(Path(path), ("model",))
     arrays = {}
-    for kind in (
-        "frozen",
-        "running",
-        "params",
-        "averaged",
-    ):  # the averaged weights, if any, replace the trained weights
+    # The averaged weights, if any, replace the trained weights.
+    for kind in ("frozen", "running", "params", "averaged"):
         prefix = f"{kind}/"
         arrays |= {
             path.removeprefix(prefix).removesuffix(_VALUE): value
