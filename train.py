@@ -384,7 +384,8 @@ def replay_step(
     losses = functools.partial(
         stage.losses, num_devices=stage.train.batch_size, implementation=stage.train.implementation
     )
-    print_lines(*replay.format_examined(number, replay.examine(graphdef, state, batch, ids, losses)).split("\n"))
+    examined = replay.examine(graphdef, state, batch, ids, losses, parts=stage.parts)
+    print_lines(*replay.format_examined(number, examined).split("\n"))
 
 
 if __name__ == "__main__":

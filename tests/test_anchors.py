@@ -85,6 +85,36 @@ def test_a_pyramid_has_anchors_twice_as_large_on_every_level(apart, last):
     assert grid_strides(ModelConfig(rpn=rpn, **FPN), (*PYRAMID[:4], (2, 2))) == [(4, 4), last]
 
 
+def test_sizes_per_level_need_not_double():
+    """The sides come from the formula of torchvision's generator, whose halves are rounded to even."""
+    sizes = ((20.0, 24.0), (33.0, 50.0), (60.0, 75.0), (140.0, 200.0), (210.0, 400.0))
+    rpn = RpnConfig(anchor_sizes=sizes, anchor_ratios=(0.5, 2.0), anchor_rounding="half", anchor_centre="corner")
+    grid = anchors_of(ModelConfig(rpn=rpn, **FPN), PYRAMID)
+    assert grid.level_sizes == tuple(4 * rows * columns for rows, columns in PYRAMID) and grid.per_cell == 4
+    firsts = np.cumsum([0, *grid.level_sizes[:-1]])
+    for first, of_level in zip(firsts, sizes, strict=True):
+        halves = [
+            (round(size / ratio**0.5 / 2), round(size * ratio**0.5 / 2)) for ratio in (0.5, 2.0) for size in of_level
+        ]
+        expected = [(-width, -height, width, height) for width, height in halves]
+        np.testing.assert_array_equal(grid.anchors[first : first + 4], expected)
+
+
+def test_sizes_that_double_are_the_anchors_of_base_and_scales():
+    shared = dict(anchor_rounding="half", anchor_centre="corner")
+    by_scale = RpnConfig(anchor_base=32.0, anchor_scales=(1.0,), **shared)
+    by_size = RpnConfig(anchor_sizes=((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)), **shared)
+    found, expected = (anchors_of(ModelConfig(rpn=rpn, **FPN), PYRAMID) for rpn in (by_size, by_scale))
+    np.testing.assert_array_equal(found.anchors, expected.anchors)
+
+
+def test_the_rpn_has_outputs_for_the_sizes_of_a_level():
+    rpn = RpnConfig(anchor_sizes=((32.0, 64.0),), anchor_ratios=(1.0,), anchor_rounding="none", channels=1)
+    head = RpnHead(ModelConfig(rpn=rpn), 8, rng=np.random.default_rng(0))
+    objectness, _ = head((jnp.zeros((1, 3, 4, 8)),))
+    assert objectness.shape == (1, 3 * 4 * 2) and len(anchors_of(ModelConfig(rpn=rpn), ((3, 4),)).anchors) == 24
+
+
 def grid_strides(config, grids):
     """Returns (y, x) pixels between the anchors of neighbouring cells on the first and the last level."""
     grid = anchors_of(config, grids)

@@ -86,7 +86,9 @@ def at(state, step, *, shift=0.0):
 def blank_state():
     """Returns a state with one weight, for tests that need no detector."""
     key = jnp.zeros(2, jnp.uint32)
-    return TrainState(step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=key)
+    return TrainState(
+        step=jnp.int32(0), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, running={}, opt_state={}, key=key
+    )
 
 
 def save(run, state, config, *, keep=2, ap50s):

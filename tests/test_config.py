@@ -82,6 +82,23 @@ INVALID = [
     (lambda: RpnConfig(fg_iou=1.5), r"fg_iou must be in \[0, 1\], got 1.5"),
     (lambda: RpnConfig(fg_iou=0.2), "bg_iou <= fg_iou, got 0.3 and 0.2"),
     (lambda: RpnConfig(anchor_scales=()), "anchor_scales"),
+    (lambda: RpnConfig(anchor_sizes=((32.0,),)), "anchor_sizes needs anchor_rounding half or none"),
+    (lambda: RpnConfig(anchor_sizes=((32.0,), (1.0, 2.0)), anchor_rounding="none"), "equally many sizes for every"),
+    (lambda: RpnConfig(anchor_sizes=((), ()), anchor_rounding="none"), "equally many sizes for every"),
+    (lambda: RpnConfig(anchor_sizes=((-1.0,),), anchor_rounding="none"), "anchor_sizes must be positive, got -1.0"),
+    (
+        lambda: RpnConfig(anchor_sizes=((32.0,),), anchor_rounding="none", anchor_scales="auto"),
+        "anchor_scales auto has no effect with anchor_sizes",
+    ),
+    (
+        lambda: ModelConfig(rpn=RpnConfig(anchor_sizes=((32.0,), (64.0,)), anchor_rounding="none")),
+        r"rpn.anchor_sizes must hold 1 tuple, got \(\(32.0,\), \(64.0,\)\)",
+    ),
+    (lambda: BackboneConfig(name="vgg16", fixed_stem=True), "fixed_stem must be False for vgg16"),
+    (
+        lambda: RoiFeaturesConfig(operator="crop", crop_max_pool=False, output_size=1),
+        "output_size must be at least 2 with crop_max_pool False, got 1",
+    ),
     (lambda: RpnConfig(anchor_base=0.0), "anchor_base must be positive, got 0.0"),
     (lambda: RpnConfig(allowed_border=-1.0), "allowed_border must not be negative, got -1.0"),
     (lambda: RpnConfig(anchor_ratios=(1.0, -2.0)), "anchor_ratios must be positive, got -2.0"),
@@ -154,6 +171,12 @@ UNREAD = [
     (dict(roi_features=dict(operator="pool", aligned=True)), "roi_features.aligned = True .* pool"),
     (dict(roi_features=dict(operator="crop", sampling_ratio=2)), "roi_features.sampling_ratio = 2 .* crop"),
     (dict(roi_features=dict(quantisation="floor")), "roi_features.quantisation = 'floor' .* align"),
+    (dict(roi_features=dict(crop_max_pool=False)), "roi_features.crop_max_pool = False .* align"),
+    (dict(backbone=dict(fixed_stem=True)), "backbone.fixed_stem = True changes nothing with fixed_stages 1"),
+    (
+        dict(rpn=dict(anchor_sizes=((32.0,),), anchor_rounding="none", anchor_base=8.0)),
+        "rpn.anchor_base = 8.0 changes nothing with anchor_sizes",
+    ),
 ]
 
 

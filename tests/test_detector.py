@@ -299,15 +299,16 @@ def test_vgg_trains_every_parameter_but_those_of_its_fixed_stages(random_weights
     assert len(fixed) == 2 * 4 and all("backbone" in name and "stages" in name for name in fixed)
 
 
-@pytest.mark.parametrize("fixed_stages", [0, 1, 3])
-def test_fixed_stages_of_a_resnet_are_its_stem_and_its_first_stages(fixed_stages):
-    model = abstract(altered("backbone", fixed_stages=fixed_stages))
+@pytest.mark.parametrize("fixed_stages, fixed_stem", [(0, False), (0, True), (1, False), (3, False)])
+def test_fixed_stages_of_a_resnet_are_its_stem_and_its_first_stages(fixed_stages, fixed_stem):
+    """The stem alone is fixed as with the reference's FIXED_BLOCKS 0: convolution and normalisation."""
+    model = abstract(altered("backbone", fixed_stages=fixed_stages, fixed_stem=fixed_stem))
     _, params, frozen = split(model)
     everything, fixed = set(paths(nnx.state(model, nnx.Param))), set(paths(frozen))
     stages = [f"'backbone']['stages'][{stage}]" for stage in range(fixed_stages)]
-    stem = ["'backbone']['stem']", "'backbone']['stem_norm']"] if fixed_stages else []
+    stem = ["'backbone']['stem']", "'backbone']['stem_norm']"] if fixed_stages or fixed_stem else []
     assert fixed == {name for name in everything if any(part in name for part in stages + stem)}
-    assert len(fixed) + len(jax.tree.leaves(params)) == len(everything) and bool(fixed) == bool(fixed_stages)
+    assert len(fixed) + len(jax.tree.leaves(params)) == len(everything) and bool(fixed) == bool(stem)
 
 
 def test_dropout_follows_the_index_of_the_image_and_is_off_in_detection(vgg):

@@ -107,7 +107,7 @@ def test_imagenet_rgb_is_torchvisions_normalisation_for_0_to_255():
 
 CROPPED = replace(
     resnet_c4(101),
-    roi_sampling=RoiSamplingConfig(rois_per_image=256),
+    roi_sampling=RoiSamplingConfig(rois_per_image=256, add_ground_truth=False),
     roi_features=RoiFeaturesConfig(operator="crop"),
 )
 COCO_EPOCH = 14658  # 117,266 images with objects and their mirrored copies, 16 in a step

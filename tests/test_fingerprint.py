@@ -18,7 +18,13 @@ from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.state import TrainState
 
 STATE = TrainState(
-    step=jnp.int32(2), params={"w": jnp.zeros(2)}, averaged=None, frozen={}, opt_state={}, key=jnp.zeros(2, jnp.uint32)
+    step=jnp.int32(2),
+    params={"w": jnp.zeros(2)},
+    averaged=None,
+    frozen={},
+    running={},
+    opt_state={},
+    key=jnp.zeros(2, jnp.uint32),
 )
 
 

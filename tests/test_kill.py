@@ -208,6 +208,26 @@ def test_a_run_killed_at_named_moments_ends_with_the_same_bits(launcher, folder,
     assert_same_end(run, whole)
 
 
+BATCH_NORM = """
+backbone = dataclasses.replace(config.model.backbone, norm="batch")
+config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_batch_norm_that_is_killed_ends_with_the_same_bits(launcher, folder, tmp_path):
+    """The running averages continue from the checkpoint, as the weights do."""
+    (tmp_path / "mine.py").write_text((folder / "mine.py").read_text() + BATCH_NORM)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert launcher.wait(start(launcher, tmp_path, whole), seconds=500) == 0, log_of(whole).read_text()
+    for moment in ("while the first evaluation runs", "between an evaluation and its image"):
+        pid = start(launcher, tmp_path, run, signal_at=(*MOMENTS[moment], signal.SIGKILL))
+        assert launcher.wait(pid) == -signal.SIGKILL, f"{moment}: {log_of(run).read_text()}"
+        assert steps_in(run) and STEPS not in steps_in(run)
+    finish(launcher, tmp_path, run)
+    assert_same_end(run, (whole, digests(whole)))
+
+
 ALTERNATING = """
 import test_stages
 from fasterrcnn_jax.config import AlternatingConfig

@@ -395,3 +395,31 @@ def test_the_stem_is_pooled_as_configured(stem_pool, near):
     expected = [[x[:, row, column].max(axis=(1, 2)) for column in columns] for row in rows]
     (found,) = net(images, jnp.full((1, 2), 32.0))
     np.testing.assert_array_equal(np.asarray(found).transpose(1, 2, 0, 3), np.array(expected))
+
+
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_the_rpn_has_its_activation_after_each_3x3_convolution(random_weights, activation):
+    config = ModelConfig(rpn=RpnConfig(channels=8, convs=2, activation=activation))
+    head = random_weights(lambda: RpnHead(config, 8, rng=np.random.default_rng(0)))
+    x = features = normal(1, 5, 6, 8)
+    for conv in head.convs:
+        x = np.asarray(conv(jnp.asarray(x)))
+        assert (x < 0).any()
+        x = np.maximum(x, 0) if activation == "relu" else x
+    objectness, deltas = head((features,))
+    np.testing.assert_allclose(objectness, head.objectness(jnp.asarray(x)).reshape(1, -1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(deltas, head.deltas(jnp.asarray(x)).reshape(1, -1, 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("summary", ["mean", "flatten"])
+def test_the_cells_of_resnets_last_stage_become_one_vector_as_configured(random_weights, summary):
+    backbone_config = BackboneConfig(name="resnet18", width=8)
+    config = ModelConfig(backbone=backbone_config, box_head=BoxHeadConfig(summary=summary))
+    tail = random_weights(lambda: ResNetTail(config, rng=np.random.default_rng(0)))
+    pooled = normal(2, 3, 7, 7, 32)
+    cells = np.asarray(tail.stage(pooled.reshape(6, 7, 7, 32)))
+    assert cells.shape == (6, 4, 4, 64)
+    expected = cells.sum(axis=(1, 2)) / 16 if summary == "mean" else cells
+    found = tail(pooled, None)
+    assert found.shape == (2, 3, tail.channels)
+    np.testing.assert_allclose(found, expected.reshape(2, 3, -1), rtol=1e-5, atol=1e-5)

@@ -123,6 +123,8 @@ def test_rpn_losses_and_gradients_equal_the_formulas(options, objectness, deltas
         {},
         dict(roi_sigma=3.0),
         dict(roi_box_weight=2.0, roi_box_inside_weights=UNEVEN),
+        dict(roi_box_normalizer="positives"),
+        dict(roi_box_normalizer="positive_deltas", roi_box_weight=10.0),
         # The settings of the RPN change nothing here.
         dict(rpn_sigma=2.0, rpn_box_weight=7.0, rpn_box_inside_weights=UNEVEN, rpn_positive_weight=0.5),
     ],
@@ -156,7 +158,9 @@ def test_box_losses_and_gradients_equal_the_formulas(options, classes, logits, d
                 d_deltas[i, of_class, j] = config.roi_box_weight * inside * slope
     assert float(losses[0].sum) == pytest.approx(entropy, rel=1e-4, abs=1e-5)
     assert float(losses[1].sum) == pytest.approx(distance, rel=1e-4, abs=1e-5)
-    assert [float(mean.count) for mean in losses] == [valid.sum()] * 2
+    positives = (valid & (labels > 0)).sum()
+    counts = {"sampled": valid.sum(), "positives": positives, "positive_deltas": 4 * positives}
+    assert [float(mean.count) for mean in losses] == [valid.sum(), counts[config.roi_box_normalizer]]
     (class_by_logits, class_by_deltas), (box_by_logits, box_by_deltas) = gradients
     np.testing.assert_allclose(class_by_logits, d_logits, atol=1e-5)
     np.testing.assert_allclose(box_by_deltas, d_deltas, rtol=1e-5, atol=1e-5)
@@ -207,6 +211,7 @@ EACH = 1 - 0.5 / 9  # smooth L1 of 1 at sigma 3
         (dict(rpn_sigma=1.0), 3 * 0.5 / 4),
         (dict(rpn_box_weight=10.0), 10 * 3 * EACH / 4),
         (dict(rpn_box_normalizer="positives"), EACH),
+        (dict(rpn_box_normalizer="positive_deltas"), EACH / 4),
         (dict(rpn_box_normalizer="locations"), 3 * EACH / LOCATIONS),
         (dict(rpn_box_anchors="all_positives"), 4 * EACH / 4),
         (dict(rpn_box_anchors="all_positives", rpn_box_normalizer="positives"), EACH),

@@ -254,6 +254,14 @@ def test_valid_boxes_with_nan_or_without_an_area_suppress_nothing(any_nms):
     assert kept_of(found) == [0, *range(2, 12)]
 
 
+def test_boxes_with_nan_scores_come_last(any_nms):
+    """Of three pairs of equal boxes, the one with a NaN score is suppressed, or is kept after all others."""
+    boxes = np.repeat(np.float32([[0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]]), 2, axis=0)
+    scores = np.float32([np.nan, 0.1, 0.9, np.nan, np.nan, np.nan])
+    found = any_nms(boxes, scores, np.ones(6, bool), iou_threshold=0.5, max_output=6)
+    assert kept_of(found) == [2, 1, 4]
+
+
 def test_vmap_equals_the_loop():
     examples = [clustered(SMALL, seed) for seed in range(4)]
     boxes, scores = map(np.stack, zip(*examples, strict=True))

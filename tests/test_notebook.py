@@ -2,35 +2,43 @@
 
 VGG16 with batch norm, 800 x 800 pixels, boxes (y1, x1, y2, x2) = (20, 30, 400, 500) and (300, 400, 500, 600).
 Its anchors are not rounded and are placed as ours are; it puts channels first, and we put them last.
+`write_notebook_step.py` ran two training steps of the notebook's network in PyTorch; it names what it changes in them.
 """
 
 import dataclasses
+import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from fidelity import compare
+import reference_weights
+import tiny
+from fidelity import compare, swapped
 from flax import nnx
 
-from fasterrcnn_jax.config import ProposalConfig, RoiFeaturesConfig, RpnConfig
-from fasterrcnn_jax.config.families import vgg16
-from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.config import ImageConfig, ProposalConfig, TrainConfig
+from fasterrcnn_jax.config.families import notebook_vgg16
+from fasterrcnn_jax.models.detector import Detector, shared_features
+from fasterrcnn_jax.models.faster_rcnn import losses_for_targets
+from fasterrcnn_jax.models.roi_heads import sample_rois
+from fasterrcnn_jax.models.rpn import batch_anchor_targets, rpn_output
 from fasterrcnn_jax.ops.anchors import anchors_of
 from fasterrcnn_jax.ops.boxes import pairwise_iou
 from fasterrcnn_jax.ops.proposals import propose
 from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets, within_border
-from fasterrcnn_jax.structures import GroundTruth
+from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
+from fasterrcnn_jax.training.optimizer import create_optimizer
+from fasterrcnn_jax.training.state import merge
+from fasterrcnn_jax.training.step import AXIS, create_state, data_parallel, make_train_step, replicate
 
 IMAGE_HW = jnp.float32([800, 800])
 BOXES = jnp.float32([[30, 20, 500, 400], [400, 300, 600, 500]])
 GROUND_TRUTH = GroundTruth(BOXES, jnp.int32([6, 8]), jnp.ones(2, bool))
-CONFIG = dataclasses.replace(
-    vgg16(norm="frozen_batch"),
-    rpn=RpnConfig(anchor_rounding="none"),
-    roi_features=RoiFeaturesConfig(operator="pool", quantisation="floor"),
-)
+CONFIG = notebook_vgg16()
 ANCHORS = jnp.asarray(anchors_of(CONFIG, ((50, 50),)).anchors)
 KEY = jax.random.key(0)
 
@@ -121,3 +129,160 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_of_every_step(shapes, name):
     compare("notebook", "notebook", f"shape of {name}", np.array(shapes[name].shape), np.array(SHAPES[name]))
+
+
+# The two training steps. Of the small case every layer but the classes has an eighth of the channels, or fewer.
+GOLDEN = np.load(Path(__file__).parent / "golden" / "notebook_step.npz")
+ALL = 10**9  # nothing is left to a draw
+SMALL = dataclasses.replace(
+    CONFIG,
+    image=ImageConfig(short_side=128, long_side=160, canvases=((128, 160), (160, 128))),
+    backbone=dataclasses.replace(CONFIG.backbone, width=8),
+    rpn=dataclasses.replace(CONFIG.rpn, anchor_scales=(1.0, 2.0, 4.0), channels=32),
+    box_head=dataclasses.replace(CONFIG.box_head, channels=32),
+)
+SMALL_BOXES = np.float32([[[30, 20, 90, 75], [85, 60, 150, 120]]])
+CASES = {
+    "small": (SMALL, 3, SMALL_BOXES, np.int32([[1, 3]])),
+    "full": (CONFIG, 20, np.asarray(BOXES)[None], np.int32([[6, 8]])),
+}
+TRAIN = TrainConfig(steps=9, batch_size=1, learning_rate=1e-3, weight_decay=0.0, double_bias=False, warmup_steps=0)
+# Fixed before the first comparison: of the first step's losses and statistics, and of what follows an update.
+TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-4
+
+
+class Case:
+    """The golden numbers of a case, and our states after each of its steps."""
+
+    def __init__(self, name):
+        config, classes, boxes, labels = CASES[name]
+        self.golden = {key.partition("/")[2]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{name}/")}
+        self.config = dataclasses.replace(
+            config,
+            rpn=dataclasses.replace(config.rpn, anchors_per_image=ALL, fg_fraction=1.0),
+            roi_sampling=dataclasses.replace(config.roi_sampling, rois_per_image=ALL, fg_fraction=1.0),
+        )
+        self.numbers = range(1, 1 + sum(key.startswith("losses_") for key in self.golden))
+        names = tuple(f"class{k}" for k in range(1, classes + 1))
+        self.table = reference_weights.table(reference_weights.FASTER_RCNN_PYTORCH, self.config)
+        weights = reference_weights.rule_weights(self.golden)
+        self.model = reference_weights.load(
+            lambda: Detector(self.config, names, rng=np.random.default_rng(0)), self.table, weights
+        )
+        self.hw = self.config.image.canvases[0]
+        image = 60 * np.random.default_rng(3).standard_normal((3, *self.hw), np.float32)
+        assert zlib.crc32(image.tobytes()) == self.golden["image_crc32"]
+        self.images = np.ascontiguousarray(image.transpose(1, 2, 0))[None]
+        self.ground_truth = GroundTruth(boxes, labels, np.ones((1, 2), bool))
+
+    def batch(self, number):
+        rois = swapped(self.golden[f"rois_{number}"])[None]
+        return Batch(
+            images=self.images,
+            image_hw=np.float32([self.hw]),
+            scale=np.ones((1, 2), np.float32),
+            image_index=np.int32([0]),
+            image_valid=np.array([True]),
+            ground_truth=self.ground_truth,
+            proposals=Proposals(rois, np.ones(rois.shape[:2], np.float32), np.ones(rois.shape[:2], bool)),
+        )
+
+    def trained(self):
+        """Returns (losses of each step, states after each step, gradients of the first step, structure)."""
+        optimizer = create_optimizer(TRAIN)
+        graphdef, state = create_state(self.model, optimizer, seed=0)
+        step = make_train_step(graphdef, optimizer, axis_name=AXIS, losses=losses_on_their_rois)
+        devices = jax.local_devices()[:1]
+        run = data_parallel(step, devices=devices)
+        # Copied, because the step takes the memory of its state.
+        state = replicate(jax.tree.map(np.array, state), devices=devices)
+        losses, states = [], []
+        for number in self.numbers:
+            state, metrics = run(state, self.batch(number))
+            losses.append(np.array(metrics[:4]))
+            states.append(jax.device_get(state))
+        # Without decay, the momentum of the first step is its gradient.
+        return losses, states, optax.tree.get(states[0].opt_state, "trace"), graphdef
+
+
+def losses_on_their_rois(model, batch, key, *, num_devices, implementation):
+    """Returns the losses of a step whose RoIs are the recorded proposals; the notebook's NMS counts a pixel more."""
+    keys, config = jax.random.split(key, 1), model.config
+    features = shared_features(model, batch.images, batch.image_hw)
+    rpn = rpn_output(model, features, batch.image_hw)
+    targets = batch_anchor_targets(config, keys, rpn, batch.ground_truth, canvas=batch.images.shape[1:3])
+    rois = sample_rois(config, keys, batch.proposals, batch.ground_truth, num_devices=num_devices)
+    found = losses_for_targets(model, features, rpn, targets, rois, implementation=implementation)
+    return jax.tree.map(lambda of_image: of_image.sum(), found)
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("full", marks=pytest.mark.slow)])
+def case(request):
+    with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"):
+        case = Case(request.param)
+        yield f"notebook, {request.param}", case, case.trained()
+    jax.clear_caches()  # the full network takes a gigabyte
+
+
+def test_losses_of_each_step(case):
+    name, case, (losses, _, _, _) = case
+    for number, ours in zip(case.numbers, losses, strict=True):
+        tolerance = TOLERANCE if number == 1 else LATER_TOLERANCE
+        theirs = case.golden[f"losses_{number}"]
+        compare(name, "PyTorch", f"losses of step {number}", ours, theirs, atol=tolerance)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "var"])
+def test_running_statistics_after_each_step(case, statistic):
+    name, case, (_, states, _, _) = case
+    for number, state in zip(case.numbers, states, strict=True):
+        leaves = jax.tree_util.tree_leaves_with_path(state.running)
+        ours = [leaf for path, leaf in leaves if reference_weights.name_of(path).endswith(f"/{statistic}")]
+        theirs = case.golden[f"running_{statistic}_{number}"]
+        tolerance = TOLERANCE if number == 1 else LATER_TOLERANCE
+        what = f"running {statistic} after step {number}"
+        compare(name, "PyTorch", what, np.concatenate(ours), theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_gradients_of_the_first_step(case):
+    """The gradient of one objectness logit is 1 / sqrt(2) of the gradient of two."""
+    name, case, (_, _, gradients, _) = case
+    ours = {}
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        source = case.table[reference_weights.name_of(path)]
+        scale = 2**0.5 if "RPN_cls_score" in source.key else 1.0
+        ours[source.key] = scale * np.linalg.norm(np.float64(gradient))
+    for key, norm in zip(map(str, case.golden["grad_keys"]), case.golden["grad_norms"], strict=True):
+        if key in WITHOUT_EFFECT:
+            assert max(norm, ours[key]) < 1e-3
+            continue
+        compare(name, "PyTorch", f"norm of the gradient of {key}", ours[key], norm, rtol=1e-3)
+
+
+# Biases before batch norm: what is left of their gradient is rounding.
+WITHOUT_EFFECT = {f"RCNN_base.{n}.bias" for n in (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)}
+
+
+def test_detection_uses_the_running_statistics(case):
+    """Detection with the weights before the first step and the statistics after it.
+
+    After two updates, PyTorch's own features in float32 differ by 0.03 from those in float64.
+    """
+    name, case, (_, states, _, graphdef) = case
+    first = create_state(case.model, create_optimizer(TRAIN), seed=0)[1]
+    model = merge(graphdef, first._replace(running=states[0].running))
+    batch = case.batch(1)
+
+    @jax.jit
+    def run(model, images, image_hw):
+        features = shared_features(model, images, image_hw)
+        return features[0], rpn_output(model, features, image_hw).objectness[0]
+
+    features, objectness = run(model, jnp.asarray(batch.images), jnp.asarray(batch.image_hw))
+    maps = np.asarray(features).transpose(0, 3, 1, 2).ravel()
+    for what, ours, theirs in (
+        ("features in detection", maps, case.golden["eval_features"]),
+        ("objectness in detection", np.asarray(objectness), case.golden["eval_objectness"]),
+    ):
+        ours = ours[:: max(1, len(ours) // 1024)]
+        compare(name, "PyTorch", what, ours, theirs, atol=LATER_TOLERANCE, rtol=LATER_TOLERANCE)

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
+from fasterrcnn_jax.config import RoiFeaturesConfig
 from fasterrcnn_jax.ops.roi_cropping import roi_crop
+from fasterrcnn_jax.ops.roi_operators import roi_features
 
 STRIDE = 8
 OPTIONS = dict(stride=STRIDE, output_size=3)
@@ -52,6 +54,31 @@ def test_roi_crop_of_a_ramp_is_the_position_of_the_farther_sample():
     np.testing.assert_allclose(pooled[..., 0], np.tile(x1 + (x2 - x1) * farther, (3, 1)), rtol=1e-5)
     np.testing.assert_allclose(pooled[..., 1].T, np.tile(y1 + (y2 - y1) * farther, (3, 1)), rtol=1e-5)
     np.testing.assert_allclose(pooled[..., 2], np.tile(-x1 - (x2 - x1) * nearer, (3, 1)), rtol=1e-5)
+
+
+def test_without_max_pooling_each_cell_is_one_sample():
+    """Three samples go from border to border of the box; on a ramp their values are their positions."""
+    y, x = np.mgrid[0:6, 0:7] * float(STRIDE)
+    ramp = np.stack([x, y], axis=-1).astype(np.float32)
+    x1, y1, x2, y2 = 10.0, 7.0, 40.0, 31.0
+    samples = roi_crop(jnp.asarray(ramp), jnp.float32([[x1, y1, x2, y2]]), **OPTIONS, max_pool=False)[0]
+    places = np.float32([0, 0.5, 1])
+    np.testing.assert_allclose(samples[..., 0], np.tile(x1 + (x2 - x1) * places, (3, 1)), rtol=1e-5)
+    np.testing.assert_allclose(samples[..., 1].T, np.tile(y1 + (y2 - y1) * places, (3, 1)), rtol=1e-5)
+
+
+def test_the_maximum_of_twice_as_many_samples_is_the_pooled_crop():
+    twice = roi_crop(jnp.asarray(FEATURES), jnp.asarray(BOXES), stride=STRIDE, output_size=6, max_pool=False)
+    pooled = np.asarray(twice).reshape(len(BOXES), 3, 2, 3, 2, -1).max(axis=(2, 4))
+    np.testing.assert_allclose(crop(FEATURES, BOXES), pooled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_pool", [True, False])
+def test_the_configuration_says_whether_the_crop_is_pooled(max_pool):
+    config = RoiFeaturesConfig(operator="crop", output_size=3, crop_max_pool=max_pool)
+    features, boxes = jnp.asarray(FEATURES), jnp.asarray(BOXES)
+    found = roi_features((features,), boxes, strides=(STRIDE,), far_corner_offset=0, config=config)
+    np.testing.assert_array_equal(found, roi_crop(features, boxes, **OPTIONS, max_pool=max_pool))
 
 
 def test_cells_outside_the_map_are_zero():

@@ -163,6 +163,22 @@ def test_ground_truth_is_among_the_rois(proposals, gt):
         np.testing.assert_array_equal(np.asarray(found.deltas)[same], 0)
 
 
+@given(all_proposals(), ground_truths())
+def test_without_added_ground_truth_every_roi_is_a_proposal(proposals, gt):
+    """The proposals have the same labels and targets as with the ground truth among them."""
+    config = RoiSamplingConfig(fg_fraction=1.0, add_ground_truth=False)
+    found = run_rois(KEY, proposals, gt, rois_per_image=len(proposals.boxes), config=config)
+    with_objects = every_roi(KEY, proposals, gt)
+    rows, more = (
+        np.column_stack([rois.boxes, rois.labels, rois.deltas])[np.asarray(rois.valid)]
+        for rois in (found, with_objects)
+    )
+    assert len(rows) == proposals.valid.sum() and len(more) == len(rows) + gt.valid.sum()
+    assert {row.tobytes() for row in rows[:, :4]} == {box.tobytes() for box in proposals.boxes[proposals.valid]}
+    # The nearest row is the same one, up to rounding: the two programs differ.
+    assert (np.abs(rows[:, None] - more[None]).max(axis=2).min(axis=1) <= 1e-5).all()
+
+
 @given(all_proposals(), ground_truths(), st.integers(0, 9))
 def test_sampled_rois_meet_their_quota(proposals, gt, seed):
     """At most half of six RoIs are foreground; all of them may be if there is no background."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fasterrcnn_jax.config import (
     BackboneConfig,
+    BoxCoderConfig,
     BoxHeadConfig,
     FpnConfig,
     ImageConfig,
@@ -89,6 +90,31 @@ def vgg16(*, norm: Literal["none", "frozen_batch"] = "none") -> ModelConfig:
         backbone=BackboneConfig(name="vgg16", norm=norm, fixed_stages=2),
         roi_sampling=RoiSamplingConfig(rois_per_image=256),
         box_head=BoxHeadConfig(dropout=0.5),
+    )
+
+
+def notebook_vgg16() -> ModelConfig:
+    """Returns the detector of the step-by-step notebook: VGG16 with batch norm, trained from random weights.
+
+    The RPN is linear. The ground truth is not among the RoIs, targets are not normalised, regions are pooled from
+    corners that are rounded down, and both box losses are ten times the mean over elements.
+    """
+    return ModelConfig(
+        image=ImageConfig(short_side=800, long_side=800, canvases=((800, 800),)),
+        backbone=BackboneConfig(name="vgg16", norm="batch", fixed_stages=0, mask_padding=True),
+        box_coder=BoxCoderConfig(max_log_scale=None),
+        rpn=RpnConfig(anchor_rounding="none", activation="none"),
+        roi_sampling=RoiSamplingConfig(add_ground_truth=False, box_stds=(1.0, 1.0, 1.0, 1.0)),
+        roi_features=RoiFeaturesConfig(operator="pool", quantisation="floor"),
+        box_head=BoxHeadConfig(dropout=0.0),
+        loss=LossConfig(
+            rpn_sigma=1.0,
+            roi_sigma=1.0,
+            rpn_box_weight=10.0,
+            roi_box_weight=10.0,
+            rpn_box_normalizer="positive_deltas",
+            roi_box_normalizer="positive_deltas",
+        ),
     )
 
 

@@ -80,9 +80,11 @@ class BackboneConfig:
     number makes every layer thinner"""
     stride: Literal[8, 16] = 16
     """input pixels per feature cell; 8 separates small objects better, at four times the cost"""
-    norm: Literal["none", "frozen_batch", "group"] = "frozen_batch"
+    norm: Literal["none", "frozen_batch", "batch", "group"] = "frozen_batch"
     """normalisation layers: none for the plain VGG16, frozen_batch (fixed batch normalisation) for pretrained weights,
-    group (group normalisation) for training from random weights"""
+    batch (batch normalisation over the images of all devices; detection uses running averages with momentum 0.1) for
+    many images per step, group (group normalisation) for training from random weights with few; batch needs
+    mask_padding"""
     stride_in: Literal["1x1", "3x3"] = "1x1"
     """convolution of a ResNet bottleneck that has the stride: the first 1x1 (Caffe) or the 3x3 (torchvision)"""
     stem_pool: Literal["ceil", "padded"] = "ceil"
@@ -91,9 +93,11 @@ class BackboneConfig:
     fixed_stages: int = 1
     """number of leading stages that are never trained; the stem belongs to the first; 1 for ResNet, 2 (conv1_1 to
     conv2_2) for VGG16; EfficientNet-Lite has one stage for each of the strides 4, 8, 16 and 32"""
+    fixed_stem: bool = False
+    """never train the stem, even with fixed_stages 0, as FIXED_BLOCKS 0 of the reference; vgg16 has no stem"""
     mask_padding: bool = False
-    """set the padding to zero after every layer and leave it out of group statistics, so that results do not depend on
-    it; on for training from random weights, off for weights that were trained without it"""
+    """set the padding to zero after every layer and leave it out of the statistics of group and batch, so that results
+    do not depend on it; on for training from random weights, off for weights that were trained without it"""
     remat: bool = False
     """recompute the activations of each stage for its gradient instead of keeping them: less memory, more time"""
 
@@ -105,7 +109,11 @@ class BackboneConfig:
         require_at_most(1024, width=self.width)
         require(
             self.norm != "none" or self.name == "vgg16",
-            f"norm none is for vgg16, {self.name} needs frozen_batch or group",
+            f"norm none is for vgg16, {self.name} needs frozen_batch, batch or group",
+        )
+        require(
+            self.norm != "batch" or self.mask_padding,
+            "norm batch needs mask_padding True, because padding and empty rows must not enter its statistics",
         )
         require(
             self.own is None or len(self.own.split(":")) == 2,
@@ -116,6 +124,10 @@ class BackboneConfig:
             0 <= self.fixed_stages <= stages,
             f"fixed_stages must be in 0..{stages} for {self.name}, got {self.fixed_stages}",
         )
+        require(
+            not self.fixed_stem or self.own is not None or self.name != "vgg16",
+            "fixed_stem must be False for vgg16, which has no stem",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +137,8 @@ class FpnConfig:
 
     channels: int = 256
     """channels of every level"""
-    norm: Literal["none", "frozen_batch", "group"] = "none"
-    """normalisation after each convolution of the pyramid and of the box head"""
+    norm: Literal["none", "frozen_batch", "batch", "group"] = "none"
+    """normalisation after each convolution of the pyramid and of the box head; as backbone.norm"""
 
     def __post_init__(self):
         require_positive(channels=self.channels)
@@ -159,6 +171,9 @@ class RpnConfig:
     anchor_scales: tuple[float, ...] | Auto = (8.0, 16.0, 32.0)
     """square roots of the anchors' areas, in units of anchor_base; 4, 8, 16, 32 for COCO; auto: four scales, or one
     with a pyramid, fitted to the boxes of the training images"""
+    anchor_sizes: tuple[tuple[float, ...], ...] | None = None
+    """square roots of the anchors' areas in pixels of the network input, one tuple for each level, fine to coarse, as
+    in torchvision's AnchorGenerator; used instead of anchor_base and anchor_scales; None: these two decide"""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """aspect ratios of the anchors, height / width"""
     anchor_rounding: Literal["base", "half", "none"] = "base"
@@ -179,6 +194,8 @@ class RpnConfig:
     """channels of the 3x3 convolutions"""
     convs: int = 1
     """number of 3x3 convolutions before the objectness and delta layers"""
+    activation: Literal["relu", "none"] = "relu"
+    """function after each 3x3 convolution; none: the RPN is linear, as in the step-by-step notebook"""
     fg_iou: float = 0.7
     """an anchor that has at least this IoU with a box is foreground"""
     bg_iou: float = 0.3
@@ -197,6 +214,18 @@ class RpnConfig:
             f"need 0 < bg_iou <= fg_iou, got {self.bg_iou} and {self.fg_iou}",
         )
         require(bool(self.anchor_scales and self.anchor_ratios), "anchor_scales and anchor_ratios are empty")
+        if self.anchor_sizes is not None:
+            counts = {len(sizes) for sizes in self.anchor_sizes}
+            require(
+                len(counts) == 1 and 0 not in counts,
+                f"anchor_sizes must hold equally many sizes for every level, got {self.anchor_sizes}",
+            )
+            require_positive(anchor_sizes=min(map(min, self.anchor_sizes)))
+            require(
+                self.anchor_rounding != "base",
+                "anchor_sizes needs anchor_rounding half or none, because there is no base box to round",
+            )
+            require(self.anchor_scales != AUTO, "anchor_scales auto has no effect with anchor_sizes; give one of them")
         require_positive(
             anchor_base=self.anchor_base,
             anchor_scales=1.0 if self.anchor_scales == AUTO else min(self.anchor_scales),
@@ -253,6 +282,9 @@ class RoiSamplingConfig:
     bg_iou: tuple[float, float] = (0.0, 0.5)
     """a RoI whose largest IoU lies in [low, high) is background; a low of 0.1 selects harder examples, as in Fast
     R-CNN"""
+    add_ground_truth: bool = True
+    """add the ground-truth boxes to the proposals that RoIs are sampled from, so that there is foreground before the
+    RPN finds any; off in tf-faster-rcnn (USE_GT)"""
     box_means: PerDelta = (0.0, 0.0, 0.0, 0.0)
     """means that are subtracted from the box targets (dx, dy, dw, dh)"""
     box_stds: PerDelta = (0.1, 0.1, 0.2, 0.2)
@@ -275,7 +307,7 @@ class RoiFeaturesConfig:
 
     operator: Literal["align", "align_average", "pool", "crop"] = "align"
     """align: RoIAlign; align_average: the older average of one sample per corner; pool: RoI max pooling; crop: bilinear
-    crop and 2x2 max pooling"""
+    crop, and 2x2 max pooling with crop_max_pool"""
     output_size: int = 7
     """cells per side of the grid"""
     sampling_ratio: int = 0
@@ -283,6 +315,9 @@ class RoiFeaturesConfig:
     aligned: bool = False
     """operator align: subtract half a feature cell from the coordinates, so that a feature cell's value lies at its
     centre; off in the reference implementations"""
+    crop_max_pool: bool = True
+    """operator crop: take twice as many samples along each axis, and the maximum of 2x2 samples; off: one sample for
+    each cell (CROP_RESIZE_WITH_MAX_POOL)"""
     quantisation: Literal["rounded", "floor"] = "rounded"
     """operator pool: how the corners of a region are rounded to feature cells"""
 
@@ -291,6 +326,10 @@ class RoiFeaturesConfig:
         require_not_negative(sampling_ratio=self.sampling_ratio)
         require_at_most(64, output_size=self.output_size)
         require_at_most(16, sampling_ratio=self.sampling_ratio)
+        require(
+            self.operator != "crop" or self.crop_max_pool or self.output_size > 1,
+            "output_size must be at least 2 with crop_max_pool False, got 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,9 +374,12 @@ class LossConfig:
     """weight of the RPN's box loss; 10 is the paper's lambda, with rpn_box_normalizer locations"""
     roi_box_weight: float = 1.0
     """weight of the box head's box loss"""
-    rpn_box_normalizer: Literal["sampled", "positives", "locations"] = "sampled"
-    """number that divides the RPN's box loss: of the sampled anchors, of the foreground anchors, or of the feature
-    cells"""
+    rpn_box_normalizer: Literal["sampled", "positives", "positive_deltas", "locations"] = "sampled"
+    """number that divides the RPN's box loss: of the sampled anchors, of the foreground anchors, of their deltas (four
+    for each: the mean over elements), or of the feature cells"""
+    roi_box_normalizer: Literal["sampled", "positives", "positive_deltas"] = "sampled"
+    """number that divides the box head's box loss: of the sampled RoIs, of the foreground RoIs, or of their deltas
+    (four for each: the mean over elements)"""
     rpn_box_anchors: Literal["sampled", "all_positives"] = "sampled"
     """foreground anchors in the RPN's box loss: only the sampled ones, or all of them"""
     rpn_positive_weight: float | None = None
@@ -403,6 +445,14 @@ class ModelConfig:
     postprocess: PostprocessConfig = PostprocessConfig()
 
     def __post_init__(self):
+        levels = 1 if self.fpn is None else 5
+        # A configuration file may put anything here; it is told so where all types are checked.
+        sizes = self.rpn.anchor_sizes if isinstance(self.rpn, RpnConfig) else None
+        require(
+            sizes is None or len(sizes) == levels,
+            f"rpn.anchor_sizes must hold {levels} {'tuple' if levels == 1 else 'tuples, one for each level'}, "
+            f"got {sizes}",
+        )
         if self.fpn is None:
             require(
                 self.backbone.own is not None or not self.backbone.name.startswith("efficientnet"),
@@ -428,6 +478,11 @@ class ModelConfig:
         require(
             self.roi_features.operator == "align",
             f"roi_features.operator must be align with a pyramid, got {self.roi_features.operator}",
+        )
+        require(
+            self.fpn.norm != "batch" or self.backbone.mask_padding,
+            "fpn.norm batch needs backbone.mask_padding True, because padding and empty rows must not enter its "
+            "statistics",
         )
         for canvas in () if self.image.canvases == AUTO else self.image.canvases:
             require(

@@ -16,10 +16,10 @@ from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.models.efficientnet import EfficientNet
 from fasterrcnn_jax.models.fpn import Fpn
 from fasterrcnn_jax.models.heads import BoxHead, RpnHead
-from fasterrcnn_jax.models.layers import Undrawn, level_masks, normalised
+from fasterrcnn_jax.models.layers import BatchNorm, Undrawn, level_masks, normalised
 from fasterrcnn_jax.models.resnet import ResNet
 from fasterrcnn_jax.models.vgg import Vgg16
-from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.ops.anchors import anchors_per_cell, strides_of
 from fasterrcnn_jax.structures import Images
 
 # The shared feature maps that the heads read, one per level, fine to coarse.
@@ -74,7 +74,6 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
     stride = strides_of(config)[0]
     canvases = fitted(config.image.canvases, "model.image.canvases")
     cells = max(height * width for height, width in canvases) // stride**2
-    scales = fitted(config.rpn.anchor_scales, "model.rpn.anchor_scales")
     for limit, size, what in (
         (2**22, proposals * num_classes, "test_proposals.post_nms_top_n times the number of classes"),
         (
@@ -84,8 +83,9 @@ def _check_size(config: ModelConfig, num_classes: int) -> None:
         ),
         (
             2**22,
-            cells * len(scales) * len(config.rpn.anchor_ratios),
-            "the number of anchors (rpn.anchor_scales, rpn.anchor_ratios) on the finest map of the largest canvas",
+            cells * anchors_per_cell(config.rpn),
+            "the number of anchors (rpn.anchor_scales or rpn.anchor_sizes, rpn.anchor_ratios) on the finest map of the "
+            "largest canvas",
         ),
     ):
         if size > limit:
@@ -178,17 +178,40 @@ def with_image_config(model: Detector, image: ImageConfig) -> Detector:
 
 
 def split(model: Detector) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    """Returns (structure, trained parameters, everything else): constants and the fixed stages are not trained."""
-    fixed = model.config.backbone.fixed_stages
+    """Returns (structure, trained parameters, everything else).
+
+    Not trained are constants, running averages, and the fixed stages.
+    """
 
     def is_trained(path: tuple[Any, ...], _: object) -> bool:
-        if path[0] != "backbone" or not fixed:
-            return True
-        # The stem belongs to the first stage.
-        return path[1] == "stages" and path[2] >= fixed
+        return not _is_fixed(model.config.backbone, path)
 
     graphdef, params, rest = nnx.split(model, nnx.All(nnx.Param, is_trained), ...)
     return graphdef, params, rest
+
+
+def use_batch_statistics(model: Detector, *, axes: tuple[str, ...] = (), parts: tuple[str, ...]) -> None:
+    """Changes `model`: its trained batch norm layers use the statistics of the batch from here on.
+
+    Each of these layers then writes its next running averages into the model, so call this on a copy that only one
+    training step uses, inside of the function that is differentiated. Fixed stages and other parts keep their running
+    averages.
+
+    Args:
+      axes: names of the device axes that the batch is spread over.
+      parts: the parts of the detector that are trained.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm) and path[0] in parts and not _is_fixed(model.config.backbone, path):
+            module.batch_axes = axes
+
+
+def _is_fixed(config: BackboneConfig, path: tuple[Any, ...]) -> bool:
+    """Returns whether the layer or variable at `path` belongs to the stages that are never trained."""
+    if path[0] != "backbone":
+        return False
+    # The stem belongs to the first stage.
+    return path[2] < config.fixed_stages if path[1] == "stages" else config.fixed_stages > 0 or config.fixed_stem
 
 
 def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2"]) -> Features:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig
 from fasterrcnn_jax.models.layers import (
     NORMS,
+    BatchNorm,
     Conv,
     DepthwiseConv,
     FrozenBatchNorm,
@@ -77,8 +78,8 @@ def stages_of(config: BackboneConfig) -> tuple[tuple[Row, ...], ...]:
 
 
 def _norm(config: BackboneConfig, channels: int) -> nnx.Module:
-    is_fixed = config.norm == "frozen_batch"
-    return FrozenBatchNorm(channels, epsilon=EPSILON) if is_fixed else NORMS[config.norm](channels)
+    kinds = {"frozen_batch": FrozenBatchNorm, "batch": BatchNorm}
+    return kinds[config.norm](channels, epsilon=EPSILON) if config.norm in kinds else NORMS[config.norm](channels)
 
 
 class Block(nnx.Module):

@@ -10,13 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
+from fasterrcnn_jax.ops.anchors import anchors_per_cell
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
+
+
+def _unchanged(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    return x
+
+
+# By `rpn.activation`.
+ACTIVATIONS = {"relu": jax.nn.relu, "none": _unchanged}
 
 
 class RpnHead(nnx.Module):
@@ -28,7 +36,8 @@ class RpnHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, in_channels: int, *, rng: np.random.Generator):
         rpn = config.rpn
-        anchors = len(fitted(rpn.anchor_scales, "model.rpn.anchor_scales")) * len(rpn.anchor_ratios)
+        anchors = anchors_per_cell(rpn)
+        self.activation = ACTIVATIONS[rpn.activation]
         self.convs = nnx.List(
             [
                 Conv(rpn.channels if i else in_channels, rpn.channels, 3, bias=True, std=0.01, rng=rng)
@@ -53,7 +62,7 @@ class RpnHead(nnx.Module):
         objectness, deltas = [], []
         for x, valid in zip(levels, valids or (None,) * len(levels), strict=True):
             for conv in self.convs:
-                x = jax.nn.relu(conv(x))
+                x = self.activation(conv(x))
                 x = x if valid is None else x * valid.astype(x.dtype)
             objectness.append(self.objectness(x).reshape(batch, -1))
             deltas.append(self.deltas(x).reshape(batch, -1, 4))
@@ -79,10 +88,13 @@ class FcTail(nnx.Module):
         sizes = (inputs, *(head.channels for _ in range(head.layers)))
         self.fcs = nnx.List([Linear(size, head.channels, std=math.sqrt(2.0 / size), rng=rng) for size in sizes[:-1]])
 
-    def __call__(self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None) -> Float[Array, "b r d"]:
+    def __call__(
+        self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None, roi_valid: Bool[Array, "b r"] | None = None
+    ) -> Float[Array, "b r d"]:
         x = pooled.reshape(-1, *pooled.shape[2:])
+        valid = region_masks(roi_valid, x.shape[1])
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.relu(norm(conv(x)))
+            x = jax.nn.relu(norm(conv(x), valid))
         x = x.reshape(*pooled.shape[:2], -1)
         for number, layer in enumerate(self.fcs):
             x = jax.nn.relu(layer(x))
@@ -97,9 +109,20 @@ class FcTail(nnx.Module):
         return dropout(jax.random.fold_in(key, number), x, rate=self.rate)
 
 
+def region_masks(roi_valid: Bool[Array, "b r"] | None, side: int) -> Float[Array, "br s s 1"] | None:
+    """Returns the mask of regions with `side` x `side` cells for a normalisation layer; None for no mask."""
+    if roi_valid is None:
+        return None
+    mask = roi_valid.reshape(-1, 1, 1, 1).astype(jnp.float32)
+    return jnp.broadcast_to(mask, (len(mask), side, side, 1))
+
+
 @runtime_checkable
 class Tail(Protocol):
-    """The interface of a tail, an `nnx.Module` that the box head runs on each region."""
+    """The interface of a tail, an `nnx.Module` that the box head runs on each region.
+
+    In training with batch normalisation it gets a third argument: which regions are valid, [B, R].
+    """
 
     @property
     def channels(self) -> int: ...
@@ -126,12 +149,17 @@ class BoxHead(nnx.Module):
         self.deltas = Linear(self.tail.channels, 4 * boxes, std=0.001, predicts=True, rng=rng)
 
     def __call__(
-        self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None = None
+        self,
+        pooled: Float[Array, "b r s s c"],
+        dropout_keys: Keys | None = None,
+        roi_valid: Bool[Array, "b r"] | None = None,
     ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k2 4"]]:
         """Returns logits and deltas in float32; class 0 is background, and its deltas are never read.
 
         Args:
           dropout_keys: one key per image, for training; None: no dropout.
+          roi_valid: the regions that batch normalisation takes its statistics from; None: all.
         """
-        x = self.tail(pooled, dropout_keys)
+        # A tail without batch normalisation need not know the third argument.
+        x = self.tail(pooled, dropout_keys, *(() if roi_valid is None else (roi_valid,)))
         return self.class_logits(x), self.deltas(x).reshape(*x.shape[:2], -1, 4)

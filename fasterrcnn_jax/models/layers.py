@@ -1,5 +1,8 @@
 """The layers of the networks: NHWC, functional, without mutation after construction.
 
+One exception: in a training step, batch normalisation writes its next running averages into the copy of the model that
+the step has made for itself.
+
 `valid` is a [B, H, W, 1] float mask, 1 on the image and 0 on padding, or None if padding is not masked. With a
 mask, a normalisation layer excludes padding from its statistics and returns zeros there.
 
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
@@ -24,6 +27,8 @@ from fasterrcnn_jax.structures import Images
 
 Valid = Float[Array, "b h w 1"] | None
 EPSILON = 1e-5
+# Share of a step's statistics in the running averages of batch normalisation; PyTorch's sense and default.
+MOMENTUM = 0.1
 
 # Mean of the stds of R, G and B (0..255) over ImageNet: the std of pixels that are not divided by any std.
 PIXEL_SPREAD = 57.7
@@ -31,6 +36,10 @@ PIXEL_SPREAD = 57.7
 
 class Constant(nnx.Variable):
     """A value that is saved with the parameters and never trained."""
+
+
+class Running(nnx.Variable):
+    """A running average: detection reads it, and a training step replaces it."""
 
 
 class Undrawn(np.random.Generator):
@@ -187,6 +196,54 @@ class FrozenBatchNorm(nnx.Module):
         return (y if valid is None else y * valid).astype(x.dtype)
 
 
+class BatchNorm(nnx.Module):
+    """Batch normalisation; Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
+
+    A layer normalises with its running averages. In a model that went through `use_batch_statistics` it normalises
+    with mean and variance of the valid pixels of the batch, and puts the next running averages into its own variables.
+    As in PyTorch, the running variance is the unbiased one.
+    """
+
+    def __init__(self, channels: int, *, epsilon: float = EPSILON):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = Running(jnp.zeros(channels))
+        self.var = Running(jnp.ones(channels))
+        # Names of the device axes that the batch is spread over; None: use the running averages.
+        self.batch_axes: tuple[str, ...] | None = None
+
+    def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        mean, var = (self.mean[...], self.var[...]) if self.batch_axes is None else self._batch_statistics(x, valid)
+        factor = self.scale[...] * lax.rsqrt(var + self.epsilon)
+        y = (x - _per_channel(mean, x)) * _per_channel(factor, x) + _per_channel(self.bias[...], x)
+        return (y if valid is None else y * valid).astype(dtype)
+
+    def _batch_statistics(
+        self, x: Float[Array, "b h w c"], valid: Valid
+    ) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+        """Returns mean and biased variance over the valid pixels on all devices, and moves the running averages."""
+        axes = self.batch_axes
+        weight = jnp.ones((*x.shape[:3], 1)) if valid is None else jnp.broadcast_to(valid, (*x.shape[:3], 1))
+
+        def total(values: Float[Array, "b h w k"]) -> Float[Array, "k"]:
+            # Each device differentiates its own part of the loss. The transpose of this sum adds the derivatives that
+            # all parts have with respect to the shared statistics, which is the derivative of the whole loss.
+            over_pixels = values.sum(axis=(0, 1, 2))
+            return lax.psum(over_pixels, axes) if axes else over_pixels
+
+        count = total(weight)
+        mean = total(x * weight) / jnp.maximum(count, 1.0)
+        centred = (x - _per_channel(mean, x)) * weight
+        var = total(centred * centred) / jnp.maximum(count, 1.0)
+        # A batch without any valid pixel says nothing.
+        share = jnp.where(count > 0.0, MOMENTUM, 0.0)
+        for average, new in ((self.mean, mean), (self.var, var * count / jnp.maximum(count - 1.0, 1.0))):
+            average[...] = (1.0 - share) * average[...] + share * lax.stop_gradient(new)
+        return mean, var
+
+
 def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "*#b c"]:
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -211,7 +268,7 @@ class Masked(nnx.Module):
         return x if valid is None else x * valid.astype(x.dtype)
 
 
-NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm}
+NORMS = {"none": Masked, "group": GroupNorm, "frozen_batch": FrozenBatchNorm, "batch": BatchNorm}
 
 
 def max_pool(x: Float[Array, "b h w c"], *, size: int, padding: tuple[int, int] = (0, 0)) -> Float[Array, "b h2 w2 c"]:
@@ -247,7 +304,14 @@ def run_stage(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None, remat:
     """
     if not remat:
         return stage(*inputs)
-    return jax.checkpoint(lambda stage, *inputs: stage(*inputs))(stage, *inputs)
+
+    def run(stage: nnx.Module, *inputs: Float[Array, "b _ _ _"] | None) -> tuple[Array, PyTree]:
+        return stage(*inputs), nnx.state(stage, Running)
+
+    y, running = jax.checkpoint(run)(stage, *inputs)
+    # Inside, the stage is a copy, and so are the variables that batch normalisation has changed.
+    nnx.update(stage, running)
+    return y
 
 
 def normalised(images: Images, image_hw: Float[Array, "b 2"], config: ImageConfig) -> Float[Array, "b h w 3"]:

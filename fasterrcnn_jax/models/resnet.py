@@ -9,10 +9,10 @@ import math
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from fasterrcnn_jax.config import BackboneConfig, ImageConfig, ModelConfig
-from fasterrcnn_jax.models.heads import Keys
+from fasterrcnn_jax.models.heads import Keys, region_masks
 from fasterrcnn_jax.models.layers import (
     NORMS,
     Conv,
@@ -161,8 +161,11 @@ class ResNetTail(nnx.Module):
             self.channels *= math.ceil(config.roi_features.output_size / 2) ** 2
         self.stage = Stage(4, stride=2, config=config.backbone, rng=rng)
 
-    def __call__(self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None) -> Float[Array, "b r d"]:
-        batch, rois = pooled.shape[:2]
-        x = run_stage(self.stage, pooled.reshape(-1, *pooled.shape[2:]), remat=self.remat)
+    def __call__(
+        self, pooled: Float[Array, "b r s s c"], dropout_keys: Keys | None, roi_valid: Bool[Array, "b r"] | None = None
+    ) -> Float[Array, "b r d"]:
+        batch, rois, side = pooled.shape[:3]
+        masks = (region_masks(roi_valid, cells) for cells in (side, math.ceil(side / 2)))
+        x = run_stage(self.stage, pooled.reshape(-1, *pooled.shape[2:]), *masks, remat=self.remat)
         x = x.mean(axis=(1, 2)) if self.summary == "mean" else x
         return x.reshape(batch, rois, -1)

@@ -94,10 +94,14 @@ def batch_box_losses(
       dropout_keys: one key per image; None: no dropout.
     """
     pooled = batch_roi_features(model, features, rois.boxes, implementation)
-    class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys)
+    config = model.config
+    norm = config.backbone.norm if config.fpn is None else config.fpn.norm
+    # Slots without a RoI must not enter the statistics of batch normalisation.
+    roi_valid = rois.valid if norm == "batch" else None
+    class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys, roi_valid=roi_valid)
 
     def per_image(class_logits, box_deltas, rois):
-        return box_losses(class_logits, box_deltas, rois, config=model.config.loss)
+        return box_losses(class_logits, box_deltas, rois, config=config.loss)
 
     return jax.vmap(per_image)(class_logits, box_deltas, rois)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from fasterrcnn_jax.config import ModelConfig
+from fasterrcnn_jax.config import ModelConfig, RpnConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError
 
@@ -87,27 +87,42 @@ def strides_of(config: ModelConfig) -> tuple[int, ...]:
     return (config.backbone.stride,) if config.fpn is None else PYRAMID_STRIDES
 
 
+def anchors_per_cell(rpn: RpnConfig) -> int:
+    """Returns the number of anchors of one feature cell; it is the same on all levels, which share the head."""
+    scales = fitted(rpn.anchor_scales, "model.rpn.anchor_scales") if rpn.anchor_sizes is None else rpn.anchor_sizes[0]
+    return len(scales) * len(rpn.anchor_ratios)
+
+
+def level_cells(config: ModelConfig, level: int) -> Float[np.ndarray, "c 4"]:
+    """Returns the anchors of one cell of a level, centred on the origin; the ratio varies slowest.
+
+    Args:
+      level: counted from the finest, which is 0.
+    """
+    rpn, strides = config.rpn, strides_of(config)
+    if rpn.anchor_sizes is None:
+        base, scales = rpn.anchor_base * strides[level] / strides[0], rpn.anchor_scales
+    else:
+        base, scales = 1.0, rpn.anchor_sizes[level]
+    return cell_anchors(
+        base, fitted(scales, "model.rpn.anchor_scales"), rpn.anchor_ratios, rounding=rpn.anchor_rounding
+    )
+
+
 def anchors_of(config: ModelConfig, grids: tuple[tuple[int, int], ...]) -> AnchorGrid:
     """Returns the anchors of feature maps with the (rows, columns) in `grids`, fine to coarse."""
     rpn, strides = config.rpn, strides_of(config)
-    scales = fitted(rpn.anchor_scales, "model.rpn.anchor_scales")
     canvas = [cells * strides[0] for cells in grids[0]]
     anchors, corners = [], []
-    for grid_hw, stride in zip(grids, strides, strict=True):
-        cells = cell_anchors(
-            rpn.anchor_base * stride / strides[0],
-            scales,
-            rpn.anchor_ratios,
-            rounding=rpn.anchor_rounding,
-        )
+    for level, (grid_hw, stride) in enumerate(zip(grids, strides, strict=True)):
+        cells = level_cells(config, level)
         apart = (stride, stride)
         if rpn.anchor_stride == "canvas":
             apart = (canvas[0] // grid_hw[0], canvas[1] // grid_hw[1])
         anchors.append(grid_anchors(cells, grid_hw, apart, centre=rpn.anchor_centre))
         corners.append(np.repeat(cell_corners(grid_hw, (stride, stride)), len(cells), axis=0))
     sizes = tuple(len(level) for level in anchors)
-    per_cell = len(scales) * len(rpn.anchor_ratios)
-    return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, per_cell)
+    return AnchorGrid(np.concatenate(anchors), np.concatenate(corners), sizes, anchors_per_cell(rpn))
 
 
 def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: ModelConfig) -> Bool[Array, "b a"]:
@@ -132,5 +147,5 @@ def check_border(grid: AnchorGrid, canvas: tuple[int, int], allowed_border: floa
         raise InputError(
             f"every anchor reaches more than model.rpn.allowed_border = {allowed_border} pixels over the border "
             f"of a {canvas[0]} x {canvas[1]} canvas; the smallest anchor is {sides.prod(axis=1).min() ** 0.5:.0f} "
-            "pixels square: reduce model.rpn.anchor_scales, or set model.rpn.allowed_border to None"
+            "pixels square: reduce model.rpn.anchor_scales (or anchor_sizes), or set model.rpn.allowed_border to None"
         )

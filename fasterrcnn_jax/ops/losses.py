@@ -2,8 +2,8 @@
 
 Ren et al. 2015 (arXiv:1506.01497), eq. 1; Fast R-CNN (arXiv:1504.08083), eq. 1-3. As in the reference
 implementations, both box losses are divided by the number of all sampled anchors (RoIs), not of the foreground
-ones: an image with few objects then weighs less in the box loss. `loss.rpn_box_normalizer` selects other
-divisors for the RPN.
+ones: an image with few objects then weighs less in the box loss. `loss.rpn_box_normalizer` and
+`loss.roi_box_normalizer` select other divisors.
 """
 
 from typing import NamedTuple
@@ -70,6 +70,7 @@ def rpn_losses(
     counts = {
         "sampled": sampled.sum(),
         "positives": regressed.sum(),
+        "positive_deltas": 4 * regressed.sum(),
         "locations": num_locations,
     }
     entropy = optax.sigmoid_binary_cross_entropy(objectness, foreground.astype(jnp.float32))
@@ -94,14 +95,19 @@ def box_losses(
     """Returns the softmax cross-entropy and the smooth L1 loss of one image's RoIs.
 
     Only the deltas of a RoI's own class enter the box loss, and only if this class is not background. The box
-    loss is multiplied by `config.roi_box_weight`.
+    loss is divided by the count that `config.roi_box_normalizer` selects, and multiplied by `config.roi_box_weight`.
 
     Args:
       deltas: one set per class, or one set for all classes.
     """
     import optax  # imported here, because detection does not need it
 
-    count = targets.valid.sum().astype(jnp.float32)
+    foreground = targets.valid & (targets.labels > 0)
+    counts = {
+        "sampled": targets.valid.sum(),
+        "positives": foreground.sum(),
+        "positive_deltas": 4 * foreground.sum(),
+    }
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits, targets.labels)
     if deltas.shape[1] == 1:
         of_class = deltas[:, 0]
@@ -109,9 +115,11 @@ def box_losses(
         one_hot = jax.nn.one_hot(targets.labels, deltas.shape[1], dtype=jnp.float32)
         of_class = jnp.einsum("rkd,rk->rd", deltas, one_hot, precision=jax.lax.Precision.HIGHEST)
     distance = _distance(of_class, targets.deltas, config.roi_box_inside_weights, config.roi_sigma)
-    foreground = targets.valid & (targets.labels > 0)
     return StageLosses(
-        classification=Mean(jnp.where(targets.valid, entropy, 0.0).sum(), count),
-        box=Mean(config.roi_box_weight * jnp.where(foreground, distance, 0.0).sum(), count),
+        classification=Mean(jnp.where(targets.valid, entropy, 0.0).sum(), counts["sampled"].astype(jnp.float32)),
+        box=Mean(
+            config.roi_box_weight * jnp.where(foreground, distance, 0.0).sum(),
+            counts[config.roi_box_normalizer].astype(jnp.float32),
+        ),
         foreground=foreground.sum().astype(jnp.float32),
     )

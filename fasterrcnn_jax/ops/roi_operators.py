@@ -56,7 +56,7 @@ def roi_features(
     operators = {
         "align_average": roi_align_average,
         "pool": functools.partial(roi_pool, quantisation=config.quantisation, implementation=implementation),
-        "crop": roi_crop,
+        "crop": functools.partial(roi_crop, max_pool=config.crop_max_pool),
     }
     pooled = operators[config.operator](single, boxes, stride=strides[0], output_size=config.output_size)
     return pooled.astype(single.dtype)

@@ -80,20 +80,23 @@ def roi_targets(
     rois_per_image: int,
     config: RoiSamplingConfig,
 ) -> RoiTargets:
-    """Samples and labels RoIs among the proposals and the ground-truth boxes themselves.
+    """Samples and labels RoIs among the proposals and, with `config.add_ground_truth`, the ground-truth boxes.
 
     The ground truth is added so that the head sees foreground before the RPN proposes any. At most
     `config.fg_fraction` of the sample is foreground. If no candidate is background, the whole sample may be
     foreground. If no candidate is foreground, the whole sample is background. If there is neither, it is empty.
     """
-    boxes = jnp.concatenate([proposals.boxes, ground_truth.boxes])
-    valid = jnp.concatenate([proposals.valid, ground_truth.valid])
+    boxes, valid = proposals.boxes, proposals.valid
+    if config.add_ground_truth:
+        boxes = jnp.concatenate([boxes, ground_truth.boxes])
+        valid = jnp.concatenate([valid, ground_truth.valid])
     matches = match(
         pairwise_iou(boxes, ground_truth.boxes),
         ground_truth.valid,
         fg_iou=config.fg_iou,
         bg_iou=config.bg_iou,
-        # It would change nothing: an object is a candidate itself, and its IoU with itself is 1.
+        # Only the RPN has this rule. It would change nothing where objects are candidates: their IoU with themselves
+        # is 1.
         low_quality=False,
     )
     labels = jnp.where(valid, matches.labels, IGNORED)

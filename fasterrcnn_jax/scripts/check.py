@@ -31,7 +31,7 @@ from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_na
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
-from fasterrcnn_jax.ops.anchors import strides_of
+from fasterrcnn_jax.ops.anchors import level_cells, strides_of
 from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.scripts import cli
 
@@ -192,18 +192,25 @@ def anchor_lines(dataset: Dataset, model: ModelConfig) -> list[str]:
         iou = size_iou(sizes, anchors).max(axis=1)
         return f"{name:10} {iou.mean():8.3f} {(iou >= rpn.fg_iou).mean():10.1%}  {words}"
 
-    best = model_scales(model, sizes)
-    given = fitted(rpn.anchor_scales, "model.rpn.anchor_scales")
-    configured = np.concatenate(anchor_sizes(model, given))
+    cells = np.concatenate([level_cells(model, level) for level in range(len(strides))])
+    configured = cells[:, 2:] - cells[:, :2]
     free = fit_sizes(sizes, min(len(configured), len(sizes)))
     ratios = " ".join(f"{ratio:g}" for ratio in rpn.anchor_ratios)
+    if rpn.anchor_sizes is None:
+        given, best = fitted(rpn.anchor_scales, "model.rpn.anchor_scales"), model_scales(model, sizes)
+        rows = [
+            line("config", configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
+            line("k-means", np.concatenate(anchor_sizes(model, best)), f"--model.rpn.anchor_scales {_words(best)}"),
+        ]
+    else:
+        given = ", ".join(map(_words, rpn.anchor_sizes))
+        rows = [line("config", configured, f"anchor_sizes {given}, ratios {ratios}")]
     small = (sizes.min(axis=1) < strides[0]).mean()
     return [
         f"anchors    for {dataset.name} at network scale ({model.image.short_side} to {model.image.long_side} pixels); "
         f"{small:.1%} of the boxes are narrower than a feature cell",
         f"{'':10} {'mean IoU':>8} {f'>= {rpn.fg_iou:g}':>10}",
-        line("config", configured, f"anchor_scales {_words(given)}, ratios {ratios}"),
-        line("k-means", np.concatenate(anchor_sizes(model, best)), f"--model.rpn.anchor_scales {_words(best)}"),
+        *rows,
         line("any shape", free, " ".join(f"{width:.0f}x{height:.0f}" for width, height in free)),
     ]
 

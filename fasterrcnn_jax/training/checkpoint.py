@@ -1,9 +1,9 @@
 """Writes and reads the checkpoints of a run with Orbax.
 
 A checkpoint is written to a temporary folder and then renamed, so an incomplete one never has a checkpoint's name.
-It contains `model` (trained, averaged and frozen values by path), `train` (optimizer, step, key), `metrics` if it was
-evaluated, and `meta` (configuration with the class names, position of the data iterator, fingerprint of the data,
-digests of all parts).
+It contains `model` (trained, averaged, frozen and running values by path), `train` (optimizer, step, key), `metrics`
+if it was evaluated, and `meta` (configuration with the class names, position of the data iterator, fingerprint of the
+data, digests of all parts).
 Everything that is read is checked against the digests, because the storage does not detect flipped bits in arrays.
 """
 
@@ -313,7 +313,8 @@ def read_weights(path: str | Path) -> Stored:
     """
     folder, found = _newest_whole(Path(path), ("model",))
     arrays = {}
-    for kind in ("frozen", "params", "averaged"):  # the averaged weights, if any, replace the trained weights
+    # The averaged weights, if any, replace the trained weights.
+    for kind in ("frozen", "running", "params", "averaged"):
         prefix = f"{kind}/"
         arrays |= {
             path.removeprefix(prefix).removesuffix(_VALUE): value
@@ -534,7 +535,7 @@ def _check_sizes(folder: Path, parts: tuple[str, ...]) -> None:
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """Returns the parts of a state as a checkpoint stores them."""
-    model = {"params": state.params, "averaged": state.averaged, "frozen": state.frozen}
+    model = {"params": state.params, "averaged": state.averaged, "frozen": state.frozen, "running": state.running}
     return {"model": model, "train": {"step": state.step, "key": state.key, "opt_state": state.opt_state}}
 
 

@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.errors import InputError, quoted
-from fasterrcnn_jax.models.detector import shared_features
+from fasterrcnn_jax.models.detector import Detector, shared_features, use_batch_statistics
 from fasterrcnn_jax.models.rpn import rpn_output
 from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.regular_files import check_declared, check_regular
 from fasterrcnn_jax.structures import Batch, GroundTruth, Losses, LossTerms, Proposals
 from fasterrcnn_jax.training.run_folder import failed_batch_path
-from fasterrcnn_jax.training.state import TrainState, step_key
+from fasterrcnn_jax.training.state import PARTS, TrainState, step_key
 
 
 class Examined(NamedTuple):
@@ -117,26 +117,39 @@ def _check_batch(batch: Batch, ids: list[str]) -> None:
 
 
 def examine(
-    graphdef: nnx.GraphDef, state: TrainState, batch: Batch, ids: list[str], losses_of: Callable[..., Losses]
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    batch: Batch,
+    ids: list[str],
+    losses_of: Callable[..., Losses],
+    *,
+    parts: tuple[str, ...] = PARTS,
 ) -> list[Examined]:
     """Returns the losses and gradient norm of the step `state.step + 1` for every valid image of `batch` by itself.
+
+    Batch normalisation uses the statistics of the image alone.
 
     Args:
       state: state before the step.
       ids: ids of the valid images.
       losses_of: losses of the training, for example `training_losses`.
+      parts: the parts of the detector that are trained.
     """
+
+    def in_training(params: PyTree, state: TrainState) -> Detector:
+        model = nnx.merge(graphdef, params, state.frozen, state.running, copy=True)
+        use_batch_statistics(model, parts=parts)
+        return model
 
     @jax.jit
     def one(state: TrainState, image: Batch) -> tuple[LossTerms, Array, dict[str, Array]]:
         params = state.params
 
         def total(params: PyTree) -> tuple[Array, LossTerms]:
-            model = nnx.merge(graphdef, params, state.frozen)
-            terms = losses_of(model, image, step_key(state)).terms()
+            terms = losses_of(in_training(params, state), image, step_key(state)).terms()
             return terms.total, terms
 
-        model = nnx.merge(graphdef, params, state.frozen)
+        model = in_training(params, state)
         levels = shared_features(model, image.images, image.image_hw)
         rpn = rpn_output(model, levels, image.image_hw)
         gradient, terms = jax.grad(total, has_aux=True)(params)

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     params: PyTree  # parameters that the optimizer may change
     averaged: PyTree | None  # moving average of `params`; None: the run keeps no average
     frozen: PyTree  # constants and fixed stages of the network; saved, never changed
+    running: PyTree  # running averages of batch normalisation; each step moves them, detection reads them
     opt_state: PyTree
     key: UInt32[Array, "2"]  # never changes; each step folds its number into the key
 
@@ -31,7 +32,8 @@ class StepMetrics(NamedTuple):
     box_class: Float[Array, ""]
     box_delta: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    parameter_norm: Float[Array, ""]  # after the update: a state that is not finite must not be saved
+    # After the update, with the running averages: a state that is not finite must not be saved.
+    parameter_norm: Float[Array, ""]
     rpn_foreground: Float[Array, ""]  # anchors in the sample that are foreground
     box_foreground: Float[Array, ""]  # RoIs in the sample that are foreground
 
@@ -45,8 +47,7 @@ def split_moved(params: PyTree, parts: tuple[str, ...]) -> tuple[PyTree, PyTree]
 def merge(graphdef: nnx.GraphDef, state: TrainState) -> Detector:
     """Returns the detector of a state, on the first local device. It has the averaged weights if the state has them."""
     weights = state.params if state.averaged is None else state.averaged
-    params, frozen = jax.device_put((weights, state.frozen), jax.local_devices()[0])
-    return nnx.merge(graphdef, params, frozen)
+    return nnx.merge(graphdef, *jax.device_put((weights, state.frozen, state.running), jax.local_devices()[0]))
 
 
 def step_key(state: TrainState) -> PRNGKeyArray:

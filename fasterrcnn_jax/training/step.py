@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from fasterrcnn_jax.kernels.choice import Implementation
-from fasterrcnn_jax.models.detector import Detector, split
+from fasterrcnn_jax.models.detector import Detector, split, use_batch_statistics
 from fasterrcnn_jax.models.faster_rcnn import training_losses
+from fasterrcnn_jax.models.layers import Running
 from fasterrcnn_jax.processes import Devices, over_devices
 from fasterrcnn_jax.structures import Batch, Losses, LossTerms
 from fasterrcnn_jax.training.state import (
@@ -40,12 +41,14 @@ def create_state(
       averages: keep a moving average of the weights too.
       parts: the parts of the detector that are trained.
     """
-    graphdef, params, frozen = split(model)
+    graphdef, params, rest = split(model)
+    running, frozen = nnx.split_state(rest, Running, ...)
     state = TrainState(
         step=jnp.int32(0),
         params=params,
         averaged=jax.tree.map(jnp.copy, params) if averages else None,
         frozen=frozen,
+        running=running,
         opt_state=optimizer.init(split_moved(params, parts)[0]),
         key=jax.random.key_data(jax.random.key(seed)),
     )
@@ -66,46 +69,53 @@ def make_train_step(
     """Returns the training step of one device; map it over devices with the axis `axis_name`.
 
     Each device differentiates its local sums divided by the global counts, and the gradients are added. The result
-    is the gradient of the global mean. No `psum` is differentiated: that would count the loss once per device.
+    is the gradient of the global mean. No `psum` of a loss is differentiated: that would count the loss once per
+    device. Batch normalisation uses the statistics of the images of all devices.
 
     Args:
       accumulate: number of micro-batches that a device's images are split into. They run one after the other, each
-        divides by its own counts, and the gradient is their mean.
-      ema_decay: decay of the averaged weights. In the first steps the average forgets faster.
+        divides by its own counts, and the gradient is their mean. Batch normalisation sees one micro-batch at a time.
+      ema_decay: decay of the averaged weights. In the first steps the average forgets faster. The running averages
+        of batch normalisation are not averaged again.
       losses: the function to differentiate: `training_losses`, `rpn_training_losses` or `box_training_losses`.
       parts: the parts of the detector that are trained, as in `create_state`.
     """
 
     def gradients_of(
-        state: TrainState, key: PRNGKeyArray, batch: Batch
-    ) -> tuple[PyTree, tuple[LossTerms, Array, Array]]:
+        state: TrainState, running: PyTree, key: PRNGKeyArray, batch: Batch
+    ) -> tuple[tuple[PyTree, tuple[LossTerms, Array, Array]], PyTree]:
+        """Returns what is added over devices, and the next running averages, which are the same on all devices."""
         # `rois_per_batch` is divided among micro-batches as it is among devices.
         shares = lax.axis_size(axis_name) * accumulate
         moved, fixed = split_moved(state.params, parts)
 
-        def local_loss(moved: PyTree) -> tuple[Array, tuple[LossTerms, Array, Array]]:
-            model = nnx.merge(graphdef, moved, fixed, state.frozen)
+        def local_loss(moved: PyTree) -> tuple[Array, tuple[tuple[LossTerms, Array, Array], PyTree]]:
+            # Copied, because the layers of this copy write into it.
+            model = nnx.merge(graphdef, moved, fixed, state.frozen, running, copy=True)
+            use_batch_statistics(model, axes=(axis_name,), parts=parts)
             found = losses(model, batch, key, num_devices=shares, implementation=implementation)
             terms = found.terms(lambda count: lax.psum(count, axis_name))
-            return terms.total, (terms, found.rpn_foreground, found.box_foreground)
+            return terms.total, ((terms, found.rpn_foreground, found.box_foreground), nnx.state(model, Running))
 
-        return jax.grad(local_loss, has_aux=True)(moved)
+        gradients, (summed, running) = jax.grad(local_loss, has_aux=True)(moved)
+        return (gradients, summed), running
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = step_key(state)
         if accumulate == 1:
-            summed = gradients_of(state, key, batch)
+            summed, running = gradients_of(state, state.running, key, batch)
         else:
             micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            shapes = jax.eval_shape(gradients_of, state, key, jax.tree.map(lambda x: x[0], micro_batches))
-            summed, _ = lax.scan(
-                lambda total, micro_batch: (
-                    jax.tree.map(jnp.add, total, gradients_of(state, key, micro_batch)),
-                    None,
-                ),
-                jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
-                micro_batches,
-            )
+            one = jax.tree.map(lambda x: x[0], micro_batches)
+            shapes, _ = jax.eval_shape(gradients_of, state, state.running, key, one)
+
+            def add(carry: tuple[PyTree, PyTree], micro_batch: Batch) -> tuple[tuple[PyTree, PyTree], None]:
+                total, running = carry
+                found, running = gradients_of(state, running, key, micro_batch)
+                return (jax.tree.map(jnp.add, total, found), running), None
+
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (summed, running), _ = lax.scan(add, (nothing, state.running), micro_batches)
         gradients, (terms, rpn_foreground, box_foreground) = lax.psum(summed, axis_name)
         gradients, terms = jax.tree.map(lambda x: x / accumulate, (gradients, terms))
         moved, fixed = split_moved(state.params, parts)
@@ -124,11 +134,13 @@ def make_train_step(
         metrics = StepMetrics(
             **terms._asdict(),
             gradient_norm=optax.tree.norm(gradients),
-            parameter_norm=optax.tree.norm(params),
+            parameter_norm=optax.tree.norm((params, running)),
             rpn_foreground=rpn_foreground,
             box_foreground=box_foreground,
         )
-        state = state._replace(step=state.step + 1, params=params, averaged=averaged, opt_state=opt_state)
+        state = state._replace(
+            step=state.step + 1, params=params, averaged=averaged, running=running, opt_state=opt_state
+        )
         return state, metrics
 
     return train_step

@@ -46,12 +46,13 @@ SHAPES = (
     *("backbone.own", "backbone.name", "backbone.width", "backbone.norm", "fpn"),
     *("rpn.convs", "rpn.channels", "roi_features.output_size"),
     *("box_head.class_agnostic", "box_head.summary", "box_head.convs", "box_head.layers", "box_head.channels"),
-    *("rpn.anchor_scales", "rpn.anchor_ratios"),
+    *("rpn.anchor_sizes", "rpn.anchor_scales", "rpn.anchor_ratios"),
 )
 # Fields of the model that decide what its weights mean.
 MEANINGS = (
     *("image.channel_order", "image.mean", "image.std", "backbone.stride", "backbone.stride_in", "backbone.stem_pool"),
-    *("rpn.anchor_base", "rpn.anchor_scales", "rpn.anchor_ratios", "roi_sampling.box_means", "roi_sampling.box_stds"),
+    *("rpn.anchor_base", "rpn.anchor_scales", "rpn.anchor_sizes", "rpn.anchor_ratios"),
+    *("rpn.activation", "roi_sampling.box_means", "roi_sampling.box_stds"),
 )
 
 
