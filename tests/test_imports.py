@@ -33,6 +33,7 @@ ORDER = (
     "configs",
     "evaluation",
     "inference",
+    "report",
     "training",
     "zoo",
     "scripts",

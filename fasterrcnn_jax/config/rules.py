@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.config.run import Config
@@ -72,7 +73,7 @@ def first_difference(stored: Config, asked: Config) -> str | None:
       stored: configuration in the checkpoint.
       asked: configuration of the run that is to continue from it.
     """
-    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
+    old, new = flat_fields(stored), flat_fields(asked)
     indifferent = _INDIFFERENT | (_LENGTH if is_longer(stored, asked) else set())
     for name in old | new:
         if name not in indifferent and old.get(name) != new.get(name):
@@ -112,6 +113,11 @@ _INDIFFERENT = {
     "train.patience",
     "train.implementation",
 }
+
+
+def flat_fields(config: Config) -> dict[str, Any]:
+    """Returns the value of every field, as in JSON, by its full name such as `model.rpn.fg_iou`."""
+    return _flat(json.loads(to_json(config)))
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
