@@ -20,6 +20,7 @@ from fasterrcnn_jax.config.train import CocoBackend
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.detections import check_detections
+from fasterrcnn_jax.evaluation.tables import flat_detections, flat_objects
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 SIZES = ("small", "medium", "large")
@@ -144,66 +145,42 @@ def _by_class(detections: Sequence[ImageDetections], dataset: Dataset) -> Iterat
     `loadRes` itself fails on an empty list. The images are numbered from 1; images without anything of the class are
     left out, which changes nothing.
     """
-    records = dataset.records
-    objects = _sorted_by_label(
-        [record.labels for record in records],
-        [record.boxes for record in records],
-        [
-            np.column_stack((record.difficult | record.crowd, record.crowd, record.area)).astype(np.float64)
-            for record in records
-        ],
-    )
-    found = _sorted_by_label(
-        [of.labels for of in detections],
-        [of.boxes for of in detections],
-        [np.asarray(of.scores, np.float64)[:, None] for of in detections],
-    )
+    found, objects = flat_detections(detections), flat_objects(dataset)
+    rows_found, rows_objects = (_rows_by_label(of.label, len(dataset.class_names)) for of in (found, objects))
+    ignored = objects.difficult | objects.crowd
     for label, name in enumerate(dataset.class_names, start=1):
-        of_class, found_of_class = (table.of(label) for table in (objects, found))
+        rows = rows_objects[label - 1]
+        columns = (values[rows].tolist() for values in (ignored, objects.crowd, objects.area))
         annotations = [
-            _annotation(image, label, box) | {"iscrowd": int(ignored), "crowd": int(crowd), "area": area}
-            for image, box, (ignored, crowd, area) in zip(*of_class, strict=True)
+            annotation | {"iscrowd": int(is_ignored), "crowd": int(is_crowd), "area": area}
+            for annotation, is_ignored, is_crowd, area in zip(
+                _annotations(objects.image[rows], objects.box[rows], label), *columns, strict=True
+            )
         ]
         if not annotations:
             continue
+        rows = rows_found[label - 1]
         results = [
-            _annotation(image, label, box) | {"iscrowd": 0, "score": score}
-            for image, box, (score,) in zip(*found_of_class, strict=True)
+            annotation | {"iscrowd": 0, "score": score}
+            for annotation, score in zip(
+                _annotations(found.image[rows], found.box[rows], label), found.score[rows].tolist(), strict=True
+            )
         ]
         images = sorted({item["image_id"] for item in annotations + results})
         yield label, _index(images, label, name, annotations), _index(images, label, name, results)
 
 
-class _ByLabel(NamedTuple):
-    """Boxes of all images, sorted by label; within a class in the order of the images."""
-
-    labels: np.ndarray  # [N], ascending
-    images: np.ndarray  # [N], from 1
-    boxes: np.ndarray  # [N, 4] float64
-    columns: np.ndarray  # [N, _] float64
-
-    def of(self, label: int) -> tuple[list, list, list]:
-        """Returns images, boxes and columns of one class."""
-        rows = slice(*np.searchsorted(self.labels, [label, label + 1]))
-        return self.images[rows].tolist(), self.boxes[rows].tolist(), self.columns[rows].tolist()
+def _rows_by_label(labels: np.ndarray, count: int) -> list[np.ndarray]:
+    """Returns the rows of each of `count` classes, in order."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, count + 1)))[1:]
 
 
-def _sorted_by_label(
-    labels: Sequence[np.ndarray], boxes: Sequence[np.ndarray], columns: Sequence[np.ndarray]
-) -> _ByLabel:
-    images = np.repeat(np.arange(1, len(labels) + 1), [len(of) for of in labels])
-    if not len(images):
-        return _ByLabel(np.zeros(0, np.int64), images, np.zeros((0, 4)), np.zeros((0, 1)))
-    joined = np.concatenate([np.asarray(of, np.int64) for of in labels])
-    order = np.argsort(joined, kind="stable")
-    joined_boxes = np.concatenate([np.asarray(of, np.float64).reshape(-1, 4) for of in boxes])
-    return _ByLabel(joined[order], images[order], joined_boxes[order], np.concatenate(columns)[order])
-
-
-def _annotation(image_id: int, label: int, box: Sequence[float]) -> dict[str, Any]:
-    x1, y1, x2, y2 = box
-    width, height = x2 - x1, y2 - y1
-    return {"image_id": image_id, "category_id": label, "bbox": [x1, y1, width, height], "area": width * height}
+def _annotations(images: np.ndarray, boxes: np.ndarray, label: int) -> Iterator[dict[str, Any]]:
+    for image, (x1, y1, x2, y2) in zip(images.tolist(), boxes.tolist(), strict=True):
+        width, height = x2 - x1, y2 - y1
+        box = [x1, y1, width, height]
+        yield {"image_id": image + 1, "category_id": label, "bbox": box, "area": width * height}
 
 
 def _index(images: Sequence[int], label: int, name: str, annotations: list[dict[str, Any]]) -> COCO:
