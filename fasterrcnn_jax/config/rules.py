@@ -111,6 +111,7 @@ _INDIFFERENT = {
     "train.best_split",
     "train.best_metric",
     "train.patience",
+    "train.coco_backend",
     "train.implementation",
 }
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fasterrcnn_jax.config.train import CocoBackend
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.evaluation.coco import CocoResult
-from fasterrcnn_jax.evaluation.detections import object_counts
+from fasterrcnn_jax.evaluation.detections import mean_over_classes, object_counts
 from fasterrcnn_jax.printing import printable
 
 
@@ -20,19 +21,25 @@ class Metrics(NamedTuple):
     coco: CocoResult
 
 
-def evaluate_detections(detections: Sequence[ImageDetections], dataset: Dataset) -> Metrics:
+def evaluate_detections(
+    detections: Sequence[ImageDetections], dataset: Dataset, *, backend: CocoBackend = "pycocotools"
+) -> Metrics:
     """Returns all metrics of `detections`: one entry per record of `dataset`, in the same order.
 
+    Args:
+      backend: the package that computes COCO's metrics.
     Raises:
+      InputError: this package is not installed.
       ValueError: detections that do not fit the data set.
     """
     from fasterrcnn_jax.evaluation.coco import coco_ap
-    from fasterrcnn_jax.evaluation.voc import voc_ap
+    from fasterrcnn_jax.evaluation.voc import average_precisions, precision_recall
 
+    curves, counts = precision_recall(detections, dataset), object_counts(dataset)
     return Metrics(
-        voc07=voc_ap(detections, dataset, use_07_metric=True),
-        voc_area=voc_ap(detections, dataset, use_07_metric=False),
-        coco=coco_ap(detections, dataset),
+        voc07=average_precisions(curves, counts, use_07_metric=True),
+        voc_area=average_precisions(curves, counts, use_07_metric=False),
+        coco=coco_ap(detections, dataset, backend=backend),
     )
 
 
@@ -83,9 +90,3 @@ def format_table(dataset: Dataset, voc07: np.ndarray, voc_area: np.ndarray, coco
     for name, count, *values in rows:
         lines.append(f"{name:<{width}}  {count:>7}" + "".join(f"  {value:>8.3f}" for value in values))
     return "\n".join([*lines, f"AP50 {coco.ap50:.2f}"])
-
-
-def mean_over_classes(values: np.ndarray) -> float:
-    """Returns the mean of the `values` [K] that are not NaN; NaN, without a warning, if all are NaN."""
-    defined = np.asarray(values)[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else math.nan
