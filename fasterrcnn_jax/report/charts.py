@@ -21,7 +21,7 @@ from fasterrcnn_jax.printing import printable
 
 # In units of the chart, which are CSS pixels on a phone: text stays readable there without zooming.
 WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 38
 TEXT = 12
 # Names of the colours, which the style sheet sets for light and dark, and their values on white.
 COLOURS = {
@@ -72,6 +72,7 @@ class Chart(NamedTuple):
     shapes: tuple[Line | Rectangle | Words, ...]
     legend: tuple[str, ...] = ()  # names of the series, in the order of SERIES and DASHES
     size: tuple[int, int] = (WIDTH, HEIGHT)
+    bars: bool = False  # the legend shows bars
 
 
 class Series(NamedTuple):
@@ -114,10 +115,13 @@ def unit_axis(name: str) -> Axis:
 
 
 def short_number(value: float) -> str:
-    """Returns a number of few characters, such as 0.25, 1.5k and 2M."""
+    """Returns a number of few characters, such as 0.25, 1.5k, 2M and 2.5e-4."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
+    if 0 < abs(value) < 1e-3:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.4g}"
 
 
@@ -167,7 +171,7 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[tuple[str, np.n
         f"{group}: " + ", ".join(f"{name} {short_number(float(h))}" for name, h in zip(names, heights, strict=True))
         for group, heights in groups
     )
-    return Chart(title, f"{y.name} by {x_name}. {told}", tuple(shapes), tuple(g for g, _ in groups if len(groups) > 1))
+    return Chart(title, f"{y.name} by {x_name}. {told}", tuple(shapes), tuple(g for g, _ in groups if len(groups) > 1), bars=True)
 
 
 def heat_map(title: str, counts: Float[np.ndarray, "r c"], *, aspect: float = 1.0) -> Chart:

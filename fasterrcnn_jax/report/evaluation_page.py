@@ -111,11 +111,13 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
     kept = {
         "detections": _kept(detections, _importance(analysis), MOST_ROWS),
         "objects": _kept(objects, objects["found"], MOST_ROWS),
+        "images": image_columns(dataset, analysis),
         "curves": curve_columns(analysis.curves) if len(names) > CLASS_LINES else {"label": np.zeros(0)},
     }
     lists = {
         "detections": ["file", "label", "score", "box", "kind", "truth", "iou"],
         "objects": ["file", "label", "box", "side", "aspect"],
+        "images": ["file", "width", "height", "objects", "detected"],
     }
     meta: dict[str, Any] = {}
     sections = [("summary", "Summary")]
@@ -135,22 +137,17 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
         "plot": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
     }
     images = [printable(_file(record)) for record in dataset.records]
-    used = sorted({int(image) for table in kept.values() if "image" in table for image in table["image"]})
-    position = np.zeros(len(images) + 1, np.int64)
-    position[used] = np.arange(len(used))
-    for table in kept.values():
-        if "image" in table:
-            table["image"] = position[table["image"]]
-    texts = {"classes": ["", *names], "images": [images[image] for image in used]}
+    texts = {"classes": ["", *names], "images": images}
     total = sum(group[2][0] for group in groups)
     confusion, confused, confusion_words = confusion_rows(analysis, names)
     return {
         "title": f"{shown.name} on {shown.split}",
         "subtitle": f"Detections on {shown.split} of {dataset.name}{shown.also}",
         "sections": sections,
+        "headline": headline(shown),
         "tiles": tiles(shown),
         "totals": [
-            ("images", len(images), "", None),
+            ("images", len(images), "images", []),
             ("objects", int((~analysis.objects.ignored).sum()), "objects", [["ignored", 0, 0]]),
             ("detections", len(analysis.detections.score), "detections", []),
         ],
@@ -181,24 +178,26 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
     }
 
 
-def tiles(shown: Evaluation) -> list[tuple[str, float, bool]]:
-    """Returns (name, value, whether it is one of the main ones) of the headline numbers."""
+def headline(shown: Evaluation) -> list[tuple[str, float]]:
+    """Returns (name, value) of the main numbers."""
+    coco = shown.metrics.coco
+    return [("AP", coco.ap), ("AP50", coco.ap50), ("AP75", coco.ap75), ("VOC07 mAP", _mean(shown.metrics.voc07))]
+
+
+def tiles(shown: Evaluation) -> list[tuple[str, float]]:
+    """Returns (name, value) of the other numbers."""
     coco = shown.metrics.coco
     return [
-        ("AP", coco.ap, True),
-        ("AP50", coco.ap50, True),
-        ("AP75", coco.ap75, True),
-        ("AP small", coco.ap_small, False),
-        ("AP medium", coco.ap_medium, False),
-        ("AP large", coco.ap_large, False),
-        ("AR, 1 detection", coco.ar_1, False),
-        ("AR, 10 detections", coco.ar_10, False),
-        ("AR, 100 detections", coco.ar_100, False),
-        ("AR small", coco.ar_small, False),
-        ("AR medium", coco.ar_medium, False),
-        ("AR large", coco.ar_large, False),
-        ("VOC07 mAP", _mean(shown.metrics.voc07), False),
-        ("VOC area mAP", _mean(shown.metrics.voc_area), False),
+        ("AP small", coco.ap_small),
+        ("AP medium", coco.ap_medium),
+        ("AP large", coco.ap_large),
+        ("AR@1", coco.ar_1),
+        ("AR@10", coco.ar_10),
+        ("AR@100", coco.ar_100),
+        ("AR small", coco.ar_small),
+        ("AR medium", coco.ar_medium),
+        ("AR large", coco.ar_large),
+        ("VOC area mAP", _mean(shown.metrics.voc_area)),
     ]
 
 
@@ -255,6 +254,19 @@ def object_columns(analysis: Analysis) -> dict[str, np.ndarray]:
         "side_bin": _bin(side, SIDES),
         "aspect_bin": _bin(objects.aspect, ASPECTS),
         **_sides(objects.box),
+    }
+
+
+def image_columns(dataset: Dataset, analysis: Analysis) -> dict[str, np.ndarray]:
+    """Returns the columns [N] of the images."""
+    sizes = np.array([record.image_hw for record in dataset.records], np.int64).reshape(-1, 2)
+    count = len(dataset.records)
+    return {
+        "image": np.arange(count),
+        "width": sizes[:, 1],
+        "height": sizes[:, 0],
+        "objects": np.bincount(analysis.objects.image, minlength=count),
+        "detected": np.bincount(analysis.detections.image, minlength=count),
     }
 
 

@@ -37,7 +37,7 @@ class History:
             kept = {name: _number(value) for name, value in evaluated.items() if name.count("/") == 1}
             self.evaluations.setdefault(step, {}).update(kept)
             return
-        for name in values.keys() | self.values.keys():
+        for name in dict.fromkeys([*self.values, *values]):
             if name not in self.values:
                 self.values[name] = array("d", [float("nan")] * len(self.steps))
             self.values[name].append(_number(values.get(name)))

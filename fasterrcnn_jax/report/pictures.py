@@ -113,6 +113,9 @@ def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:
         left, top, right, bottom = ((outline.box - [x1, y1, x1, y1]) * scale).tolist()
         # Of the others, those that the picture shows a part of.
         if right > 0 and bottom > 0 and left < size[0] and top < size[1]:
+            # Cut a little outside of the picture.
+            left, right = max(left, -3.0), min(right, size[0] + 3.0)
+            top, bottom = max(top, -3.0), min(bottom, size[1] + 3.0)
             drawn.append(Drawn(left, top, right - left, bottom - top, outline.kind))
     return Picture(url, *size, tuple(drawn))
 

@@ -93,6 +93,7 @@
       width: ["width", "number", (row) => String(table.width[row])],
       height: ["height", "number", (row) => String(table.height[row])],
       objects: ["objects", "number", (row) => String(table.objects[row])],
+      detected: ["detections", "number", (row) => String(table.detected[row])],
       where: ["where", "text", (row) => texts.places[table.place[row]]],
       first: [meta.first ?? "", "number", (row) => fixed(table.first[row], 2)],
       second: [meta.second ?? "", "number", (row) => fixed(table.second[row], 2)],
@@ -148,16 +149,23 @@
     body.replaceChildren(button.querySelector("svg").cloneNode(true), words);
     document.getElementById("large").showModal();
   }
-  function filterPictures(form) {
+  const AT_ONCE = 48;
+  function filterPictures(form, most = AT_ONCE) {
     const gallery = document.getElementById(form.dataset.gallery);
     const [kind, label, score] = ["kind", "class", "score"].map((name) => form.elements[name]?.value ?? "");
     let shown = 0;
+    let opened = 0;
     for (const figure of gallery.children) {
       const is = (kind === "" || figure.dataset.kind === kind) && (label === "" || figure.dataset.class === label)
         && Number(figure.dataset.score) >= Number(score || 0);
-      figure.hidden = !is;
+      figure.hidden = !is || opened >= most;
       shown += is;
+      opened += !figure.hidden;
     }
+    const more = document.querySelector(`[data-more="${form.dataset.gallery}"]`);
+    more.hidden = opened === shown;
+    more.textContent = `Open ${Math.min(AT_ONCE, shown - opened)} more pictures (${(shown - opened).toLocaleString("en")} left)`;
+    more.onclick = () => filterPictures(form, most + AT_ONCE);
     let all = 0;
     for (const [group, of, counts] of meta.groups) {
       if ((kind === "" || group === kind) && (label === "" || String(of) === label)) {
@@ -168,7 +176,7 @@
     if (output) output.textContent = Number(score || 0).toFixed(2);
     document.querySelector(`[data-of="${form.dataset.gallery}"]`).textContent = all === 0
       ? "Nothing of this kind."
-      : `${shown.toLocaleString("en")} of ${all.toLocaleString("en")} are shown as pictures, ${(all - shown).toLocaleString("en")} are not: at most ${meta.most} per kind and class, the worst ones.`;
+      : `${shown.toLocaleString("en")} of ${all.toLocaleString("en")} are here as pictures, ${(all - shown).toLocaleString("en")} are not: at most ${meta.most} per kind and class, the worst ones.`;
   }
 
   // ---- Curves of one class.
