@@ -144,7 +144,7 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     missed = ~ignored & (finder < 0) & ~explained
     ranking = np.lexsort((-found.score, found.label))  # by class; within a class by descending score
     curves = _curves(found, kind, counts, ranking)
-    thresholds, mean_f1, best = _best_of_all(curves)
+    thresholds, mean_f1, best = _best_of_all(curves, counts)
     limits = np.array([best if np.isnan(curve.best_threshold) else curve.best_threshold for curve in curves])
     limits = np.where(np.isnan(limits), 0.5, limits)
     true_label, predicted_label = _confused(found, objects, pairs, kind, explaining, limits)
@@ -247,18 +247,17 @@ def _curves(
     return tuple(curves)
 
 
-def _best_of_all(curves: Sequence[ClassCurve]) -> tuple[np.ndarray, np.ndarray, float]:
+def _best_of_all(curves: Sequence[ClassCurve], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Returns thresholds, the mean F1 of the classes with objects at each, and the threshold with the best mean.
 
     Of several equal ones, the middle one: it is furthest from the scores where the F1 falls.
     """
     thresholds = np.arange(101) / 100.0
     of_class = []
-    for curve in curves:
-        if np.isnan(curve.f1).any():
-            continue  # no object
-        kept = np.searchsorted(-curve.score, -thresholds, side="right")  # distinct scores at or above the threshold
-        of_class.append(np.append(curve.f1, 0.0)[kept - 1])
+    for curve, count in zip(curves, counts, strict=True):
+        if count:
+            kept = np.searchsorted(-curve.score, -thresholds, side="right")  # distinct scores at or above the threshold
+            of_class.append(np.append(curve.f1, 0.0)[kept - 1])
     mean = np.mean(of_class, axis=0) if of_class else np.full(len(thresholds), np.nan)
     if not (mean > 0.0).any():
         return thresholds, mean, math.nan
