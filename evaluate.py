@@ -15,11 +15,14 @@ from fasterrcnn_jax.config.data import Layout
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.evaluation.analysis import analyse
 from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
 from fasterrcnn_jax.inference.scoring import Score, score
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.printing import print_lines
 from fasterrcnn_jax.processes import per_device
+from fasterrcnn_jax.report.evaluation_page import FILE, Evaluation, write_report
+from fasterrcnn_jax.report.history import read_history
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
 from fasterrcnn_jax.training.evaluation import also_used, is_within
@@ -47,6 +50,8 @@ class Arguments:
     run"""
     proposals: bool = False
     """print the recall of the proposals instead of detecting; use it for an RPN that was trained alone"""
+    report: bool = False
+    """write report.html too: the results with their errors, as one page that opens from disk"""
     out: Path | None = None
     """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file"""
 
@@ -76,6 +81,19 @@ def main(argv: list[str] | None = None) -> None:
     write_coco_json(out / "detections.json", found.detections, dataset)
     left_out = write_voc_files(out, found.detections, dataset, split=split)
     print_lines(f"files      {out}", *(f"           {sentence}" for sentence in left_out))
+    if arguments.report and found.metrics is not None:
+        own = None if ckpt.is_file() else checkpoint.load_run_config(ckpt)
+        page = Evaluation(
+            name=str(ckpt),
+            split=split,
+            also=also,
+            dataset=dataset,
+            analysis=analyse(found.detections, dataset),
+            metrics=found.metrics,
+            config=own,
+            history=None if own is None else read_history(run_folder.metrics_path(run)),
+        )
+        print_lines(f"report     {write_report(out / FILE, page)}")
 
 
 def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:

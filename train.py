@@ -1,12 +1,13 @@
 """Trains a detector and evaluates it: fasterrcnn-jax train FOLDER, or python train.py --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
-metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
+metrics.jsonl, results.csv, curves.png, report.html, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
 training with status 75. After a loss that is not finite, --replay FILE shows where it comes from.
 """
 
 import contextlib
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.data.transforms import canvases_of
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
+from fasterrcnn_jax.inference.scoring import Score
 from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector, parameter_count
 from fasterrcnn_jax.printing import print_lines, progress_bar
 from fasterrcnn_jax.scripts import cli
@@ -36,7 +38,15 @@ from fasterrcnn_jax.training import (
     replay,
     run_folder,
 )
-from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, outcome_of
+from fasterrcnn_jax.training.evaluation import (
+    Evaluator,
+    Outcome,
+    Shown,
+    also_used,
+    is_within,
+    outcome_of,
+    write_run_report,
+)
 from fasterrcnn_jax.training.expected_time import Evaluations
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.patience import Patience
@@ -104,6 +114,9 @@ def train_stages(config: Config) -> Outcome | None:
             outcome = fit(config, stage, train_set, splits, fingerprint, compare=is_newest)
             if outcome is not None and processes.is_main():
                 print_lines(*([stage.name] if stage.name else []), *outcome.lines)
+                # Printed before: the table is what took the time.
+                if config.train.report != "off" and outcome.shown is not None and stage.run == config.run:
+                    print_lines(f"report     {write_run_report(config, stage.run, outcome.shown)}")
     return outcome
 
 
@@ -162,6 +175,10 @@ def fit(
     fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
+    write_results = functools.partial(
+        metrics.write_results, every=checkpoint_every, batch_size=train.batch_size, images=len(train_set.records)
+    )
+    say(f"curves     {run_folder.curves_path(run)}, and: tensorboard --logdir {shlex.quote(str(run))}")
     evaluations = Evaluations.of(splits[best_split], config.model.image, steps=steps, every=evaluate_every)
     canvases = canvases_of(train_set, config.model.image)
     progress = Progress(stage, train_set, metrics, done=done, canvases=canvases, evaluations=evaluations)
@@ -171,6 +188,12 @@ def fit(
     patience = Patience(train, checkpoint.best(checkpoints))
     if patience.is_over(done) and done < steps:
         say(f"the training ended at step {done} by train.patience; a larger one trains on")
+    trained_on, chosen_on = data.train_split, best_split if run == config.run else None
+
+    def shown_of(score: Score, split: str, number: int) -> Shown:
+        also = also_used(chose=split == chosen_on, trained=is_within(split, trained_on))
+        return Shown(score, splits[split], split, also, number, metrics.history)
+
     result, stop = None, False
     with checkpoint.closing(checkpoints), metrics, progress, contextlib.ExitStack() as noting:
         asked_to_stop = None
@@ -200,9 +223,14 @@ def fit(
             if is_last or (evaluate_every and number % evaluate_every == 0):
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
+                    if train.report == "each" and run == config.run and not is_last and processes.is_main():
+                        write_run_report(config, run, shown_of(result, best_split, number))
                 saver.measured(result.values[stage.metric])
                 patience.measured(number, result.values[stage.metric])
                 progress.restart_clock()
+            if is_due:
+                with saver.confirmed_on_error():
+                    write_results()
             # After the evaluation of this step, which another start would not repeat.
             if stopping and not is_last:
                 saver.confirm()
@@ -235,10 +263,8 @@ def fit(
         shown_before = done >= last and run != config.run
         if not shown_before and (result is None or best_split != data.test_split):
             result = evaluator.evaluate(model, data.test_split, shown)
-    if result is None:
-        return None
-    splits_of = {"chosen_on": best_split, "shown_on": data.test_split, "trained_on": data.train_split}
-    return outcome_of(stage, result, last, chosen=chosen, **splits_of)
+        write_results()
+    return None if result is None else outcome_of(stage, shown_of(result, data.test_split, shown), last, chosen=chosen)
 
 
 def check_batch_size(config: Config, stage: Stage) -> None:

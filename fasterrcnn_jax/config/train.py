@@ -103,6 +103,8 @@ class TrainConfig:
     data.test_split"""
     best_metric: Literal["AP50", "AP"] = "AP50"
     """COCO metric that selects the best checkpoint"""
+    report: Literal["end", "each", "off"] = "end"
+    """when RUN/report.html is written: end: after the training; each: after each evaluation too; off: never"""
     coco_backend: CocoBackend = "pycocotools"
     """package that computes COCO's metrics; both give the same numbers; faster-coco-eval takes less time and is
     installed by the extra of that name"""

@@ -12,6 +12,7 @@ from fasterrcnn_jax.evaluation.recall import (
     recall_dict,
 )
 from fasterrcnn_jax.evaluation.report import (
+    Metrics,
     evaluate_detections,
     format_table,
     metrics_dict,
@@ -33,6 +34,7 @@ class Score(NamedTuple):
     table: str
     detections: list[ImageDetections] | None  # None: proposals were evaluated
     proposals: list[ImageProposals] | None  # None: detections were evaluated
+    metrics: Metrics | None = None  # None: proposals were evaluated
 
 
 def score(
@@ -65,7 +67,7 @@ def score(
     values = metrics_dict(result, dataset.class_names)
     capped = [f"note: {sentence}" for sentence in capped_recall(dataset.records, model.config)]
     table = "\n".join([*capped, format_table(dataset, result.voc07, result.voc_area, result.coco)])
-    return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None)
+    return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None, result)
 
 
 def shown_proposals(

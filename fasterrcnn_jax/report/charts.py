@@ -138,7 +138,11 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, diagon
             shapes.append(Line(place(thinned(part), x, y), **style))
         if not len(points) and one.id:
             shapes.append(Line(np.zeros((0, 2)), **style))
-    ends = "; ".join(f"{one.name} ends at {short_number(float(one.y[-1]))}" for one in series if len(one.y))
+    ends = "; ".join(
+        f"{one.name} ends at {short_number(float(one.y[-1]))}" if np.isfinite(one.y[-1]) else f"{one.name} is undefined"
+        for one in series
+        if len(one.y)
+    )
     names = tuple(one.name for one in series) if len(series) > 1 else ()
     return Chart(title, f"{y.name} over {x.name}. {ends}", tuple(shapes), names)
 
@@ -155,7 +159,9 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[tuple[str, np.n
     room = (WIDTH - LEFT - RIGHT) / max(1, len(names))
     width = room * 0.8 / len(groups)
     for number, (group, heights) in enumerate(groups):
-        for place_of, height in enumerate(np.nan_to_num(np.asarray(heights, np.float64))):
+        for place_of, height in enumerate(np.asarray(heights, np.float64)):
+            if not np.isfinite(height):
+                continue
             left, top = LEFT + room * (place_of + 0.1) + width * number, _y(min(height, y.high), y)
             box = (left, top, width * 0.94, _y(y.low, y) - top)
             words = f"{names[place_of]}{', ' + group if len(groups) > 1 else ''}: {short_number(float(height))}"
@@ -168,7 +174,11 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[tuple[str, np.n
         if number % every == 0
     ]
     told = "; ".join(
-        f"{group}: " + ", ".join(f"{name} {short_number(float(h))}" for name, h in zip(names, heights, strict=True))
+        f"{group}: "
+        + ", ".join(
+            f"{name} {short_number(float(h)) if np.isfinite(h) else 'undefined'}"
+            for name, h in zip(names, heights, strict=True)
+        )
         for group, heights in groups
     )
     return Chart(title, f"{y.name} by {x_name}. {told}", tuple(shapes), tuple(g for g, _ in groups if len(groups) > 1), bars=True)
@@ -201,7 +211,7 @@ def place(points: Points, x: Axis, y: Axis) -> Points:
     return np.stack([across, _y(points[:, 1], y)], axis=1)
 
 
-def thinned(points: Points, most: int = 400) -> Points:
+def thinned(points: Points, most: int = 400) -> Float[np.ndarray, "_ 2"]:
     """Returns at most about `most` of the points: of each part, the first, the lowest and the highest one."""
     if len(points) <= most:
         return points
@@ -279,7 +289,7 @@ def _y(value, y: Axis):
     return HEIGHT - BOTTOM - (value - y.low) / (y.high - y.low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _unbroken(points: Points) -> list[Points]:
+def _unbroken(points: Points) -> list[Float[np.ndarray, "_ 2"]]:
     """Returns the parts of a line between the points that are not finite."""
     finite = np.isfinite(points).all(axis=1)
     breaks = np.flatnonzero(np.diff(finite.astype(np.int8))) + 1

@@ -28,6 +28,7 @@ from fasterrcnn_jax.evaluation.analysis import (
 from fasterrcnn_jax.evaluation.report import Metrics
 from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.report import pages
+from fasterrcnn_jax.report.binning import ASPECTS, SIDES, bin_names, bin_of
 from fasterrcnn_jax.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series
 from fasterrcnn_jax.report.charts import axis, bar_chart, line_chart, unit_axis
 from fasterrcnn_jax.report.history import History, curves
@@ -64,8 +65,6 @@ MEANINGS = {
     "background": "covers no object, with an IoU of at most 0.1",
     "missed": "no detection found the object, and no other error explains it",
 }
-SIDES = (0.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, np.inf)
-ASPECTS = (0.0, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, np.inf)
 
 
 class Compared(NamedTuple):
@@ -251,8 +250,8 @@ def object_columns(analysis: Analysis) -> dict[str, np.ndarray]:
         "found": objects.predicted_label > 0,
         "side": side,
         "aspect": objects.aspect,
-        "side_bin": _bin(side, SIDES),
-        "aspect_bin": _bin(objects.aspect, ASPECTS),
+        "side_bin": bin_of(side, SIDES),
+        "aspect_bin": bin_of(objects.aspect, ASPECTS),
         **_sides(objects.box),
     }
 
@@ -292,7 +291,7 @@ def interpolated_precision(curve: ClassCurve) -> np.ndarray:
         return np.full(101, np.nan)
     recalls = np.linspace(0.0, 1.0, 101)
     envelope = np.maximum.accumulate(curve.precision[::-1])[::-1]
-    return np.append(envelope, 0.0)[np.searchsorted(curve.recall, recalls - 1e-12)]
+    return np.append(envelope, 0.0)[np.searchsorted(curve.recall, recalls)]
 
 
 def f1_at_thresholds(curve: ClassCurve) -> np.ndarray:
@@ -309,7 +308,10 @@ def class_rows(shown: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for label, name in enumerate(names, start=1):
         curve = analysis.curves[label - 1]
-        at = [curve.f1[curve.best], curve.best_threshold, curve.precision[curve.best], curve.recall[curve.best]]
+        best = curve.best
+        at = [float("nan")] * 4
+        if best >= 0:
+            at = [float(curve.f1[best]), curve.best_threshold, float(curve.precision[best]), float(curve.recall[best])]
         columns = (coco.class_ap, coco.class_ap50, coco.class_iou_ap[:, 5], metrics.voc07, metrics.voc_area)
         rows.append(
             {
@@ -317,7 +319,7 @@ def class_rows(shown: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
                 "name": name,
                 "objects": int(objects[label]),
                 "ap": [float(column[label - 1]) for column in (*columns, coco.class_ar_100)],
-                "at": list(map(float, at)) if curve.best >= 0 else [float("nan")] * 4,
+                "at": at,
                 "found": int(confusion[label, label]),
                 "missed": int(confusion[label, 0]),
                 "wrong": int(confusion[:, label].sum() - confusion[label, label]),
@@ -456,7 +458,7 @@ def missed_values(objects: Mapping[str, np.ndarray]) -> dict[str, Any]:
         ("side_bin", SIDES, "Size", "square root of the area, pixels"),
         ("aspect_bin", ASPECTS, "Shape", "height / width"),
     ):
-        bins = [_between(low, high) for low, high in zip(limits[:-1], limits[1:], strict=True)]
+        bins = bin_names(limits)
         everything = np.bincount(objects[column][counted], minlength=len(bins))
         missed = np.bincount(objects[column][counted & (objects["predicted"] == 0)], minlength=len(bins))
         groups = [("objects", everything), ("missed", missed)]
@@ -631,14 +633,6 @@ def _kept(columns: Mapping[str, np.ndarray], order: np.ndarray, most: int) -> di
 
 def _sides(boxes: np.ndarray) -> dict[str, np.ndarray]:
     return {name: boxes[:, number] for number, name in enumerate(("x1", "y1", "x2", "y2"))}
-
-
-def _bin(values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
-    return np.clip(np.searchsorted(limits, np.nan_to_num(values), side="right") - 1, 0, len(limits) - 2)
-
-
-def _between(low: float, high: float) -> str:
-    return f"{low:g}+" if np.isinf(high) else f"<{high:g}" if low == 0 else f"{low:g}-{high:g}"
 
 
 def _mean(values: np.ndarray) -> float:

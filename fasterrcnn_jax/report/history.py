@@ -18,6 +18,7 @@ from fasterrcnn_jax.structures import LossTerms
 # A line of a chart has at most so many points; each is the mean over equally many steps.
 POINTS = 200
 LOSSES = LossTerms._fields
+OMITTED = ("compilations", "compilation_seconds")  # a mean of them says nothing
 SHOWN = ("AP", "AP50", "AR_300")  # metrics of the evaluations that the curves show
 
 
@@ -82,7 +83,7 @@ def results_csv(history: History, *, every: int, batch_size: int, images: int) -
     steps = np.array(history.steps, np.int64)
     last = steps[-1:].tolist()
     ends = sorted({*steps[steps % max(1, every) == 0].tolist(), *history.evaluations, *last})
-    means = {name: history.of_steps(name) for name in history.values}
+    means = {name: history.of_steps(name) for name in history.values if name not in OMITTED}
     metrics = list(dict.fromkeys(name for values in history.evaluations.values() for name in values))
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")

@@ -40,7 +40,8 @@ class Wanted(NamedTuple):
 
     image: int  # position of the image in its data set
     outlines: tuple[Outline, ...]
-    whole: bool = False  # the whole image instead of the part around the first outlines
+    # The boxes that decide which part of the image is shown: None: the outlines without the other ones; (): the whole.
+    around: tuple[Float[np.ndarray, "4"], ...] | None = None
 
 
 class Drawn(NamedTuple):
@@ -101,7 +102,10 @@ def cost(one: Picture) -> int:
 def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:
     """Returns a picture of a decoded image."""
     height, width = pixels.shape[:2]
-    x1, y1, x2, y2 = (0, 0, width, height) if wanted.whole else window(wanted.outlines, (height, width))
+    around = wanted.around
+    if around is None:
+        around = tuple(outline.box for outline in wanted.outlines if outline.kind != "other")
+    x1, y1, x2, y2 = window(around, (height, width)) if around else (0, 0, width, height)
     part = Image.fromarray(np.ascontiguousarray(pixels[y1:y2, x1:x2]))
     scale = min(1.0, SIDE / max(part.size))
     size = tuple(max(1, round(side * scale)) for side in part.size)
@@ -120,9 +124,9 @@ def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:
     return Picture(url, *size, tuple(drawn))
 
 
-def window(outlines: Sequence[Outline], image_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+def window(around: Sequence[Float[np.ndarray, "4"]], image_hw: tuple[int, int]) -> tuple[int, int, int, int]:
     """Returns the part (x1, y1, x2, y2) of an image to show: a square around the boxes, cut at the border."""
-    boxes = np.stack([outline.box for outline in outlines if outline.kind != "other"]).astype(np.float64)
+    boxes = np.stack(around).astype(np.float64)
     near, far = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     half = max(float((far - near).max()) * AROUND, SMALLEST_WINDOW) / 2
     limits = np.array([image_hw[1], image_hw[0]], np.float64)
