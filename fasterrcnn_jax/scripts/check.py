@@ -117,7 +117,10 @@ def main(argv: list[str] | None = None) -> None:
         name = data.root.resolve().name
         unions = _unions(checked)
         datasets_of = {split: one.dataset for split, one in checked.items() if split not in unions}
-        page = DataSet(name, datasets_of, tuple(sorted(unions)), tuple(findings))
+        # What a union alone has is what its parts have with each other.
+        again = {id(finding) for union in unions for finding in checked[union].dataset.findings}
+        shown = tuple(finding for finding in findings if id(finding) not in again)
+        page = DataSet(name, datasets_of, tuple(sorted(unions)), shown)
         print_lines(f"report   {write_data_report(Path(f'{name}_report.html'), page)}")
     sys.exit(severity(findings))
 

@@ -168,7 +168,7 @@
     more.onclick = () => filterPictures(form, most + AT_ONCE);
     let all = 0;
     for (const [group, of, counts] of meta.groups) {
-      if ((kind === "" || group === kind) && (label === "" || String(of) === label)) {
+      if ((kind === "" || String(group) === kind) && (label === "" || String(of) === label)) {
         all += counts[Math.round(Number(score || 0) * 20)] ?? 0;
       }
     }
