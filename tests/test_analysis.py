@@ -131,7 +131,7 @@ def test_detections_on_difficult_objects_and_crowds_are_ignored():
 
 
 def test_only_the_best_100_of_an_image_and_class_take_part():
-    result = analyse([found(*[(FAR, 0.9, 1)] * 100, (BOX, 0.8, 1), (BOX, 0.8, 2))], dataset(record((BOX, 1, False)), classes=2))
+    result = one_class([(BOX, 1)], [(FAR, 0.9, 1)] * 100 + [(BOX, 0.8, 1), (BOX, 0.8, 2)], classes=2)
     assert len(result.detections.kind) == 101 and result.objects.missed.tolist() == [False]  # explained by class 2
     assert counts(result)["background"] == 100 and counts(result)["class"] == 1
 
@@ -284,7 +284,7 @@ def test_overlaps_equal_those_of_all_pairs(seed, parts, monkeypatch):
     corner, other_corner = rng.uniform(-300, 3000, (150, 2)), rng.uniform(-300, 3000, (40, 2))
     boxes = np.concatenate([corner, corner + rng.exponential(400, (150, 2))], axis=1)
     others = np.concatenate([other_corner, other_corner + rng.exponential(900, (40, 2))], axis=1)
-    got = overlaps.overlaps(boxes, groups, others, other_groups)
+    got = overlaps.overlapping_pairs(boxes, groups, others, other_groups)
     want = []
     for row, box in enumerate(boxes):
         for column, other in enumerate(others):

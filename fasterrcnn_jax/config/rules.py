@@ -43,6 +43,13 @@ def unread_fields(config: Config) -> list[str]:
         ),
         (features, "model.roi_features", operator == "align", ("sampling_ratio", "aligned"), operator),
         (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
+        (
+            model.postprocess,
+            "model.postprocess",
+            model.postprocess.soft_nms == "gaussian",
+            ("soft_nms_sigma",),
+            f"soft_nms {model.postprocess.soft_nms}",
+        ),
         (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
         (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
         (train.alternating, "train.alternating", is_alternating, ("steps", "rpn_batch_size"), train.scheme),
