@@ -87,6 +87,12 @@ def first_difference(stored: Config, asked: Config) -> str | None:
     return None
 
 
+def differences(first: Config | ModelConfig, second: Config | ModelConfig) -> list[tuple[str, object, object]]:
+    """Returns (field, value in `first`, value in `second`) of each field that differs, by name; None: no such field."""
+    old, new = (_flat(json.loads(to_json(config))) for config in (first, second))
+    return [(name, old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
 def is_longer(stored: Config, asked: Config) -> bool:
     """Returns whether `asked` has more steps than `stored`; stages of alternating training cannot become longer."""
     return asked.train.scheme == stored.train.scheme != "alternating" and fitted(

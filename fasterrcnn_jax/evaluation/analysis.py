@@ -139,7 +139,7 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     """
     check_detections(detections, dataset)
     class_count = len(dataset.class_names)
-    found, objects = _ranked(detections, class_count), flat_objects(dataset)
+    found, objects = ranked_detections(detections, class_count), flat_objects(dataset)
     ignored = objects.difficult | objects.crowd
     counts = object_counts(dataset)
     pairs = overlapping_pairs(found.box, found.image, objects.box, objects.image)
@@ -180,7 +180,7 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     )
 
 
-def _ranked(detections: Sequence[ImageDetections], class_count: int) -> FlatDetections:
+def ranked_detections(detections: Sequence[ImageDetections], class_count: int) -> FlatDetections:
     """Returns the detections by image and descending score, at most `_LIMIT` of each image and class."""
     found = flat_detections(detections)
     found = found.rows(np.lexsort((-found.score, found.image)))
