@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fidelity import compare
-from handmade import dataset, found, record
+from handmade import dataset, found, random_case, record
 
 from fasterrcnn_jax.evaluation import analysis, overlaps
 from fasterrcnn_jax.evaluation.analysis import ERRORS, KINDS, analyse, average_precision_101
@@ -40,28 +40,6 @@ def golden_case(seed):
     ]
     given = [found(*((row[2:6], row[6], row[1]) for row in det[det[:, 0] == image])) for image in images]
     return given, dataset(*records, classes=4)
-
-
-def random_case(seed, images=25, classes=3, most=30):
-    """Crowded images on a grid of whole pixels, with equal scores, difficult objects and crowds."""
-    rng = np.random.default_rng(seed)
-    records, given = [], []
-    for image in range(images):
-
-        def boxes(count):
-            corner = rng.integers(0, 12, (count, 2))
-            return np.concatenate([corner, corner + rng.integers(2, 9, (count, 2))], axis=1)
-
-        count = int(rng.integers(0, 9))
-        places, labels = boxes(count), rng.integers(1, classes + 1, count)
-        objects = zip(places, labels, rng.random(count) < 0.15)
-        records.append(record(*objects, image_id=str(image), crowd=rng.random(count) < 0.1))
-        given_boxes, given_labels = boxes(most), rng.integers(1, classes + 1, most)
-        given_boxes[:count], given_labels[:count] = places, labels
-        order = rng.permutation(most)
-        rows = zip(given_boxes[order], rng.integers(0, 9, most) / 8, given_labels[order])
-        given.append(found(*list(rows)[: int(rng.integers(0, most))]))
-    return given, dataset(*records, classes=classes)
 
 
 # Kinds

@@ -1,7 +1,7 @@
 """Compares the detections of two models on the same images: differences of the average precision, with intervals.
 
-The intervals come from the bootstrap over images (Efron 1979): the images are drawn again with replacement many times, the
-same ones for both models, and the average precision of both is computed on each draw.
+The intervals come from the bootstrap over images (Efron 1979): as many images as there are are drawn with replacement,
+many times, the same ones for both models, and the average precision of both is computed on each draw.
 """
 
 from collections.abc import Sequence
@@ -222,8 +222,8 @@ def format_comparison(comparison: Comparison, dataset: Dataset, first: str, seco
     rows.append(("mAP", int(counts.sum()), comparison.ap, comparison.ap50))
     width = max(len("class"), *(len(printable(row[0])) for row in rows))
     lines = [
-        f"compare    {second} (second) minus {first} (first) on {len(dataset.records)} images; the intervals hold 95 % of "
-        f"{RESAMPLES} draws of the images",
+        f"compare    {second} (second) minus {first} (first) on {len(dataset.records)} images; each interval holds "
+        f"95 % of {RESAMPLES} draws of the images",
         f"{'class':<{width}}  {'boxes':>7}  {'first':>6}  {'second':>6}  {'AP: difference [interval]':<33}  "
         "AP50: difference [interval]",
     ]
