@@ -43,7 +43,7 @@ def random_case(seed, images=25, classes=3, most=30):
     for image in range(images):
         size = rng.choice([1, 6, 20])  # small, medium and large objects
 
-        def boxes(count):
+        def boxes(count, size=size):
             corner = rng.integers(0, 12, (count, 2))
             return size * np.concatenate([corner, corner + rng.integers(2, 9, (count, 2))], axis=1)
 

@@ -82,9 +82,8 @@ def test_the_interval_is_that_of_the_mean_of_paired_differences():
     """With one object in each image and no false positive, the AP is the recall, but for the 101 points."""
     generator, count = np.random.default_rng(3), 150
     first, second = generator.random((2, count)) < [[0.5], [0.6]]
-    result = compare(
-        [HIT if hit else NOTHING for hit in first], [HIT if hit else NOTHING for hit in second], images(count)
-    )
+    given = ([HIT if hit else NOTHING for hit in hits] for hits in (first, second))
+    result = compare(*given, images(count))
     change = second.astype(float) - first
     half = 1.96 * change.std() / np.sqrt(count)
     assert result.ap50.difference == pytest.approx(change.mean(), abs=0.01)

@@ -4,6 +4,7 @@ The intervals come from the bootstrap over images (Efron 1979): as many images a
 many times, the same ones for both models, and the average precision of both is computed on each draw.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ def compare(first: Sequence[ImageDetections], second: Sequence[ImageDetections],
 
 def _means(values: np.ndarray) -> Float[np.ndarray, "b"]:
     """Returns the mean of the values of each draw that are defined; NaN if there is none."""
-    values = values.reshape(len(values), -1)
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
     defined = ~np.isnan(values)
     count = defined.sum(axis=1)
     total = np.where(defined, values, 0.0).sum(axis=1)
@@ -186,8 +187,10 @@ def _averages(
         return np.where(totals > 0, 0.0, np.nan)
     precision = hits / np.maximum(ranks, 1)
     ahead = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # The first place where the recall reaches each point: at least so many hits. Rounding must not ask for one more.
-    needed = np.ceil(RECALLS[None, :] * totals[:, None] - 1e-9).astype(np.int64)
+    # The recall reaches each point with so many hits, compared with the rounding of hits / totals as in COCO.
+    needed = np.floor(RECALLS * totals[:, None]).astype(np.int64) - 1
+    for _ in range(3):
+        needed += needed / np.maximum(totals, 1)[:, None] < RECALLS
     step = int(max(hits.max(), needed.max())) + 1
     starts = np.arange(draws)[:, None] * step
     reached = np.searchsorted((hits + starts).ravel(), (needed + starts).ravel(), side="left").reshape(draws, -1)
