@@ -65,9 +65,7 @@ def made_up(
         arrays = np.clip(np.array(found).reshape(-1, 4), 0, limits).astype(np.float32)
         order = np.argsort(-np.array(scores), kind="stable")
         detections.append(
-            ImageDetections(
-                arrays[order], np.array(scores, np.float32)[order], np.array(classified, np.int32)[order]
-            )
+            ImageDetections(arrays[order], np.array(scores, np.float32)[order], np.array(classified, np.int32)[order])
         )
     ids = tuple(range(1, classes + 1))
     return Dataset("made up", class_names, tuple(records), (), ids), detections

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fidelity import compare
-from handmade import dataset, found, record
+from handmade import dataset, found, random_case, record
 
 from fasterrcnn_jax.evaluation import analysis, overlaps
 from fasterrcnn_jax.evaluation.analysis import ERRORS, KINDS, analyse, average_precision_101
@@ -40,28 +40,6 @@ def golden_case(seed):
     ]
     given = [found(*((row[2:6], row[6], row[1]) for row in det[det[:, 0] == image])) for image in images]
     return given, dataset(*records, classes=4)
-
-
-def random_case(seed, images=25, classes=3, most=30):
-    """Crowded images on a grid of whole pixels, with equal scores, difficult objects and crowds."""
-    rng = np.random.default_rng(seed)
-    records, given = [], []
-    for image in range(images):
-
-        def boxes(count):
-            corner = rng.integers(0, 12, (count, 2))
-            return np.concatenate([corner, corner + rng.integers(2, 9, (count, 2))], axis=1)
-
-        count = int(rng.integers(0, 9))
-        places, labels = boxes(count), rng.integers(1, classes + 1, count)
-        objects = zip(places, labels, rng.random(count) < 0.15)
-        records.append(record(*objects, image_id=str(image), crowd=rng.random(count) < 0.1))
-        given_boxes, given_labels = boxes(most), rng.integers(1, classes + 1, most)
-        given_boxes[:count], given_labels[:count] = places, labels
-        order = rng.permutation(most)
-        rows = zip(given_boxes[order], rng.integers(0, 9, most) / 8, given_labels[order])
-        given.append(found(*list(rows)[: int(rng.integers(0, most))]))
-    return given, dataset(*records, classes=classes)
 
 
 # Kinds
@@ -131,7 +109,7 @@ def test_detections_on_difficult_objects_and_crowds_are_ignored():
 
 
 def test_only_the_best_100_of_an_image_and_class_take_part():
-    result = analyse([found(*[(FAR, 0.9, 1)] * 100, (BOX, 0.8, 1), (BOX, 0.8, 2))], dataset(record((BOX, 1, False)), classes=2))
+    result = one_class([(BOX, 1)], [(FAR, 0.9, 1)] * 100 + [(BOX, 0.8, 1), (BOX, 0.8, 2)], classes=2)
     assert len(result.detections.kind) == 101 and result.objects.missed.tolist() == [False]  # explained by class 2
     assert counts(result)["background"] == 100 and counts(result)["class"] == 1
 
@@ -284,7 +262,7 @@ def test_overlaps_equal_those_of_all_pairs(seed, parts, monkeypatch):
     corner, other_corner = rng.uniform(-300, 3000, (150, 2)), rng.uniform(-300, 3000, (40, 2))
     boxes = np.concatenate([corner, corner + rng.exponential(400, (150, 2))], axis=1)
     others = np.concatenate([other_corner, other_corner + rng.exponential(900, (40, 2))], axis=1)
-    got = overlaps.overlaps(boxes, groups, others, other_groups)
+    got = overlaps.overlapping_pairs(boxes, groups, others, other_groups)
     want = []
     for row, box in enumerate(boxes):
         for column, other in enumerate(others):

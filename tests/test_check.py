@@ -79,7 +79,9 @@ def test_the_page_shows_doubles_and_leaks_with_pictures_and_counts_a_union_once(
     assert len(texts["images"]) == 8 and texts["splits"] == ["test", "train"] or texts["splits"] == ["train", "test"]
     # Two pictures of each: the box twice, the image twice, and the leak.
     kinds = re.findall(r"<h3>(.*): (\d) shown</h3>", page)
-    assert sorted(kinds) == sorted([(kind, "1") for kind in (check.SAME_PIXELS, check.SAME_PIXELS_WITHIN, check.SAME_BOX)])
+    assert sorted(kinds) == sorted(
+        [(kind, "1") for kind in (check.SAME_PIXELS, check.SAME_PIXELS_WITHIN, check.SAME_BOX)]
+    )
     assert page.count('class="picture"') == 6
     told = [place for place in texts["places"] if "train1.png" in place and "test1.png" in place]
     assert len(told) == 1

@@ -83,7 +83,13 @@ def test_a_long_training_is_shown_by_means_of_equally_many_steps():
 
 def test_a_hostile_log_gives_no_curve_and_no_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    values = [{"step": 10**30}, {"step": -1}, {"step": 1, "a/b": 1e308}, {"step": 2, "rpn_box": 10**400}, {"step": 3, "x": []}]
+    values = [
+        {"step": 10**30},
+        {"step": -1},
+        {"step": 1, "a/b": 1e308},
+        {"step": 2, "rpn_box": 10**400},
+        {"step": 3, "x": []},
+    ]
     path.write_text("\n".join(json.dumps(value) for value in values) + '\n{"step": 4, "rpn_box": NaN}\n' + "[" * 10**5)
     history = read_history(path)
     assert history.steps.tolist() == [2, 3, 4]

@@ -189,7 +189,9 @@ def test_the_policy_allows_the_own_script_and_style_only(page):
 
 
 def pictures_of(reader):
-    return [(int(a["data-kind"]), int(a["data-class"]), float(a["data-score"])) for a in reader.of("figure", "data-kind")]
+    return [
+        (int(a["data-kind"]), int(a["data-class"]), float(a["data-score"])) for a in reader.of("figure", "data-kind")
+    ]
 
 
 def test_each_kind_and_class_shows_its_worst_errors(shown, monkeypatch):
@@ -199,14 +201,18 @@ def test_each_kind_and_class_shows_its_worst_errors(shown, monkeypatch):
     kind = KINDS.index("duplicate")
     for label in range(1, 8):
         scores = np.sort(table.score[(table.kind == kind) & (table.label == label)])[::-1][:2]
-        assert sorted((s for k, c, s in found if (k, c) == (kind, label)), reverse=True) == pytest.approx(scores, abs=1e-4)
+        assert sorted((s for k, c, s in found if (k, c) == (kind, label)), reverse=True) == pytest.approx(
+            scores, abs=1e-4
+        )
     assert {k for k, _, _ in found} == set(evaluation_page.PICTURED)
     counts = {group: found.count(group) for group in found}
     assert max(np.unique([f"{k} {c}" for k, c, _ in found], return_counts=True)[1]) == 2 and counts
     # What is not shown is told.
     objects = shown.analysis.objects
     errors = int((~np.isin(table.kind, (0, 6))).sum() + (objects.predicted_label == 0).sum())
-    assert f"{len(found):,} of {errors:,} errors are shown as pictures, {errors - len(found):,} are not." in "".join(reader.text)
+    assert f"{len(found):,} of {errors:,} errors are shown as pictures, {errors - len(found):,} are not." in "".join(
+        reader.text
+    )
 
 
 def test_confident_detections_on_nothing_are_probable_label_errors(shown):
@@ -232,9 +238,7 @@ def test_a_page_about_a_thousand_images_stays_below_five_megabytes(tmp_path):
         box = np.concatenate([corner, corner + noise.uniform(20, 90, (50, 2))], axis=1).astype(np.float32)
         scores = np.sort(noise.uniform(0, 1, 50))[::-1].astype(np.float32)
         many.append(ImageDetections(box, scores, noise.integers(1, 21, 50).astype(np.int32)))
-    records = tuple(
-        dataset.records[number % 8]._replace(id=str(number)) for number in range(1000)
-    )
+    records = tuple(dataset.records[number % 8]._replace(id=str(number)) for number in range(1000))
     shown = evaluated(dataset._replace(records=records), many)
     path = tmp_path / "report.html"
     said = evaluation_page.write_report(path, shown)
@@ -345,7 +349,9 @@ def test_axes_end_at_round_numbers_around_the_values():
 
 def test_a_line_breaks_where_a_value_is_missing_and_keeps_its_peaks():
     x, unit = np.arange(5.0), charts.axis("x", 0.0, 4.0)
-    chart = charts.line_chart("t", [charts.Series("a", x, np.array([1, 2, np.nan, 3, 4.0]))], unit, charts.axis("y", 0, 4))
+    chart = charts.line_chart(
+        "t", [charts.Series("a", x, np.array([1, 2, np.nan, 3, 4.0]))], unit, charts.axis("y", 0, 4)
+    )
     lines = [shape for shape in chart.shapes if isinstance(shape, charts.Line) and shape.colour == "s0"]
     assert [len(line.points) for line in lines] == [2, 2]
     many = np.stack([np.arange(10_000.0), np.zeros(10_000)], axis=1)

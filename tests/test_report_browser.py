@@ -82,7 +82,9 @@ def data_report(tmp_path_factory):
     twice = third._replace(
         **{name: np.concatenate([getattr(third, name), getattr(third, name)[:1]]) for name in third._fields[3:8]}
     )
-    train = check.check_split(dataset._replace(name="train", records=(first, second._replace(image_hw=first.image_hw), twice)))
+    train = check.check_split(
+        dataset._replace(name="train", records=(first, second._replace(image_hw=first.image_hw), twice))
+    )
     shutil.copy(first.path, dataset.records[5].path)
     leaked = dataset.records[5]._replace(image_hw=first.image_hw)
     test = check.check_split(dataset._replace(name="test", records=(*dataset.records[3:5], leaked)))

@@ -137,7 +137,7 @@ def test_the_report_is_about_the_table_that_was_printed(trained):
     (shown,) = re.findall(r"<dt>AP50</dt><dd>([\d.]+)</dd>", page)
     assert f"{float(shown):.2f}" == ap50
     assert f"<h1>{run} on test</h1>" in page and "also used to choose the checkpoint" in page
-    assert "<td class=\"text\">AP50</td>" in page and "train.best_metric" in page
+    assert '<td class="text">AP50</td>' in page and "train.best_metric" in page
     rows = (run / "results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "2", "4", "6"]
     with Image.open(run / "curves.png") as image:

@@ -44,6 +44,13 @@ def unread_fields(config: Config) -> list[str]:
         ),
         (features, "model.roi_features", operator == "align", ("sampling_ratio", "aligned"), operator),
         (features, "model.roi_features", operator == "pool", ("quantisation",), operator),
+        (
+            model.postprocess,
+            "model.postprocess",
+            model.postprocess.soft_nms == "gaussian",
+            ("soft_nms_sigma",),
+            f"soft_nms {model.postprocess.soft_nms}",
+        ),
         (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
         (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
         (train.alternating, "train.alternating", is_alternating, ("steps", "rpn_batch_size"), train.scheme),
@@ -81,6 +88,12 @@ def first_difference(stored: Config, asked: Config) -> str | None:
     return None
 
 
+def differences(first: Config | ModelConfig, second: Config | ModelConfig) -> list[tuple[str, object, object]]:
+    """Returns (field, value in `first`, value in `second`) of each field that differs, by name; None: no such field."""
+    old, new = flat_fields(first), flat_fields(second)
+    return [(name, old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
 def is_longer(stored: Config, asked: Config) -> bool:
     """Returns whether `asked` has more steps than `stored`; stages of alternating training cannot become longer."""
     return asked.train.scheme == stored.train.scheme != "alternating" and fitted(
@@ -116,7 +129,7 @@ _INDIFFERENT = {
 }
 
 
-def flat_fields(config: Config) -> dict[str, Any]:
+def flat_fields(config: Config | ModelConfig) -> dict[str, Any]:
     """Returns the value of every field, as in JSON, by its full name such as `model.rpn.fg_iou`."""
     return _flat(json.loads(to_json(config)))
 

@@ -12,7 +12,13 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.evaluation.detections import check_detections, mean_over_classes, object_counts
-from fasterrcnn_jax.evaluation.overlaps import Overlaps, best_overlaps, matched_by_iou, matched_in_order, overlaps
+from fasterrcnn_jax.evaluation.overlaps import (
+    Overlaps,
+    best_overlaps,
+    matched_by_iou,
+    matched_in_order,
+    overlapping_pairs,
+)
 from fasterrcnn_jax.evaluation.tables import (
     FlatDetections,
     FlatObjects,
@@ -133,10 +139,10 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     """
     check_detections(detections, dataset)
     class_count = len(dataset.class_names)
-    found, objects = _ranked(detections, class_count), flat_objects(dataset)
+    found, objects = ranked_detections(detections, class_count), flat_objects(dataset)
     ignored = objects.difficult | objects.crowd
     counts = object_counts(dataset)
-    pairs = overlaps(found.box, found.image, objects.box, objects.image)
+    pairs = overlapping_pairs(found.box, found.image, objects.box, objects.image)
     kind, explaining, iou = _kinds(found, objects, pairs, class_count)
     explained = _explained(kind, explaining, len(ignored))
     finder = np.full(len(ignored), -1, np.int64)
@@ -174,7 +180,7 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     )
 
 
-def _ranked(detections: Sequence[ImageDetections], class_count: int) -> FlatDetections:
+def ranked_detections(detections: Sequence[ImageDetections], class_count: int) -> FlatDetections:
     """Returns the detections by image and descending score, at most `_LIMIT` of each image and class."""
     found = flat_detections(detections)
     found = found.rows(np.lexsort((-found.score, found.image)))
@@ -229,9 +235,7 @@ def _explained(kind: np.ndarray, explaining: np.ndarray, count: int) -> Bool[np.
     return explained
 
 
-def _curves(
-    found: FlatDetections, kind: np.ndarray, counts: np.ndarray, ranking: np.ndarray
-) -> tuple[ClassCurve, ...]:
+def _curves(found: FlatDetections, kind: np.ndarray, counts: np.ndarray, ranking: np.ndarray) -> tuple[ClassCurve, ...]:
     ranking = ranking[kind[ranking] != IGNORED]
     ends = np.searchsorted(found.label[ranking], np.arange(1, len(counts) + 2))
     curves = []

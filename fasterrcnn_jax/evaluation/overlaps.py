@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 _PAIRS = 2**20  # compared at a time
 _NOBODY = np.iinfo(np.int64).max
@@ -26,7 +26,7 @@ class Overlaps(NamedTuple):
         return Overlaps(*(column[chosen] for column in self))
 
 
-def overlaps(
+def overlapping_pairs(
     boxes: Float[np.ndarray, "d 4"],
     groups: Int[np.ndarray, "d"],
     objects: Float[np.ndarray, "g 4"],

@@ -79,4 +79,5 @@ def _places(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _joined(parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = ()) -> np.ndarray:
-    return np.concatenate([np.zeros((0, *tail), dtype), *(np.asarray(part, dtype).reshape(-1, *tail) for part in parts)])
+    columns = [np.asarray(part, dtype).reshape(-1, *tail) for part in parts]
+    return np.concatenate([np.zeros((0, *tail), dtype), *columns])

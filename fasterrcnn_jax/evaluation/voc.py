@@ -15,7 +15,7 @@ import numpy as np
 
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
-from fasterrcnn_jax.evaluation.overlaps import best_overlaps, overlaps
+from fasterrcnn_jax.evaluation.overlaps import best_overlaps, overlapping_pairs
 from fasterrcnn_jax.evaluation.tables import flat_detections, flat_objects
 
 # The points of py-faster-rcnn's `voc_ap`, np.arange(0., 1.1, 0.1). np.linspace(0, 1, 11) has the same bits. k / 10 has
@@ -106,7 +106,7 @@ def precision_recall(
     check_detections(detections, dataset)
     found, objects = flat_detections(detections), flat_objects(dataset)
     classes = len(dataset.class_names) + 1
-    pairs = overlaps(
+    pairs = overlapping_pairs(
         found.box, found.image * classes + found.label, objects.box, objects.image * classes + objects.label
     )
     best, overlap = best_overlaps(pairs, pairs.iou, len(found.label))

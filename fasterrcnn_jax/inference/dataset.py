@@ -8,6 +8,7 @@ import numpy as np
 
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
+from fasterrcnn_jax.inference.augmentation import View, merged, views
 from fasterrcnn_jax.inference.prediction import jitted_detect, to_original
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
@@ -26,13 +27,20 @@ def detect_dataset(
     """Returns the detections of every image of a data set, in its order and in pixels of the original images.
 
     All processes must call this. Each process runs its share of the batches on one device, and all processes return
-    the same list.
+    the same list. `model.config.test_augment` applies.
     """
 
     def find(batch: Batch) -> Detections:
         return jitted_detect(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size)
+    found = [
+        _over_dataset(dataset, find, view, batch_size=batch_size, title=f"{dataset.name}{view.name}")
+        for view in views(model.config)
+    ]
+    return [
+        merged(of_views, record.image_hw[1], model.config, implementation=implementation)
+        for record, *of_views in zip(dataset.records, *found, strict=True)
+    ]
 
 
 def detect_dataset_in_proposals(
@@ -45,7 +53,8 @@ def detect_dataset_in_proposals(
 ) -> list[ImageDetections]:
     """Returns the detections of every image in the best of its stored proposals, as Fast R-CNN does.
 
-    All processes must call this, like `detect_dataset`.
+    All processes must call this, like `detect_dataset`. The proposals belong to the image as it is:
+    `model.config.test_augment` does not apply.
 
     Args:
       proposals: stored proposals by image id. For each image, the best `test_proposals.post_nms_top_n` are used.
@@ -58,7 +67,7 @@ def detect_dataset_in_proposals(
             model, batch.images, batch.image_hw, batch.proposals, implementation=implementation
         )
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=best)
+    return _over_dataset(dataset, find, views(model.config)[0], batch_size=batch_size, proposals=best)
 
 
 def propose_dataset(
@@ -73,14 +82,15 @@ def propose_dataset(
         found = jitted_find_proposals(model, batch.images, batch.image_hw, batch.scale, implementation=implementation)
         return Detections(found.boxes, found.scores, jnp.zeros_like(found.valid, jnp.int32), found.valid)
 
-    found = _over_dataset(model, dataset, find, batch_size=batch_size, title=f"proposals {dataset.name}")
+    title = f"proposals {dataset.name}"
+    found = _over_dataset(dataset, find, views(model.config)[0], batch_size=batch_size, title=title)
     return [ImageProposals(image.boxes, image.scores) for image in found]
 
 
 def _over_dataset(
-    model: Detector,
     dataset: Dataset,
     find: Callable[[Batch], Detections],
+    view: View,
     *,
     batch_size: int,
     proposals: Mapping[str, ImageProposals] | None = None,
@@ -89,13 +99,19 @@ def _over_dataset(
     """Returns the results of `find` for every image, in the order of the data set and in pixels of the original images.
 
     Args:
+      view: the version of each image.
       proposals: proposals by image id, to put into the batches.
       title: title of the progress bar; None: the name of the data set.
     """
     results = {}
     index, count = process()
     batches = evaluation_batches(
-        dataset, model.config.image, batch_size=batch_size, process=(index, count), proposals=proposals
+        dataset,
+        view.image,
+        batch_size=batch_size,
+        process=(index, count),
+        proposals=proposals,
+        mirrored=view.flipped,
     )
     name = title or dataset.name
     with progress_bar(title=name, total=len(dataset.records) // count, unit="image", shown=index == 0) as bar:

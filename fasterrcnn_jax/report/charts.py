@@ -147,7 +147,9 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, diagon
     return Chart(title, f"{y.name} over {x.name}. {ends}", tuple(shapes), names)
 
 
-def bar_chart(title: str, names: Sequence[str], groups: Sequence[tuple[str, np.ndarray]], x_name: str, y: Axis) -> Chart:
+def bar_chart(
+    title: str, names: Sequence[str], groups: Sequence[tuple[str, np.ndarray]], x_name: str, y: Axis
+) -> Chart:
     """Returns a chart with one bar per name and group, the bars of a name side by side.
 
     Args:
@@ -181,7 +183,9 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[tuple[str, np.n
         )
         for group, heights in groups
     )
-    return Chart(title, f"{y.name} by {x_name}. {told}", tuple(shapes), tuple(g for g, _ in groups if len(groups) > 1), bars=True)
+    return Chart(
+        title, f"{y.name} by {x_name}. {told}", tuple(shapes), tuple(g for g, _ in groups if len(groups) > 1), bars=True
+    )
 
 
 def heat_map(title: str, counts: Float[np.ndarray, "r c"], *, aspect: float = 1.0) -> Chart:
@@ -230,9 +234,9 @@ def svg(chart: Chart, number: int) -> Markup:
     """
     width, height = chart.size
     parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="chart-{}-title chart-{}-text">').format(
-            width, height, number, number
-        ),
+        Markup(
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="chart-{}-title chart-{}-text">'
+        ).format(width, height, number, number),
         Markup('<title id="chart-{}-title">{}</title><desc id="chart-{}-text">{}</desc>').format(
             number, printable(chart.title), number, printable(chart.description)
         ),
@@ -278,7 +282,9 @@ def _frame(x: Axis, y: Axis) -> list[Line | Rectangle | Words]:
         at = LEFT + (tick - x.low) / (x.high - x.low) * (right - LEFT)
         shapes.append(Line(np.array([[at, bottom], [at, bottom + 4]], np.float64), "axis", 1.0))
         # The last one ends with the chart.
-        shapes.append(Words(min(at, right - 2), bottom + TEXT + 4, x.label(tick), "end" if at > right - 12 else "middle"))
+        shapes.append(
+            Words(min(at, right - 2), bottom + TEXT + 4, x.label(tick), "end" if at > right - 12 else "middle")
+        )
     shapes.append(Line(np.array([[LEFT, TOP], [LEFT, bottom], [right, bottom]], np.float64), "axis", 1.0))
     shapes.append(Words((LEFT + right) / 2, HEIGHT - 5, x.name, "middle"))
     shapes.append(Words(11, (TOP + bottom) / 2, y.name, "middle", turned=True))
@@ -293,7 +299,9 @@ def _unbroken(points: Points) -> list[Float[np.ndarray, "_ 2"]]:
     """Returns the parts of a line between the points that are not finite."""
     finite = np.isfinite(points).all(axis=1)
     breaks = np.flatnonzero(np.diff(finite.astype(np.int8))) + 1
-    return [part for part, is_line in zip(np.split(points, breaks), np.split(finite, breaks), strict=True) if is_line.any()]
+    return [
+        part for part, is_line in zip(np.split(points, breaks), np.split(finite, breaks), strict=True) if is_line.any()
+    ]
 
 
 def _number(value: float) -> str:
@@ -314,10 +322,14 @@ def _svg_of(shape: Line | Rectangle | Words) -> Markup:
         start = Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"{}').format(
             shape.colour, x, y, width, height, faint
         )
-        return start + (Markup("><title>{}</title></rect>").format(printable(shape.title)) if shape.title else Markup("/>"))
+        return start + (
+            Markup("><title>{}</title></rect>").format(printable(shape.title)) if shape.title else Markup("/>")
+        )
     x, y = _number(shape.x), _number(shape.y)
     turn = Markup(' transform="rotate(-90 {} {})"').format(x, y) if shape.turned else Markup("")
-    return Markup('<text x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(x, y, shape.anchor, turn, printable(shape.text))
+    return Markup('<text x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(
+        x, y, shape.anchor, turn, printable(shape.text)
+    )
 
 
 def _stroke(pen: ImageDraw.ImageDraw, line: Line, scale: int, down: float) -> None:

@@ -4,7 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,25 @@ from fasterrcnn_jax.evaluation.analysis import (
     Analysis,
     ClassCurve,
 )
+from fasterrcnn_jax.evaluation.comparison import Comparison
 from fasterrcnn_jax.evaluation.report import Metrics
 from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.report import pages
 from fasterrcnn_jax.report.binning import ASPECTS, SIDES, bin_names, bin_of
-from fasterrcnn_jax.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series
-from fasterrcnn_jax.report.charts import axis, bar_chart, line_chart, unit_axis
+from fasterrcnn_jax.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Series,
+    axis,
+    bar_chart,
+    line_chart,
+    unit_axis,
+)
 from fasterrcnn_jax.report.history import History, curves
 from fasterrcnn_jax.report.pictures import Outline, Picture, Wanted, make_pictures, ranked_by_group
 from fasterrcnn_jax.report.tables import packed
@@ -71,8 +84,8 @@ class Compared(NamedTuple):
     """Another run beside this one."""
 
     name: str
-    result: Any  # evaluation.comparison.Comparison
-    config: tuple[tuple[str, str, str], ...]  # (field, here, there) of the fields that differ
+    result: Comparison
+    settings: tuple[tuple[str, object, object], ...]  # (field, value here, value there) of the fields that differ
 
 
 class Evaluation(NamedTuple):
@@ -87,7 +100,7 @@ class Evaluation(NamedTuple):
     config: Config | None = None
     step: int | None = None  # of the checkpoint
     history: History | None = None  # of the training
-    compared: Compared | None = None
+    compared: tuple[Compared, ...] = ()
 
 
 def write_report(path: Path, shown: Evaluation) -> str:
@@ -120,7 +133,7 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
     }
     meta: dict[str, Any] = {}
     sections = [("summary", "Summary")]
-    if shown.compared is not None:
+    if shown.compared:
         kept["compared"], lists["compared"] = compared_columns(shown.compared), ["file", "first", "second"]
         meta |= {"first": "F1 here", "second": "F1 there"}
         sections.append(("comparison", "Comparison"))
@@ -153,8 +166,10 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
         "notes": [],
         "threshold_words": _threshold_words(analysis),
         "origin": origin(shown),
-        "config": [] if shown.config is None else [(name, _value(value)) for name, value in flat_fields(shown.config).items()],
-        "comparison": None if shown.compared is None else comparison_values(shown.compared, names),
+        "config": []
+        if shown.config is None
+        else [(name, _value(value)) for name, value in flat_fields(shown.config).items()],
+        "comparisons": [comparison_values(one, names, number) for number, one in enumerate(shown.compared)],
         "learning": learning,
         "classes": class_rows(shown, names),
         "iou_names": iou_names(),
@@ -438,7 +453,9 @@ def error_values(analysis: Analysis, names: Sequence[str]) -> dict[str, Any]:
     ]
     most = float(np.nanmax([*errors.delta, 0.0]))
     # Short names, which fit below the bars of a phone.
-    short = [{"localisation": "place", "background": "backgr.", "duplicate": "double"}.get(name, name) for name in ERRORS]
+    short = [
+        {"localisation": "place", "background": "backgr.", "duplicate": "double"}.get(name, name) for name in ERRORS
+    ]
     lost = [("AP50 lost", errors.delta)]
     chart = bar_chart("AP50 lost by kind of error", short, lost, "kind", axis("AP50 lost", 0.0, max(most, 0.01)))
     return {
@@ -516,7 +533,8 @@ def pictured(analysis: Analysis, dataset: Dataset) -> tuple[list[dict[str, Any]]
     in_step = np.bincount(number * 21 + steps, minlength=21 * len(first)).reshape(-1, 21)
     at_least = np.cumsum(in_step[:, ::-1], axis=1)[:, ::-1]
     counts = [
-        [int(kinds[n]), int(labels[n]), np.trim_zeros(row, "b").tolist()] for n, row in zip(first, at_least, strict=True)
+        [int(kinds[n]), int(labels[n]), np.trim_zeros(row, "b").tolist()]
+        for n, row in zip(first, at_least, strict=True)
     ]
     chosen = np.flatnonzero(ranks < MOST_PICTURES)
     chosen = chosen[np.lexsort((kinds[chosen], ranks[chosen]))][:CANDIDATES]
@@ -532,7 +550,9 @@ def pictured(analysis: Analysis, dataset: Dataset) -> tuple[list[dict[str, Any]]
         if picture is not None
     ]
     place = {kind: number for number, kind in enumerate(PICTURED)}
-    entries.sort(key=lambda entry: (place[entry["kind"]], -entry["score"] if entry["kind"] != MISSED else entry["score"]))
+    entries.sort(
+        key=lambda entry: (place[entry["kind"]], -entry["score"] if entry["kind"] != MISSED else entry["score"])
+    )
     return entries, counts
 
 
@@ -583,35 +603,36 @@ def _entry(candidate: _Candidate, picture: Picture, analysis: Analysis, dataset:
     }
 
 
-def comparison_values(compared: Compared, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of the section that compares two runs."""
+def comparison_values(compared: Compared, names: Sequence[str], number: int) -> dict[str, Any]:
+    """Returns the values of the section that compares this run with another one."""
     result = compared.result
     pairs = [(result.ap, result.ap50), *zip(result.class_ap, result.class_ap50, strict=True)]
     rows = []
-    for name, (ap, ap50) in zip(["all classes", *names], pairs, strict=True):
-        sign = "better" if ap.low > 0 else "worse" if ap.high < 0 else "no difference shown"
-        values = [ap.difference, ap.low, ap.high, ap50.difference, ap50.low, ap50.high]
-        rows.append({"name": name, "values": values, "verdict": "undefined" if np.isnan(ap.low) else sign})
-    config = [(name, here, there) for name, here, there in compared.config]
+    for name, both in zip(["all classes", *names], pairs, strict=True):
+        values = [value for one in both for value in (one.first, one.second, one.difference, one.low, one.high)]
+        rows.append({"name": name, "values": values, "verdict": both[0].verdict})
     return {
         "name": compared.name,
+        "number": number,
         "rows": rows,
         "won": len(result.won),
         "lost": len(result.lost),
-        "config": config,
+        "settings": [(name, _value(here), _value(there)) for name, here, there in compared.settings],
     }
 
 
-def compared_columns(compared: Compared) -> dict[str, np.ndarray]:
-    """Returns the columns [N] of the images that are won or lost."""
-    result = compared.result
-    won, lost = np.array(result.won, np.int64), np.array(result.lost, np.int64)
-    image = np.concatenate([won, lost])
+def compared_columns(compared: Sequence[Compared]) -> dict[str, np.ndarray]:
+    """Returns the columns of the images that the other runs win or lose; `other` is the number of the run."""
+    image = [np.concatenate([one.result.won, one.result.lost]).astype(np.int64) for one in compared]
+    won = [np.repeat([1, -1], [len(one.result.won), len(one.result.lost)]) for one in compared]
+    first = [one.result.first_f1[rows] for one, rows in zip(compared, image, strict=True)]
+    second = [one.result.second_f1[rows] for one, rows in zip(compared, image, strict=True)]
     return {
-        "image": image,
-        "won": np.repeat([1, -1], [len(won), len(lost)]),
-        "first": np.asarray(result.first_f1)[image] * 1.0,
-        "second": np.asarray(result.second_f1)[image] * 1.0,
+        "image": np.concatenate(image),
+        "other": np.repeat(np.arange(len(compared)), [len(rows) for rows in image]),
+        "won": np.concatenate(won),
+        "first": np.concatenate(first),
+        "second": np.concatenate(second),
     }
 
 
@@ -644,9 +665,7 @@ def _threshold_words(analysis: Analysis) -> str:
     if np.isnan(analysis.best_threshold):
         return ""
     best = float(np.nanmax(analysis.mean_f1))
-    return (
-        f"One score threshold for all classes works best at {analysis.best_threshold:.2f}, with a mean F1 of {best:.3f}."
-    )
+    return f"One score threshold for all classes works best at {analysis.best_threshold:.2f}, with a mean F1 of {best:.3f}."
 
 
 def _file(record: ImageRecord) -> str:

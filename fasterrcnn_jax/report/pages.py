@@ -56,9 +56,7 @@ def render(template: str, **values: Any) -> str:
 
 def policy(script: str, style: str) -> str:
     """Returns the Content-Security-Policy of a page with one script and one style sheet."""
-    digests = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (script, style)
-    ]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (script, style)]
     return (
         f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -150,5 +150,3 @@ def ranked_by_group(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(groups), np.int64)
     ranks[sequence] = np.arange(len(groups)) - np.repeat(starts, lengths)
     return ranks
-
-

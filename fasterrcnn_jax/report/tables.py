@@ -12,7 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 
 # Factor of a column's values in the packed integers, by its name; 1 for others.
-SCALES = {"score": 10_000, "iou": 1_000, "x1": 10, "y1": 10, "x2": 10, "y2": 10, "side": 10, "aspect": 1_000}
+SCALES = {
+    **{"score": 10_000, "iou": 1_000, "aspect": 1_000, "first": 1_000, "second": 1_000},
+    **{"x1": 10, "y1": 10, "x2": 10, "y2": 10, "side": 10},
+}
 
 
 def packed(tables: Mapping[str, Mapping[str, np.ndarray]], texts: Mapping[str, list[str]]) -> str:

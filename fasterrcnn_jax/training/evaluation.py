@@ -107,6 +107,7 @@ class Evaluator(NamedTuple):
             given=given,
             batch_size=batch_size,
             implementation=implementation,
+            coco_backend=self.stage.train.coco_backend,
         )
         positions = shown_positions(dataset)
         proposals = shown_proposals(
