@@ -1,8 +1,9 @@
 """Trains a detector and evaluates it: fasterrcnn-jax train FOLDER, or python train.py --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
-metrics.jsonl, results.csv, curves.png, report.html, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
-training with status 75. After a loss that is not finite, --replay FILE shows where it comes from.
+metrics.jsonl, results.csv, curves.png, report.html, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT
+saves a checkpoint and ends the training with status 75. After a loss that is not finite, --replay FILE shows where it
+comes from.
 """
 
 import contextlib

@@ -89,10 +89,6 @@ class Axis(NamedTuple):
     low: float
     high: float
     ticks: tuple[float, ...]
-    percent: bool = False
-
-    def label(self, value: float) -> str:
-        return f"{value * 100:g} %" if self.percent else short_number(value)
 
 
 def axis(name: str, low: float, high: float, *, count: int = 5) -> Axis:
@@ -125,19 +121,16 @@ def short_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, diagonal: bool = False) -> Chart:
-    """Returns a chart of lines; with `diagonal`, a thin line joins the corners."""
+def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis) -> Chart:
+    """Returns a chart of lines."""
     shapes: list[Line | Rectangle | Words] = _frame(x, y)
-    if diagonal:
-        corners = np.array([[x.low, y.low], [x.high, y.high]], np.float64)
-        shapes.append(Line(place(corners, x, y), "axis", 1.0, "3 3"))
     for number, one in enumerate(series):
         points = np.stack([np.asarray(one.x, np.float64), np.asarray(one.y, np.float64)], axis=1)
-        style = dict(colour=SERIES[number % len(SERIES)], dash=DASHES[number % len(DASHES)], name=one.id)
+        colour, dash = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
         for part in _unbroken(points):
-            shapes.append(Line(place(thinned(part), x, y), **style))
+            shapes.append(Line(place(thinned(part), x, y), colour, dash=dash, name=one.id))
         if not len(points) and one.id:
-            shapes.append(Line(np.zeros((0, 2)), **style))
+            shapes.append(Line(np.zeros((0, 2)), colour, dash=dash, name=one.id))
     ends = "; ".join(
         f"{one.name} ends at {short_number(float(one.y[-1]))}" if np.isfinite(one.y[-1]) else f"{one.name} is undefined"
         for one in series
@@ -255,8 +248,8 @@ def pixels(chart: Chart, *, scale: int = 2) -> UInt8[np.ndarray, "h w 3"]:
     _write(image, Words(width / 2, 16, chart.title, "middle"), fine, 0.0, size=TEXT + 2)
     for number, name in enumerate(chart.legend):
         x, y = LEFT + (number % 2) * (width - LEFT) / 2, 22 + 16 * (number // 2) + 8
-        style = dict(colour=SERIES[number % len(SERIES)], dash=DASHES[number % len(DASHES)])
-        _stroke(pen, Line(np.array([[x, y], [x + 24, y]], np.float64), **style), fine, 0.0)
+        colour, dash = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
+        _stroke(pen, Line(np.array([[x, y], [x + 24, y]], np.float64), colour, dash=dash), fine, 0.0)
         _write(image, Words(x + 29, y + 4, name), fine, 0.0)
     for shape in chart.shapes:
         if isinstance(shape, Line):
@@ -277,13 +270,13 @@ def _frame(x: Axis, y: Axis) -> list[Line | Rectangle | Words]:
     for tick in y.ticks:
         at = _y(tick, y)
         shapes.append(Line(np.array([[LEFT, at], [right, at]], np.float64), "grid", 1.0))
-        shapes.append(Words(LEFT - 5, at + 4, y.label(tick), "end"))
+        shapes.append(Words(LEFT - 5, at + 4, short_number(tick), "end"))
     for tick in x.ticks:
         at = LEFT + (tick - x.low) / (x.high - x.low) * (right - LEFT)
         shapes.append(Line(np.array([[at, bottom], [at, bottom + 4]], np.float64), "axis", 1.0))
         # The last one ends with the chart.
         shapes.append(
-            Words(min(at, right - 2), bottom + TEXT + 4, x.label(tick), "end" if at > right - 12 else "middle")
+            Words(min(at, right - 2), bottom + TEXT + 4, short_number(tick), "end" if at > right - 12 else "middle")
         )
     shapes.append(Line(np.array([[LEFT, TOP], [LEFT, bottom], [right, bottom]], np.float64), "axis", 1.0))
     shapes.append(Words((LEFT + right) / 2, HEIGHT - 5, x.name, "middle"))

@@ -151,6 +151,7 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
     images = [printable(_file(record)) for record in dataset.records]
     texts = {"classes": ["", *names], "images": images}
     total = sum(group[2][0] for group in groups)
+    fields = {} if shown.config is None else flat_fields(shown.config)
     confusion, confused, confusion_words = confusion_rows(analysis, names)
     return {
         "title": f"{shown.name} on {shown.split}",
@@ -360,7 +361,7 @@ def curve_charts(analysis: Analysis, names: Sequence[str]) -> list[Chart]:
     precision = np.array([interpolated_precision(curve) for curve in analysis.curves])
     has_objects = ~np.isnan(precision).all(axis=1)
     mean = precision[has_objects].mean(axis=0) if has_objects.any() else np.full(101, np.nan)
-    recall_lines, f1_lines = [Series("all classes", steps, mean)], [Series("all classes", steps, analysis.mean_f1)]
+    recall_lines = [Series("all classes", steps, mean)]
     f1_lines = [Series("all classes", analysis.thresholds, analysis.mean_f1)]
     if len(names) <= CLASS_LINES:
         for name, row, curve in zip(names, precision, analysis.curves, strict=True):
@@ -422,7 +423,7 @@ def confusion_rows(analysis: Analysis, names: Sequence[str]) -> tuple[list[dict[
                 | {"css": f"{f'h{shade}' if shade else ''}{right}".strip()}
             )
         rows.append({"name": of, "cells": cells})
-    return rows, [names[label - 1] for label in labels], words
+    return rows, [names[label - 1] for label in labels.tolist()], words
 
 
 def error_values(analysis: Analysis, names: Sequence[str]) -> dict[str, Any]:
@@ -453,11 +454,10 @@ def error_values(analysis: Analysis, names: Sequence[str]) -> dict[str, Any]:
     ]
     most = float(np.nanmax([*errors.delta, 0.0]))
     # Short names, which fit below the bars of a phone.
-    short = [
-        {"localisation": "place", "background": "backgr.", "duplicate": "double"}.get(name, name) for name in ERRORS
-    ]
+    short = {"localisation": "place", "background": "backgr.", "duplicate": "double"}
+    bars = [short.get(name, name) for name in ERRORS]
     lost = [("AP50 lost", errors.delta)]
-    chart = bar_chart("AP50 lost by kind of error", short, lost, "kind", axis("AP50 lost", 0.0, max(most, 0.01)))
+    chart = bar_chart("AP50 lost by kind of error", bars, lost, "kind", axis("AP50 lost", 0.0, max(most, 0.01)))
     return {
         "errors": rows,
         "errors_by_class": by_class,
@@ -665,7 +665,7 @@ def _threshold_words(analysis: Analysis) -> str:
     if np.isnan(analysis.best_threshold):
         return ""
     best = float(np.nanmax(analysis.mean_f1))
-    return f"One score threshold for all classes works best at {analysis.best_threshold:.2f}, with a mean F1 of {best:.3f}."
+    return f"The best single threshold for all classes is {analysis.best_threshold:.2f}, with a mean F1 of {best:.3f}."
 
 
 def _file(record: ImageRecord) -> str:

@@ -108,7 +108,7 @@ def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:
     x1, y1, x2, y2 = window(around, (height, width)) if around else (0, 0, width, height)
     part = Image.fromarray(np.ascontiguousarray(pixels[y1:y2, x1:x2]))
     scale = min(1.0, SIDE / max(part.size))
-    size = tuple(max(1, round(side * scale)) for side in part.size)
+    size = max(1, round(part.width * scale)), max(1, round(part.height * scale))
     encoded = io.BytesIO()
     part.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0).save(encoded, FORMAT, quality=QUALITY)
     url = f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
@@ -121,7 +121,7 @@ def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:
             left, right = max(left, -3.0), min(right, size[0] + 3.0)
             top, bottom = max(top, -3.0), min(bottom, size[1] + 3.0)
             drawn.append(Drawn(left, top, right - left, bottom - top, outline.kind))
-    return Picture(url, *size, tuple(drawn))
+    return Picture(url, size[0], size[1], tuple(drawn))
 
 
 def window(around: Sequence[Float[np.ndarray, "4"]], image_hw: tuple[int, int]) -> tuple[int, int, int, int]:
