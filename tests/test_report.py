@@ -17,6 +17,7 @@ from PIL import Image
 from fasterrcnn_jax.data.fingerprint import short_digest
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.evaluation.analysis import KINDS, analyse
+from fasterrcnn_jax.evaluation.comparison import compare
 from fasterrcnn_jax.evaluation.report import evaluate_detections
 from fasterrcnn_jax.report import charts, evaluation_page, pages, pictures
 from fasterrcnn_jax.report.evaluation_page import Evaluation
@@ -392,3 +393,25 @@ def test_an_unwritable_page_is_named(tmp_path, shown):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/report.html cannot be written"):
         evaluation_page.write_report(Path(tmp_path / "file" / "report.html"), shown)
+
+
+def test_another_run_stands_beside_this_one_with_intervals_images_and_settings(made, shown):
+    dataset, detections = made
+    # The other run finds nothing on the first images.
+    nothing = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    worse = [nothing] * 20 + detections[20:]
+    result = compare(detections, worse, dataset)
+    settings = (("train.steps", 100, 200), ("model.backbone.norm", "group", None))
+    compared = evaluation_page.Compared("runs/<b>other", result, settings)
+    same = evaluation_page.Compared("runs/same", compare(detections, detections, dataset), ())
+    reader = read(rendered(shown._replace(compared=(compared, same))))
+    tables, texts = unpacked(reader.scripts["packed"])
+    buttons = reader.of("button", "data-total")
+    assert [b for b in buttons if len(rows_of(tables, b)) != int(b["data-total"])] == []
+    (lost,) = (b for b in buttons if b["data-title"] == "Images that runs/<b>other loses")
+    files = {texts["images"][int(tables["compared"]["image"][row])] for row in rows_of(tables, lost)}
+    assert files == {dataset.records[int(one)].path.name for one in result.lost} and len(files) > 10
+    words = re.sub(r"\s+", " ", " ".join(reader.text))
+    assert f"all classes loss {result.ap.first:.3f} {result.ap.second:.3f} {result.ap.difference:.3f}" in words
+    assert "train.steps 100 200" in words and "2 fields differ" in words
+    assert "all classes unclear" in words  # the same detections

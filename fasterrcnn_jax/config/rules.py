@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.config.model import ModelConfig
 from fasterrcnn_jax.config.run import Config
 from fasterrcnn_jax.config.text import to_json
 

@@ -167,9 +167,7 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
         "notes": [],
         "threshold_words": _threshold_words(analysis),
         "origin": origin(shown),
-        "config": []
-        if shown.config is None
-        else [(name, _value(value)) for name, value in flat_fields(shown.config).items()],
+        "config": [(name, _value(value)) for name, value in fields.items()],
         "comparisons": [comparison_values(one, names, number) for number, one in enumerate(shown.compared)],
         "learning": learning,
         "classes": class_rows(shown, names),
