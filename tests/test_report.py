@@ -5,7 +5,10 @@ import datetime
 import html.parser
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -415,3 +418,19 @@ def test_another_run_stands_beside_this_one_with_intervals_images_and_settings(m
     assert f"all classes loss {result.ap.first:.3f} {result.ap.second:.3f} {result.ap.difference:.3f}" in words
     assert "train.steps 100 200" in words and "2 fields differ" in words
     assert "all classes unclear" in words  # the same detections
+
+
+@pytest.mark.slow
+def test_the_report_of_5000_images_and_80_classes_takes_a_minute_and_two_gigabytes_at_most(tmp_path):
+    """Of the report alone; the other parts are printed beside it (`pytest -m slow -s`)."""
+    script = Path(__file__).parent / "large_report.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(script), str(tmp_path), "5000", "80", "100"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    measured = json.loads(ran.stdout)
+    print(json.dumps(measured, indent=1))
+    # Processor time, so that other work on the machine does not count.
+    assert measured["report"]["processor"] <= 60.0
+    assert measured["report"]["peak_mb"] <= 2000.0
+    assert measured["bytes"] < pages.MOST_BYTES

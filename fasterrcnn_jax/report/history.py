@@ -18,6 +18,9 @@ from fasterrcnn_jax.structures import LossTerms
 # A line of a chart has at most so many points; each is the mean over equally many steps.
 POINTS = 200
 LOSSES = LossTerms._fields
+# Of a step, and of an evaluation; ours are fewer. A stranger's file could have a new name in every line.
+MOST_NAMES = 100
+LINES = 6  # in one chart
 OMITTED = ("compilations", "compilation_seconds")  # a mean of them says nothing
 SHOWN = ("AP", "AP50", "AR_300")  # metrics of the evaluations that the curves show
 
@@ -29,17 +32,24 @@ class History:
         self.steps = array("q")
         self.values: dict[str, array] = {}  # by name, one per step; NaN where a step lacks it
         self.evaluations: dict[int, dict[str, float]] = {}  # by step, then by SPLIT/METRIC; NaN: undefined
+        self.metrics: dict[str, None] = {}  # names of the metrics, in the order of their appearance
 
     def add(self, step: int, values: Mapping[str, object]) -> None:
-        """Adds one line of metrics.jsonl. The metrics of single classes are left out."""
+        """Adds one line of metrics.jsonl. Metrics of single classes are left out, and names after `MOST_NAMES`."""
         # The numbers of an evaluation have names such as test/AP50; those of one class test/AP50/CLASS.
         evaluated = {name: value for name, value in values.items() if "/" in name}
         if evaluated:
             kept = {name: _number(value) for name, value in evaluated.items() if name.count("/") == 1}
+            for name in kept:
+                if len(self.metrics) < MOST_NAMES:
+                    self.metrics.setdefault(name)
+            kept = {name: value for name, value in kept.items() if name in self.metrics}
             self.evaluations.setdefault(step, {}).update(kept)
             return
         for name in dict.fromkeys([*self.values, *values]):
             if name not in self.values:
+                if len(self.values) == MOST_NAMES:
+                    continue
                 self.values[name] = array("d", [float("nan")] * len(self.steps))
             self.values[name].append(_number(values.get(name)))
         self.steps.append(step)
@@ -84,7 +94,7 @@ def results_csv(history: History, *, every: int, batch_size: int, images: int) -
     last = steps[-1:].tolist()
     ends = sorted({*steps[steps % max(1, every) == 0].tolist(), *history.evaluations, *last})
     means = {name: history.of_steps(name) for name in history.values if name not in OMITTED}
-    metrics = list(dict.fromkeys(name for values in history.evaluations.values() for name in values))
+    metrics = list(history.metrics)
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")
     lines.writerow(["step", "epoch", *means, *metrics])
@@ -122,9 +132,8 @@ def curves(history: History) -> list[Chart]:
                 y = axis(title.lower(), 0.0, float(np.nanmax(values)))
                 charts.append(line_chart(title, [Series(title.lower(), at, values)], x, y))
     evaluated = sorted(history.evaluations)
-    names = dict.fromkeys(name for step in evaluated for name in history.evaluations[step] if _is_shown(name))
     lines = []
-    for name in names:
+    for name in [name for name in history.metrics if _is_shown(name)][:LINES]:
         found = [(step, history.evaluations[step][name]) for step in evaluated if name in history.evaluations[step]]
         if len(found) > 1:
             lines.append(Series(name, *np.array(found, np.float64).T))
