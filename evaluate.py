@@ -1,26 +1,39 @@
 """Evaluates a checkpoint: fasterrcnn-jax evaluate runs/shapes
 
 RUN is --ckpt without the flag. The model and the configuration come from the checkpoint. Prints the average precision
-per class, and writes the detections as COCO JSON and as VOC comp4 files. With --proposals, prints how many objects the
-RPN's proposals cover. With --given FILE, detects in the proposals of a file instead of the RPN's.
+per class, by IoU and by size, the best score thresholds, and the kinds of errors. Writes them as metrics.json, and the
+detections as COCO JSON and as VOC comp4 files. With --compare, prints how other runs differ on the same images. With
+--proposals, prints how many objects the RPN's proposals cover. With --given FILE, detects in the proposals of a file
+instead of the RPN's.
 """
 
+import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.config.checks import AUTO, fitted
 from fasterrcnn_jax.config.data import Layout
+from fasterrcnn_jax.config.rules import differences
+from fasterrcnn_jax.config.train import CocoBackend
 from fasterrcnn_jax.data import sources
 from fasterrcnn_jax.data.proposal_files import own_proposals
-from fasterrcnn_jax.data.records import Dataset
+from fasterrcnn_jax.data.records import Dataset, joined_names
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.evaluation.analysis import analyse
+from fasterrcnn_jax.evaluation.comparison import compare, comparison_dict, format_comparison
 from fasterrcnn_jax.evaluation.files import write_coco_json, write_voc_files
+from fasterrcnn_jax.evaluation.report import details_dict, format_analysis, format_coco
+from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.scoring import Score, score
 from fasterrcnn_jax.models.detector import Detector
-from fasterrcnn_jax.printing import print_lines
+from fasterrcnn_jax.printing import print_lines, printable
 from fasterrcnn_jax.processes import per_device
+from fasterrcnn_jax.report.evaluation_page import FILE, Compared, Evaluation, write_report
+from fasterrcnn_jax.report.history import read_history
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint, run_folder
 from fasterrcnn_jax.training.evaluation import also_used, chose_among_several, is_within
@@ -52,6 +65,19 @@ class Arguments:
     given: Path | None = None
     """file of proposals to detect in, instead of the RPN's; {split} in it stands for the name of the split; None: the
     file that a run of train.scheme fast_rcnn names, and for any other run the RPN's proposals"""
+    report: bool = False
+    """write report.html too: the results with their errors, as one page that opens from disk"""
+    coco_backend: CocoBackend | None = None
+    """package that computes COCO's metrics; None: train.coco_backend of the run"""
+    soft_nms: Literal["off", "linear", "gaussian"] | None = None
+    """instead of model.postprocess.soft_nms; off: NMS; None: as in the run"""
+    test_flip: bool | None = None
+    """instead of model.test_augment.flip; None: as in the run"""
+    test_scales: tuple[float, ...] | None = None
+    """instead of model.test_augment.scales; None: as in the run"""
+    compare: tuple[Path, ...] = ()
+    """other runs, checkpoints or weights files with the same classes: print how their average precision on the same
+    images differs; the options above do not apply to them"""
     out: Path | None = None
     """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file"""
 
@@ -63,6 +89,7 @@ class Evaluated(NamedTuple):
     also: str  # what the run used the split for before, for the end of a sentence
     dataset: Dataset
     score: Score
+    model: Detector  # with the options of the command line in its configuration
 
 
 @cli.script
@@ -70,17 +97,120 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(
         Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
     )
-    split, also, dataset, found = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
-    # Printed before a file can fail: the table is what took the time.
-    print_lines(*found.table.split("\n"), f"split      {split} of {dataset.name}{also}")
-    if found.detections is None:  # proposals are not written to files
+    evaluated = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
+    split, also, dataset, found, _ = evaluated
+    split_line = f"split      {split} of {dataset.name}{also}"
+    if found.detections is None or found.metrics is None:  # proposals are not written to files
+        print_lines(*found.table.split("\n"), split_line)
         return
+    analysis = analyse(found.detections, dataset)
+    # Printed before a file can fail: the table is what took the time.
+    details = f"{format_coco(dataset, found.metrics.coco)}\n{format_analysis(dataset, analysis)}"
+    print_lines(*details.split("\n"), *found.table.split("\n"), split_line)
     ckpt = arguments.ckpt
     run = ckpt.parent if ckpt.is_file() else checkpoint.run_of(ckpt)
     out = arguments.out or run_folder.evaluation_folder(run, split)
+    content = details_dict(found.metrics, analysis, dataset)
+    write_atomically(out / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
     write_coco_json(out / "detections.json", found.detections, dataset)
     left_out = write_voc_files(out, found.detections, dataset, split=split)
     print_lines(f"files      {out}", *(f"           {sentence}" for sentence in left_out))
+    compared = [_compared(arguments, evaluated, other) for other in arguments.compare]
+    if compared:
+        content = {
+            one.name: comparison_dict(one.result, dataset)
+            | {"settings": {name: {"first": old, "second": new} for name, old, new in one.settings}}
+            for one in compared
+        }
+        write_atomically(out / "comparison.json", json.dumps(content, indent=1, allow_nan=False))
+    if arguments.report:
+        config = _run_config(ckpt)
+        page = Evaluation(
+            name=str(ckpt),
+            split=split,
+            also=also,
+            dataset=dataset,
+            analysis=analysis,
+            metrics=found.metrics,
+            config=None if config is None else dataclasses.replace(config, model=evaluated.model.config),
+            history=None if config is None else read_history(run_folder.metrics_path(run)),
+            compared=tuple(compared),
+        )
+        print_lines(f"report     {write_report(out / FILE, page)}")
+
+
+def _compared(arguments: Arguments, evaluated: Evaluated, other: Path) -> Compared:
+    """Prints how the model of `other` differs from the evaluated one, and returns it.
+
+    Raises:
+      InputError: the models have different classes.
+    """
+    dataset, first = evaluated.dataset, evaluated.score.detections
+    assert first is not None, "proposals are not compared"
+    model = cli.load_model(other, arguments.backbone)
+    if model.class_names != dataset.class_names:
+        raise InputError(
+            f"--compare {other}: its classes are {joined_names(model.class_names)}, and those of {arguments.ckpt} are "
+            f"{joined_names(dataset.class_names)}; compare models with the same classes in the same order"
+        )
+    config = _run_config(other)
+    batch_size = arguments.batch_size or _batch_size(config)
+    second = detect_dataset(model, dataset, batch_size=batch_size, implementation=arguments.implementation)
+    result = compare(first, second, dataset)
+    table = format_comparison(result, dataset, printable(arguments.ckpt), printable(other))
+    mine = _run_config(arguments.ckpt)
+    if mine is None or config is None:  # a weights file has no other settings
+        changed = differences(evaluated.model.config, model.config)
+    else:
+        mine = dataclasses.replace(mine, model=evaluated.model.config)
+        changed = differences(mine, dataclasses.replace(config, model=model.config))
+    uses = ""
+    if config is not None and _same_data(mine, config):
+        uses = _also(config, evaluated.split, checkpoint.run_of(other))
+    lines = [f"           {printable(name)}: {printable(old)} -> {printable(new)}" for name, old, new in changed]
+    print_lines(
+        *table.split("\n"),
+        *([f"split      {evaluated.split}{uses} by {printable(other)}"] if uses else []),
+        f"settings   {len(changed)} fields differ",
+        *lines,
+    )
+    return Compared(str(other), result, tuple(changed))
+
+
+def _run_config(ckpt: Path) -> Config | None:
+    return None if ckpt.is_file() else checkpoint.load_run_config(ckpt)
+
+
+def _same_data(first: Config | None, second: Config) -> bool:
+    return first is not None and first.data.root.resolve() == second.data.root.resolve()
+
+
+def _also(config: Config, split: str, run: Path) -> str:
+    """Returns what a run used a split of its own data for before, as the end of a sentence."""
+    chosen_on = config.train.best_split or config.data.test_split
+    last, evaluated = fitted(config.train.steps, "train.steps"), len(evaluated_steps(run, chosen_on))
+    chose = is_within(split, chosen_on) and chose_among_several(config.train, last=last, evaluated=evaluated)
+    return also_used(chose=chose, trained=is_within(split, config.data.train_split))
+
+
+def _with_options(model: Detector, arguments: Arguments) -> Detector:
+    """Returns the model with the options of the command line in its configuration."""
+    config = model.config
+    postprocess, augment = config.postprocess, config.test_augment
+    if arguments.soft_nms is not None:
+        kind = None if arguments.soft_nms == "off" else arguments.soft_nms
+        postprocess = dataclasses.replace(postprocess, soft_nms=kind)
+    try:
+        if arguments.test_flip is not None:
+            augment = dataclasses.replace(augment, flip=arguments.test_flip)
+        if arguments.test_scales is not None:
+            augment = dataclasses.replace(augment, scales=arguments.test_scales)
+        config = dataclasses.replace(config, postprocess=postprocess, test_augment=augment)
+    except ValueError as error:
+        raise InputError(f"--test_scales: {error}") from error
+    other = copy.copy(model)
+    other.config = config
+    return other
 
 
 def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
@@ -92,7 +222,9 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     ckpt = arguments.ckpt
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be positive, got {arguments.batch_size}")
-    config = None if ckpt.is_file() else checkpoint.load_run_config(ckpt)
+    config = _run_config(ckpt)
+    if arguments.compare and arguments.proposals:
+        raise InputError("--compare compares detections; leave out --proposals")
     if config is not None and config.train.scheme == "rpn" and not arguments.proposals:
         raise InputError(f"--ckpt {ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals")
     given = arguments.given
@@ -111,6 +243,8 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     if given is not None:
         field, limit = "model.test_proposals.post_nms_top_n", model.config.test_proposals.post_nms_top_n
         proposals = own_proposals(given, split, dataset, field=field, limit=limit)
+    backend = arguments.coco_backend or ("pycocotools" if config is None else config.train.coco_backend)
+    model = _with_options(model, arguments)
     found = score(
         model,
         dataset,
@@ -118,15 +252,12 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
         given=proposals,
         batch_size=batch_size,
         implementation=arguments.implementation,
+        coco_backend=backend,
     )
     also = ""
     if config is not None and (arguments.root is None or _is_own_data(arguments, config)):
-        chosen_on = config.train.best_split or config.data.test_split
-        evaluated = evaluated_steps(checkpoint.run_of(ckpt), chosen_on)
-        last = fitted(config.train.steps, "train.steps")
-        chose = is_within(split, chosen_on) and chose_among_several(config.train, last=last, evaluated=len(evaluated))
-        also = also_used(chose=chose, trained=is_within(split, config.data.train_split))
-    return Evaluated(split, also, dataset, found)
+        also = _also(config, split, checkpoint.run_of(ckpt))
+    return Evaluated(split, also, dataset, found, model)
 
 
 def _dataset(arguments: Arguments, config: Config | None, model: Detector) -> tuple[str, Dataset]:

@@ -1,12 +1,14 @@
 """Trains a detector and evaluates it: fasterrcnn-jax train FOLDER, or python train.py --config configs/shapes.py
 
 The same command continues the run from its newest checkpoint, to the same bits. The run folder holds config.json,
-metrics.jsonl, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT saves a checkpoint and ends the
-training with status 75. After a loss that is not finite, --replay FILE shows where it comes from.
+metrics.jsonl, results.csv, curves.png, report.html, TensorBoard events, checkpoints/ and images/. SIGTERM or SIGINT
+saves a checkpoint and ends the training with status 75. After a loss that is not finite, --replay FILE shows where it
+comes from.
 """
 
 import contextlib
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from fasterrcnn_jax.data.records import Dataset, ImageProposals
 from fasterrcnn_jax.data.transforms import canvases_of
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import given_proposals, stored_proposals
+from fasterrcnn_jax.inference.scoring import Score
 from fasterrcnn_jax.models.detector import Detector, backbone_class, create_detector, parameter_count
 from fasterrcnn_jax.printing import print_lines, progress_bar
 from fasterrcnn_jax.scripts import cli
@@ -37,7 +40,16 @@ from fasterrcnn_jax.training import (
     replay,
     run_folder,
 )
-from fasterrcnn_jax.training.evaluation import Evaluator, Outcome, chose_among_several, outcome_of
+from fasterrcnn_jax.training.evaluation import (
+    Evaluator,
+    Outcome,
+    Shown,
+    also_used,
+    chose_among_several,
+    is_within,
+    outcome_of,
+    write_run_report,
+)
 from fasterrcnn_jax.training.expected_time import Evaluations
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.patience import Patience
@@ -107,6 +119,9 @@ def train_stages(config: Config) -> Outcome | None:
             outcome = fit(config, stage, train_set, splits, fingerprint, compare=is_newest)
             if outcome is not None and processes.is_main():
                 print_lines(*([stage.name] if stage.name else []), *outcome.lines)
+                # Printed before: the table is what took the time.
+                if config.train.report != "off" and outcome.shown is not None and stage.run == config.run:
+                    print_lines(f"report     {write_run_report(config, stage.run, outcome.shown)}")
     return outcome
 
 
@@ -177,6 +192,10 @@ def fit(
     fingerprint.read_in_background()
 
     metrics = MetricsWriter(run, after=done, silent=not processes.is_main())
+    write_results = functools.partial(
+        metrics.write_results, every=checkpoint_every, batch_size=train.batch_size, images=len(train_set.records)
+    )
+    say(f"curves     {run_folder.curves_path(run)}, and: tensorboard --logdir {shlex.quote(str(run))}")
     evaluations = Evaluations.of(splits[best_split], config.model.image, steps=steps, every=evaluate_every)
     canvases = canvases_of(train_set, config.model.image)
     progress = Progress(
@@ -195,6 +214,12 @@ def fit(
     patience = Patience(train, before)
     if patience.is_over(done) and done < steps:
         say(f"the training ended at step {done} by train.patience; a larger one trains on")
+
+    def shown_of(score: Score, split: str, number: int, chosen_on: str | None) -> Shown:
+        chose = chosen_on is not None and is_within(split, chosen_on)
+        also = also_used(chose=chose, trained=is_within(split, data.train_split))
+        return Shown(score, splits[split], split, also, number, metrics.history)
+
     result, stop = None, False
     with checkpoint.closing(checkpoints), metrics, progress, contextlib.ExitStack() as noting:
         asked_to_stop = None
@@ -228,9 +253,14 @@ def fit(
             if is_last or (evaluate_every and number % evaluate_every == 0):
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
+                    if train.report == "each" and run == config.run and not is_last and processes.is_main():
+                        write_run_report(config, run, shown_of(result, best_split, number, best_split))
                 saver.measured(result.values[stage.metric])
                 patience.measured(number, result.values[stage.metric])
                 progress.restart_clock()
+            if is_due:
+                with saver.confirmed_on_error():
+                    write_results()
             # After the evaluation of this step, which another start would not repeat.
             if stopping and not is_last:
                 saver.confirm()
@@ -266,12 +296,12 @@ def fit(
         shown_before = done >= last and run != config.run
         if not shown_before and (result is None or best_split != data.test_split):
             result = evaluator.evaluate(model, data.test_split, shown)
+        write_results()
         if last > done:
             progress.say_time(last)
     if result is None:
         return None
-    splits_of = {"chosen_on": chosen_on, "shown_on": data.test_split, "trained_on": data.train_split}
-    return outcome_of(stage, result, last, chosen=chosen, **splits_of)
+    return outcome_of(stage, shown_of(result, data.test_split, shown, chosen_on), last, chosen=chosen)
 
 
 def detected_afterwards(

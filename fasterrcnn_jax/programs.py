@@ -97,13 +97,16 @@ def evaluate(
       split: split to evaluate; None: the test split.
       batch_size: number of images detected at once; None: one device's share of the training batch.
       backbone: your own backbone class, if the model was trained with one.
-      arguments: other arguments of evaluate.py: layout, implementation, given.
+      arguments: other arguments of evaluate.py: layout, implementation, given, coco_backend, soft_nms, test_flip,
+        test_scales.
     Raises:
       InputError: the model or the data cannot be used.
     """
     cli.set_up_libraries()
     root = None if data is None else Path(data)
     asked = evaluating.Arguments(ckpt=Path(ckpt), root=root, split=split, batch_size=batch_size, **arguments)
+    if asked.compare:
+        raise ValueError("compare is for the command line; call fasterrcnn_jax.evaluation.comparison.compare")
     found = evaluating.evaluate_model(asked, load(ckpt, backbone=backbone))
     assert found.score.detections is not None, "proposals are not evaluated here"
     return EvaluationResult(found.score.values, found.score.table, found.split, found.score.detections, found.dataset)

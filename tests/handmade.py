@@ -34,3 +34,26 @@ def found(*rows):
 def dataset(*records, classes=1):
     names = tuple(f"class{k + 1}" for k in range(classes))
     return Dataset("hand made", names, records, (), tuple(range(1, classes + 1)))
+
+
+def random_case(seed, images=25, classes=3, most=30):
+    """Crowded images on a grid of whole pixels, with equal scores, difficult objects and crowds."""
+    rng = np.random.default_rng(seed)
+    records, given = [], []
+    for image in range(images):
+        size = rng.choice([1, 6, 20])  # small, medium and large objects
+
+        def boxes(count, size=size):
+            corner = rng.integers(0, 12, (count, 2))
+            return size * np.concatenate([corner, corner + rng.integers(2, 9, (count, 2))], axis=1)
+
+        count = int(rng.integers(0, 9))
+        places, labels = boxes(count), rng.integers(1, classes + 1, count)
+        objects = zip(places, labels, rng.random(count) < 0.15)
+        records.append(record(*objects, image_id=str(image), crowd=rng.random(count) < 0.1))
+        given_boxes, given_labels = boxes(most), rng.integers(1, classes + 1, most)
+        given_boxes[:count], given_labels[:count] = places, labels
+        order = rng.permutation(most)
+        rows = zip(given_boxes[order], rng.integers(0, 9, most) / 8, given_labels[order])
+        given.append(found(*list(rows)[: int(rng.integers(0, most))]))
+    return given, dataset(*records, classes=classes)

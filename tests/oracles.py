@@ -46,6 +46,27 @@ def greedy_nms(boxes, scores, valid, *, iou_threshold, max_output=None, groups=N
     return kept[:max_output]
 
 
+def soft_nms(boxes, scores, valid, *, kind, iou_threshold, sigma, score_threshold, max_output, groups):
+    """The loop of Bodla et al. 2017, figure 2, on each group; then the best over all groups: [(index, score)]."""
+    kept = []
+    for group in np.unique(groups):
+        waiting = {
+            i: float(scores[i]) for i in np.flatnonzero(valid & (groups == group)) if scores[i] > score_threshold
+        }
+        while waiting:
+            best = min(waiting, key=lambda i: (-waiting[i], i))
+            kept.append((int(best), waiting.pop(best)))
+            for i in list(waiting):
+                overlap = float(iou(boxes[best], boxes[i]))
+                if kind == "gaussian":
+                    waiting[i] *= math.exp(-(overlap**2) / sigma)
+                elif overlap > iou_threshold:
+                    waiting[i] *= 1.0 - overlap
+                if waiting[i] <= score_threshold:
+                    del waiting[i]
+    return sorted(kept, key=lambda row: -row[1])[:max_output]
+
+
 def cell_anchors(base, scales, ratios, *, rounding) -> np.ndarray:
     """Rounds the sides before scaling, or half the sides after scaling, or nothing."""
     cells = []

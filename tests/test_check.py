@@ -10,6 +10,7 @@ from pathlib import Path
 import exports
 import numpy as np
 import pytest
+import test_report
 import tiny
 from PIL import Image
 
@@ -58,6 +59,32 @@ def test_a_clean_folder_exits_with_0_and_is_described(clean, capsys):
     assert re.search(r"^all +6 +4 ", said, re.MULTILINE)
     assert "15 pairs of images, compared for the same pixels and for shifted views" in said
     assert said.endswith("no fault, and nothing odd\n")
+
+
+def test_the_page_shows_doubles_and_leaks_with_pictures_and_counts_a_union_once(clean, capsys, monkeypatch, tmp_path):
+    xml(clean, "train0", ("ring", 3, 3, 30, 30), ("disc", 9, 9, 40, 40), ("ring", 3, 3, 30, 30))
+    shutil.copy(clean / "JPEGImages/train1.png", clean / "JPEGImages/test1.png")
+    shutil.copy(clean / "JPEGImages/train2.png", clean / "JPEGImages/train4.png")
+    sets = clean / "ImageSets/Main"
+    (sets / "trainval.txt").write_text((sets / "train.txt").read_text() + (sets / "test.txt").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert run(clean, "--report") == 2
+    assert re.search(r"^report   voc_report.html: 0\.\d MB$", capsys.readouterr().out, re.MULTILINE)
+    page = (tmp_path / "voc_report.html").read_text()
+    assert "The split trainval is the union of others and is not counted again." in page
+    reader = test_report.read(page)
+    tables, texts = test_report.unpacked(reader.scripts["packed"])
+    buttons = reader.of("button", "data-total")
+    assert [b for b in buttons if len(test_report.rows_of(tables, b)) != int(b["data-total"])] == []
+    assert len(texts["images"]) == 8 and sorted(texts["splits"]) == ["test", "train"]
+    # Two pictures of each: the box twice, the image twice, and the leak.
+    kinds = re.findall(r"<h3>(.*): (\d) shown</h3>", page)
+    assert sorted(kinds) == sorted(
+        [(kind, "1") for kind in (check.SAME_PIXELS, check.SAME_PIXELS_WITHIN, check.SAME_BOX)]
+    )
+    assert page.count('class="picture"') == 6
+    told = [place for place in texts["places"] if "train1.png" in place and "test1.png" in place]
+    assert len(told) == 1
 
 
 PLANTED = {

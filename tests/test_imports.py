@@ -33,6 +33,7 @@ ORDER = (
     "configs",
     "evaluation",
     "inference",
+    "report",
     "training",
     "zoo",
     "scripts",
@@ -178,7 +179,7 @@ def test_type_checkers_see_every_public_name():
     assert static == lazy and set(static) == set(fasterrcnn_jax.__all__)
 
 
-HEAVY = ("grain", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")
+HEAVY = ("faster_coco_eval", "grain", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")
 # Notes each heavy module that a module of ours imports: Flax itself imports optax.
 FRESH = """
 import builtins, json, sys

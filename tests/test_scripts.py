@@ -120,13 +120,53 @@ def lines_of(run, key):
 def test_a_run_prints_its_table_and_where_things_are(trained):
     run, out, err = trained
     lines = out.splitlines()
-    first = ["class", "ring", "disc", "mAP", "AP50", "split", "checkpoint", "best"]
-    assert [line.split()[0] for line in lines[-8:]] == first
+    first = ["class", "ring", "disc", "mAP", "AP50", "split", "checkpoint", "best", "report"]
+    assert [line.split()[0] for line in lines[-9:]] == first
+    *lines, report = lines
+    assert re.fullmatch(rf"report +{re.escape(str(run))}/report.html: \d\.\d MB, \d+ pictures", report)
+    assert f"curves     {run}/curves.png, and: tensorboard --logdir {run}" in lines
     assert re.fullmatch(r"AP50 [01]\.\d\d", lines[-4])
     assert lines[-3] == "split      test, also used to choose the checkpoint"
     assert Path(lines[-2].split()[1]) == run.absolute() / "checkpoints" / "6"
     assert re.fullmatch(rf"best +{re.escape(str(run))}/best: step [246], AP50 [01]\.\d\d\d on test", lines[-1])
     assert sum(bool(line.startswith("took       ")) for line in lines) == 1
+
+
+def test_the_report_is_about_the_table_that_was_printed(trained):
+    run, out, _ = trained
+    page = (run / "report.html").read_text()
+    ap50 = re.search(r"AP50 ([01]\.\d\d)", table_of(out)[-1])[1]
+    (shown,) = re.findall(r"<dt>AP50</dt><dd>([\d.]+)</dd>", page)
+    assert f"{float(shown):.2f}" == ap50
+    assert f"<h1>{run} on test</h1>" in page and "also used to choose the checkpoint" in page
+    assert '<td class="text">AP50</td>' in page and "train.best_metric" in page
+    rows = (run / "results.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "2", "4", "6"]
+    with Image.open(run / "curves.png") as image:
+        assert image.size[0] > 1000
+
+
+def test_the_report_is_written_at_each_evaluation_at_the_end_or_never(folder, monkeypatch):
+    written = []
+    real = train_script.write_run_report
+
+    def noting(config, run, shown):
+        before = (run / "report.html").read_bytes() if (run / "report.html").exists() else None
+        said = real(config, run, shown)
+        written.append((shown.step, before is None, (run / "report.html").read_bytes() == before))
+        return said
+
+    monkeypatch.setattr(train_script, "write_run_report", noting)
+    for mode in ("each", "end", "off"):
+        written.clear()
+        status, out, err = train(folder, "--run", folder / f"report_{mode}", "--train.report", mode)
+        assert status == 0, err
+        best = int(re.search(r"best: step (\d)", out)[1])
+        # Evaluations are at steps 4 and 6; the end shows the best checkpoint.
+        wanted = {"each": [(4, True, False), (best, False, False)], "end": [(best, True, False)], "off": []}
+        assert written == wanted[mode]
+        assert (folder / f"report_{mode}" / "report.html").exists() == (mode != "off")
+        assert ("report     " in out) == (mode != "off")
 
 
 def table_of(out):

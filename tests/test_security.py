@@ -88,6 +88,11 @@ LINES = {
             "test_the_message_of_an_error_is_printable_for_a_caller_who_catches_it",
             "test_every_module_prints_with_the_one_function",
         ],
+        "test_report": [
+            "test_no_name_becomes_markup",
+            "test_the_policy_allows_the_own_script_and_style_only",
+        ],
+        "test_history": ["test_a_new_name_in_every_line_takes_no_memory"],
     },
     "Configuration files (`--config FILE.py`) and classes": {
         "test_config": ["test_a_config_file_gives_its_config"],

@@ -257,6 +257,6 @@ def test_thousands_of_boxes_take_little_memory_and_are_compared_in_parts(monkeyp
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
-    monkeypatch.setattr("fasterrcnn_jax.data.records._PAIRS", 10**8)
+    monkeypatch.setattr("fasterrcnn_jax.evaluation.overlaps._PAIRS", 10**8)
     np.testing.assert_array_equal(first, voc_ap([ImageDetections(given, scores, labels)], data, use_07_metric=False))
     assert first.min() > 0

@@ -18,6 +18,7 @@ from fasterrcnn_jax.config.model import (
     RoiFeaturesConfig,
     RoiSamplingConfig,
     RpnConfig,
+    TtaConfig,
 )
 from fasterrcnn_jax.config.run import Config
 from fasterrcnn_jax.config.train import (
@@ -46,4 +47,5 @@ __all__ = [
     "RpnConfig",
     "ShapesConfig",
     "TrainConfig",
+    "TtaConfig",
 ]

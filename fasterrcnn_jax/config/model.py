@@ -1,6 +1,7 @@
 """Settings of the detector: its input, layers, proposals and losses. Every checkpoint stores them."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from fasterrcnn_jax.config.checks import (
@@ -13,6 +14,8 @@ from fasterrcnn_jax.config.checks import (
     require_positive,
 )
 from fasterrcnn_jax.structures import MAX_LOG_SCALE, PerDelta
+
+SoftNms = Literal["linear", "gaussian"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,21 @@ class ImageConfig:
                 f"canvas sides must be positive multiples of 16, got {canvas}",
             )
             require(canvas[0] * canvas[1] <= 2**23, f"a canvas must have at most {2**23} pixels, got {canvas}")
+
+    def scaled(self, factor: float) -> "ImageConfig":
+        """Returns the preprocessing that makes images larger by `factor`, with canvases for them.
+
+        Raises:
+          ValueError: a canvas would have too many pixels.
+        """
+        if factor == 1.0 or self.canvases == AUTO:
+            return self
+        # One pixel more, because sides are rounded; multiples of 32 suit every network.
+        canvases = tuple(tuple(math.ceil((side * factor + 1) / 32) * 32 for side in canvas) for canvas in self.canvases)
+        short, long = round(self.short_side * factor), round(self.long_side * factor)
+        return dataclasses.replace(
+            self, short_side=max(1, short), long_side=max(1, short, long), canvases=tuple(dict.fromkeys(canvases))
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -412,14 +430,42 @@ class PostprocessConfig:
     score_threshold: float = 0.05
     """detections with this score or less are dropped"""
     nms_threshold: float = 0.3
-    """NMS removes a box whose IoU with a box of the same class and higher score is above this"""
+    """NMS removes a box whose IoU with a box of the same class and higher score is above this; soft_nms linear lowers
+    its score"""
+    soft_nms: SoftNms | None = None
+    """lower the scores of overlapping boxes of a class instead of removing the boxes (Soft-NMS, Bodla et al. 2017,
+    arXiv:1704.04503): linear: times 1 - IoU where the IoU is above nms_threshold; gaussian: times
+    exp(-IoU^2 / soft_nms_sigma); None: NMS"""
+    soft_nms_sigma: float = 0.5
+    """soft_nms gaussian: sigma; a larger one lowers scores less"""
     max_detections: int = 100
     """largest number of detections per image, over all classes"""
 
     def __post_init__(self):
         require_fraction(score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
-        require_positive(nms_threshold=self.nms_threshold, max_detections=self.max_detections)
+        require_positive(
+            nms_threshold=self.nms_threshold, soft_nms_sigma=self.soft_nms_sigma, max_detections=self.max_detections
+        )
         require_at_most(10_000, max_detections=self.max_detections)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TtaConfig:
+    """Test-time augmentation: `predict` and the evaluation detect in several versions of each image, and NMS within
+    each class merges the detections. Detection takes as many times longer as there are versions."""
+
+    flip: bool = False
+    """also detect in the mirror image, at every scale"""
+    scales: tuple[float, ...] = ()
+    """factors on the input size at which to detect too, in addition to 1, for example 0.75 1.5"""
+
+    def __post_init__(self):
+        require(
+            len({1.0, *self.scales}) == len(self.scales) + 1,
+            f"scales must differ from each other and from 1, got {self.scales}",
+        )
+        for factor in self.scales:
+            require(0.25 <= factor <= 4.0, f"scales must be in 0.25..4, got {factor}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -443,6 +489,7 @@ class ModelConfig:
     box_head: BoxHeadConfig = BoxHeadConfig()
     loss: LossConfig = LossConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
+    test_augment: TtaConfig = TtaConfig()
 
     def __post_init__(self):
         levels = 1 if self.fpn is None else 5
@@ -453,6 +500,8 @@ class ModelConfig:
             f"rpn.anchor_sizes must hold {levels} {'tuple' if levels == 1 else 'tuples, one for each level'}, "
             f"got {sizes}",
         )
+        for factor in self.test_augment.scales:
+            self.image.scaled(factor)
         if self.fpn is None:
             require(
                 self.backbone.own is not None or not self.backbone.name.startswith("efficientnet"),

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.config.model import ModelConfig
 from fasterrcnn_jax.config.run import Config
 from fasterrcnn_jax.config.text import to_json
 
@@ -53,6 +55,13 @@ def unread_fields(config: Config) -> list[str]:
             ("fixed_stem",),
             f"fixed_stages {backbone.fixed_stages}",
         ),
+        (
+            model.postprocess,
+            "model.postprocess",
+            model.postprocess.soft_nms == "gaussian",
+            ("soft_nms_sigma",),
+            f"soft_nms {model.postprocess.soft_nms}",
+        ),
         (train, "train", train.optimizer == "sgd", ("momentum",), train.optimizer),
         (train, "train", train.schedule == "steps", ("decay_factor",), train.schedule),
         (train.alternating, "train.alternating", is_alternating, ("steps", "rpn_batch_size"), train.scheme),
@@ -82,12 +91,18 @@ def first_difference(stored: Config, asked: Config) -> str | None:
       stored: configuration in the checkpoint.
       asked: configuration of the run that is to continue from it.
     """
-    old, new = (_flat(json.loads(to_json(config))) for config in (stored, asked))
+    old, new = flat_fields(stored), flat_fields(asked)
     indifferent = _INDIFFERENT | (_LENGTH if is_longer(stored, asked) else set())
     for name in old | new:
         if name not in indifferent and old.get(name) != new.get(name):
             return f"{name} = {old.get(name)}, but {new.get(name)} was requested"
     return None
+
+
+def differences(first: Config | ModelConfig, second: Config | ModelConfig) -> list[tuple[str, object, object]]:
+    """Returns (field, value in `first`, value in `second`) of each field that differs, by name; None: no such field."""
+    old, new = flat_fields(first), flat_fields(second)
+    return [(name, old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)]
 
 
 def is_longer(stored: Config, asked: Config) -> bool:
@@ -121,8 +136,14 @@ _INDIFFERENT = {
     "train.best_split",
     "train.best_metric",
     "train.patience",
+    "train.coco_backend",
     "train.implementation",
 }
+
+
+def flat_fields(config: Config | ModelConfig) -> dict[str, Any]:
+    """Returns the value of every field, as in JSON, by its full name such as `model.rpn.fg_iou`."""
+    return _flat(json.loads(to_json(config)))
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -11,6 +11,8 @@ from fasterrcnn_jax.config.checks import (
     require_positive,
 )
 
+CocoBackend = Literal["pycocotools", "faster-coco-eval"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlternatingConfig:
@@ -101,6 +103,11 @@ class TrainConfig:
     data.test_split"""
     best_metric: Literal["AP50", "AP"] = "AP50"
     """COCO metric that selects the best checkpoint"""
+    report: Literal["end", "each", "off"] = "end"
+    """when RUN/report.html is written: end: after the training; each: after each evaluation too; off: never"""
+    coco_backend: CocoBackend = "pycocotools"
+    """package that computes COCO's metrics; both give the same numbers; faster-coco-eval takes less time and is
+    installed by the extra of that name"""
 
     def __post_init__(self):
         require_positive(

@@ -51,14 +51,14 @@ def check_split(dataset: Dataset) -> Checked:
     for record, of_record in zip(records, traces, strict=True):
         twin = first.setdefault(of_record.digest, record)
         if twin is not record:
-            findings.append(Finding(SAME_PIXELS_WITHIN, f"{record.path} and {twin.path}", False))
+            findings.append(Finding(SAME_PIXELS_WITHIN, f"{record.path} and {twin.path}", False, (record, twin)))
     return Checked(dataset._replace(records=tuple(records), findings=tuple(findings)), traces)
 
 
 def box_findings(record: ImageRecord) -> list[Finding]:
     """Returns the findings about the boxes of one image; overlaps with crowds are allowed."""
     findings = [
-        Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False)
+        Finding(TINY_BOX, f"{record.path}, object {k + 1}: {_words(record.boxes[k])}", False, (record,), (int(k),))
         for k in np.flatnonzero(~large_enough(record.boxes))
     ]
     for i, j, iou in coinciding(record):
@@ -66,7 +66,7 @@ def box_findings(record: ImageRecord) -> list[Finding]:
         if sentence == NEARLY_SAME_BOX and (record.boxes[i] == record.boxes[j]).all():
             sentence = SAME_BOX
         where = f"{record.path}: {_words(record.boxes[i])} and {_words(record.boxes[j])}, IoU {iou:.3f}"
-        findings.append(Finding(sentence, where, False))
+        findings.append(Finding(sentence, where, False, (record,), (i, j)))
     return findings
 
 
@@ -130,7 +130,9 @@ def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
     """Returns findings about images that are in both splits, and a sentence about what was compared."""
     a, b = one.dataset.records, other.dataset.records
     same = identical(one.traces, other.traces)
-    findings = [Finding(SAME_PIXELS, f"{a[p.first].path} and {b[p.second].path}", True) for p in same]
+    findings = [
+        Finding(SAME_PIXELS, f"{a[p.first].path} and {b[p.second].path}", True, (a[p.first], b[p.second])) for p in same
+    ]
     pairs = len(a) * len(b)
     compared = f"{one.dataset.name} and {other.dataset.name}: {pairs:,} pairs of images"
     if pairs > MOST_PAIRS:
@@ -143,7 +145,7 @@ def shared_images(one: Checked, other: Checked) -> tuple[list[Finding], str]:
                 f"{a[pair.first].path} and {b[pair.second].path}: shifted by {x}, {y} pixels, "
                 f"correlation {pair.correlation:.3f}"
             )
-            findings.append(Finding(SAME_FIELD, where, False))
+            findings.append(Finding(SAME_FIELD, where, False, (a[pair.first], b[pair.second])))
     return findings, f"{compared}, compared for the same pixels and for shifted views"
 
 

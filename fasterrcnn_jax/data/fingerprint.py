@@ -134,6 +134,24 @@ class Fingerprint:
         return [f"{kind}: {len(where)}, the first is {where[0]}" for kind, where in kinds.items() if where]
 
 
+def short_digest(dataset: Dataset) -> str:
+    """Returns a digest of a data set, twelve hexadecimal digits: its classes, labels and image files, in order.
+
+    Reads every image file. Two folders with equal contents have equal digests, wherever they are.
+
+    Raises:
+      InputError: an image file has disappeared.
+    """
+    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    for record in dataset.records:
+        digest.update(json.dumps([record.id, _label_digest(record)]).encode())
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = pool.map(_file_digest, [file.path for file in _files_of(dataset).values()])
+        for content in watched(read, f"reading images of {dataset.name}", len(dataset.records)):
+            digest.update(content.encode())
+    return digest.hexdigest()[:12]
+
+
 def _files_of(dataset: Dataset) -> dict[str, _File]:
     """Returns each file once, by the id of its first image: a file of TFDS holds many images."""
     first = {}

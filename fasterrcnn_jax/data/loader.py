@@ -156,11 +156,13 @@ def evaluation_batches(
     batch_size: int,
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
+    mirrored: bool = False,
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches with every image once, uncropped; the batches have no ground truth.
 
     Args:
       batch_size: number of images per batch.
+      mirrored: give the mirror image of every image, for test-time augmentation.
       process: (index, count): this process gets every count-th batch and no other process gets it; some processes
         can get one batch fewer, or none.
       proposals: as in `training_batches`.
@@ -172,7 +174,8 @@ def evaluation_batches(
     def example(index: int) -> Example:
         record = dataset.records[index]
         stored = None if proposals is None else proposals[record.id]
-        return Example(record_pixels(record), np.zeros((0, 4), np.float32), np.zeros(0, np.int32), None, stored)
+        pixels = flip_pixels(record_pixels(record)) if mirrored else record_pixels(record)
+        return Example(pixels, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), None, stored)
 
     slots = _most(proposals)
     return _in_threads(plans, lambda plan: assemble(plan, image, example, max_boxes=0, max_proposals=slots), THREADS)

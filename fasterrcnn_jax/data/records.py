@@ -64,6 +64,8 @@ class Finding(NamedTuple):
     sentence: str  # how irregularities of this kind are handled, without the full stop
     where: str  # file, field and value
     is_fault: bool  # strict reading stops here
+    records: tuple[ImageRecord, ...] = ()  # the images to look at, where they could be read
+    objects: tuple[int, ...] = ()  # positions of the boxes that it is about, in the first of them
 
 
 class ImageProposals(NamedTuple):

@@ -1,5 +1,6 @@
-"""Checks detections for all metrics, and counts the objects to find."""
+"""Checks detections for all metrics, counts the objects to find, and averages over classes."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,3 +39,9 @@ def object_counts(dataset: Dataset) -> np.ndarray:
     for record in dataset.records:
         np.add.at(counts, record.labels[~(record.difficult | record.crowd)], 1)
     return counts[1:]
+
+
+def mean_over_classes(values: np.ndarray) -> float:
+    """Returns the mean of the `values` [K] that are not NaN; NaN, without a warning, if all are NaN."""
+    defined = np.asarray(values)[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else math.nan

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageRecord, box_iou_in_parts
+from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.evaluation.detections import check_detections, object_counts
+from fasterrcnn_jax.evaluation.overlaps import best_overlaps, overlapping_pairs
+from fasterrcnn_jax.evaluation.tables import flat_detections, flat_objects
 
 # The points of py-faster-rcnn's `voc_ap`, np.arange(0., 1.1, 0.1). np.linspace(0, 1, 11) has the same bits. k / 10 has
 # not: at 3, 6 and 7 the points of the reference are one rounding higher (0.30000000000000004 for 3/10), so a recall of
@@ -70,7 +72,13 @@ def voc_ap(
       ValueError: detections that do not fit the data set, or a threshold outside (0, 1).
     """
     curves = precision_recall(detections, dataset, iou_threshold=iou_threshold)
-    counts = object_counts(dataset)
+    return average_precisions(curves, object_counts(dataset), use_07_metric=use_07_metric)
+
+
+def average_precisions(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], counts: np.ndarray, *, use_07_metric: bool
+) -> np.ndarray:
+    """Returns the average precision of each curve (recall, precision): [K] float64; NaN where `counts` [K] is 0."""
     return np.array(
         [
             average_precision(recall, precision, use_07_metric=use_07_metric) if count else np.nan
@@ -96,41 +104,27 @@ def precision_recall(
     if not 0.0 < iou_threshold < 1.0:
         raise ValueError(f"iou_threshold must be in (0, 1), got {iou_threshold}")
     check_detections(detections, dataset)
-    matched, first_object = [np.zeros(0, np.int64)], 0
-    for found, record in zip(detections, dataset.records, strict=True):
-        matched.append(_matched_object(found, record, iou_threshold, first_object))
-        first_object += len(record.boxes)
-    matched = np.concatenate(matched)
-    scores = np.concatenate([np.zeros(0), *(found.scores for found in detections)])
-    labels = np.concatenate([np.zeros(0, np.int64), *(found.labels for found in detections)])
+    found, objects = flat_detections(detections), flat_objects(dataset)
+    classes = len(dataset.class_names) + 1
+    pairs = overlapping_pairs(
+        found.box, found.image * classes + found.label, objects.box, objects.image * classes + objects.label
+    )
+    best, overlap = best_overlaps(pairs, pairs.iou, len(found.label))
+    matched = np.where(overlap > iou_threshold, best, -1)
     # One more entry than objects: index -1, "no object", is not difficult.
-    ignored = (record.difficult | record.crowd for record in dataset.records)
-    difficult = np.concatenate([*ignored, [False]]).astype(bool)
+    difficult = np.append(objects.difficult | objects.crowd, False)
+    order = np.lexsort((-found.score, found.label))
+    ends = np.searchsorted(found.label[order], np.arange(1, classes + 1))
 
     curves = []
-    for label, count in enumerate(object_counts(dataset), start=1):
-        of_class = np.flatnonzero(labels == label)
-        objects = matched[of_class[np.argsort(-scores[of_class], kind="stable")]]
-        earliest = np.zeros(len(objects), bool)
-        earliest[np.unique(objects, return_index=True)[1]] = True
-        true_positive = (objects >= 0) & ~difficult[objects] & earliest
-        false_positive = ~true_positive & ~difficult[objects]
+    for label, count in enumerate(object_counts(dataset)):
+        of_class = matched[order[ends[label] : ends[label + 1]]]
+        earliest = np.zeros(len(of_class), bool)
+        earliest[np.unique(of_class, return_index=True)[1]] = True
+        true_positive = (of_class >= 0) & ~difficult[of_class] & earliest
+        false_positive = ~true_positive & ~difficult[of_class]
         hits, misses = np.cumsum(true_positive), np.cumsum(false_positive)
-        recall = hits / count if count else np.full(len(objects), np.nan)
+        recall = hits / count if count else np.full(len(of_class), np.nan)
         # Hits and misses are both 0 if the first detections are on difficult objects.
         curves.append((recall, hits / np.maximum(hits + misses, 1)))
     return curves
-
-
-def _matched_object(found: ImageDetections, record: ImageRecord, iou_threshold: float, first_object: int) -> np.ndarray:
-    """Returns [D] int64: the index of each detection's object among all objects; -1: no object."""
-    objects, labels = np.full(len(found.boxes), -1, np.int64), np.asarray(found.labels)
-    if not len(record.boxes):
-        return objects
-    for first, iou in box_iou_in_parts(found.boxes, record.boxes):
-        part = slice(first, first + len(iou))
-        iou[labels[part, None] != record.labels[None, :]] = -1.0
-        best = np.argmax(iou, axis=1)
-        overlap = np.take_along_axis(iou, best[:, None], axis=1)[:, 0]
-        objects[part] = np.where(overlap > iou_threshold, best + first_object, -1)
-    return objects

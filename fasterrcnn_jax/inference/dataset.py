@@ -13,6 +13,7 @@ import numpy as np
 from fasterrcnn_jax.data.loader import evaluation_batches
 from fasterrcnn_jax.data.proposal_files import best_of_each
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
+from fasterrcnn_jax.inference.augmentation import View, merged, views
 from fasterrcnn_jax.inference.prediction import to_original
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector
@@ -40,7 +41,7 @@ def detect_dataset(
     """Returns the detections of every image of a data set, in its order and in pixels of the original images.
 
     All processes must call this. Each process runs its share of the batches on all its devices, and all processes
-    return the same list.
+    return the same list. `model.config.test_augment` applies.
 
     Args:
       batch_size: number of images that one device processes at once.
@@ -50,7 +51,14 @@ def detect_dataset(
         found = on_devices(detect, implementation, tuple(devices))
         return found(model, (batch.images, batch.image_hw, batch.scale))
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size)
+    found = [
+        _over_dataset(model, dataset, find, view, batch_size=batch_size, title=f"{dataset.name}{view.name}")
+        for view in views(model.config)
+    ]
+    return [
+        merged(of_views, record.image_hw[1], model.config, implementation=implementation)
+        for record, *of_views in zip(dataset.records, *found, strict=True)
+    ]
 
 
 def detect_dataset_in_proposals(
@@ -63,7 +71,8 @@ def detect_dataset_in_proposals(
 ) -> list[ImageDetections]:
     """Returns the detections of every image in the best of its stored proposals, as Fast R-CNN does.
 
-    All processes must call this, like `detect_dataset`.
+    All processes must call this, like `detect_dataset`. The proposals belong to the image as it is:
+    `model.config.test_augment` does not apply.
 
     Args:
       proposals: stored proposals by image id. For each image, the best `test_proposals.post_nms_top_n` are used.
@@ -75,7 +84,8 @@ def detect_dataset_in_proposals(
         found = on_devices(detect_in_proposals, implementation, tuple(devices))
         return found(model, (batch.images, batch.image_hw, batch.proposals))
 
-    return _over_dataset(model, dataset, find, batch_size=batch_size, proposals=used)
+    view = views(model.config)[0]
+    return _over_dataset(model, dataset, find, view, batch_size=batch_size, proposals=used)
 
 
 def propose_dataset(
@@ -92,7 +102,8 @@ def propose_dataset(
         labels: Any = np.zeros_like(proposals.valid, np.int32)
         return Detections(proposals.boxes, proposals.scores, labels, proposals.valid)
 
-    found = _over_dataset(model, dataset, find, batch_size=batch_size, title=f"proposals {dataset.name}")
+    title = f"proposals {dataset.name}"
+    found = _over_dataset(model, dataset, find, views(model.config)[0], batch_size=batch_size, title=title)
     return [ImageProposals(image.boxes, image.scores) for image in found]
 
 
@@ -100,6 +111,7 @@ def _over_dataset(
     model: Detector,
     dataset: Dataset,
     find: Callable[[Detector, Batch, Devices], Detections],
+    view: View,
     *,
     batch_size: int,
     proposals: Mapping[str, ImageProposals] | None = None,
@@ -108,6 +120,7 @@ def _over_dataset(
     """Returns the results of `find` for every image, in the order of the data set and in pixels of the original images.
 
     Args:
+      view: the version of each image.
       proposals: proposals by image id, to put into the batches.
       title: title of the progress bar; None: the name of the data set.
     """
@@ -115,7 +128,12 @@ def _over_dataset(
     index, count = process()
     devices = jax.local_devices()
     batches = evaluation_batches(
-        dataset, model.config.image, batch_size=batch_size * len(devices), process=(index, count), proposals=proposals
+        dataset,
+        view.image,
+        batch_size=batch_size * len(devices),
+        process=(index, count),
+        proposals=proposals,
+        mirrored=view.flipped,
     )
     model = replicate(model, devices=devices)
     name = title or dataset.name

@@ -19,11 +19,13 @@ from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data.records import ImageDetections, Prediction
 from fasterrcnn_jax.data.transforms import (
     canvas_for,
+    flip_pixels,
     network_size,
     scale_boxes,
     smallest_canvas,
     to_canvas,
 )
+from fasterrcnn_jax.inference.augmentation import View, merged, views
 from fasterrcnn_jax.inference.given_images import (
     GivenImage,
     device_images,
@@ -64,7 +66,7 @@ def predict(
     """Returns the detections in one image, in a list of images of any sizes and kinds, or in a batch array.
 
     Images are grouped by canvas, and every group is split into batches of exactly `batch_size`. The detections in an
-    image therefore do not depend on the other images.
+    image therefore do not depend on the other images. `model.config.test_augment` applies.
 
     A JAX array stays on the device: resize, detection and boxes in pixels of the original image are one program, and
     the result is `Detections` in fixed shapes with a validity mask. It works under `jax.jit`, `jax.vmap`, `jax.pmap`
@@ -98,25 +100,34 @@ def predict(
         found = _predicted(model, pixels, score_threshold, batch_size=batch_size, implementation=implementation)
         return jax.tree.map(lambda leaf: leaf[0], found) if single else found
     listed, single = list_images(images)
-    by_position: dict[int, Prediction] = {}
+    found = [_detected(model, listed, view, batch_size, implementation) for view in views(model.config)]
+    predictions = []
+    for image, *of_views in zip(listed, *found, strict=True):
+        best = merged(of_views, image.image_hw[1], model.config, implementation=implementation)
+        kept = best.scores >= score_threshold
+        boxes, scores, labels = (values[kept] for values in best)
+        names = tuple(model.class_names[label - 1] for label in labels)
+        predictions.append(Prediction(boxes, scores, labels, names))
+    return predictions[0] if single else predictions
+
+
+def _detected(
+    model: Detector, listed: list[GivenImage], view: View, batch_size: int, implementation: Implementation
+) -> list[ImageDetections]:
+    """Returns the detections in one version of each image, in pixels of the original image or its mirror image."""
+    by_position: dict[int, ImageDetections] = {}
     groups = defaultdict(list)
     for position, image in enumerate(listed):
-        groups[canvas_for(image.image_hw, model.config.image)].append(position)
+        groups[canvas_for(image.image_hw, view.image)].append(position)
     for canvas, positions in groups.items():
         for start in range(0, len(positions), batch_size):
             chosen = positions[start : start + batch_size]
-            pixels, image_hw, scale = _on_canvas(
-                [listed[position] for position in chosen], canvas, batch_size, model.config.image
-            )
+            images = [listed[position] for position in chosen]
+            pixels, image_hw, scale = _on_canvas(images, canvas, batch_size, view.image, flipped=view.flipped)
             found = jax.device_get(jitted_detect(model, pixels, image_hw, scale, implementation=implementation))
             for row, position in enumerate(chosen):
-                original = to_original(found, row, scale[row], listed[position].image_hw)
-                kept = original.scores >= score_threshold
-                boxes, scores, labels = (values[kept] for values in original)
-                names = tuple(model.class_names[label - 1] for label in labels)
-                by_position[position] = Prediction(boxes, scores, labels, names)
-    predictions = [by_position[position] for position in range(len(listed))]
-    return predictions[0] if single else predictions
+                by_position[position] = to_original(found, row, scale[row], listed[position].image_hw)
+    return [by_position[position] for position in range(len(listed))]
 
 
 def _traceable(images: Any) -> Array:
@@ -259,13 +270,16 @@ def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: tuple
     return jax.vmap(draw)(pixels, jnp.asarray(size, jnp.int32).reshape(count, 2))
 
 
-def _on_canvas(images: list[GivenImage], canvas: tuple[int, int], rows: int, config: ImageConfig) -> OnCanvas:
+def _on_canvas(
+    images: list[GivenImage], canvas: tuple[int, int], rows: int, config: ImageConfig, *, flipped: bool = False
+) -> OnCanvas:
     """Returns (pixels, image_hw, scale) of the images; any further rows are empty images of size zero."""
     pixels = np.zeros((rows, *canvas, 3), config.pixel_dtype)
     image_hw = np.zeros((rows, 2), np.float32)
     scale = np.ones((rows, 2), np.float32)
     for row, image in enumerate(images):
-        pixels[row], image_hw[row], scale[row] = to_canvas(image.pixels(), canvas, config)
+        given = flip_pixels(image.pixels()) if flipped else image.pixels()
+        pixels[row], image_hw[row], scale[row] = to_canvas(given, canvas, config)
     return pixels, image_hw, scale
 
 

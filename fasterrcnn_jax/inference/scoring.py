@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from fasterrcnn_jax.config.train import CocoBackend
 from fasterrcnn_jax.data.check import capped_recall
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals
 from fasterrcnn_jax.evaluation.recall import (
@@ -12,6 +13,7 @@ from fasterrcnn_jax.evaluation.recall import (
     recall_dict,
 )
 from fasterrcnn_jax.evaluation.report import (
+    Metrics,
     evaluate_detections,
     format_table,
     metrics_dict,
@@ -33,6 +35,7 @@ class Score(NamedTuple):
     table: str
     detections: list[ImageDetections] | None  # None: proposals were evaluated
     proposals: list[ImageProposals] | None  # None: detections were evaluated
+    metrics: Metrics | None = None  # None: proposals were evaluated
 
 
 def score(
@@ -43,12 +46,16 @@ def score(
     given: Mapping[str, ImageProposals] | None = None,
     batch_size: int,
     implementation: Implementation = None,
+    coco_backend: CocoBackend = "pycocotools",
 ) -> Score:
     """Returns the detections or proposals of a model on a data set, and their metrics.
 
     Args:
       given: the given proposals by image id, for "detections in given proposals".
       batch_size: number of images that one device processes at once.
+      coco_backend: the package that computes COCO's metrics.
+    Raises:
+      InputError: this package is not installed.
     """
     if of == "proposals":
         proposals = propose_dataset(model, dataset, batch_size=batch_size, implementation=implementation)
@@ -61,11 +68,11 @@ def score(
     else:
         assert given is not None, f"{of} need them"
         found = detect_dataset_in_proposals(model, dataset, given, batch_size=batch_size, implementation=implementation)
-    result = evaluate_detections(found, dataset)
+    result = evaluate_detections(found, dataset, backend=coco_backend)
     values = metrics_dict(result, dataset.class_names)
     capped = [f"note: {sentence}" for sentence in capped_recall(dataset.records, model.config)]
     table = "\n".join([*capped, format_table(dataset, result.voc07, result.voc_area, result.coco)])
-    return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None)
+    return Score(values, f"AP50 {_number(values['AP50'])}", table, found, None, result)
 
 
 def shown_proposals(

@@ -8,7 +8,7 @@ from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.ops.box_coder import decode
 from fasterrcnn_jax.ops.boxes import clip, min_side
-from fasterrcnn_jax.ops.suppression import nms
+from fasterrcnn_jax.ops.suppression import nms, soft_nms
 from fasterrcnn_jax.structures import Detections, PerDelta, Proposals
 
 
@@ -26,8 +26,8 @@ def postprocess(
 ) -> Detections:
     """Returns the `config.max_detections` best detections after class-wise NMS; boxes in network pixels.
 
-    The steps are: softmax, decoding with the deltas of each class, clipping to the image, score threshold, NMS
-    within each class, selection of the best over all classes.
+    The steps are: softmax, decoding with the deltas of each class, clipping to the image, score threshold, NMS or
+    Soft-NMS within each class, selection of the best over all classes.
 
     Args:
       deltas: one set per class, background first, or one set for all classes; normalised by `means` and `stds`.
@@ -49,18 +49,32 @@ def postprocess(
     labels = jnp.tile(jnp.arange(1, num_classes + 1, dtype=jnp.int32), proposals.valid.shape[0])
     valid = jnp.repeat(proposals.valid, num_classes)
     valid &= (scores > config.score_threshold) & (min_side(boxes) > 0.0)
-    kept, kept_valid = nms(
-        boxes,
-        scores,
-        valid,
-        iou_threshold=config.nms_threshold,
-        max_output=config.max_detections,
-        groups=labels,
-        implementation=implementation,
-    )
+    if config.soft_nms is None:
+        kept, kept_valid = nms(
+            boxes,
+            scores,
+            valid,
+            iou_threshold=config.nms_threshold,
+            max_output=config.max_detections,
+            groups=labels,
+            implementation=implementation,
+        )
+        kept_scores = scores[kept]
+    else:
+        kept, kept_scores, kept_valid = soft_nms(
+            boxes,
+            scores,
+            valid,
+            kind=config.soft_nms,
+            iou_threshold=config.nms_threshold,
+            sigma=config.soft_nms_sigma,
+            score_threshold=config.score_threshold,
+            max_output=config.max_detections,
+            groups=labels,
+        )
     return Detections(
         jnp.where(kept_valid[:, None], boxes[kept], 0.0),
-        jnp.where(kept_valid, scores[kept], 0.0),
+        jnp.where(kept_valid, kept_scores, 0.0),
         jnp.where(kept_valid, labels[kept], 0),
         kept_valid,
     )

@@ -1,6 +1,6 @@
-"""Greedy non-maximum suppression with fixed sizes.
+"""Non-maximum suppression with fixed sizes: greedy (`nms`), and by lower scores (`soft_nms`).
 
-Both implementations keep this contract:
+Both implementations of `nms` keep this contract:
 - valid boxes are visited by descending score, boxes of equal score by ascending index; invalid boxes are not visited;
 - a kept box suppresses a later box of its group if the float32 `intersection / union` of the two exceeds the
   threshold rounded *down* to float32 (this equals torchvision on a CPU, which compares with a double);
@@ -12,9 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from fasterrcnn_jax.config.model import SoftNms
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.ops.boxes import pairwise_iou
 
 # Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that comparing the pairs
 # inside a block costs little compared to comparing the block with the boxes kept before.
@@ -139,3 +141,61 @@ def _keep(
     )
     _, count, kept, _, _ = lax.while_loop(unfinished, decide_block, start)
     return kept, count
+
+
+def soft_nms(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, "n"],
+    valid: Bool[Array, "n"],
+    *,
+    kind: SoftNms,
+    iou_threshold: float,
+    sigma: float,
+    score_threshold: float,
+    max_output: int,
+    groups: Int[Array, "n"],
+) -> tuple[Int[Array, "k"], Float[Array, "k"], Bool[Array, "k"]]:
+    """Returns the indices of the `max_output` best boxes, their lowered scores, and which of these entries are valid.
+
+    Soft-NMS (Bodla et al. 2017, arXiv:1704.04503), section 3: the box with the best score is taken again and again,
+    and the scores of the remaining boxes of its group are multiplied by a factor that depends on their IoU with it.
+    linear: 1 - IoU if the IoU is above the threshold (eq. 2); gaussian: exp(-IoU^2 / sigma) (eq. 3). Boxes of equal
+    score are taken by ascending index. Plain JAX, on every device. No gradient passes.
+
+    Args:
+      boxes: float32, as in `nms`.
+      iou_threshold: for linear; gaussian has none.
+      sigma: for gaussian; linear has none.
+      score_threshold: a box whose score falls to this or less is dropped.
+      groups: boxes of different groups do not change each other's scores.
+    Raises:
+      TypeError: the boxes are not float32.
+      ValueError: `iou_threshold` or `sigma` is out of range, or `max_output` is not positive.
+    """
+    if boxes.dtype != jnp.float32:
+        raise TypeError(f"boxes must be float32, got {boxes.dtype.name}")
+    if not 0.0 < iou_threshold <= 1.0:
+        raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
+    if not sigma > 0.0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    if max_output < 1:
+        raise ValueError(f"max_output must be at least 1, got {max_output}")
+    if boxes.shape[0] == 0:
+        return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, scores.dtype), jnp.zeros(max_output, bool)
+    boxes, scores = lax.stop_gradient((boxes, scores))
+    threshold = _rounded_down(iou_threshold)
+
+    def take_best(scores, _):
+        best = jnp.argmax(scores)
+        score = scores[best]
+        iou = pairwise_iou(boxes[best][None], boxes)[0]
+        factor = jnp.where(iou > threshold, 1.0 - iou, 1.0) if kind == "linear" else jnp.exp(-jnp.square(iou) / sigma)
+        scores = jnp.where(groups == groups[best], scores * factor, scores)
+        # Taken and dropped boxes have score -inf; of -inf only NaN or -inf can come, and NaN is not above it.
+        scores = jnp.where(scores > score_threshold, scores, -jnp.inf).at[best].set(-jnp.inf)
+        return scores, (best, score)
+
+    start = jnp.where(valid & (scores > score_threshold), scores, -jnp.inf)
+    _, (best, kept_scores) = lax.scan(take_best, start, length=max_output)
+    is_kept = kept_scores > -jnp.inf
+    return jnp.where(is_kept, best, 0).astype(jnp.int32), jnp.where(is_kept, kept_scores, 0.0), is_kept

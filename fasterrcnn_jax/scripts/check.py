@@ -33,6 +33,7 @@ from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw_boxes, save_image
 from fasterrcnn_jax.ops.anchors import level_cells, strides_of
 from fasterrcnn_jax.printing import print_lines
+from fasterrcnn_jax.report.data_page import DataSet, write_data_report
 from fasterrcnn_jax.scripts import cli
 
 # A sheet shows at most SHEET images, COLUMNS in a row; the longer side of each has SIDE pixels.
@@ -52,6 +53,9 @@ class Arguments:
     """folder of labelled images; or a configuration file (.py), whose fields are then flags"""
     sheets: Path | None = None
     """folder to write one sheet per split into: a JPEG of many images with their boxes"""
+    report: bool = False
+    """write NAME_report.html into the working folder, for a data folder NAME: the data set and its findings, as one
+    page that opens from disk"""
     all: bool = False
     """print every finding, not only 20 of each kind"""
     max_pixels: int | None = None
@@ -110,6 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.sheets is not None:
         for name, split in checked.items():
             print_lines(f"sheet    {write_sheet(arguments.sheets, name, split.dataset)}")
+    if arguments.report:
+        name = data.root.resolve().name
+        unions = _unions(checked)
+        datasets_of = {split: one.dataset for split, one in checked.items() if split not in unions}
+        # What a union alone has is what its parts have with each other.
+        again = {id(finding) for union in unions for finding in checked[union].dataset.findings}
+        shown = tuple(finding for finding in findings if id(finding) not in again)
+        page = DataSet(name, datasets_of, tuple(sorted(unions)), shown)
+        print_lines(f"report   {write_data_report(Path(f'{name}_report.html'), page)}")
     sys.exit(severity(findings))
 
 
@@ -163,19 +176,21 @@ def finding_lines(findings: list[Finding], shown: int) -> list[str]:
     return lines or ["no fault, and nothing odd"]
 
 
-def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of splits to compare.
-
-    A split that is the union of other splits, like trainval, is not compared with them.
-    """
+def _unions(checked: dict[str, check.Checked]) -> set[str]:
+    """Returns the splits that are the union of other splits, like trainval."""
     ids = {name: {record.path for record in split.dataset.records} for name, split in checked.items()}
-    joined = {
+    return {
         name
         for name in ids
         if len(parts := [part for part in ids if ids[part] < ids[name]]) > 1
         and set().union(*(ids[part] for part in parts)) == ids[name]
     }
-    yield from combinations([name for name in ids if name not in joined], 2)
+
+
+def _apart(checked: dict[str, check.Checked]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of splits to compare. A union of other splits is not compared with them."""
+    unions = _unions(checked)
+    yield from combinations([name for name in checked if name not in unions], 2)
 
 
 def anchor_lines(dataset: Dataset, model: ModelConfig) -> list[str]:

@@ -4,15 +4,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fasterrcnn_jax.config import TrainConfig
+from fasterrcnn_jax.config import Config, TrainConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data.records import Dataset, ImageProposals
+from fasterrcnn_jax.evaluation.analysis import analyse
 from fasterrcnn_jax.inference.drawing import comparison_sheet, shown_positions
 from fasterrcnn_jax.inference.scoring import Score, score, shown_proposals
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.report.evaluation_page import Evaluation, write_report
+from fasterrcnn_jax.report.history import History
 from fasterrcnn_jax.training.progress import MetricsWriter, say
-from fasterrcnn_jax.training.run_folder import best_folder, checkpoint_folder
+from fasterrcnn_jax.training.run_folder import best_folder, checkpoint_folder, report_path
 from fasterrcnn_jax.training.stages import Stage
+
+
+class Shown(NamedTuple):
+    """What the page of a run is about."""
+
+    score: Score
+    dataset: Dataset
+    split: str
+    also: str  # what the images were used for before, for the end of a sentence
+    step: int  # of the checkpoint
+    history: History
 
 
 class Outcome(NamedTuple):
@@ -21,6 +35,7 @@ class Outcome(NamedTuple):
     run: Path
     values: dict[str, float | None]  # metrics by name; None: undefined
     lines: tuple[str, ...]  # the table, and where the files are
+    shown: Shown | None = None
 
 
 def chose_among_several(train: TrainConfig, *, last: int, evaluated: int) -> bool:
@@ -44,32 +59,42 @@ def is_within(split: str, whole: str) -> bool:
     return not {*split.split("+")}.isdisjoint(whole.split("+"))
 
 
-def outcome_of(
-    stage: Stage,
-    result: Score,
-    last: int,
-    *,
-    chosen: str | None,
-    chosen_on: str | None,
-    shown_on: str,
-    trained_on: str,
-) -> Outcome:
+def outcome_of(stage: Stage, shown: Shown, last: int, *, chosen: str | None) -> Outcome:
     """Returns the results that a stage ends with.
 
     Args:
+      shown: the results of the checkpoint that the table shows.
       last: the last step.
       chosen: what RUN/best is, as `checkpoint.write_best` says it; None: the stage has no such folder.
-      chosen_on: split that chose the best checkpoint; None: nothing was chosen.
-      shown_on: split of `result`.
-      trained_on: split of the training images.
     """
-    chose = chosen is not None and chosen_on is not None and is_within(shown_on, chosen_on)
-    also = also_used(chose=chose, trained=is_within(shown_on, trained_on))
-    lines = [*result.table.split("\n"), f"split      {shown_on}{also}"]
+    lines = [*shown.score.table.split("\n"), f"split      {shown.split}{shown.also}"]
     lines.append(f"checkpoint {checkpoint_folder(stage.run, last)}")
     if chosen is not None:
         lines.append(f"best       {best_folder(stage.run)}: {chosen}")
-    return Outcome(stage.run, result.values, tuple(lines))
+    return Outcome(stage.run, shown.score.values, tuple(lines), shown)
+
+
+def write_run_report(config: Config, run: Path, shown: Shown) -> str:
+    """Writes RUN/report.html, whole or not at all, in place of an older one; returns a sentence about it.
+
+    Raises:
+      InputError: the file cannot be written, or an image cannot be decoded.
+    """
+    detections, metrics = shown.score.detections, shown.score.metrics
+    if detections is None or metrics is None:
+        return "none: an RPN alone has no detections"
+    page = Evaluation(
+        name=str(run),
+        split=shown.split,
+        also=shown.also,
+        dataset=shown.dataset,
+        analysis=analyse(detections, shown.dataset),
+        metrics=metrics,
+        config=config,
+        step=shown.step,
+        history=shown.history,
+    )
+    return write_report(report_path(run), page)
 
 
 class Evaluator(NamedTuple):
@@ -93,6 +118,7 @@ class Evaluator(NamedTuple):
             given=given,
             batch_size=batch_size,
             implementation=implementation,
+            coco_backend=self.stage.train.coco_backend,
         )
         positions = shown_positions(dataset)
         proposals = shown_proposals(

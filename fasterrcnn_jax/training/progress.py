@@ -1,4 +1,4 @@
-"""The output of a running training: a progress bar, metrics.jsonl, TensorBoard events, and images.
+"""The output of a running training: a progress bar, metrics.jsonl, results.csv, TensorBoard events, and images.
 
 The numbers of a step are read one step late, while the device already works on the next one.
 """
@@ -23,6 +23,7 @@ from fasterrcnn_jax.inference.drawing import Pixels, batch_sheet, save_image
 from fasterrcnn_jax.printing import printable, progress_bar
 from fasterrcnn_jax.processes import is_main, process
 from fasterrcnn_jax.regular_files import check_regular
+from fasterrcnn_jax.report.history import History, curves_image, results_csv
 from fasterrcnn_jax.structures import Batch, LossTerms
 from fasterrcnn_jax.training import compilations, replay
 from fasterrcnn_jax.training.expected_time import (
@@ -33,7 +34,13 @@ from fasterrcnn_jax.training.expected_time import (
     in_words,
 )
 from fasterrcnn_jax.training.optimizer import learning_rates
-from fasterrcnn_jax.training.run_folder import first_batch_path, image_path, metrics_path
+from fasterrcnn_jax.training.run_folder import (
+    curves_path,
+    first_batch_path,
+    image_path,
+    metrics_path,
+    results_path,
+)
 from fasterrcnn_jax.training.stages import Stage
 from fasterrcnn_jax.training.state import StepMetrics
 from fasterrcnn_jax.training.tensorboard import TensorBoard
@@ -113,6 +120,7 @@ class MetricsWriter:
 
     def __init__(self, run: Path, *, after: int, silent: bool = False):
         self._run, self._lines, self._board = run, None, None
+        self.history = History()
         self._evaluated: dict[int, set[str]] = {}  # names of the numbers of evaluations, by step
         if silent:
             return
@@ -137,6 +145,8 @@ class MetricsWriter:
         return sum(_has_evaluation(names, split) for names in self._evaluated.values())
 
     def _note(self, step: int, values: Mapping[str, object]) -> None:
+        self.history.add(step, {name: value for name, value in values.items() if name != "time"})
+        # The numbers of an evaluation have names such as test/AP50.
         names = {name for name in values if "/" in name}
         if names:
             self._evaluated.setdefault(step, set()).update(names)
@@ -157,6 +167,20 @@ class MetricsWriter:
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
+
+    def write_results(self, *, every: int, batch_size: int, images: int) -> None:
+        """Replaces results.csv and curves.png by those of all steps so far; see `report.history.results_csv`.
+
+        Raises:
+          InputError: a file cannot be written; names it.
+        """
+        if self._board is None:
+            return
+        text = results_csv(self.history, every=every, batch_size=batch_size, images=images)
+        write_atomically(results_path(self._run), text)
+        image = curves_image(self.history)
+        if image is not None:
+            save_image(curves_path(self._run), image)
 
     def write_image(self, step: int, image: Pixels, *, split: str = "") -> Path:
         """Writes images/STEP.png, or STEP_SPLIT.png, and TensorBoard's copy of it; returns its path.

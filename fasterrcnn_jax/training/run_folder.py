@@ -113,6 +113,21 @@ def metrics_path(run: Path) -> Path:
     return run / "metrics.jsonl"
 
 
+def results_path(run: Path) -> Path:
+    """Returns the table of losses and metrics, one line per checkpoint and evaluation."""
+    return run / "results.csv"
+
+
+def curves_path(run: Path) -> Path:
+    """Returns the image of the learning curves."""
+    return run / "curves.png"
+
+
+def report_path(run: Path) -> Path:
+    """Returns the page about the detections of the best checkpoint."""
+    return run / "report.html"
+
+
 def image_path(run: Path, step: int, split: str = "") -> Path:
     """Returns the file of the image that shows ground truth and detections after `step`."""
     return run / "images" / f"{step:06d}{split and '_'}{split}.png"
