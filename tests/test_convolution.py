@@ -39,6 +39,41 @@ def test_the_convolution_and_its_gradients_are_those_of_xla(shape, size, padding
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(3, 5), (5, 3)])
+@pytest.mark.parametrize(("of_x", "of_y"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_a_1_x_1_convolution_and_its_gradients_are_those_of_xla(stride, channels, of_x, of_y):
+    x, kernel = drawn((2, 6, 7, channels[0]), of_x, 0), drawn((1, 1, *channels), of_x, 1)
+
+    def of(function):
+        def run(x, kernel):
+            return function(x, kernel, stride=stride, padding=((0, 0), (0, 0)), dtype=of_y)
+
+        y, pull = jax.vjp(run, x, kernel)
+        return y, *pull(drawn(y.shape, y.dtype, 2))
+
+    for mine, expected in zip(of(convolution), of(by_xla), strict=True):
+        assert mine.dtype == expected.dtype
+        tolerance = 1e-5 if mine.dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_the_gradient_of_1_x_1_filters_transposes_the_map_with_fewer_channels():
+    def transposed(inputs, outputs):
+        x, kernel = drawn((1, 6, 7, inputs), jnp.float32, 0), drawn((1, 1, inputs, outputs), jnp.float32, 1)
+
+        def loss(kernel):
+            return (convolution(x, kernel, stride=1, padding=((0, 0), (0, 0)), dtype=x.dtype) ** 2).sum()
+
+        products = [e for e in jax.make_jaxpr(jax.grad(loss))(kernel).eqns if e.primitive.name == "dot_general"]
+        return products[-1].invars[0].aval.shape
+
+    assert transposed(3, 5) == (3, 42)
+    assert transposed(5, 3) == (3, 42)
+
+
 def test_the_gradient_of_bfloat16_filters_is_summed_in_float32():
     x = jnp.ones((1, 50, 50, 1), jnp.bfloat16)
     kernel = jnp.ones((3, 3, 1, 1), jnp.bfloat16)

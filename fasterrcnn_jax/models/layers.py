@@ -85,12 +85,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel, dtype = self.kernel[...].astype(x.dtype), _result_type(self, x)
-        if kernel.shape[:2] == (1, 1):
-            # As a matrix product: XLA's weight gradient of 1x1 convolutions is slow on a CPU.
-            x = x[:, :: self.stride, :: self.stride]
-            y = jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
-        else:
-            y = convolution(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
+        y = convolution(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
         return y if self.bias is None else _add_bias(self.bias[...], y)
 
     def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:

@@ -29,7 +29,13 @@ def convolution(
     """Returns the convolution in type `dtype`; sums are float32.
 
     On a CPU and on large maps the gradient of a filter of stride 1 is a sum of matrix products over blocks of rows.
+    Filters of 1 x 1 are a matrix product.
     """
+    if kernel.shape[:2] == (1, 1):
+        x = x[:, ::stride, ::stride]
+        if choice.device()[0] == "cpu":
+            return _pointwise(x, kernel[0, 0], jnp.dtype(dtype))
+        return jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
     cells = x.shape[1] * x.shape[2]
     if choice.device()[0] == "cpu" and stride == 1 and kernel.shape[0] > 1 and cells >= FEWEST_CELLS:
         return _by_blocks(x, kernel, padding, jnp.dtype(dtype))
@@ -92,3 +98,29 @@ def gradient_by_blocks(
     total = jnp.zeros((outputs, size * size * channels), jnp.float32)
     total = lax.fori_loop(0, batch * blocks, add, total)
     return total.reshape(outputs, size, size, channels).transpose(1, 2, 3, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _pointwise(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _pointwise_forward(x: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return _pointwise(x, kernel, dtype), (x, kernel)
+
+
+def _pointwise_backward(dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    of_x = jnp.matmul(gradient, kernel.T.astype(gradient.dtype), preferred_element_type=x.dtype)
+    outputs = gradient.reshape(-1, gradient.shape[-1])
+    # Predictions are float32 for any type of features.
+    cells = x.reshape(-1, x.shape[-1]).astype(outputs.dtype)
+    # The product needs one of the maps transposed. Of the gradient and the input, XLA always takes the gradient.
+    if cells.shape[1] < outputs.shape[1]:
+        of_kernel = lax.dot(cells.T, outputs, preferred_element_type=jnp.float32)
+    else:
+        of_kernel = lax.dot(outputs.T, cells, preferred_element_type=jnp.float32).T
+    return of_x, of_kernel.astype(kernel.dtype)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
