@@ -1,7 +1,7 @@
 """Convolution whose filters have a fast gradient on a CPU.
 
 XLA computes the gradient of the filters as a convolution with filters as large as the map. On a CPU this takes up to
-six times as long as the gradient of the input; docs/decisions/0016 has the measurements.
+six times as long as the gradient of the input; docs/decisions/0017 has the measurements.
 """
 
 import functools
