@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
-from fasterrcnn_jax.ops.depthwise import depthwise_conv
+from fasterrcnn_jax.ops.convolution import Padding, convolution
+from fasterrcnn_jax.ops.depthwise import depthwise_conv, same_padding
 from fasterrcnn_jax.structures import Images
 
 Valid = Float[Array, "b h w 1"] | None
@@ -93,21 +94,14 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel, dtype = self.kernel[...].astype(x.dtype), _result_type(self, x)
-        if kernel.shape[:2] == (1, 1):
-            # As a matrix product: XLA's weight gradient of 1x1 convolutions is slow on a CPU.
-            x = x[:, :: self.stride, :: self.stride]
-            y = jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
-        else:
-            halves = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:2]]
-            y = lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride,) * 2,
-                "SAME" if self.padding == "same" else halves,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                preferred_element_type=dtype,
-            )
+        y = convolution(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
         return y if self.bias is None else _add_bias(self.bias[...], y)
+
+    def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:
+        size = self.kernel.shape[0]
+        if self.padding == "half":
+            return ((size - 1) // 2,) * 2, ((size - 1) // 2,) * 2
+        return same_padding(x.shape[1], size, self.stride), same_padding(x.shape[2], size, self.stride)
 
 
 class DepthwiseConv(nnx.Module):

@@ -1,0 +1,126 @@
+"""Convolution whose filters have a fast gradient on a CPU.
+
+XLA computes the gradient of the filters as a convolution with filters as large as the map. On a CPU this takes up to
+six times as long as the gradient of the input; docs/decisions/0017 has the measurements.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fasterrcnn_jax.kernels import choice
+
+# Rows and columns of zeros: before and after.
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# On smaller maps XLA's gradient is as fast.
+FEWEST_CELLS = 2000
+# Cells whose neighbourhoods are multiplied at once: 640 x 9 x 96 values are 2.2 MB and stay in the cache.
+CELLS_AT_ONCE = 640
+
+
+def convolution(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c d"], *, stride: int, padding: Padding, dtype: DTypeLike
+) -> Float[Array, "b h2 w2 d"]:
+    """Returns the convolution in type `dtype`; sums are float32.
+
+    On a CPU and on large maps the gradient of a filter of stride 1 is a sum of matrix products over blocks of rows.
+    Filters of 1 x 1 are a matrix product.
+    """
+    if kernel.shape[:2] == (1, 1):
+        x = x[:, ::stride, ::stride]
+        if choice.device()[0] == "cpu":
+            return _pointwise(x, kernel[0, 0], jnp.dtype(dtype))
+        return jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
+    cells = x.shape[1] * x.shape[2]
+    if choice.device()[0] == "cpu" and stride == 1 and kernel.shape[0] > 1 and cells >= FEWEST_CELLS:
+        return _by_blocks(x, kernel, padding, jnp.dtype(dtype))
+    return by_xla(x, kernel, stride, padding, dtype)
+
+
+def by_xla(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c d"], stride: int, padding: Padding, dtype: DTypeLike
+) -> Float[Array, "b h2 w2 d"]:
+    """Returns the same as `convolution`, with the gradients of XLA."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_blocks(x: Array, kernel: Array, padding: Padding, dtype: DTypeLike) -> Array:
+    return by_xla(x, kernel, 1, padding, dtype)
+
+
+def _forward(x: Array, kernel: Array, padding: Padding, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return _by_blocks(x, kernel, padding, dtype), (x, kernel)
+
+
+def _backward(padding: Padding, dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    (of_x,) = jax.linear_transpose(lambda x: by_xla(x, kernel, 1, padding, dtype), x)(gradient)
+    return of_x, gradient_by_blocks(x, gradient, padding, kernel.shape[0]).astype(kernel.dtype)
+
+
+_by_blocks.defvjp(_forward, _backward)
+
+
+def gradient_by_blocks(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h2 w2 d"], padding: Padding, size: int
+) -> Float[Array, "k k c d"]:
+    """Returns the gradient of the filters of stride 1 in float32, for the gradient of the result."""
+    batch, height, width, outputs = gradient.shape
+    channels = x.shape[3]
+    rows = max(1, CELLS_AT_ONCE // width)
+    blocks = -(-height // rows)
+    # The last block is filled with rows whose gradient is zero.
+    extra = blocks * rows - height
+    padded = jnp.pad(x, ((0, 0), (padding[0][0], padding[0][1] + extra), padding[1], (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (0, extra), (0, 0), (0, 0)))
+
+    def add(number: Array, total: Array) -> Array:
+        image, row = number // blocks, number % blocks * rows
+        near = lax.dynamic_slice(padded, (image, row, 0, 0), (1, rows + size - 1, *padded.shape[2:]))[0]
+        here = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, rows, width, outputs)).reshape(-1, outputs)
+        # One row for each cell: its neighbourhood.
+        near = [near[i : i + rows, j : j + width].reshape(-1, channels) for i in range(size) for j in range(size)]
+        return total + lax.dot(here.T, jnp.concatenate(near, axis=1), preferred_element_type=jnp.float32)
+
+    total = jnp.zeros((outputs, size * size * channels), jnp.float32)
+    total = lax.fori_loop(0, batch * blocks, add, total)
+    return total.reshape(outputs, size, size, channels).transpose(1, 2, 3, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _pointwise(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _pointwise_forward(x: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return _pointwise(x, kernel, dtype), (x, kernel)
+
+
+def _pointwise_backward(dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    of_x = jnp.matmul(gradient, kernel.T.astype(gradient.dtype), preferred_element_type=x.dtype)
+    outputs = gradient.reshape(-1, gradient.shape[-1])
+    # Predictions are float32 for any type of features.
+    cells = x.reshape(-1, x.shape[-1]).astype(outputs.dtype)
+    # The product needs one of the maps transposed. Of the gradient and the input, XLA always takes the gradient.
+    if cells.shape[1] < outputs.shape[1]:
+        of_kernel = lax.dot(cells.T, outputs, preferred_element_type=jnp.float32)
+    else:
+        of_kernel = lax.dot(outputs.T, cells, preferred_element_type=jnp.float32).T
+    return of_x, of_kernel.astype(kernel.dtype)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
