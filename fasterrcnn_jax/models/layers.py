@@ -100,7 +100,8 @@ class Conv(nnx.Module):
     def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:
         size = self.kernel.shape[0]
         if self.padding == "half":
-            return ((size - 1) // 2,) * 2, ((size - 1) // 2,) * 2
+            half = (size - 1) // 2
+            return (half, half), (half, half)
         return same_padding(x.shape[1], size, self.stride), same_padding(x.shape[2], size, self.stride)
 
 
