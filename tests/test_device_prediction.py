@@ -232,7 +232,7 @@ def test_boxes_of_a_program_equal_those_of_predict_on_the_host_in_images_of_any_
 
 
 def test_a_device_array_gives_detections_without_jit_and_a_batch_has_its_axis(model):
-    batch = np.stack([IMAGES[0], IMAGES[0][::-1], IMAGES[0][:, ::-1]])
+    batch = np.stack([IMAGES[1], IMAGES[1][::-1], IMAGES[1][:, ::-1]])
     expected = predict(model, batch)
     for size in (1, 2, 3):  # two batches of 2 with one empty row
         found = predict(model, jnp.asarray(batch), batch_size=size)

@@ -32,10 +32,9 @@ def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made
       InputError: the file cannot be written.
     """
     found = list(proposals.values())
-    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(of_image.boxes for of_image in found)])
     arrays = {
-        # safetensors stores the memory as it lies, and NumPy concatenates arrays of columns to an array of columns.
-        "boxes": np.ascontiguousarray(boxes),
+        # The empty array also makes NumPy put the rows one after the other: safetensors stores the memory as it lies.
+        "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(of_image.boxes for of_image in found)]),
         "scores": np.concatenate([np.zeros(0, np.float32), *(of_image.scores for of_image in found)]),
         "counts": np.array([len(of_image.boxes) for of_image in found], np.int64),
     }
