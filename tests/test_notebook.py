@@ -225,10 +225,15 @@ def case(request):
 
 
 def test_losses_of_each_step(case):
+    """The full network adds up a hundred times as many products, so its own rounding in PyTorch is allowed for."""
     name, case, (losses, _, _, _) = case
     for number, ours in zip(case.numbers, losses, strict=True):
         tolerance = TOLERANCE if number == 1 else LATER_TOLERANCE
         theirs = case.golden[f"losses_{number}"]
+        if case.config.backbone.width == 64:
+            rounding = np.abs(theirs - case.golden["losses_1_f64"])
+            print(f"ours minus PyTorch in float64: {ours - case.golden['losses_1_f64']}, its float32: {rounding}")
+            tolerance = TOLERANCE + 4 * float(rounding.max())
         compare(name, "PyTorch", f"losses of step {number}", ours, theirs, atol=tolerance)
 
 
@@ -254,7 +259,8 @@ def test_gradients_of_the_first_step(case):
         ours[source.key] = scale * np.linalg.norm(np.float64(gradient))
     for key, norm in zip(map(str, case.golden["grad_keys"]), case.golden["grad_norms"], strict=True):
         if key in WITHOUT_EFFECT:
-            assert max(norm, ours[key]) < 1e-3
+            # Against the gradients of thousands of pixels that cancel.
+            assert max(norm, ours[key]) < 1e-6 * max(case.golden["grad_norms"])
             continue
         compare(name, "PyTorch", f"norm of the gradient of {key}", ours[key], norm, rtol=1e-3)
 

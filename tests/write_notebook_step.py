@@ -14,6 +14,7 @@ with these differences:
 - The optimizer is SGD with momentum; the notebook ends before it.
 """
 
+import copy
 import itertools
 import zlib
 from pathlib import Path
@@ -156,17 +157,21 @@ def smooth_l1(deltas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return LAMBDA * functional.smooth_l1_loss(deltas, targets)
 
 
-def step(case: Case, net: Network, anchors: np.ndarray) -> tuple[list[torch.Tensor], np.ndarray]:
-    """Returns the four losses and the proposals."""
-    features = net.features(torch.from_numpy(image_of(case))[None])
+def step(
+    case: Case, net: Network, anchors: np.ndarray, rois: np.ndarray | None = None
+) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Returns the four losses and the proposals, which may be given."""
+    dtype = next(net.parameters()).dtype
+    features = net.features(torch.from_numpy(image_of(case))[None].to(dtype))
     deltas, logits = net.region_proposals(features)
     labels, targets = anchor_targets(case, anchors)
     positive = labels > 0
     losses = [
         functional.cross_entropy(logits, labels, ignore_index=-1),
-        smooth_l1(deltas[positive], targets[positive]),
+        smooth_l1(deltas[positive], targets[positive].to(dtype)),
     ]
-    rois = proposed(case, anchors, deltas.detach().numpy().astype(np.float64), logits.detach().numpy()[:, 1])
+    if rois is None:
+        rois = proposed(case, anchors, deltas.detach().numpy().astype(np.float64), logits.detach().numpy()[:, 1])
     boxes = np.array(case.boxes, np.float64)
     iou = overlaps(rois.astype(np.float64), boxes)
     positive = iou.max(1) >= 0.5
@@ -175,7 +180,7 @@ def step(case: Case, net: Network, anchors: np.ndarray) -> tuple[list[torch.Tens
     scores, deltas = net.regions(features, rois)
     own = deltas[torch.arange(len(rois)), labels]
     targets = encoded(rois.astype(np.float64), boxes[iou.argmax(1)])
-    losses += [functional.cross_entropy(scores, labels), smooth_l1(own[positive], targets[positive])]
+    losses += [functional.cross_entropy(scores, labels), smooth_l1(own[positive], targets[positive].to(dtype))]
     print(
         "positive anchors and RoIs", int((anchor_targets(case, anchors)[0] > 0).sum()), int(positive.sum()), len(rois)
     )
@@ -235,6 +240,7 @@ def written(name: str, case: Case) -> dict[str, np.ndarray]:
         for key, weight in weights.items()
     }
     net.load_state_dict(relaid_weights, strict=False)
+    double = copy.deepcopy(net).double()
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM)
     net.train()
     for number in range(1, case.steps + 1):
@@ -247,6 +253,10 @@ def written(name: str, case: Case) -> dict[str, np.ndarray]:
         if number == 1:
             gradients = dict(net.named_parameters())
             found["grad_keys"] = np.array([renamed(key) for key in gradients])
+            with torch.no_grad():
+                in_double = [float(loss) for loss in step(case, double.train(), anchors, rois)[0]]
+            print(name, "float64", in_double)
+            found["losses_1_f64"] = np.array(in_double)
             found["grad_norms"] = np.array([float(of.grad.double().norm()) for of in gradients.values()])
             # Detection with the weights of the rule and the statistics of this step: an update would amplify rounding.
             net.eval()
