@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.config.model import ModelConfig
 from fasterrcnn_jax.config.run import Config
 from fasterrcnn_jax.config.text import to_json
 
