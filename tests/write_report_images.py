@@ -56,7 +56,7 @@ def main():
             images = list(screens(page, sections))
             path = DOCS / f"{name}_{view}.png"
             for scale, colours in ((0.75, 256), (0.75, 96), (0.6, 96), (0.5, 64)):
-                joined(images, scale).quantize(colours).save(path, optimize=True)
+                joined(images, scale).quantize(colours, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
                 if path.stat().st_size <= MOST_BYTES:
                     break
             print_lines(f"{path}: {path.stat().st_size} bytes")
