@@ -28,17 +28,18 @@ def golden_case(crowds=False):
 @pytest.mark.parametrize("crowds, suffix", ((False, ""), (True, "_crowd")))
 def test_numbers_equal_pycocotools_on_files(crowds, suffix):
     got = coco_ap(*golden_case(crowds))
-    scalars = (got.ap, got.ap50, got.ap75, got.ap_small, got.ap_medium, got.ap_large, got.ar_100)
-    want = GOLDEN[f"coco_stats{suffix}"][[0, 1, 2, 3, 4, 5, 8]]
-    compare("average precision", "pycocotools", f"7 COCO numbers{suffix.replace('_', ', ')}", scalars, want, atol=1e-9)
+    want = GOLDEN[f"coco_stats{suffix}"]
+    name = f"12 COCO numbers{suffix.replace('_', ', ')}"
+    compare("average precision", "pycocotools", name, got[:12], want, atol=1e-9)
 
 
 @pytest.mark.parametrize("crowds, suffix", ((False, ""), (True, "_crowd")))
 def test_numbers_per_class_equal_pycocotools_on_files(crowds, suffix):
     got, want = coco_ap(*golden_case(crowds)), GOLDEN[f"coco_ap_per_class_iou{suffix}"]
-    ours = np.stack([got.class_ap, got.class_ap50])[:, :3]
-    theirs = np.stack([want.mean(axis=1), want[:, 0]])[:, :3]
-    compare("average precision", "pycocotools", f"AP per class{suffix.replace('_', ', ')}", ours, theirs, atol=1e-9)
+    ours = np.column_stack([got.class_iou_ap, got.class_ap, got.class_ap50])[:3]
+    theirs = np.column_stack([want, want.mean(axis=1), want[:, 0]])[:3]
+    name = f"AP per class and IoU{suffix.replace('_', ', ')}"
+    compare("average precision", "pycocotools", name, ours, theirs, atol=1e-9)
     assert np.isnan([got.class_ap[3], got.class_ap50[3]]).all()  # no objects: pycocotools gives -1
 
 
@@ -103,10 +104,19 @@ def test_area_ranges_use_the_area_of_the_record():
     detections = [found((small, 0.9, 1), (large, 0.8, 1))]
     got = coco_ap(detections, dataset(record(*objects)))
     assert (got.ap_small, got.ap_medium, got.ap_large) == pytest.approx((1.0, 0.0, 1.0))
+    assert (got.ar_small, got.ar_medium, got.ar_large) == pytest.approx((1.0, 0.0, 1.0))
+    np.testing.assert_allclose(got.class_size_ap, [[1.0, 0.0, 1.0]])
     # The outline of the largest covers less than 96^2 of its 160^2 pixels.
     got = coco_ap(detections, dataset(record(*objects, area=[400, 2500, 9000])))
     assert got.ap_small == pytest.approx(1.0) and np.isnan(got.ap_large)
     assert got.ap_medium == pytest.approx(51 / 101)  # one of two
+
+
+def test_recall_counts_up_to_1_and_10_detections():
+    data = dataset(record((BOX, 1, False), (FAR_BOX, 1, False)))
+    got = coco_ap([found((BOX, 0.9, 1), *[((200, 200, 250, 250), 0.8, 1)] * 9, (FAR_BOX, 0.7, 1))], data)
+    assert (got.ar_1, got.ar_10, got.ar_100) == pytest.approx((0.5, 0.5, 1.0))
+    np.testing.assert_allclose(got.class_ar_100, [1.0])
 
 
 def test_recall_counts_up_to_100_detections_of_an_image_and_class():

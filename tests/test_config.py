@@ -30,7 +30,7 @@ from fasterrcnn_jax.config import (
     ShapesConfig,
     TrainConfig,
 )
-from fasterrcnn_jax.config.rules import unread_fields
+from fasterrcnn_jax.config.rules import differences, unread_fields
 from fasterrcnn_jax.config.text import field_help, from_json, load_config, to_json, with_fields
 from fasterrcnn_jax.errors import InputError
 
@@ -363,3 +363,15 @@ def test_fields_are_replaced_by_their_full_or_last_name():
 def test_a_field_that_does_not_exist_or_fit_is_named(values, message):
     with pytest.raises(InputError, match=re.escape(message)):
         with_fields(TINY, values)
+
+
+def test_differences_between_configurations_have_names_and_both_values():
+    first = tiny.config(Path("a"))
+    assert differences(first, first) == []
+    postprocess = replace(first.model.postprocess, soft_nms="linear")
+    second = replace(first, run=Path("b"), model=replace(first.model, postprocess=postprocess))
+    assert differences(first, second) == [
+        ("model.postprocess.soft_nms", None, "linear"),
+        ("run", str(first.run), "b"),
+    ]
+    assert differences(first.model, second.model) == [("postprocess.soft_nms", None, "linear")]

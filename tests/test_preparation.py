@@ -356,4 +356,4 @@ def test_a_folder_is_trained_on_and_evaluated(tmp_path, monkeypatch):
     assert status == 0 and "\nclass " in said and "lack 2 images whose id has white space" in said, said
     assert ", also trained on" in said
     written = {path.name for path in (tmp_path / "runs/my set/evaluation/all").iterdir()}
-    assert written == {"detections.json", "comp4_det_all_disc.txt", "comp4_det_all_square.txt"}
+    assert written == {"detections.json", "metrics.json", "comp4_det_all_disc.txt", "comp4_det_all_square.txt"}

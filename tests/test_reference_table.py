@@ -29,7 +29,10 @@ SECTIONS = [
 # Fields about names, paths, saving and evaluation of a run: they are not part of the method.
 NO_MECHANISM = {
     "data": {"root", "class_names", "test_split", "shapes"},
-    "train": {"checkpoint_every", "keep_checkpoints", "evaluate_every", "best_split", "best_metric", "report"},
+    "train": {
+        *("checkpoint_every", "keep_checkpoints", "evaluate_every", "best_split", "best_metric"),
+        *("coco_backend", "report"),
+    },
 }
 REQUIRED = "required"
 

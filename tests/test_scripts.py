@@ -467,9 +467,15 @@ def test_evaluate_needs_only_the_run_folder(trained, folder, tmp_path, monkeypat
     files = run / "evaluation" / "test"
     assert {path.name for path in files.iterdir()} == {
         "detections.json",
+        "metrics.json",
         "comp4_det_test_ring.txt",
         "comp4_det_test_disc.txt",
     }
+    # The numbers of the tables, for programs.
+    content = json.loads((files / "metrics.json").read_text())
+    assert f"{content['metrics']['AP50']:.2f}" == re.search(r"^AP50 (.*)$", out, re.MULTILINE)[1]
+    for head in ("COCO ", "precision ", "recall ", "AP at IoU ", "best F1 ", "errors ", "missed ", "calibration: "):
+        assert f"\n{head}" in f"\n{out}", head
     entries = json.loads((files / "detections.json").read_text())
     assert {entry["image_id"] for entry in entries} <= {f"test{i}" for i in range(5)} and len(entries) > 3
     lines = [line for path in files.glob("comp4*") for line in path.read_text().splitlines()]
@@ -596,11 +602,48 @@ def test_evaluate_prints_its_table_before_a_file_fails(trained, tmp_path):
         (("--ckpt", "{run}", "--root", "nowhere"), "nowhere"),
         (("--ckpt", "{run}", "--split", "tset"), "tset"),
         (("--ckpt", "{run}", "--batch_size", "0"), "--batch_size must be positive, got 0"),
+        (("--ckpt", "{run}", "--test_scales", "9"), r"--test_scales: scales must be in 0.25..4, got 9"),
+        (("--ckpt", "{run}", "--compare", "x", "--proposals", "True"), "leave out --proposals"),
+        (("--ckpt", "{run}", "--compare", "nowhere"), "nowhere: no such f"),
     ],
 )
 def test_bad_input_to_evaluate_is_named_in_one_line(folder, trained, argv, message):
     names = {"folder": folder, "run": trained[0]}
     refused(called(evaluate_script.main, *(argument.format(**names) for argument in argv)), message)
+
+
+def test_two_evaluations_of_the_same_model_are_compared_as_equal(trained, tmp_path):
+    """Also at another batch size."""
+    other, out_folder = trained[0] / "best", tmp_path / "out"
+    options = ("--compare", other, trained[0], "--batch_size", 2, "--out", out_folder)
+    status, out, err = called(evaluate_script.main, trained[0], *options)
+    assert status == 0, err
+    tables = out.split("\ncompare    ")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        assert "images     0 won, 0 lost, 5 equal" in table and "settings   0 fields differ" in table
+        assert re.search(r"^mAP .* \+0\.000 \[\+0\.000, \+0\.000\] unclear +\+0\.000 ", table, re.MULTILINE), table
+    content = json.loads((out_folder / "comparison.json").read_text())
+    assert set(content) == {str(other), str(trained[0])} and content[str(other)]["AP"]["difference"] == 0.0
+
+
+def test_a_comparison_lists_the_settings_that_differ(trained, tmp_path):
+    options = ("--compare", trained[0], "--soft_nms", "gaussian", "--test_flip", "True", "--out", tmp_path)
+    status, out, err = called(evaluate_script.main, trained[0], *options)
+    assert status == 0, err
+    assert "settings   2 fields differ" in out
+    assert "           model.postprocess.soft_nms: gaussian -> None" in out
+    assert "           model.test_augment.flip: True -> False" in out
+
+
+def test_models_of_other_classes_are_not_compared(trained, small_run, tmp_path):
+    model = fasterrcnn_jax.load(small_run)
+    model.class_names = ("ring", "square")
+    fasterrcnn_jax.save_weights(model, tmp_path / "other.safetensors")
+    result = called(evaluate_script.main, trained[0], "--compare", tmp_path / "other.safetensors", "--out", tmp_path)
+    refused(
+        result, r"its classes are ring, square, and those of .* are ring, disc; compare models with the same classes"
+    )
 
 
 def test_evaluate_does_not_detect_with_an_rpn_trained_alone(trained, monkeypatch):

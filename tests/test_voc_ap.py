@@ -9,6 +9,7 @@ from fidelity import compare
 from handmade import dataset, found, record
 
 from fasterrcnn_jax.data.records import Dataset, ImageDetections, ImageProposals, ImageRecord
+from fasterrcnn_jax.evaluation import overlaps
 from fasterrcnn_jax.evaluation.recall import proposal_recall
 from fasterrcnn_jax.evaluation.report import mean_over_classes
 from fasterrcnn_jax.evaluation.voc import (
@@ -260,3 +261,17 @@ def test_thousands_of_boxes_take_little_memory_and_are_compared_in_parts(monkeyp
     monkeypatch.setattr("fasterrcnn_jax.evaluation.overlaps._PAIRS", 10**8)
     np.testing.assert_array_equal(first, voc_ap([ImageDetections(given, scores, labels)], data, use_07_metric=False))
     assert first.min() > 0
+
+
+def test_boxes_far_from_each_other_are_not_compared(monkeypatch):
+    """The time does not grow with the square of the boxes of an image."""
+    compared, real = [], overlaps._compared
+    monkeypatch.setattr(overlaps, "_compared", lambda *args: compared.append(len(args[2])) or real(*args))
+    generator, count = np.random.default_rng(0), 2000
+    corners = generator.uniform(0, 2000, (2, count, 2))
+    given, objects = np.concatenate([corners, corners + 20], axis=2).astype(np.float32)
+    labels, flags = np.ones(count, np.int32), np.zeros(count, bool)
+    one = ImageRecord("a", None, (2100, 2100), objects, labels, flags, flags, np.ones(count))
+    data = Dataset("dense", ("a",), (one,), (), (1,))
+    voc_ap([ImageDetections(given, np.linspace(1, 0, count).astype(np.float32), labels)], data, use_07_metric=False)
+    assert 0 < sum(compared) < count**2 / 20

@@ -21,7 +21,7 @@ from fasterrcnn_jax.printing import printable
 
 # In units of the chart, which are CSS pixels on a phone: text stays readable there without zooming.
 WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 38
 TEXT = 12
 # Names of the colours, which the style sheet sets for light and dark, and their values on white.
 COLOURS = {
@@ -162,7 +162,7 @@ def bar_chart(
             words = f"{names[place_of]}{', ' + group if len(groups) > 1 else ''}: {short_number(float(height))}"
             shapes.append(Rectangle(box, SERIES[number % len(SERIES)], title=words))
     # As many names as fit beside each other.
-    every = max(1, math.ceil(max((len(name) for name in names), default=0) * TEXT * 0.6 / room))
+    every = max(1, math.ceil(max((len(name) for name in names), default=0) * TEXT * 0.56 / room))
     shapes += [
         Words(LEFT + room * (number + 0.5), HEIGHT - BOTTOM + TEXT + 3, name, "middle")
         for number, name in enumerate(names)
