@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(
         Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
     )
+    for other in arguments.compare:  # before the evaluation takes its time
+        _run_config(other)
     evaluated = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
     split, also, dataset, found, _ = evaluated
     split_line = f"split      {split} of {dataset.name}{also}"
@@ -110,10 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = arguments.ckpt
     run = ckpt.parent if ckpt.is_file() else checkpoint.run_of(ckpt)
     out = arguments.out or run_folder.evaluation_folder(run, split)
-    content = details_dict(found.metrics, analysis, dataset)
-    write_atomically(out / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
     write_coco_json(out / "detections.json", found.detections, dataset)
     left_out = write_voc_files(out, found.detections, dataset, split=split)
+    content = details_dict(found.metrics, analysis, dataset)
+    write_atomically(out / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
     print_lines(f"files      {out}", *(f"           {sentence}" for sentence in left_out))
     compared = [_compared(arguments, evaluated, other) for other in arguments.compare]
     if compared:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+import fasterrcnn_jax
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.sources import open_split
 from fasterrcnn_jax.data.training_set import prepare_training_set
@@ -603,7 +604,7 @@ def test_evaluate_prints_its_table_before_a_file_fails(trained, tmp_path):
         (("--ckpt", "{run}", "--split", "tset"), "tset"),
         (("--ckpt", "{run}", "--batch_size", "0"), "--batch_size must be positive, got 0"),
         (("--ckpt", "{run}", "--test_scales", "9"), r"--test_scales: scales must be in 0.25..4, got 9"),
-        (("--ckpt", "{run}", "--compare", "x", "--proposals", "True"), "leave out --proposals"),
+        (("--ckpt", "{run}", "--compare", "{run}", "--proposals"), "leave out --proposals"),
         (("--ckpt", "{run}", "--compare", "nowhere"), "nowhere: no such f"),
     ],
 )

@@ -43,7 +43,8 @@ class DetectionTable(NamedTuple):
     """One row per detection, in the order of the images and, within an image, by descending score."""
 
     image: np.ndarray  # [D] int64: position in `dataset.records`
-    index: np.ndarray  # [D] int64: position among the detections that were given for the image
+    # [D] int64: position among the detections that were given for the image
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's index, which nobody calls
     label: np.ndarray  # [D] int64, 1..K
     box: np.ndarray  # [D, 4] float32 xyxy in pixels of the original image
     score: np.ndarray  # [D] float32, 0..1
@@ -60,7 +61,8 @@ class ObjectTable(NamedTuple):
     """One row per object, in the order of the records."""
 
     image: np.ndarray  # [G] int64: position in `dataset.records`
-    index: np.ndarray  # [G] int64: position in the record's boxes
+    # [G] int64: position in the record's boxes
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's index, which nobody calls
     label: np.ndarray  # [G] int64, 1..K
     box: np.ndarray  # [G, 4] float32 xyxy in pixels of the original image
     area: np.ndarray  # [G] float64, square pixels, for COCO's size ranges
@@ -90,7 +92,8 @@ class Calibration(NamedTuple):
     """How often detections of a score are correct at IoU 0.5; ignored detections are left out."""
 
     edges: np.ndarray  # [B + 1] float64: limits of the bins, from 0 to 1
-    count: np.ndarray  # [B] int64: detections in each bin
+    # [B] int64: detections in each bin
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's count, which nobody calls
     score: np.ndarray  # [B] float64: mean score; NaN in an empty bin
     precision: np.ndarray  # [B] float64: fraction that is correct; NaN in an empty bin
     expected_error: float  # mean of |precision - score|, weighted by count; NaN if there is no detection
@@ -102,7 +105,8 @@ class ErrorSplit(NamedTuple):
 
     ap50: float  # mean over the classes with objects
     class_ap50: np.ndarray  # [K] float64; NaN for a class without objects
-    count: np.ndarray  # [6, K] int64: errors by kind (ERRORS) and class of the detection, or of the missed object
+    # [6, K] int64: errors by kind (ERRORS) and class of the detection, or of the missed object
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's count, which nobody calls
     delta: np.ndarray  # [6] float64: AP gained if all errors of this kind were mended, never below 0
     false_positive_delta: float  # AP gained if every false positive had score 0
     false_negative_delta: float  # AP gained if every object that no detection found were left out
@@ -157,7 +161,7 @@ def analyse(detections: Sequence[ImageDetections], dataset: Dataset) -> Analysis
     confusion = np.zeros((class_count + 1, class_count + 1), np.int64)
     counted = true_label >= 0
     np.add.at(confusion, (true_label[counted], found.label[counted]), 1)
-    np.add.at(confusion, (objects.label[predicted_label == 0], 0), 1)
+    confusion[:, 0] += np.bincount(objects.label[predicted_label == 0], minlength=class_count + 1)
     sides = (objects.box[:, 2:] - objects.box[:, :2]).astype(np.float64)
     return Analysis(
         detections=DetectionTable(*found, kind=kind, object=explaining, iou=iou, true_label=true_label),

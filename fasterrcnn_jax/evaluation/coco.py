@@ -8,6 +8,7 @@ annotations have only boxes, the areas of the boxes are used, which are larger.
 """
 
 import contextlib
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class _DifficultIou:
     cocoGt: COCO
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:
-        objects = self.cocoGt.imgToAnns[imgId]  # of one class
+        objects: list[dict[str, Any]] = list(self.cocoGt.imgToAnns[imgId])  # pyright: ignore - with "crowd"; one class
         flags = [item["iscrowd"] for item in objects]
         for item in objects:
             item["iscrowd"] = item["crowd"]
@@ -107,7 +108,7 @@ def coco_ap(
             evaluation.accumulate()
             precision[:, :, label - 1] = evaluation.eval["precision"][:, :, 0]
             recall[:, label - 1] = evaluation.eval["recall"][:, 0]
-        whole.eval = {"precision": precision, "recall": recall}
+        whole.eval = {"precision": precision, "recall": recall}  # pyright: ignore - only what the summary reads
         whole.summarize()
     stats = np.where(whole.stats < 0, np.nan, whole.stats)
     precision, recall = (np.where(values < 0, np.nan, values) for values in (precision, recall))
@@ -135,8 +136,8 @@ def _evaluation_class(backend: CocoBackend) -> Any:
                 f"coco_backend = {backend}: {error}; install it with: pip install 'fasterrcnn_jax[faster-coco-eval]'"
             ) from error
         base, options = COCOeval_faster, {"print_function": lambda *_: None, "separate_eval": True}
-    with_difficult = type("DifficultEval", (_DifficultIou, base), {})
-    return lambda objects, results: with_difficult(objects, results, iouType="bbox", **options)
+    with_difficult: Any = type("DifficultEval", (_DifficultIou, base), {})
+    return functools.partial(with_difficult, iouType="bbox", **options)
 
 
 def _by_class(detections: Sequence[ImageDetections], dataset: Dataset) -> Iterator[tuple[int, COCO, COCO]]:

@@ -15,7 +15,8 @@ class FlatDetections(NamedTuple):
     """The detections of all images, in the order of the images and in the order given within an image."""
 
     image: np.ndarray  # [D] int64: position of the image
-    index: np.ndarray  # [D] int64: position among the detections of the image
+    # [D] int64: position among the detections of the image
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's index, which nobody calls
     label: np.ndarray  # [D] int64, 1..K
     box: np.ndarray  # [D, 4] float32
     score: np.ndarray  # [D] float32
@@ -29,7 +30,8 @@ class FlatObjects(NamedTuple):
     """The objects of all images, in the order of the records."""
 
     image: np.ndarray  # [G] int64: position of the record
-    index: np.ndarray  # [G] int64: position among the objects of the record
+    # [G] int64: position among the objects of the record
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's index, which nobody calls
     label: np.ndarray  # [G] int64, 1..K
     box: np.ndarray  # [G, 4] float32
     area: np.ndarray  # [G] float64
