@@ -79,7 +79,8 @@ class Arguments:
     """other runs, checkpoints or weights files with the same classes: print how their average precision on the same
     images differs; the options above do not apply to them"""
     out: Path | None = None
-    """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file"""
+    """folder for the result files; None: evaluation/SPLIT in the run folder, or beside the weights file;
+    evaluation/FOLDER_SPLIT for a --root that the run was not trained on"""
 
 
 class Evaluated(NamedTuple):
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     print_lines(*details.split("\n"), *found.table.split("\n"), split_line)
     ckpt = arguments.ckpt
     run = ckpt.parent if ckpt.is_file() else checkpoint.run_of(ckpt)
-    out = arguments.out or run_folder.evaluation_folder(run, split)
+    config = _run_config(ckpt)
+    out = arguments.out or run_folder.evaluation_folder(run, _folder_name(arguments, config, split))
     write_coco_json(out / "detections.json", found.detections, dataset)
     left_out = write_voc_files(out, found.detections, dataset, split=split)
     content = details_dict(found.metrics, analysis, dataset)
@@ -126,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_atomically(out / "comparison.json", json.dumps(content, indent=1, allow_nan=False))
     if arguments.report:
-        config = _run_config(ckpt)
         page = Evaluation(
             name=str(ckpt),
             split=split,
@@ -291,6 +292,13 @@ def _is_own_data(arguments: Arguments, config: Config | None) -> bool:
     if arguments.root is None or config is None or arguments.layout != AUTO:
         return False
     return arguments.root.resolve() == config.data.root.resolve()
+
+
+def _folder_name(arguments: Arguments, config: Config | None, split: str) -> str:
+    """Returns the name of the folder of the results; results on other data do not replace those on the run's own."""
+    if arguments.root is None or config is None or _is_own_data(arguments, config):
+        return split
+    return f"{arguments.root.resolve().name}_{split}"
 
 
 def _held_out(splits: tuple[str, ...], usual: str) -> str:

@@ -168,6 +168,10 @@ def test_the_folder_of_a_run_is_evaluated_in_the_parts_of_the_run_and_another_fo
     assert split == "all" and len(ids) == 10
     # A layout that is named is that of the folder, not the one of the run.
     assert evaluated(tmp_path / "other", layout="voc") == (split, ids)
+    # Results on other images do not replace those on the run's own.
+    for root, folder in ((None, "val"), (tmp_path / "set", "val"), (tmp_path / "other", "other_val")):
+        arguments = evaluate_script.Arguments(ckpt=tmp_path / "run", root=root)
+        assert evaluate_script._folder_name(arguments, prepared.config, "val") == folder
 
 
 def test_a_continued_run_keeps_the_split_that_chooses_its_checkpoint(tmp_path):
