@@ -162,7 +162,7 @@ class Case:
             rpn=dataclasses.replace(config.rpn, anchors_per_image=ALL, fg_fraction=1.0),
             roi_sampling=dataclasses.replace(config.roi_sampling, rois_per_image=ALL, fg_fraction=1.0),
         )
-        self.numbers = range(1, 1 + sum(key.startswith("losses_") for key in self.golden))
+        self.numbers = range(1, 1 + sum(key.startswith("rois_") for key in self.golden))
         names = tuple(f"class{k}" for k in range(1, classes + 1))
         self.table = reference_weights.table(reference_weights.FASTER_RCNN_PYTORCH, self.config)
         weights = reference_weights.rule_weights(self.golden)
