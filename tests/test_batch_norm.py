@@ -17,11 +17,12 @@ from fasterrcnn_jax.models.faster_rcnn import box_training_losses, detect, rpn_t
 from fasterrcnn_jax.models.heads import region_masks
 from fasterrcnn_jax.models.layers import EPSILON, BatchNorm, Conv, Running, run_stage, valid_mask
 from fasterrcnn_jax.models.vgg import Stage
+from fasterrcnn_jax.processes import AXIS, replicate
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 from fasterrcnn_jax.training.checkpoint import closing, load, open_checkpoints, restore, save
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.state import merge
-from fasterrcnn_jax.training.step import AXIS, create_state, data_parallel, make_train_step, replicate
+from fasterrcnn_jax.training.step import create_state, data_parallel, make_train_step
 
 C = 3
 MOMENTUM = 0.1  # of PyTorch

@@ -30,10 +30,11 @@ from fasterrcnn_jax.ops.boxes import pairwise_iou
 from fasterrcnn_jax.ops.proposals import propose
 from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.targets import anchor_targets, roi_targets, within_border
+from fasterrcnn_jax.processes import AXIS, replicate
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.state import merge
-from fasterrcnn_jax.training.step import AXIS, create_state, data_parallel, make_train_step, replicate
+from fasterrcnn_jax.training.step import create_state, data_parallel, make_train_step
 
 IMAGE_HW = jnp.float32([800, 800])
 BOXES = jnp.float32([[30, 20, 500, 400], [400, 300, 600, 500]])
