@@ -225,8 +225,11 @@ def test_detections_of_a_data_set_are_in_its_order_and_equal_those_of_predict(mo
     dataset = tiny.dataset(tmp_path / "images", images)
     found = detect_dataset(model, dataset, batch_size=2)
     assert len(found) == len(SIZES)
+    # To rounding, with the tolerances of test_evaluation_devices.py: the program is mapped over several devices.
     for detections, expected in zip(found, alone, strict=True):
-        assert_same(detections, expected[:3])
+        np.testing.assert_array_equal(detections.labels, expected.labels)
+        np.testing.assert_allclose(detections.scores, expected.scores, atol=1e-4)
+        np.testing.assert_allclose(detections.boxes, expected.boxes, atol=1e-2)
 
 
 def found_at(*boxes, scores=None, labels=None):
