@@ -153,6 +153,9 @@ def test_the_report_is_written_at_each_evaluation_at_the_end_or_never(folder, mo
 
     def noting(config, run, shown):
         before = (run / "report.html").read_bytes() if (run / "report.html").exists() else None
+        # The table of the checkpoints so far is there while the run trains.
+        last = (run / "results.csv").read_text().splitlines()[-1].split(",")[0]
+        assert last == {0: "2", 1: "6"}[len(written) if config.train.report == "each" else 1]
         said = real(config, run, shown)
         written.append((shown.step, before is None, (run / "report.html").read_bytes() == before))
         return said
