@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(
         Arguments, argv=argv, usage=("RUN [--FLAG VALUE ...]",), description=__doc__, subject="--ckpt"
     )
-    for other in arguments.compare:  # before the evaluation takes its time
-        _run_config(other)
-    evaluated = evaluate_model(arguments, cli.load_model(arguments.ckpt, arguments.backbone))
+    model = cli.load_model(arguments.ckpt, arguments.backbone)
+    _check_compared(arguments, model)  # before the evaluation takes its time
+    evaluated = evaluate_model(arguments, model)
     split, also, dataset, found, _ = evaluated
     split_line = f"split      {split} of {dataset.name}{also}"
     if found.detections is None or found.metrics is None:  # proposals are not written to files
@@ -136,26 +136,36 @@ def main(argv: list[str] | None = None) -> None:
             analysis=analysis,
             metrics=found.metrics,
             config=None if config is None else dataclasses.replace(config, model=evaluated.model.config),
+            step=None if config is None else checkpoint.step_of(ckpt),
             history=None if config is None else read_history(run_folder.metrics_path(run)),
             compared=tuple(compared),
         )
         print_lines(f"report     {write_report(out / FILE, page)}")
 
 
-def _compared(arguments: Arguments, evaluated: Evaluated, other: Path) -> Compared:
-    """Prints how the model of `other` differs from the evaluated one, and returns it.
+def _check_compared(arguments: Arguments, model: Detector) -> None:
+    """Raises InputError if a run of `--compare`, or the evaluated one beside it, cannot be compared."""
+    for other in arguments.compare:
+        theirs = cli.load_model(other, arguments.backbone).class_names
+        if theirs != model.class_names:
+            raise InputError(
+                f"--compare {other}: its classes are {joined_names(theirs)}, and those of {arguments.ckpt} are "
+                f"{joined_names(model.class_names)}; compare models with the same classes in the same order"
+            )
+        for ckpt in (arguments.ckpt, other):
+            config = _run_config(ckpt)
+            if config is not None and config.train.scheme in ("rpn", "fast_rcnn"):
+                raise InputError(
+                    f"--compare {other}: {ckpt} has train.scheme {config.train.scheme}, which trains a part of the "
+                    "detector; compare whole detectors"
+                )
 
-    Raises:
-      InputError: the models have different classes.
-    """
+
+def _compared(arguments: Arguments, evaluated: Evaluated, other: Path) -> Compared:
+    """Prints how the model of `other` differs from the evaluated one, and returns it."""
     dataset, first = evaluated.dataset, evaluated.score.detections
     assert first is not None, "proposals are not compared"
     model = cli.load_model(other, arguments.backbone)
-    if model.class_names != dataset.class_names:
-        raise InputError(
-            f"--compare {other}: its classes are {joined_names(model.class_names)}, and those of {arguments.ckpt} are "
-            f"{joined_names(dataset.class_names)}; compare models with the same classes in the same order"
-        )
     config = _run_config(other)
     batch_size = arguments.batch_size or _batch_size(config)
     second = detect_dataset(model, dataset, batch_size=batch_size, implementation=arguments.implementation)
@@ -177,7 +187,7 @@ def _compared(arguments: Arguments, evaluated: Evaluated, other: Path) -> Compar
         f"settings   {len(changed)} fields differ",
         *lines,
     )
-    return Compared(str(other), result, tuple(changed))
+    return Compared(str(other), result, tuple(changed), uses)
 
 
 def _run_config(ckpt: Path) -> Config | None:
@@ -228,6 +238,8 @@ def evaluate_model(arguments: Arguments, model: Detector) -> Evaluated:
     config = _run_config(ckpt)
     if arguments.compare and arguments.proposals:
         raise InputError("--compare compares detections; leave out --proposals")
+    if arguments.report and arguments.proposals:
+        raise InputError("--report shows detections; leave out --proposals")
     if config is not None and config.train.scheme == "rpn" and not arguments.proposals:
         raise InputError(f"--ckpt {ckpt}: this is an RPN trained alone; add --proposals to evaluate its proposals")
     given = arguments.given

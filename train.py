@@ -116,13 +116,28 @@ def train_stages(config: Config) -> Outcome | None:
         for number, stage in enumerate(stages):
             # The newest checkpoint of all stages knows which data was accepted last.
             is_newest = not any(run_folder.has_checkpoints(later.run) for later in stages[number + 1 :])
-            outcome = fit(config, stage, train_set, splits, fingerprint, compare=is_newest)
+            if number or not given:
+                given = proposals_given_to(config, stage, splits)
+            outcome = fit(config, stage, train_set, splits, given, fingerprint, compare=is_newest)
             if outcome is not None and processes.is_main():
                 print_lines(*([stage.name] if stage.name else []), *outcome.lines)
                 # Printed before: the table is what took the time.
                 if config.train.report != "off" and outcome.shown is not None and stage.run == config.run:
-                    print_lines(f"report     {write_run_report(config, stage.run, outcome.shown)}")
+                    said = report_of(config, stage.run, outcome.shown)
+                    print_lines(*([] if said is None else [f"report     {said}"]))
     return outcome
+
+
+def report_of(config: Config, run: Path, shown: Shown) -> str | None:
+    """Writes the report of a run and returns a sentence about it; None: it cannot be written, and the reason is said.
+
+    A training does not fail for its report.
+    """
+    try:
+        return write_run_report(config, run, shown)
+    except InputError as error:
+        say(f"report     not written: {error}")
+        return None
 
 
 def fit(
@@ -130,6 +145,7 @@ def fit(
     stage: Stage,
     train_set: Dataset,
     splits: dict[str, Dataset],
+    given: dict[str, dict[str, ImageProposals]],
     fingerprint: Fingerprint,
     *,
     compare: bool,
@@ -137,6 +153,7 @@ def fit(
     """Trains one stage to its end, evaluates it, and writes everything into its folder.
 
     Args:
+      given: proposals that are used instead of the RPN's, by split and image id.
       compare: the data must be as at the stage's newest checkpoint.
     Returns:
       The results of the best checkpoint. None where a step was replayed, or nothing was left to do.
@@ -146,7 +163,6 @@ def fit(
     checkpoint_every = fitted(train.checkpoint_every, "train.checkpoint_every")
     evaluate_every = fitted(train.evaluate_every, "train.evaluate_every")
     best_split = train.best_split or data.test_split
-    given = proposals_given_to(config, stage, splits)
     trained_on = given.get(data.train_split)
     if trained_on is not None:
         trained_on = best_of_each(trained_on, config.model.train_proposals.post_nms_top_n)
@@ -254,7 +270,7 @@ def fit(
                 with saver.confirmed_on_error():
                     result = evaluator.evaluate(merge(graphdef, state), best_split, number)
                     if train.report == "each" and run == config.run and not is_last and processes.is_main():
-                        write_run_report(config, run, shown_of(result, best_split, number, best_split))
+                        report_of(config, run, shown_of(result, best_split, number, best_split))
                 saver.measured(result.values[stage.metric])
                 patience.measured(number, result.values[stage.metric])
                 progress.restart_clock()

@@ -107,6 +107,9 @@ def evaluate(
     asked = evaluating.Arguments(ckpt=Path(ckpt), root=root, split=split, batch_size=batch_size, **arguments)
     if asked.compare:
         raise ValueError("compare is for the command line; call fasterrcnn_jax.evaluation.comparison.compare")
+    for name in ("proposals", "report", "out"):
+        if getattr(asked, name) not in (False, None):
+            raise ValueError(f"{name} is for the command line: fasterrcnn-jax evaluate")
     found = evaluating.evaluate_model(asked, load(ckpt, backbone=backbone))
     assert found.score.detections is not None, "proposals are not evaluated here"
     return EvaluationResult(found.score.values, found.score.table, found.split, found.score.detections, found.dataset)

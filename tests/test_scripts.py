@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import fasterrcnn_jax.scripts.evaluate as evaluate_script
@@ -172,6 +173,17 @@ def test_the_report_is_written_at_each_evaluation_at_the_end_or_never(folder, mo
         assert (folder / f"report_{mode}" / "report.html").exists() == (mode != "off")
         assert ("report     " in out) == (mode != "off")
 
+    # A finished run gets a report later. Where it cannot be written, the training has not failed.
+    def full(config, run, shown):
+        raise InputError("report.html cannot be written: no space left")
+
+    monkeypatch.setattr(train_script, "write_run_report", full)
+    status, out, err = train(folder, "--run", folder / "report_off", "--train.report", "end")
+    assert status == 0 and "report     not written: report.html cannot be written" in out + err
+    monkeypatch.setattr(train_script, "write_run_report", real)
+    status, out, err = train(folder, "--run", folder / "report_off", "--train.report", "end")
+    assert status == 0 and (folder / "report_off" / "report.html").exists(), err
+
 
 def table_of(out):
     """Returns the lines of the last table in the output of a script, the metric below it included."""
@@ -184,6 +196,8 @@ def test_the_best_checkpoint_is_a_folder_of_its_own_that_load_and_evaluate_take(
     best = trained[0] / "best"
     step = re.search(r"^best .*: step (\d)", trained[1], re.MULTILINE)[1]
     assert best.is_dir() and not best.is_symlink()
+    assert checkpoint.step_of(trained[0]) == checkpoint.step_of(best) == int(step)
+    assert checkpoint.step_of(trained[0] / "checkpoints" / step) == int(step)
     chosen = values_of(trained[0] / "checkpoints" / step)
     for path in (trained[0], best, Path(shutil.copytree(best, tmp_path / "run" / "best"))):
         for name, value in values_of(path).items():
@@ -638,6 +652,17 @@ def test_a_comparison_lists_the_settings_that_differ(trained, tmp_path):
     assert "settings   2 fields differ" in out
     assert "           model.postprocess.soft_nms: gaussian -> None" in out
     assert "           model.test_augment.flip: True -> False" in out
+
+
+@pytest.mark.parametrize("scheme", ["rpn", "fast_rcnn"])
+def test_a_part_of_a_detector_is_not_compared(trained, monkeypatch, scheme):
+    config = checkpoint.load_run_config(trained[0])
+    partial = types.SimpleNamespace(train=types.SimpleNamespace(scheme=scheme))
+    configs = {trained[0]: config, trained[0] / "best": partial}
+    monkeypatch.setattr(evaluate_script, "_run_config", configs.__getitem__)
+    arguments = evaluate_script.Arguments(ckpt=trained[0], compare=(trained[0] / "best",))
+    with pytest.raises(InputError, match=f"best has train.scheme {scheme}.*compare whole detectors"):
+        evaluate_script._check_compared(arguments, checkpoint.load(trained[0]))
 
 
 def test_models_of_other_classes_are_not_compared(trained, small_run, tmp_path):

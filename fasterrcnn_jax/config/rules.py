@@ -137,6 +137,7 @@ _INDIFFERENT = {
     "train.best_metric",
     "train.patience",
     "train.coco_backend",
+    "train.report",
     "train.implementation",
 }
 

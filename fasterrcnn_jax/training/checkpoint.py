@@ -208,6 +208,7 @@ def save(
         metrics = {"best": measured} | ({} if choice is None else choice._asdict())
     texts = {
         "version": str(VERSION),
+        "step": str(int(state.step)),
         "config": to_json(config),
         "iterator": json.dumps(iterator_state),
         "digests": json.dumps(
@@ -328,6 +329,13 @@ def load_run_config(path: str | Path) -> Config:
     """Returns the configuration stored in a checkpoint. `path` is as in `load`."""
     folder, found = _newest_whole(Path(path), ())
     return _config_in(found, folder)
+
+
+def step_of(path: str | Path) -> int | None:
+    """Returns the step of a checkpoint; None: an earlier release has written RUN/best. `path` is as in `load`."""
+    folder, found = _newest_whole(Path(path), ())
+    stored = found["meta"].get("step", "")
+    return int(stored) if re.fullmatch("[0-9]{1,18}", stored) else _step_of(folder)
 
 
 class Best(NamedTuple):
