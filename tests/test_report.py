@@ -18,12 +18,13 @@ import report_data
 from PIL import Image
 
 from fasterrcnn_jax.data.fingerprint import short_digest
-from fasterrcnn_jax.data.records import ImageDetections
+from fasterrcnn_jax.data.records import ImageDetections, StoredImage
 from fasterrcnn_jax.evaluation.analysis import KINDS, analyse
 from fasterrcnn_jax.evaluation.comparison import compare
 from fasterrcnn_jax.evaluation.report import evaluate_detections
-from fasterrcnn_jax.report import charts, evaluation_page, pages, pictures
+from fasterrcnn_jax.report import charts, data_page, evaluation_page, pages, pictures
 from fasterrcnn_jax.report.evaluation_page import Evaluation
+from fasterrcnn_jax.report.file_names import distinct_names
 
 # A stranger's names: markup, an attribute, a script's end, a template, and characters that turn the reading direction.
 HOSTILE = (
@@ -219,7 +220,7 @@ def test_each_kind_and_class_shows_its_worst_errors(shown, monkeypatch):
 
 
 def test_confident_detections_on_nothing_are_probable_label_errors(shown):
-    entries, _ = evaluation_page.pictured(shown.analysis, shown.dataset)
+    entries = evaluation_page.page_values(shown)["pictures"]
     table = shown.analysis.detections
     sure = (table.kind == KINDS.index("background")) & (table.true_label == 0) & (table.score >= evaluation_page.SURE)
     scores = sorted(entry["score"] for entry in entries if entry["kind"] == evaluation_page.LABEL_ERROR)
@@ -254,6 +255,71 @@ def test_a_page_about_a_thousand_images_stays_below_five_megabytes(tmp_path):
     of_group = {(k, c) for k, c, _ in pictures_of(reader)}
     groups = json.loads(reader.scripts["meta"])["groups"]
     assert of_group == {(kind, label) for kind, label, _ in groups}
+
+
+def test_a_page_that_is_too_large_gives_up_pictures_and_then_rows(shown, monkeypatch):
+    large = pages.room("evaluation.html", **evaluation_page.page_values(shown) | {"pictures": [], "shown_words": ""})
+    bare = pages.MOST_BYTES - pages.SPARE_BYTES - large
+    everything = len(evaluation_page.page_values(shown)["pictures"])
+    monkeypatch.setattr(pages, "MOST_BYTES", bare + pages.SPARE_BYTES + 60_000)
+    page = rendered(shown)
+    count = len(pictures_of(read(page)))
+    assert len(page.encode()) < pages.MOST_BYTES and 3 < count < everything
+    tables, _ = unpacked(read(page).scripts["packed"])
+    assert len(tables["detections"]["image"]) == len(shown.analysis.detections.score)
+    # No room for the lists.
+    rows = len(shown.analysis.detections.score)
+    monkeypatch.setattr(evaluation_page, "MOST_ROWS", rows)
+    monkeypatch.setattr(pages, "MOST_BYTES", bare + pages.SPARE_BYTES - 2000)
+    page = rendered(shown)
+    tables, _ = unpacked(read(page).scripts["packed"])
+    assert len(page.encode()) < pages.MOST_BYTES
+    assert len(tables["detections"]["image"]) in [rows // divisor for divisor in pages.SHORTENED[1:]]
+
+
+def test_long_names_count_towards_the_size_of_the_pictures(tmp_path, monkeypatch):
+    dataset, detections = report_data.made_up(tmp_path, images=20, class_names=("<&" * 1000, "b"))
+    monkeypatch.setattr(evaluation_page, "PICTURE_BYTES", 200_000)
+    values = evaluation_page.page_values(evaluated(dataset, detections))
+    without = pages.render("evaluation.html", **values | {"pictures": []})
+    with_them = pages.render("evaluation.html", **values)
+    assert len(values["pictures"]) > 1
+    assert len(with_them.encode()) - len(without.encode()) <= 200_000
+
+
+def test_images_with_the_same_file_name_are_shown_with_their_folders(made, tmp_path):
+    def named(*files):
+        return distinct_names([tmp_path / file for file in files])
+
+    assert named("cam1/1.jpg", "cam2/1.jpg", "cam2/2.jpg") == ["cam1/1.jpg", "cam2/1.jpg", "2.jpg"]
+    assert named("a/x/i/1.jpg", "b/x/i/1.jpg") == ["a/x/i/1.jpg", "b/x/i/1.jpg"]
+    assert named("a/x/1.jpg", "a/y/1.jpg", "b/2.jpg") == ["x/1.jpg", "y/1.jpg", "2.jpg"]
+    assert named("1.jpg", "cam/1.jpg") == ["1.jpg", "cam/1.jpg"]
+    assert named("1.jpg", "1.jpg") == ["1.jpg", "1.jpg"] and named() == []
+    stored = [StoredImage(f"/d/{shard}/x.tfrecord[3]", bytes) for shard in "ab"]
+    assert distinct_names(stored) == ["a/x.tfrecord[3]", "b/x.tfrecord[3]"]
+    dataset, detections = made
+    records = list(dataset.records)
+    for number in range(2):
+        path = tmp_path / f"cam{number}" / "0001.jpg"
+        path.parent.mkdir()
+        path.write_bytes(records[number].path.read_bytes())
+        records[number] = records[number]._replace(path=path)
+    dataset = dataset._replace(records=tuple(records))
+    page = rendered(evaluated(dataset, detections))
+    shown = unpacked(read(page).scripts["packed"])[1]["images"]
+    assert [name.endswith(f"cam{n}/0001.jpg") for n, name in enumerate(shown[:2])] == [True, True]
+    assert '<span class="file">cam0/0001.jpg' in page
+    values = data_page.page_values(data_page.DataSet("d", {"train": dataset}, (), ()))
+    shown = unpacked(values["packed"])[1]["images"]
+    assert shown[:3] == ["cam0/0001.jpg", "cam1/0001.jpg", records[2].path.name]
+
+
+def test_the_score_of_a_picture_is_rounded_down(shown):
+    values = evaluation_page.page_values(shown)
+    entry = values["pictures"][0] | {"score": 0.49996}
+    (picture,) = read(pages.render("evaluation.html", **values | {"pictures": [entry]})).of("figure", "data-score")
+    assert picture["data-score"] == "0.4999"
 
 
 def test_a_picture_shows_the_object_where_its_box_is_drawn():
@@ -293,6 +359,29 @@ def test_images_are_decoded_once_whatever_the_number_of_their_pictures(made, mon
 def test_the_curve_of_a_class_has_the_average_precision_of_coco(shown):
     precision = [evaluation_page.interpolated_precision(curve).mean() for curve in shown.analysis.curves]
     np.testing.assert_allclose(precision, shown.metrics.coco.class_ap50, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [3, 6])
+def test_a_class_without_objects_and_detections_has_no_curve_and_no_part_in_the_mean(tmp_path, classes):
+    names = ("ring", "disc", "unused", "square", "star", "moon")[:classes]
+    dataset, detections = report_data.made_up(tmp_path, images=20, class_names=("ring", "disc"))
+    used = evaluated(dataset, detections).analysis
+    analysis = analyse(detections, dataset._replace(class_names=names))
+    alone, *_ = evaluation_page.curve_charts(used, ("ring", "disc"))
+    chart, f1, _ = evaluation_page.curve_charts(analysis, names)
+
+    def lines(of, colour):
+        return [s.points for s in of.shapes if isinstance(s, charts.Line) and s.colour == colour]
+
+    assert len(lines(alone, "s0")) == 1
+    np.testing.assert_array_equal(lines(chart, "s0")[0], lines(alone, "s0")[0])
+    assert lines(chart, "s3") == lines(f1, "s3") == []
+    assert set(evaluation_page.curve_columns(analysis)["label"]) == {1, 2}
+    # A class with objects that nothing finds counts as 0.
+    blind = [d._replace(boxes=d.boxes[k], scores=d.scores[k], labels=d.labels[k])
+             for d in detections for k in [d.labels == 1]]  # fmt: skip
+    columns = evaluation_page.curve_columns(analyse(blind, dataset))
+    assert columns["precision"][columns["label"] == 2].tolist() == [0.0] * 101
 
 
 def test_the_f1_of_the_classes_has_the_mean_of_the_analysis(shown):
@@ -418,6 +507,11 @@ def test_another_run_stands_beside_this_one_with_intervals_images_and_settings(m
     assert f"all classes loss {result.ap.first:.3f} {result.ap.second:.3f} {result.ap.difference:.3f}" in words
     assert "train.steps 100 200" in words and "2 fields differ" in words
     assert "all classes unclear" in words  # the same detections
+    assert "The other run saw these images before" not in words
+    used = compared._replace(uses=", also used to choose the checkpoint")
+    words = "".join(read(rendered(shown._replace(compared=(used, same)))).text)
+    told = "The other run saw these images before: they were also used to choose the checkpoint."
+    assert words.count(told) == 1
 
 
 @pytest.mark.slow

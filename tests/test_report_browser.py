@@ -6,6 +6,7 @@ They skip where Playwright or Chromium is not installed: `apt-get install chromi
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,21 @@ from fasterrcnn_jax.report.history import History
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[browser]'")
 axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed: pip install '.[browser]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def starts(program):
+    """Returns whether a program is a browser: Ubuntu's chromium-browser may be a script that asks for a snap."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+CHROMIUM = next(
+    filter(starts, filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))), None
+)
 if CHROMIUM is None:
-    pytest.skip("Chromium is not installed: apt-get install chromium", allow_module_level=True)
+    pytest.skip("No Chromium that starts is installed: apt-get install chromium", allow_module_level=True)
 
 SIZES = {"wide": (1280, 900), "phone": (360, 740)}
 VIEWS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
@@ -212,7 +225,7 @@ def visible(page):
 
 def test_the_pictures_are_filtered_by_kind_class_and_score(browser, report):
     path, shown = report
-    entries, _ = evaluation_page.pictured(shown.analysis, shown.dataset)
+    entries = evaluation_page.page_values(shown)["pictures"]
     with Opened(browser, path) as opened:
         page, filters = opened.page, opened.page.locator("form[data-gallery]")
         assert len(visible(page)) == 48 < len(entries)
@@ -264,6 +277,25 @@ def test_a_count_opens_its_list_and_the_keyboard_returns_to_it(browser, report):
         page.keyboard.press("Escape")
         assert not page.locator("#list").is_visible()
         assert button.evaluate("element => element === document.activeElement")
+
+
+def test_a_stub_that_does_not_start_is_no_browser(tmp_path):
+    stub = tmp_path / "chromium-browser"
+    stub.write_text("#!/bin/sh\necho 'requires the chromium snap to be installed' >&2\nexit 1\n")
+    stub.chmod(0o755)
+    assert starts(CHROMIUM) and not starts(str(stub)) and not starts(str(tmp_path / "absent"))
+
+
+def test_a_list_without_room_for_all_rows_says_how_many_are_listed(browser, report, tmp_path, monkeypatch):
+    _, shown = report
+    monkeypatch.setattr(evaluation_page, "MOST_ROWS", 50)
+    evaluation_page.write_report(tmp_path / "report.html", shown)
+    with Opened(browser, tmp_path / "report.html") as opened:
+        count = f"{len(shown.analysis.detections.score):,}"
+        opened.page.locator("#summary button.count", has_text=count).click()
+        opened.page.locator("#list tbody tr").first.wait_for()
+        said = opened.page.locator("#list-note").text_content()
+        assert said == f"50 of {count} are listed; this page has no room for the others."
 
 
 def test_a_long_list_opens_in_parts(browser, report):

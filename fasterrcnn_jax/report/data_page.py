@@ -16,10 +16,11 @@ from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.report import pages
 from fasterrcnn_jax.report.binning import ASPECTS, SIDES, bin_names, bin_of
 from fasterrcnn_jax.report.charts import axis, bar_chart, heat_map
-from fasterrcnn_jax.report.pictures import Outline, Picture, Wanted, make_pictures
+from fasterrcnn_jax.report.file_names import distinct_names
+from fasterrcnn_jax.report.pictures import Outline, Picture, Wanted, cost, long_texts, make_pictures
 from fasterrcnn_jax.report.tables import packed
 
-# Limits of a page. Together they keep it below `pages.MOST_BYTES`.
+# Limits of a page. Bytes of pictures and rows fall where the page would exceed `pages.MOST_BYTES`.
 MOST_PICTURES = 50  # of each kind of finding
 PICTURE_BYTES = 2_400_000
 MOST_ROWS = 60_000  # of the table behind the lists of objects
@@ -28,6 +29,7 @@ CELLS = 16  # of a heat map, along each side
 MAPS = 30  # heat maps of single classes
 OUTLINES = 40  # boxes drawn on a picture of a whole image
 
+TEMPLATE = "dataset.html"
 LEAKS = (check.SAME_PIXELS, check.SAME_FIELD)
 DOUBLES = (check.SAME_PIXELS_WITHIN, check.SAME_BOX, check.NEARLY_SAME_BOX, check.TWO_CLASSES)
 
@@ -62,12 +64,15 @@ def write_data_report(path: Path, shown: DataSet) -> str:
       InputError: the file cannot be written.
     """
     values = page_values(shown)
-    size = pages.write_page(path, "dataset.html", **values)
+    size = pages.write_page(path, TEMPLATE, **values)
     return f"{path}: {size / 1e6:.1f} MB"
 
 
 def page_values(shown: DataSet) -> dict[str, Any]:
-    """Returns what the template `dataset.html` shows."""
+    """Returns the values of the template `dataset.html`.
+
+    The pictures get the bytes that the rest of the page leaves. Where it leaves none, the lists get shorter.
+    """
     datasets = list(shown.splits.values())
     records = [record for dataset in datasets for record in dataset.records]
     of_split = np.repeat(np.arange(len(datasets)), [len(dataset.records) for dataset in datasets])
@@ -79,22 +84,20 @@ def page_values(shown: DataSet) -> dict[str, Any]:
     # An image may be in several splits.
     findings = list({(finding.sentence, finding.where): finding for finding in shown.findings}.values())
     kinds = _kinds(findings)
-    places, of_kind = _places(findings, kinds)
-    pairs, unseen = _pairs(findings)
-    step = max(1, -(-len(objects.label) // MOST_ROWS))
+    files = distinct_names([record.path for record in records])
+    columns = {
+        "split": objects.split,
+        "image": objects.image,
+        "label": objects.label,
+        "side": objects.side,
+        "aspect": objects.aspect,
+        "difficult": objects.difficult,
+        "crowd": objects.crowd,
+        "side_bin": bin_of(objects.side, SIDES),
+        "aspect_bin": bin_of(objects.aspect, ASPECTS),
+        **{side: objects.box[:, number] for number, side in enumerate(("x1", "y1", "x2", "y2"))},
+    }
     kept = {
-        "objects": {
-            "split": objects.split[::step],
-            "image": objects.image[::step],
-            "label": objects.label[::step],
-            "side": objects.side[::step],
-            "aspect": objects.aspect[::step],
-            "difficult": objects.difficult[::step],
-            "crowd": objects.crowd[::step],
-            "side_bin": bin_of(objects.side, SIDES)[::step],
-            "aspect_bin": bin_of(objects.aspect, ASPECTS)[::step],
-            **{side: objects.box[::step, number] for number, side in enumerate(("x1", "y1", "x2", "y2"))},
-        },
         "images": {
             "split": of_split,
             "image": np.arange(len(records)),
@@ -102,18 +105,16 @@ def page_values(shown: DataSet) -> dict[str, Any]:
             "height": sizes[:, 0],
             "objects": per_image,
         },
-        "findings": {"finding": of_kind, "place": np.arange(len(places))},
     }
     texts = {
         "classes": ["", *names],
-        "images": [printable(record.path.name) for record in records],
+        "images": list(map(printable, files)),
         "splits": list(map(printable, shown.splits)),
-        "places": places,
     }
     counted = Counter(finding.sentence for finding in findings)
     faults = sum(finding.is_fault for finding in findings)
     now = datetime.datetime.now().astimezone()
-    return {
+    values = {
         "title": f"Data set {shown.name}",
         "subtitle": f"{len(records):,} images, {len(objects.label):,} objects, {len(names)} classes, in "
         f"{', '.join(shown.splits) or 'no split that can be read'}. Written {now:%Y-%m-%d %H:%M:%S %z} by "
@@ -156,8 +157,8 @@ def page_values(shown: DataSet) -> dict[str, Any]:
             }
             for sentence, (number, is_fault) in kinds.items()
         ],
-        "pairs": pairs,
-        "unseen": unseen,
+        "pairs": [],
+        "unseen": 0,
         "classes": _class_rows(objects, names, list(shown.splits)),
         "unions": list(shown.unions),
         "split_names": list(shown.splits),
@@ -175,8 +176,20 @@ def page_values(shown: DataSet) -> dict[str, Any]:
                 "findings": ["where"],
             },
         },
-        "packed": packed(kept, texts),
     }
+    room = 0
+    for divisor in pages.SHORTENED:
+        step = max(1, -(-len(objects.label) // (MOST_ROWS // divisor)))
+        texts["places"], of_kind = _places(findings, kinds, MOST_PLACES // divisor)
+        kept["objects"] = {name: column[::step] for name, column in columns.items()}
+        kept["findings"] = {"finding": of_kind, "place": np.arange(len(of_kind))}
+        values["packed"] = packed(kept, texts)
+        room = pages.room(TEMPLATE, **values)
+        if room >= 0:
+            break
+    names_of = dict(zip((record.path for record in records), files, strict=True))
+    pairs, unseen = _pairs(findings, names_of, min(PICTURE_BYTES, max(0, room)))
+    return values | {"pairs": pairs, "unseen": unseen}
 
 
 def _objects(records: Sequence[ImageRecord], of_split: np.ndarray) -> _Objects:
@@ -209,9 +222,11 @@ def _kinds(findings: Iterable[Finding]) -> dict[str, tuple[int, bool]]:
     return {sentence: (number, is_fault) for number, (sentence, is_fault) in enumerate(ordered)}
 
 
-def _places(findings: Iterable[Finding], kinds: Mapping[str, tuple[int, bool]]) -> tuple[list[str], np.ndarray]:
+def _places(
+    findings: Iterable[Finding], kinds: Mapping[str, tuple[int, bool]], most: int
+) -> tuple[list[str], np.ndarray]:
     """Returns the places of the findings and their kinds; of each kind the first ones, if there are very many."""
-    room = Counter({sentence: max(1, MOST_PLACES // max(1, len(kinds))) for sentence in kinds})
+    room = Counter({sentence: max(1, most // max(1, len(kinds))) for sentence in kinds})
     places, of_kind = [], []
     for finding in findings:
         if room[finding.sentence] > 0:
@@ -221,8 +236,13 @@ def _places(findings: Iterable[Finding], kinds: Mapping[str, tuple[int, bool]]) 
     return places, np.array(of_kind, np.int64)
 
 
-def _pairs(findings: Iterable[Finding]) -> tuple[list[dict[str, Any]], int]:
-    """Returns the doubles and leaks with their pictures, and how many have no picture."""
+def _pairs(findings: Iterable[Finding], names_of: Mapping[Any, str], budget: int) -> tuple[list[dict[str, Any]], int]:
+    """Returns the doubles and leaks with their pictures, and how many have no picture.
+
+    Args:
+      names_of: name to show by the path of an image.
+      budget: bytes for the pictures.
+    """
     shown, seen, unseen = [], Counter(), 0
     for finding in findings:
         if finding.sentence in (*LEAKS, *DOUBLES) and finding.records:
@@ -237,7 +257,7 @@ def _pairs(findings: Iterable[Finding]) -> tuple[list[dict[str, Any]], int]:
         for record, part in _sides(finding, len(records)):
             records.append(record)
             wanted.append(part)
-    pictures = make_pictures(wanted, records, budget=PICTURE_BYTES, title="pictures of the report")
+    pictures = make_pictures(wanted, records, budget=budget, title="pictures of the report")
     made = iter(zip(records, pictures, strict=True))
     pairs = []
     for finding in shown:
@@ -245,7 +265,16 @@ def _pairs(findings: Iterable[Finding]) -> tuple[list[dict[str, Any]], int]:
         if any(picture is None for _, picture in sides):
             unseen += 1
             continue
-        entries = [_entry(record, picture) for record, picture in sides if picture is not None]
+        entries = [
+            _entry(record, picture, names_of.get(record.path, record.path.name))
+            for record, picture in sides
+            if picture is not None
+        ]
+        texts = (text for entry in entries for text in (entry["title"], entry["described"], entry["file"]))
+        budget -= sum(cost(entry["picture"]) for entry in entries) + long_texts(*texts) + 3 * len(finding.where)
+        if budget < 0:
+            unseen += 1
+            continue
         pairs.append({"kind": finding.sentence, "where": finding.where, "pictures": entries})
     return pairs, unseen
 
@@ -263,15 +292,15 @@ def _sides(finding: Finding, number: int) -> list[tuple[ImageRecord, Wanted]]:
     ]
 
 
-def _entry(record: ImageRecord, picture: Picture) -> dict[str, Any]:
+def _entry(record: ImageRecord, picture: Picture, name: str) -> dict[str, Any]:
     count = len(record.boxes)
     return {
         "kind": 0,
         "label": 0,
         "score": 0.0,
-        "title": record.path.name,
+        "title": name,
         "detail": f"{count} object{'' if count == 1 else 's'}, {record.image_hw[1]} x {record.image_hw[0]} pixels",
-        "described": f"{record.path.name}, {count} objects",
+        "described": f"{name}, {count} objects",
         "file": str(record.path.parent.name) if isinstance(record.path, Path) else "",
         "picture": picture,
     }

@@ -15,7 +15,7 @@ import fasterrcnn_jax
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.rules import flat_fields
 from fasterrcnn_jax.data.fingerprint import short_digest
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.evaluation.analysis import (
     BACKGROUND,
     CORRECT,
@@ -44,19 +44,29 @@ from fasterrcnn_jax.report.charts import (
     line_chart,
     unit_axis,
 )
+from fasterrcnn_jax.report.file_names import distinct_names
 from fasterrcnn_jax.report.history import History, curves
-from fasterrcnn_jax.report.pictures import Outline, Picture, Wanted, make_pictures, ranked_by_group
+from fasterrcnn_jax.report.pictures import (
+    Outline,
+    Picture,
+    Wanted,
+    cost,
+    long_texts,
+    make_pictures,
+    ranked_by_group,
+)
 from fasterrcnn_jax.report.tables import packed
 
 FILE = "report.html"
-# Limits of a page. Together they keep it below `pages.MOST_BYTES`.
+TEMPLATE = "evaluation.html"
+# Limits of a page. The last ones of them fall where the page would exceed `pages.MOST_BYTES`.
 MOST_PICTURES = 50  # of each kind and class
 CANDIDATES = 900  # pictures that are made before the budget of bytes decides
-PICTURE_BYTES = 2_900_000
-MOST_ROWS = 60_000  # of each table behind the lists
 CLASS_LINES = 5  # up to so many classes, every one has its line in a chart
 CONFUSED = 100  # classes in the confusion matrix
 NEIGHBOURS = 10  # other labels drawn on a picture
+PICTURE_BYTES = 2_900_000
+MOST_ROWS = 60_000  # of each table behind the lists
 
 # A detection on no object that is at least this sure, and above the threshold of its class, may be right.
 SURE = 0.5
@@ -86,6 +96,7 @@ class Compared(NamedTuple):
     name: str
     result: Comparison
     settings: tuple[tuple[str, object, object], ...]  # (field, value here, value there) of the fields that differ
+    uses: str = ""  # what the other run used the images for before, as `Evaluation.also`
 
 
 class Evaluation(NamedTuple):
@@ -110,21 +121,22 @@ def write_report(path: Path, shown: Evaluation) -> str:
       InputError: the file cannot be written, or an image cannot be decoded.
     """
     values = page_values(shown)
-    size = pages.write_page(path, "evaluation.html", **values)
+    size = pages.write_page(path, TEMPLATE, **values)
     return f"{path}: {size / 1e6:.1f} MB, {len(values['pictures'])} pictures"
 
 
 def page_values(shown: Evaluation) -> dict[str, Any]:
-    """Returns what the template `evaluation.html` shows."""
+    """Returns the values of the template `evaluation.html`.
+
+    The pictures get the bytes that the rest of the page leaves. Where it leaves none, the lists get shorter.
+    """
     analysis, dataset = shown.analysis, shown.dataset
     names = [printable(name) for name in dataset.class_names]
     detections, objects = detection_columns(analysis), object_columns(analysis)
-    entries, groups = pictured(analysis, dataset)
+    candidates, groups = _candidates(analysis, dataset)
     kept = {
-        "detections": _kept(detections, _importance(analysis), MOST_ROWS),
-        "objects": _kept(objects, objects["found"], MOST_ROWS),
         "images": image_columns(dataset, analysis),
-        "curves": curve_columns(analysis.curves) if len(names) > CLASS_LINES else {"label": np.zeros(0)},
+        "curves": curve_columns(analysis) if len(names) > CLASS_LINES else {"label": np.zeros(0)},
     }
     lists = {
         "detections": ["file", "label", "score", "box", "kind", "truth", "iou"],
@@ -148,19 +160,19 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
         "most": MOST_PICTURES,
         "plot": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
     }
-    images = [printable(_file(record)) for record in dataset.records]
-    texts = {"classes": ["", *names], "images": images}
+    files = distinct_names([record.path for record in dataset.records])
+    texts = {"classes": ["", *names], "images": list(map(printable, files))}
     total = sum(group[2][0] for group in groups)
     fields = {} if shown.config is None else flat_fields(shown.config)
     confusion, confused, confusion_words = confusion_rows(analysis, names)
-    return {
+    values = {
         "title": f"{shown.name} on {shown.split}",
         "subtitle": f"Detections on {shown.split} of {dataset.name}{shown.also}",
         "sections": sections,
         "headline": headline(shown),
         "tiles": tiles(shown),
         "totals": [
-            ("images", len(images), "images", []),
+            ("images", len(files), "images", []),
             ("objects", int((~analysis.objects.ignored).sum()), "objects", [["ignored", 0, 0]]),
             ("detections", len(analysis.detections.score), "detections", []),
         ],
@@ -184,11 +196,22 @@ def page_values(shown: Evaluation) -> dict[str, Any]:
         **error_values(analysis, names),
         **missed_values(objects),
         "kind_options": list(PICTURED.items()),
-        "pictures": entries,
-        "shown_words": f"{len(entries):,} of {total:,} errors are shown as pictures, {total - len(entries):,} are not.",
+        "pictures": [],
+        "shown_words": "",
         "meta": meta,
-        "packed": packed(kept, texts),
     }
+    importance, room = _importance(analysis), 0
+    for divisor in pages.SHORTENED:
+        rows = MOST_ROWS // divisor
+        kept["detections"] = _kept(detections, importance, rows)
+        kept["objects"] = _kept(objects, objects["found"], rows)
+        values["packed"] = packed(kept, texts)
+        room = pages.room(TEMPLATE, **values)
+        if room >= 0:
+            break
+    entries = _pictured(candidates, analysis, dataset, files, budget=min(PICTURE_BYTES, max(0, room)))
+    words = f"{len(entries):,} of {total:,} errors are shown as pictures, {total - len(entries):,} are not."
+    return values | {"pictures": entries, "shown_words": words}
 
 
 def headline(shown: Evaluation) -> list[tuple[str, float]]:
@@ -283,33 +306,34 @@ def image_columns(dataset: Dataset, analysis: Analysis) -> dict[str, np.ndarray]
     }
 
 
-def curve_columns(curves_of: Sequence[ClassCurve]) -> dict[str, np.ndarray]:
-    """Returns the curves of all classes at 101 steps, for the line of a chosen class."""
-    steps = np.arange(101)
-    precision = np.concatenate([interpolated_precision(curve) for curve in curves_of])
-    f1 = np.concatenate([f1_at_thresholds(curve) for curve in curves_of])
+def curve_columns(analysis: Analysis) -> dict[str, np.ndarray]:
+    """Returns the curves of the classes with objects at 101 steps, for the line of a chosen class."""
+    labels = np.flatnonzero(_object_counts(analysis)) + 1
+    curves_of = [analysis.curves[label - 1] for label in labels]
+    nothing = np.zeros(0)
     return {
-        "label": np.repeat(np.arange(1, len(curves_of) + 1), 101),
-        "step": np.tile(steps, len(curves_of)),
-        "precision": np.nan_to_num(precision) * 1000,
-        "f1": np.nan_to_num(f1) * 1000,
+        "label": np.repeat(labels, 101),
+        "step": np.tile(np.arange(101), len(labels)),
+        "precision": np.concatenate([nothing, *map(interpolated_precision, curves_of)]) * 1000,
+        "f1": np.concatenate([nothing, *map(f1_at_thresholds, curves_of)]) * 1000,
     }
 
 
 def interpolated_precision(curve: ClassCurve) -> np.ndarray:
     """Returns the highest precision at each recall of 0, 0.01, ..., 1 or more, as COCO and VOC interpolate it.
 
-    It is 0 where the recall is not reached, and NaN everywhere for a class without objects.
+    It is 0 where the recall is not reached. The class must have objects; without any, recall is undefined.
     """
-    if np.isnan(curve.recall).any():
-        return np.full(101, np.nan)
     recalls = np.linspace(0.0, 1.0, 101)
     envelope = np.maximum.accumulate(curve.precision[::-1])[::-1]
     return np.append(envelope, 0.0)[np.searchsorted(curve.recall, recalls)]
 
 
 def f1_at_thresholds(curve: ClassCurve) -> np.ndarray:
-    """Returns the F1 at each threshold of 0, 0.01, ..., 1; 0 where no detection is left."""
+    """Returns the F1 at each threshold of 0, 0.01, ..., 1; 0 where no detection is left.
+
+    The class must have objects; without any, F1 is undefined.
+    """
     kept = np.searchsorted(-curve.score, -np.linspace(0.0, 1.0, 101), side="right") - 1
     return np.append(curve.f1, 0.0)[kept]
 
@@ -318,7 +342,7 @@ def class_rows(shown: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows of the table per class."""
     analysis, metrics, coco = shown.analysis, shown.metrics, shown.metrics.coco
     confusion = analysis.confusion
-    objects = np.bincount(analysis.objects.label[~analysis.objects.ignored], minlength=len(names) + 1)
+    objects = _object_counts(analysis)
     rows = []
     for label, name in enumerate(names, start=1):
         curve = analysis.curves[label - 1]
@@ -331,7 +355,7 @@ def class_rows(shown: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
             {
                 "label": label,
                 "name": name,
-                "objects": int(objects[label]),
+                "objects": int(objects[label - 1]),
                 "ap": [float(column[label - 1]) for column in (*columns, coco.class_ar_100)],
                 "at": at,
                 "found": int(confusion[label, label]),
@@ -356,15 +380,17 @@ def iou_rows(metrics: Metrics, names: Sequence[str]) -> list[tuple[str, list[flo
 def curve_charts(analysis: Analysis, names: Sequence[str]) -> list[Chart]:
     """Returns the charts of precision over recall, F1 over the threshold, and calibration."""
     steps = np.linspace(0.0, 1.0, 101)
-    precision = np.array([interpolated_precision(curve) for curve in analysis.curves])
-    has_objects = ~np.isnan(precision).all(axis=1)
+    has_objects = _object_counts(analysis) > 0
+    precision, f1 = np.full((2, len(names), 101), np.nan)
+    for row in np.flatnonzero(has_objects):
+        precision[row] = interpolated_precision(analysis.curves[row])
+        f1[row] = f1_at_thresholds(analysis.curves[row])
     mean = precision[has_objects].mean(axis=0) if has_objects.any() else np.full(101, np.nan)
     recall_lines = [Series("all classes", steps, mean)]
     f1_lines = [Series("all classes", analysis.thresholds, analysis.mean_f1)]
     if len(names) <= CLASS_LINES:
-        for name, row, curve in zip(names, precision, analysis.curves, strict=True):
-            recall_lines.append(Series(name, steps, row))
-            f1_lines.append(Series(name, steps, f1_at_thresholds(curve)))
+        recall_lines += [Series(name, steps, row) for name, row in zip(names, precision, strict=True)]
+        f1_lines += [Series(name, steps, row) for name, row in zip(names, f1, strict=True)]
     else:
         nothing = np.zeros(0)
         recall_lines.append(Series("chosen class", nothing, nothing, "precision"))
@@ -501,14 +527,14 @@ class _Candidate(NamedTuple):
     rank: int  # within its kind and class
 
 
-def pictured(analysis: Analysis, dataset: Dataset) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """Returns the pictures of the worst errors and, for each kind and class, the number of errors by score.
+def _candidates(analysis: Analysis, dataset: Dataset) -> tuple[list[_Candidate], list[list[Any]]]:
+    """Returns the worst errors and, for each kind and class, the number of errors by score.
 
-    At most `MOST_PICTURES` of each kind and class are shown, those with the highest scores, or the lowest for missed
-    objects. Where the page has no room for all, every kind and class gives its worst ones first.
+    At most `MOST_PICTURES` of each kind and class are candidates, those with the highest scores, or the lowest for
+    missed objects.
 
     Returns:
-      entries: the pictures, by kind and descending score.
+      candidates: the worst ones of every kind and class first.
       groups: [kind, label, counts]; counts[n] is the number of errors with a score of at least n / 20.
     """
     table, objects = analysis.detections, analysis.objects
@@ -540,18 +566,29 @@ def pictured(analysis: Analysis, dataset: Dataset) -> tuple[list[dict[str, Any]]
     candidates = [
         _Candidate(int(kinds[n]), int(labels[n]), float(scores[n]), int(sources[n]), int(ranks[n])) for n in chosen
     ]
+    return candidates, counts
+
+
+def _pictured(
+    candidates: Sequence[_Candidate], analysis: Analysis, dataset: Dataset, files: Sequence[str], *, budget: int
+) -> list[dict[str, Any]]:
+    """Returns the pictures of the first candidates, as many as the budget of bytes allows, by kind and score."""
     wanted = [_wanted(candidate, analysis, dataset) for candidate in candidates]
-    pictures = make_pictures(wanted, dataset.records, budget=PICTURE_BYTES, title="pictures of the report")
-    entries = [
-        _entry(candidate, picture, analysis, dataset)
-        for candidate, picture in zip(candidates, pictures, strict=True)
-        if picture is not None
-    ]
+    pictures = make_pictures(wanted, dataset.records, budget=budget, title="pictures of the report")
+    entries = []
+    for candidate, picture in zip(candidates, pictures, strict=True):
+        if picture is None:
+            break
+        entry = _entry(candidate, picture, analysis, dataset, files)
+        budget -= cost(picture) + long_texts(entry["title"], entry["described"], entry["file"])
+        if budget < 0:
+            break
+        entries.append(entry)
     place = {kind: number for number, kind in enumerate(PICTURED)}
     entries.sort(
         key=lambda entry: (place[entry["kind"]], -entry["score"] if entry["kind"] != MISSED else entry["score"])
     )
-    return entries, counts
+    return entries
 
 
 def _wanted(candidate: _Candidate, analysis: Analysis, dataset: Dataset) -> Wanted:
@@ -575,7 +612,9 @@ def _wanted(candidate: _Candidate, analysis: Analysis, dataset: Dataset) -> Want
     return Wanted(image, (*(Outline(record.boxes[number], "other") for number in near), *outlines))
 
 
-def _entry(candidate: _Candidate, picture: Picture, analysis: Analysis, dataset: Dataset) -> dict[str, Any]:
+def _entry(
+    candidate: _Candidate, picture: Picture, analysis: Analysis, dataset: Dataset, files: Sequence[str]
+) -> dict[str, Any]:
     table, objects = analysis.detections, analysis.objects
     names, row = dataset.class_names, candidate.row
     if candidate.kind == MISSED:
@@ -596,7 +635,7 @@ def _entry(candidate: _Candidate, picture: Picture, analysis: Analysis, dataset:
         "title": title,
         "detail": detail,
         "described": f"{title}, {detail}",
-        "file": _file(dataset.records[image]),
+        "file": files[image],
         "picture": picture,
     }
 
@@ -611,6 +650,7 @@ def comparison_values(compared: Compared, names: Sequence[str], number: int) -> 
         rows.append({"name": name, "values": values, "verdict": both[0].verdict})
     return {
         "name": compared.name,
+        "uses": compared.uses.removeprefix(",").strip(),
         "number": number,
         "rows": rows,
         "won": len(result.won),
@@ -650,6 +690,12 @@ def _kept(columns: Mapping[str, np.ndarray], order: np.ndarray, most: int) -> di
     return {name: values[rows] for name, values in columns.items()}
 
 
+def _object_counts(analysis: Analysis) -> np.ndarray:
+    """Returns the number of objects to find per class: [K]."""
+    objects = analysis.objects
+    return np.bincount(objects.label[~objects.ignored], minlength=len(analysis.curves) + 1)[1:]
+
+
 def _sides(boxes: np.ndarray) -> dict[str, np.ndarray]:
     return {name: boxes[:, number] for number, name in enumerate(("x1", "y1", "x2", "y2"))}
 
@@ -664,10 +710,6 @@ def _threshold_words(analysis: Analysis) -> str:
         return ""
     best = float(np.nanmax(analysis.mean_f1))
     return f"The best single threshold for all classes is {analysis.best_threshold:.2f}, with a mean F1 of {best:.3f}."
-
-
-def _file(record: ImageRecord) -> str:
-    return record.path.name
 
 
 def _value(value: object) -> str:

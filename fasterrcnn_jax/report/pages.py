@@ -9,6 +9,7 @@ show pictures that it holds itself, and load nothing.
 import base64
 import hashlib
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from fasterrcnn_jax.printing import printable
 from fasterrcnn_jax.report.charts import DASHES, svg
 
 FOLDER = Path(__file__).parent / "page"
-MOST_BYTES = 5_000_000  # of a whole page
+MOST_BYTES = 5_000_000  # of a whole page, where fewer pictures and shorter lists are enough for that
+SPARE_BYTES = 50_000  # left over: sentences that depend on the pictures are not known before them
+SHORTENED = (1, 2, 4, 8, 16, 32)  # by these numbers the lists of a page are divided until it is small enough
 
 
 def write_page(path: Path, template: str, **values: Any) -> int:
@@ -48,10 +51,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     numbers = itertools.count(1)
-    environment.globals |= {"svg": lambda chart: svg(chart, next(numbers)), "dashes": DASHES}
+    environment.globals |= {"svg": lambda chart: svg(chart, next(numbers)), "dashes": DASHES, "floored": _floored}
     return environment.get_template(template).render(
         policy=policy(script, style), script=Markup(script), style=Markup(style), **values
     )
+
+
+def room(template: str, **values: Any) -> int:
+    """Returns how many bytes are left for pictures on a page that has none yet; negative if it is too large already."""
+    return MOST_BYTES - SPARE_BYTES - len(render(template, **values).encode())
 
 
 def policy(script: str, style: str) -> str:
@@ -61,6 +69,11 @@ def policy(script: str, style: str) -> str:
         f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _floored(score: float) -> float:
+    """Returns a score rounded down to four digits, so that a score below a limit is not shown as the limit."""
+    return math.floor(score * 10_000) / 10_000
 
 
 def _shown(value: Any) -> Any:

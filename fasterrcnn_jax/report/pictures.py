@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from markupsafe import escape
 from PIL import Image
 
 from fasterrcnn_jax.data.faults import THREADS
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.records import ImageRecord
-from fasterrcnn_jax.printing import progress_bar
+from fasterrcnn_jax.printing import printable, progress_bar
 
 SIDE = 176  # pixels of the longer side of a picture
 SMALLEST_WINDOW = 64  # pixels of the original image: a smaller part would not show where the object is
@@ -97,6 +98,14 @@ def make_pictures(
 def cost(one: Picture) -> int:
     """Returns about how many bytes a picture takes on a page, with its caption and its boxes."""
     return len(one.url) + 900 + 190 * len(one.outlines)
+
+
+def long_texts(*texts: str) -> int:
+    """Returns how many bytes more than `cost` counts a picture takes if its title, words and file name are long.
+
+    The page repeats each of them up to three times, with its escapes.
+    """
+    return max(0, 3 * sum(len(escape(printable(text)).encode()) for text in texts) - 500)
 
 
 def picture(pixels: UInt8[np.ndarray, "h w 3"], wanted: Wanted) -> Picture:

@@ -131,7 +131,7 @@
       const all = Number(total);
       note.textContent = found.length === all
         ? `${all.toLocaleString("en")} in all.`
-        : `${found.length.toLocaleString("en")} of ${all.toLocaleString("en")} are listed, the best scores of each kind and class; this page has no room for the other ${(all - found.length).toLocaleString("en")}.`;
+        : `${found.length.toLocaleString("en")} of ${all.toLocaleString("en")} are listed; this page has no room for the others.`;
       rest = found;
       showMore();
     } catch (error) {
