@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasterrcnn_jax.ops.convolution import FEWEST_CELLS, by_xla, convolution
+from fasterrcnn_jax.ops.convolution import FEWEST_CELLS, by_xla, convolve
 
 HALF = (1, 1), (1, 1)
 
@@ -32,7 +32,7 @@ def with_gradients(function, x, kernel, padding):
 def test_the_convolution_and_its_gradients_are_those_of_xla(shape, size, padding):
     assert shape[1] * shape[2] >= FEWEST_CELLS
     x, kernel = drawn(shape, jnp.float32, 0), drawn((size, size, shape[3], 5), jnp.float32, 1)
-    ours = jax.jit(lambda x, kernel: with_gradients(convolution, x, kernel, padding))(x, kernel)
+    ours = jax.jit(lambda x, kernel: with_gradients(convolve, x, kernel, padding))(x, kernel)
     theirs = with_gradients(by_xla, x, kernel, padding)
     for mine, expected in zip(ours, theirs, strict=True):
         assert mine.dtype == expected.dtype
@@ -52,7 +52,7 @@ def test_a_1_x_1_convolution_and_its_gradients_are_those_of_xla(stride, channels
         y, pull = jax.vjp(run, x, kernel)
         return y, *pull(drawn(y.shape, y.dtype, 2))
 
-    for mine, expected in zip(of(convolution), of(by_xla), strict=True):
+    for mine, expected in zip(of(convolve), of(by_xla), strict=True):
         assert mine.dtype == expected.dtype
         tolerance = 1e-5 if mine.dtype == jnp.float32 else 2e-2
         np.testing.assert_allclose(
@@ -65,7 +65,7 @@ def test_the_gradient_of_1_x_1_filters_transposes_the_map_with_fewer_channels():
         x, kernel = drawn((1, 6, 7, inputs), jnp.float32, 0), drawn((1, 1, inputs, outputs), jnp.float32, 1)
 
         def loss(kernel):
-            return (convolution(x, kernel, stride=1, padding=((0, 0), (0, 0)), dtype=x.dtype) ** 2).sum()
+            return (convolve(x, kernel, stride=1, padding=((0, 0), (0, 0)), dtype=x.dtype) ** 2).sum()
 
         products = [e for e in jax.make_jaxpr(jax.grad(loss))(kernel).eqns if e.primitive.name == "dot_general"]
         return products[-1].invars[0].aval.shape
@@ -78,7 +78,7 @@ def test_the_gradient_of_bfloat16_filters_is_summed_in_float32():
     x = jnp.ones((1, 50, 50, 1), jnp.bfloat16)
     kernel = jnp.ones((3, 3, 1, 1), jnp.bfloat16)
     ones = jnp.ones_like(x)
-    pull = jax.vjp(lambda kernel: convolution(x, kernel, stride=1, padding=HALF, dtype=x.dtype), kernel)[1]
+    pull = jax.vjp(lambda kernel: convolve(x, kernel, stride=1, padding=HALF, dtype=x.dtype), kernel)[1]
     # bfloat16 cannot count beyond 256.
     assert pull(ones)[0].dtype == jnp.bfloat16
     np.testing.assert_array_equal(pull(ones)[0][1, 1], jnp.bfloat16(2500))
@@ -93,7 +93,7 @@ def test_no_filter_is_as_large_as_a_large_map_on_a_cpu():
         return "size=50x60" in jax.jit(gradient).lower(kernel).as_text("hlo")
 
     assert has_a_window_like_the_map(by_xla)
-    assert not has_a_window_like_the_map(convolution)
+    assert not has_a_window_like_the_map(convolve)
 
 
 def test_the_gradient_maps_over_more_axes():
@@ -105,4 +105,4 @@ def test_the_gradient_maps_over_more_axes():
 
         return jax.vmap(jax.grad(loss), in_axes=(None, 0))(kernel, x)
 
-    np.testing.assert_allclose(of(convolution), of(by_xla), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(of(convolve), of(by_xla), rtol=1e-4, atol=1e-2)

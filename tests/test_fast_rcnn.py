@@ -107,7 +107,7 @@ def test_own_proposals_come_best_first_and_clipped_by_a_pixel_at_most(folder, tm
     np.testing.assert_array_equal(found[first.id].scores, np.float32([0.9, 0.5, 0.5, 0.2, 0.1]))
     assert found[first.id].boxes[:3].tolist() == [[0, 0, width, height], [1, 1, 2, 2], [2, 2, 3, 3]]
     assert best_of_each(found, 2)[first.id].boxes.tolist() == [[0, 0, width, height], [1, 1, 2, 2]]
-    (warning,) = caplog.messages
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.endswith(
         "1 images have more proposals than model.test_proposals.post_nms_top_n = 4; the best of each image are used"
     )

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
 from fasterrcnn_jax.ops.anchors import strides_of
-from fasterrcnn_jax.ops.convolution import Padding, convolution
+from fasterrcnn_jax.ops.convolution import Padding, convolve
 from fasterrcnn_jax.ops.depthwise import depthwise_conv, same_padding
 from fasterrcnn_jax.structures import Images
 
@@ -94,7 +94,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel, dtype = self.kernel[...].astype(x.dtype), _result_type(self, x)
-        y = convolution(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
+        y = convolve(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
         return y if self.bias is None else _add_bias(self.bias[...], y)
 
     def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:

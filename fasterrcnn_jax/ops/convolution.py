@@ -23,7 +23,7 @@ FEWEST_CELLS = 2000
 CELLS_AT_ONCE = 640
 
 
-def convolution(
+def convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c d"], *, stride: int, padding: Padding, dtype: DTypeLike
 ) -> Float[Array, "b h2 w2 d"]:
     """Returns the convolution in type `dtype`; sums are float32.
@@ -45,7 +45,7 @@ def convolution(
 def by_xla(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c d"], stride: int, padding: Padding, dtype: DTypeLike
 ) -> Float[Array, "b h2 w2 d"]:
-    """Returns the same as `convolution`, with the gradients of XLA."""
+    """Returns the same as `convolve`, with the gradients of XLA."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -93,7 +93,8 @@ def gradient_by_blocks(
         here = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, rows, width, outputs)).reshape(-1, outputs)
         # One row for each cell: its neighbourhood.
         near = [near[i : i + rows, j : j + width].reshape(-1, channels) for i in range(size) for j in range(size)]
-        return total + lax.dot(here.T, jnp.concatenate(near, axis=1), preferred_element_type=jnp.float32)
+        near = jnp.concatenate(near, axis=1).astype(jnp.float32)
+        return total + lax.dot(here.T.astype(jnp.float32), near)
 
     total = jnp.zeros((outputs, size * size * channels), jnp.float32)
     total = lax.fori_loop(0, batch * blocks, add, total)
@@ -112,14 +113,14 @@ def _pointwise_forward(x: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array
 def _pointwise_backward(dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
     of_x = jnp.matmul(gradient, kernel.T.astype(gradient.dtype), preferred_element_type=x.dtype)
-    outputs = gradient.reshape(-1, gradient.shape[-1])
-    # Predictions are float32 for any type of features.
-    cells = x.reshape(-1, x.shape[-1]).astype(outputs.dtype)
+    # The sum is float32 for any type. XLA's matrix product on a CPU takes no bfloat16 for a float32 result.
+    outputs = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)
+    cells = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     # The product needs one of the maps transposed. Of the gradient and the input, XLA always takes the gradient.
     if cells.shape[1] < outputs.shape[1]:
-        of_kernel = lax.dot(cells.T, outputs, preferred_element_type=jnp.float32)
+        of_kernel = lax.dot(cells.T, outputs)
     else:
-        of_kernel = lax.dot(outputs.T, cells, preferred_element_type=jnp.float32).T
+        of_kernel = lax.dot(outputs.T, cells).T
     return of_x, of_kernel.astype(kernel.dtype)
 
 

@@ -145,7 +145,7 @@ class MetricsWriter:
         return sum(_has_evaluation(names, split) for names in self._evaluated.values())
 
     def _note(self, step: int, values: Mapping[str, object]) -> None:
-        self.history.add(step, {name: value for name, value in values.items() if name != "time"})
+        self.history.add(step, {name: value for name, value in values.items() if name not in ("step", "time")})
         # The numbers of an evaluation have names such as test/AP50.
         names = {name for name in values if "/" in name}
         if names:
