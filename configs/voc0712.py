@@ -6,8 +6,8 @@ This is the schedule of tf-faster-rcnn: batch size 1, 110,000 steps, learning ra
 weight decay 1e-4, 256 cropped regions per image, without the ground-truth boxes among them (USE_GT False).
 Published by tf-faster-rcnn: mAP 79.8 (VOC 2007 metric, "best of 2-3 attempts"). One difference is left: it crops 7 x 7
 samples and runs stage 4 at their resolution; here 14 x 14 samples are pooled to 7 x 7, and stage 4 halves them, as in
-faster-rcnn.pytorch. faster-rcnn.pytorch publishes no result
-for both years; the ResNet paper reports 76.4.
+faster-rcnn.pytorch. faster-rcnn.pytorch publishes no result for both years; the ResNet paper reports 76.4.
+
 The reference starts from Caffe's ImageNet weights: give that file with --init. Without it, training starts from random
 weights and will not reach the published result. We have measured neither the result nor the time.
 """

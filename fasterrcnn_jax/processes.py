@@ -106,9 +106,15 @@ def kernel_line(implementation: choice.Implementation) -> str | None:
     reason = choice.not_chosen_here()
     if reason is None:
         return None
-    line = f"kernels    none: NMS and region features run as plain JAX, because a kernel cannot run here: {reason}"
-    if jax.__version_info__[:2] < choice.OLDEST_JAX:
-        line += "; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]'"
+    line = f"kernels    none: NMS and region features run as plain JAX; the GPU kernels are not used here: {reason}"
+    capability = choice.device()[1]
+    if jax.__version_info__[:2] < choice.OLDEST_JAX and choice.HOPPER <= capability < choice.NEWEST:
+        line += (
+            "; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]' or, for CUDA 12, "
+            "'fasterrcnn_jax[cuda12]'"
+        )
+    if choice.AMPERE <= capability < choice.HOPPER and choice.unsupported_here(choice.AMPERE) is None:
+        line += "; train.implementation mosaic uses them, but they were never run on such a GPU"
     return line
 
 

@@ -235,7 +235,9 @@ def load(path: str | Path, *, backbone: BackboneClass | None = None) -> Detector
         model = checkpoint.load(path, backbone=backbone)
         scheme = checkpoint.load_run_config(path).train.scheme
         if scheme in _UNTRAINED:
-            logger.warning("%s: train.scheme was %s, so the %s was never trained", path, scheme, _UNTRAINED[scheme])
+            logger.warning(
+                "%s: train.scheme was %s, so the %s was not trained in this run", path, scheme, _UNTRAINED[scheme]
+            )
         return model
     weights, where = files.read(path), str(path)
     stored = stored_model(weights, where)

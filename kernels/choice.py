@@ -60,13 +60,13 @@ def not_chosen_here() -> str | None:
 def unsupported_here(oldest: tuple[int, int]) -> str | None:
     """Returns why no kernel can run here: platform, JAX, or a compute capability below `oldest`; None if they can."""
     platform, capability = device()
-    # Before JAX's version: on another platform a newer JAX would not help.
+    # Before JAX's version: on another platform or an older GPU a newer JAX would not help.
     if platform != "cuda":
         return f"it runs on CUDA devices and the platform of this device is {platform}"
-    if jax.__version_info__[:2] < OLDEST_JAX:
-        return f"it needs JAX {OLDEST_JAX[0]}.{OLDEST_JAX[1]} or newer and the installed JAX is {jax.__version__}"
     if capability < oldest:
         return "it needs compute capability {}.{} or newer and this device has {}.{}".format(*oldest, *capability)
+    if jax.__version_info__[:2] < OLDEST_JAX:
+        return f"it needs JAX {OLDEST_JAX[0]}.{OLDEST_JAX[1]} or newer and the installed JAX is {jax.__version__}"
     return None
 
 

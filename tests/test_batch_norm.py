@@ -14,7 +14,7 @@ import fasterrcnn_jax
 from fasterrcnn_jax.config import BackboneConfig, Config, DataConfig, FpnConfig, TrainConfig
 from fasterrcnn_jax.models.detector import Detector, use_batch_statistics
 from fasterrcnn_jax.models.faster_rcnn import box_training_losses, detect, rpn_training_losses
-from fasterrcnn_jax.models.heads import region_masks
+from fasterrcnn_jax.models.heads import BoxHead, region_masks
 from fasterrcnn_jax.models.layers import EPSILON, BatchNorm, Conv, Running, run_stage, valid_mask
 from fasterrcnn_jax.models.vgg import Stage
 from fasterrcnn_jax.processes import AXIS, replicate
@@ -210,6 +210,30 @@ def batch_of(step):
         # Those of the first image are near its objects; the others have fewer than slots.
         proposals=Proposals(boxes.astype(np.float32) + 2, np.full((B, G), 0.5, np.float32), valid),
     )
+
+
+class PlainTail(nnx.Module):
+    """A tail of two arguments, without batch normalisation."""
+
+    channels = 8
+
+    def __call__(self, pooled, dropout_keys):
+        return pooled.mean(axis=(2, 3))
+
+
+def test_only_a_tail_with_batch_norm_gets_the_valid_regions():
+    pooled, valid = jnp.ones((2, 3, 4, 4, 8)), jnp.array([[True, True, False], [True, False, False]])
+
+    class Recording(Tail):
+        def __call__(self, pooled, dropout_keys, roi_valid=None):
+            given.append(roi_valid)
+            return super().__call__(pooled, dropout_keys, roi_valid)
+
+    given = []
+    for tail in (PlainTail(), Recording(np.random.default_rng(0))):
+        head = BoxHead(MODEL, 8, 2, tail=tail, rng=np.random.default_rng(0))
+        assert head(pooled, None, valid)[0].shape == (2, 3, 3)
+    assert given[0] is valid and len(given) == 1
 
 
 def begun(random_weights, config, *, averages=False, **options):

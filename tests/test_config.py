@@ -180,6 +180,15 @@ UNREAD = [
 ]
 
 
+@pytest.mark.parametrize("sizes", [(32.0, 64.0), 32.0])
+def test_anchor_sizes_without_a_tuple_for_each_level_are_refused_with_an_example(sizes):
+    rpn = RpnConfig(anchor_rounding="none")
+    object.__setattr__(rpn, "anchor_sizes", sizes)  # without the tests' type checker, as users run it
+    with pytest.raises(ValueError, match=r"anchor_sizes must hold one tuple for each level, as in .* got ") as caught:
+        rpn.__post_init__()
+    assert "((32,), (64,), " in str(caught.value) and str(caught.value).endswith(f"got {sizes}")
+
+
 @pytest.mark.parametrize("parts, said", UNREAD, ids=[said for _, said in UNREAD])
 def test_a_value_without_effect_is_named(parts, said):
     model = ModelConfig()

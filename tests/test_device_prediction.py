@@ -4,6 +4,7 @@ The tolerances were fixed before the first comparison. Sampling points of float3
 side are off by at most 1.2e-4 pixels per axis, which is 0.06 grey levels between black and white.
 """
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from jax import lax
 from PIL import Image
 
-from fasterrcnn_jax.config import ImageConfig
+from fasterrcnn_jax.config import ImageConfig, TtaConfig
 from fasterrcnn_jax.data.transforms import network_size
 from fasterrcnn_jax.inference.prediction import predict, preprocess
 from fasterrcnn_jax.models.detector import with_image_config
@@ -199,6 +200,30 @@ def test_size_and_canvas_are_for_one_array():
         preprocess([np.zeros((4, 5, 3), np.uint8)], CANVAS, canvas=(64, 96))
 
 
+def test_floats_of_the_host_have_the_same_rules_with_a_canvas_as_without():
+    image = smooth(64, 96, 3)
+    unit = np.float32(image) / 255
+    expected = preprocess(unit, CANVAS)
+    for options in (dict(canvas=(64, 96)), dict(size=np.int32([(64, 96)]))):
+        found = preprocess(unit, CANVAS, **options)
+        np.testing.assert_allclose(found[0], expected[0], atol=GREY_LEVELS / 50)
+        np.testing.assert_array_equal(found[1], expected[1])
+    for options in ({}, dict(canvas=(64, 96)), dict(size=np.int32([(64, 96)]))):
+        with pytest.raises(ValueError, match="values from .*, which must lie in 0..1; divide values of 0..255 by 255"):
+            preprocess(np.float32(image), CANVAS, **options)
+    assert preprocess(np.zeros((0, 8, 9, 3), np.uint8), CANVAS, canvas=(64, 96))[0].shape == (0, 64, 96, 3)
+
+
+def test_size_and_canvas_may_be_lists():
+    image = smooth(64, 96, 3)
+    expected = preprocess(image, CANVAS, size=np.int32([(40, 50)]), canvas=(64, 96))
+    found = preprocess(image, CANVAS, size=[(40, 50)], canvas=[64, 96])
+    traced = jax.jit(lambda height: preprocess(image, CANVAS, size=[height, 50], canvas=[64, 96]))(40)
+    for one, two, three in zip(expected, found, traced, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_allclose(one, three, atol=1e-5)
+
+
 def assert_equal_detections(found, expected):
     """Compares `Detections` of one image with a `Prediction`."""
     valid = np.asarray(found.valid)
@@ -249,6 +274,28 @@ def test_the_score_threshold_leaves_out_the_same_detections(model):
     assert_equal_detections(
         predict(model, jnp.asarray(image), score_threshold=threshold), predict(model, image, score_threshold=threshold)
     )
+
+
+def test_a_traced_score_threshold_leaves_out_the_same_detections(model):
+    image = jnp.asarray(IMAGES[0])
+    scores = predict(model, IMAGES[0]).scores
+    threshold = float(scores[1] + scores[2]) / 2
+    found = jax.jit(predict)(model, image, score_threshold=threshold)
+    expected = predict(model, image, score_threshold=threshold)
+    assert 0 < found.valid.sum() < len(scores)
+    np.testing.assert_array_equal(found.valid, expected.valid)
+    with pytest.raises(ValueError, match="score_threshold must lie in 0..1, got 1.5"):
+        predict(model, image, score_threshold=1.5)
+
+
+@pytest.mark.parametrize("augment, passes", [(TtaConfig(flip=True), 2), (TtaConfig(scales=(0.5, 2.0)), 3)])
+def test_a_model_with_several_passes_is_refused_on_the_device(model, augment, passes):
+    several = copy.copy(model)
+    several.config = dataclasses.replace(model.config, test_augment=augment)
+    with pytest.raises(ValueError, match=f"is one pass; model.test_augment asks for {passes}: give NumPy"):
+        predict(several, jnp.asarray(IMAGES[0]))
+    with pytest.raises(ValueError, match="of a JAX array is one pass"):
+        jax.jit(lambda image: predict(several, image))(IMAGES[0])
 
 
 def test_no_operation_of_the_program_calls_the_host(model):

@@ -16,10 +16,12 @@ import pytest
 import safetensors.numpy
 import scipy.io
 import tiny
+from PIL import Image
 
 import fasterrcnn_jax
 import fasterrcnn_jax.scripts.predict as predict_script
 from fasterrcnn_jax import zoo
+from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.config.rules import first_difference, unread_fields
 from fasterrcnn_jax.data.fingerprint import Fingerprint
 from fasterrcnn_jax.data.proposal_files import best_of_each, own_proposals, read_proposals, write_proposals
@@ -119,6 +121,32 @@ def test_joined_splits_have_a_file_each_and_parts_of_a_split_share_one(folder):
     assert list(found) == [record.id for record in both.records]
     only = own_proposals(folder / "train.safetensors", "val", dataset_of(folder, "train"), field="x", limit=99)
     np.testing.assert_array_equal(only["train0"].boxes, found["train0"].boxes)
+
+
+def test_files_of_joined_splits_may_number_their_images_alike(tmp_path):
+    """Two COCO splits that count from 1: the joined data set calls an image SPLIT/ID."""
+    (tmp_path / "annotations").mkdir()
+    for split, colour in (("a", 50), ("b", 200)):
+        (tmp_path / split).mkdir()
+        images = [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in (1, 2)]
+        for image in images:
+            Image.new("RGB", (60, 40), (colour, image["id"], 0)).save(tmp_path / split / image["file_name"])
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [3, 4, 20, 24], "area": 480, "iscrowd": 0}
+        categories = [{"id": n, "name": name} for n, name in enumerate(tiny.CLASS_NAMES, 1)]
+        content = {"images": images, "annotations": [box], "categories": categories}
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+        found = {
+            str(n): ImageProposals(np.float32([[0, 0, n, ord(split) - 90]]), np.ones(1, np.float32)) for n in (1, 2)
+        }
+        write_proposals(tmp_path / f"{split}.safetensors", found, made_by="a test")
+    data = DataConfig(root=tmp_path, layout="coco", class_names=tiny.CLASS_NAMES)
+    found = own_proposals(tmp_path / "{split}.safetensors", "a+b", open_split(data, "a+b"), **LIMIT)
+    assert {name: of_image.boxes[0].tolist()[2:] for name, of_image in found.items()} == {
+        "a/1": [1, 7],
+        "a/2": [2, 7],
+        "b/1": [1, 8],
+        "b/2": [2, 8],
+    }
 
 
 def spoiled(change):
@@ -242,7 +270,7 @@ def test_detection_without_proposals_says_that_there_is_no_rpn(trained, folder, 
     said = []
     monkeypatch.setattr(zoo.logger, "warning", lambda text, *values: said.append(text % values))
     fasterrcnn_jax.load(trained[0])
-    assert said == [f"{trained[0]}: train.scheme was fast_rcnn, so the RPN was never trained"]
+    assert said == [f"{trained[0]}: train.scheme was fast_rcnn, so the RPN was not trained in this run"]
 
 
 def test_other_proposals_are_noticed_when_a_run_continues(folder):

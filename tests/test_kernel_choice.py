@@ -94,11 +94,22 @@ def test_train_says_once_why_a_gpu_runs_without_the_kernels(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     line = kernel_line(None)
     assert "it needs JAX 0.11 or newer and the installed JAX is" in line and "as plain JAX" in line
-    assert line.endswith("; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]'")
+    assert "the GPU kernels are not used here" in line
+    assert line.endswith("pip install 'fasterrcnn_jax[cuda13]' or, for CUDA 12, 'fasterrcnn_jax[cuda12]'")
     assert kernel_line("xla") is None  # chosen by name
-    mosaic.pretend(monkeypatch, "cuda", (8, 9))
+    for capability in ((7, 5), (8, 9), (12, 0)):  # a newer JAX would not be enough
+        mosaic.pretend(monkeypatch, "cuda", capability)
+        monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+        assert "pip install" not in kernel_line(None) and "mosaic uses" not in kernel_line(None)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert kernel_line(None).endswith("it needs compute capability 9.0 or newer and this device has 8.9")
+    mosaic.pretend(monkeypatch, "cuda", (8, 9))
+    assert kernel_line(None).endswith(
+        "it needs compute capability 9.0 or newer and this device has 8.9; train.implementation mosaic uses them, but "
+        "they were never run on such a GPU"
+    )
+    for capability, reason in (((7, 5), "and this device has 7.5"), ((12, 0), "never run on compute capability 12.0")):
+        mosaic.pretend(monkeypatch, "cuda", capability)
+        assert kernel_line(None).endswith(reason)
     mosaic.pretend(monkeypatch, "cpu", (0, 0))
     assert kernel_line(None) is None
 

@@ -103,8 +103,8 @@ class DataConfig:
     and test_split"""
     proposals: Path | None = None
     """train.scheme fast_rcnn: file of proposals for every image, used instead of the RPN's in training and evaluation;
-    {split} in it stands for the name of the split; of an image, the best train_proposals.post_nms_top_n are trained on;
-    docs/data.md describes the file"""
+    {split} in it stands for the name of the split; training uses the best train_proposals.post_nms_top_n of an image,
+    evaluation the best test_proposals.post_nms_top_n; docs/data.md describes the file"""
     max_boxes: int = 100
     """largest number of ground-truth boxes per image; further boxes are not trained on and are counted in a warning"""
     use_difficult: bool = False

@@ -233,6 +233,14 @@ class RpnConfig:
         )
         require(bool(self.anchor_scales and self.anchor_ratios), "anchor_scales and anchor_ratios are empty")
         if self.anchor_sizes is not None:
+            nested = isinstance(self.anchor_sizes, tuple | list) and all(
+                isinstance(sizes, tuple | list) for sizes in self.anchor_sizes
+            )
+            require(
+                nested,
+                "anchor_sizes must hold one tuple for each level, as in ((32,), (64,), (128,), (256,), (512,)), got "
+                f"{self.anchor_sizes}",
+            )
             counts = {len(sizes) for sizes in self.anchor_sizes}
             require(
                 len(counts) == 1 and 0 not in counts,

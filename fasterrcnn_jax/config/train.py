@@ -37,8 +37,9 @@ class TrainConfig:
     """Settings of the optimisation."""
 
     scheme: Literal["joint", "alternating", "rpn", "fast_rcnn"] = "joint"
-    """parts to train: joint: RPN and box head together; alternating: RPN and box head in four stages; rpn: only the
-    RPN; fast_rcnn: only the box head, on the proposals in the file data.proposals; all of them with the backbone"""
+    """parts to train: joint: backbone, RPN and box head together; alternating: the same parts in four stages, RPN and
+    box head in turn, with the backbone in the first two; rpn: backbone and RPN; fast_rcnn: backbone and box head, on
+    the proposals in data.proposals"""
     alternating: AlternatingConfig = AlternatingConfig()
     """stages of scheme alternating"""
     steps: int | Auto

@@ -95,6 +95,8 @@ def own_proposals(path: Path, split: str, dataset: Dataset, *, field: str, limit
     for name in names:
         file = Path(str(path).replace(SPLIT, name))
         of_file, _ = read_proposals(file)
+        # In joined splits whose images share ids, an image is called SPLIT/ID.
+        of_file = {f"{name}/{image}": boxes for image, boxes in of_file.items()} | of_file
         found |= of_file
         where |= dict.fromkeys(of_file, file)
     check_present(path, found, dataset)

@@ -6,13 +6,14 @@ With a JAX array, traced or not, all of it runs on the device, as one program.
 import dataclasses
 import functools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.config.checks import fitted
@@ -60,42 +61,51 @@ def predict(
     images: Any,
     *,
     batch_size: int = 1,
-    score_threshold: float = 0.0,
+    score_threshold: float | Shaped[Array, ""] = 0.0,
     implementation: Implementation = None,
 ) -> Prediction | list[Prediction] | Detections:
     """Returns the detections in one image, in a list of images of any sizes and kinds, or in a batch array.
 
     Images are grouped by canvas, and every group is split into batches of exactly `batch_size`. The detections in an
-    image therefore do not depend on the other images. `model.config.test_augment` applies.
+    image therefore do not depend on the other images. `model.config.test_augment` applies, but not to a JAX array.
 
     A JAX array stays on the device: resize, detection and boxes in pixels of the original image are one program, and
     the result is `Detections` in fixed shapes with a validity mask. It works under `jax.jit`, `jax.vmap`, `jax.pmap`
     and `lax.map`, and under `jax.grad` with respect to an image of floating-point values. Forward-mode derivatives
-    (`jax.jvp`) stop with an error: the region features have a rule for reverse mode only.
+    (`jax.jvp`) stop with an error: the region features have a rule for reverse mode only. Each array shape is one
+    compilation; for many sizes use `preprocess(size=...)`, or give NumPy arrays. A JAX array gets one pass, so a model
+    whose `test_augment` asks for more is refused.
 
     Args:
       images: a path, which is turned as its EXIF data says; a PIL image; or a NumPy or JAX array: grey [height, width]
         or [height, width, 1], RGB [..., 3], or RGB with alpha [..., 4], which is dropped. Values are uint8 or bool, or
         floating-point: in 0..1, but in a JAX array in 0..255, the values of uint8. Or a list of them, or a batch array
         [batch, height, width, channels].
+      batch_size: number of images that run at once; static under `jax.jit`.
       score_threshold: detections with a lower score are left out. `model.config.postprocess.score_threshold` applies
-        before it.
-      implementation: implementation of NMS and region features, as in `detect`.
+        before it. It may be traced, and its range is then not checked.
+      implementation: implementation of NMS and region features, as in `detect`; static under `jax.jit`.
     Returns:
-      For a JAX array, or where the model is traced: `Detections` in pixels of the original image, with a batch axis
-      for a batch. If traced floating-point values are not in 0..255, or if all are in 0..1, no detection is valid and
-      the scores are NaN. Otherwise one `Prediction` for one image, and a list of them for several.
+      For a JAX array, or where the model or `score_threshold` is traced: `Detections` in pixels of the original
+      image, with a batch axis for a batch. If traced floating-point values are not in 0..255, or if all are in 0..1,
+      no detection is valid and the scores are NaN. Otherwise one `Prediction` for one image, and a list of them for
+      several.
     Raises:
       InputError: a file cannot be read as an image.
       TypeError: a forward-mode derivative is asked for.
-      ValueError: an image is of another kind, `batch_size` or `score_threshold` is out of range, or a list of images
-        is traced.
+      ValueError: an image is of another kind, `batch_size` or `score_threshold` is out of range, a list of images is
+        traced, or `test_augment` asks for several passes over a JAX array.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    if not 0 <= score_threshold <= 1:
+    if not is_traced(score_threshold) and not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-    if isinstance(images, jax.Array) or is_traced((model, images)):
+    if isinstance(images, jax.Array) or is_traced((model, images, score_threshold)):
+        if len(views(model.config)) > 1:
+            raise ValueError(
+                f"predict of a JAX array is one pass; model.test_augment asks for {len(views(model.config))}: give "
+                "NumPy arrays, or set model.test_augment to its defaults"
+            )
         pixels, single = device_images(_traceable(images))
         found = _predicted(model, pixels, score_threshold, batch_size=batch_size, implementation=implementation)
         return jax.tree.map(lambda leaf: leaf[0], found) if single else found
@@ -141,18 +151,30 @@ def _traceable(images: Any) -> Array:
             "channels], or put images of several sizes into one and call detect with fasterrcnn_jax.preprocess(array, "
             "model.config.image, size=sizes)"
         )
-    # The model is traced and the image is not: its values are known and read by the rules of the host.
+    return _host_array(images)
+
+
+def _host_array(images: Any) -> UInt8[Array, "*b h w 3"]:
+    """Returns an array that is not JAX's on the device. Its values are known and read by the rules of the host."""
     listed, single = list_images(images)
-    return jnp.asarray(listed[0].pixels() if single else np.stack([image.pixels() for image in listed]))
+    if single:
+        return jnp.asarray(listed[0].pixels())
+    if not listed:
+        return jnp.zeros((0, *images.shape[1:3], 3), jnp.uint8)
+    return jnp.asarray(np.stack([image.pixels() for image in listed]))
 
 
 def _predicted(
-    model: Detector, pixels: Array, score_threshold: float, *, batch_size: int, implementation: Implementation
+    model: Detector,
+    pixels: Array,
+    score_threshold: float | Shaped[Array, ""],
+    *,
+    batch_size: int,
+    implementation: Implementation,
 ) -> Detections:
+    threshold = jnp.asarray(score_threshold, jnp.float32)
     try:
-        return _jitted_prediction(
-            model, pixels, np.float32(score_threshold), batch_size=batch_size, implementation=implementation
-        )
+        return _jitted_prediction(model, pixels, threshold, batch_size=batch_size, implementation=implementation)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -215,8 +237,8 @@ def preprocess(
     images: Any,
     config: ImageConfig,
     *,
-    size: Int[Array, "*b 2"] | Int[np.ndarray, "*b 2"] | None = None,
-    canvas: tuple[int, int] | None = None,
+    size: Int[Array, "*b 2"] | Int[np.ndarray, "*b 2"] | Sequence[Any] | None = None,
+    canvas: Sequence[int] | None = None,
 ) -> OnCanvas | OnDeviceCanvas:
     """Returns the arguments (images, image_hw, scale) of `detect`, with all images on canvases of one size.
 
@@ -224,7 +246,8 @@ def preprocess(
     function can be traced; the resize has the formulas of the host and is differentiable.
 
     Args:
-      images: as in `predict`, at least one image; a single image gives a batch of one.
+      images: as in `predict`, at least one image; a single image gives a batch of one. The values of a NumPy array have
+        the same rules with `size` or `canvas` as without.
       config: the model's `model.config.image`.
       size: (height, width) of each image, whole numbers of shape [2] or [batch, 2], which may be traced. `images` is
         then one array, each image lies in its upper left corner, and the rest is never read. None: the whole array. An
@@ -245,27 +268,25 @@ def preprocess(
     return _on_canvas(listed, smallest_canvas((height, width), config), len(listed), config)
 
 
-def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: tuple[int, int] | None) -> OnDeviceCanvas:
+def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: Sequence[int] | None) -> OnDeviceCanvas:
     if not hasattr(images, "__array__"):
         raise ValueError(f"images must be one array where size or canvas is given, got {type(images).__name__}")
-    pixels, single = device_images(images if isinstance(images, jax.Array) else jnp.asarray(images))
+    pixels, single = device_images(images if isinstance(images, jax.Array) else _host_array(images))
     count, height, width, _ = pixels.shape
     canvases = fitted(config.canvases, "model.image.canvases")
-    if canvas is None:
-        canvas = canvas_for((height, width), config)
-    elif canvas not in canvases:
+    canvas = canvas_for((height, width), config) if canvas is None else tuple(canvas)
+    if canvas not in canvases:
         raise ValueError(f"canvas must be one of model.image.canvases = {canvases}, got {canvas}")
     if size is None:
         size = np.full((count, 2), (height, width), np.int32)
-    elif size.shape not in ((2,) if single else (count, 2), (count, 2)) or not jnp.issubdtype(size.dtype, jnp.integer):
+    size = jnp.asarray(size) if is_traced(size) else np.asarray(size)
+    if size.shape not in ((2,) if single else (count, 2), (count, 2)) or not jnp.issubdtype(size.dtype, jnp.integer):
         raise ValueError(
             f"size must be (height, width) of each image, whole numbers [{count}, 2], got {size.dtype} "
             f"{list(size.shape)}"
         )
-    elif not is_traced(size):
-        given = np.asarray(size)
-        if (given < 0).any() or (given > (height, width)).any():
-            raise ValueError(f"size must lie within the array, {height} x {width} pixels, got {given.tolist()}")
+    if not is_traced(size) and ((size < 0).any() or (size > (height, width)).any()):
+        raise ValueError(f"size must lie within the array, {height} x {width} pixels, got {size.tolist()}")
     draw = functools.partial(resized_onto_canvas, config=config, canvas=canvas)
     return jax.vmap(draw)(pixels, jnp.asarray(size, jnp.int32).reshape(count, 2))
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv, Linear, dropout
+from fasterrcnn_jax.models.layers import NORMS, BatchNorm, Conv, Linear, dropout
 from fasterrcnn_jax.ops.anchors import anchors_per_cell
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
@@ -121,7 +121,8 @@ def region_masks(roi_valid: Bool[Array, "b r"] | None, side: int) -> Float[Array
 class Tail(Protocol):
     """The interface of a tail, an `nnx.Module` that the box head runs on each region.
 
-    In training with batch normalisation it gets a third argument: which regions are valid, [B, R].
+    In training with batch normalisation, a tail that contains a `BatchNorm` gets a third argument: which regions are
+    valid, [B, R].
     """
 
     @property
@@ -161,5 +162,6 @@ class BoxHead(nnx.Module):
           roi_valid: the regions that batch normalisation takes its statistics from; None: all.
         """
         # A tail without batch normalisation need not know the third argument.
-        x = self.tail(pooled, dropout_keys, *(() if roi_valid is None else (roi_valid,)))
+        counts = roi_valid is not None and any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(self.tail))
+        x = self.tail(pooled, dropout_keys, *((roi_valid,) if counts else ()))
         return self.class_logits(x), self.deltas(x).reshape(*x.shape[:2], -1, 4)

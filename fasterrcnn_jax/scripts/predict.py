@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_detects(ckpt: Path, config: Config) -> None:
-    """Raises InputError if a part of the detector of a run was never trained."""
+    """Raises InputError if a part of the detector was not trained in its run."""
     if config.train.scheme == "fast_rcnn":
         raise InputError(
             f"--ckpt {ckpt}: this is a box head trained alone, without an RPN; fasterrcnn-jax evaluate detects in "
