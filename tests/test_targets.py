@@ -174,7 +174,7 @@ def test_without_added_ground_truth_every_roi_is_a_proposal(proposals, gt):
         for rois in (found, with_objects)
     )
     assert len(rows) == proposals.valid.sum() and len(more) == len(rows) + gt.valid.sum()
-    assert {row.tobytes() for row in rows[:, :4]} == {box.tobytes() for box in proposals.boxes[proposals.valid]}
+    assert {tuple(row) for row in rows[:, :4]} == {tuple(box) for box in proposals.boxes[proposals.valid]}
     # The nearest row is the same one, up to rounding: the two programs differ.
     apart = np.abs(rows[:, None] - more[None]).max(axis=2)
     assert (apart.min(axis=1, initial=np.inf) <= 1e-5).all()

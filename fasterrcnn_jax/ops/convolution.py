@@ -117,10 +117,8 @@ def _pointwise_backward(dtype: DTypeLike, kept: tuple[Array, Array], gradient: A
     outputs = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)
     cells = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     # The product needs one of the maps transposed. Of the gradient and the input, XLA always takes the gradient.
-    if cells.shape[1] < outputs.shape[1]:
-        of_kernel = lax.dot(cells.T, outputs)
-    else:
-        of_kernel = lax.dot(outputs.T, cells).T
+    is_narrow = cells.shape[1] < outputs.shape[1]
+    of_kernel = lax.dot(cells.T, outputs) if is_narrow else lax.dot(outputs.T, cells).T
     return of_x, of_kernel.astype(kernel.dtype)
 
 
