@@ -325,7 +325,8 @@ class Progress:
             checkpoint_bytes=self._checkpoint_bytes,
         )
         number_of = left.number + sum(evaluations.number for evaluations in self._afterwards)
-        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {number_of} evaluations")
+        evaluations = "1 evaluation" if number_of == 1 else f"{number_of} evaluations"
+        say(f"expected   {in_words(seconds)} for {self._steps - number} more steps and {evaluations}")
         self._expected = time.perf_counter(), seconds
 
     def say_time(self, number: int) -> None:
