@@ -274,9 +274,10 @@ def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: Seque
     pixels, single = device_images(images if isinstance(images, jax.Array) else _host_array(images))
     count, height, width, _ = pixels.shape
     canvases = fitted(config.canvases, "model.image.canvases")
-    canvas = canvas_for((height, width), config) if canvas is None else tuple(canvas)
-    if canvas not in canvases:
-        raise ValueError(f"canvas must be one of model.image.canvases = {canvases}, got {canvas}")
+    wanted = canvas_for((height, width), config) if canvas is None else tuple(canvas)
+    chosen = next((one for one in canvases if one == wanted), None)
+    if chosen is None:
+        raise ValueError(f"canvas must be one of model.image.canvases = {canvases}, got {wanted}")
     if size is None:
         size = np.full((count, 2), (height, width), np.int32)
     size = jnp.asarray(size) if is_traced(size) else np.asarray(size)
@@ -287,7 +288,7 @@ def _on_device_canvas(images: Any, config: ImageConfig, size: Any, canvas: Seque
         )
     if not is_traced(size) and ((size < 0).any() or (size > (height, width)).any()):
         raise ValueError(f"size must lie within the array, {height} x {width} pixels, got {size.tolist()}")
-    draw = functools.partial(resized_onto_canvas, config=config, canvas=canvas)
+    draw = functools.partial(resized_onto_canvas, config=config, canvas=chosen)
     return jax.vmap(draw)(pixels, jnp.asarray(size, jnp.int32).reshape(count, 2))
 
 

@@ -162,6 +162,8 @@ class BoxHead(nnx.Module):
           roi_valid: the regions that batch normalisation takes its statistics from; None: all.
         """
         # A tail without batch normalisation need not know the third argument.
-        counts = roi_valid is not None and any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(self.tail))
-        x = self.tail(pooled, dropout_keys, *((roi_valid,) if counts else ()))
+        tail = self.tail
+        parts = nnx.iter_modules(tail) if roi_valid is not None and isinstance(tail, nnx.Module) else ()
+        counts = any(isinstance(part, BatchNorm) for _, part in parts)
+        x = tail(pooled, dropout_keys, *((roi_valid,) if counts else ()))
         return self.class_logits(x), self.deltas(x).reshape(*x.shape[:2], -1, 4)
