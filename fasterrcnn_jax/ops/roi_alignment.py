@@ -181,8 +181,8 @@ def _pool(
 def _pool_forward(
     features: tuple[Float[Array, "_ _ c"], ...], grid: SampleGrid, sampling_ratio: int, implementation: Implementation
 ) -> tuple[Float[Array, "r s s c"], Residuals]:
-    # On a CPU an unrolled loop is computed once more inside the transposition for the next layer's gradient, where it
-    # takes 10 times as long: 100 of 440 ms of processor time in a training step of configs/shapes.py.
+    # On a CPU an unrolled loop is computed once more inside the transposition for the next layer's gradient: this took
+    # 100 of 440 ms of processor time in a training step of configs/shapes.py.
     unroll = sampling_ratio > 0 and choice.device()[0] != "cpu"
     pooled = _forward(sampling_ratio, implementation, unroll)(_lead(features), _lead(grid))[0]
     # Empty arrays carry the static sizes of the maps to the backward pass.
