@@ -38,7 +38,13 @@ if CHROMIUM is None:
     pytest.skip("No Chromium that starts is installed: apt-get install chromium", allow_module_level=True)
 
 SIZES = {"wide": (1280, 900), "phone": (360, 740)}
-VIEWS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
+# Each size and each scheme once; the other two pairs take as long and are checked with the slow tests.
+VIEWS = [
+    ("wide", "light"),
+    ("phone", "dark"),
+    pytest.param("wide", "dark", marks=pytest.mark.slow),
+    pytest.param("phone", "light", marks=pytest.mark.slow),
+]
 AXE = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 

@@ -36,7 +36,8 @@ ALL = 10**9  # nothing is left to a draw
 IMAGES = 2
 
 
-@pytest.fixture(scope="module", params=[91, 21])
+# COCO's number of classes in every run of the suite; VOC's, which takes as long, with the slow tests.
+@pytest.fixture(scope="module", params=[91, pytest.param(21, marks=pytest.mark.slow)])
 def case(request, tmp_path_factory):
     """Returns (name, golden numbers, model)."""
     golden = np.load(Path(__file__).parent / "golden" / f"model_tv_r50fpn_{request.param}.npz")
