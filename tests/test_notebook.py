@@ -226,16 +226,17 @@ def case(request):
 
 
 def test_losses_of_each_step(case):
-    """The full network adds up a hundred times as many products, so its own rounding in PyTorch is allowed for."""
+    """The losses of the first step are compared with PyTorch's in float64, whose rounding is no part of the difference.
+
+    At full size a loss above 2 differs by 1.3e-5 between float32 and float64 in PyTorch itself.
+    """
     name, case, (losses, _, _, _) = case
     for number, ours in zip(case.numbers, losses, strict=True):
-        tolerance = TOLERANCE if number == 1 else LATER_TOLERANCE
-        theirs = case.golden[f"losses_{number}"]
-        if case.config.backbone.width == 64:
-            rounding = np.abs(theirs - case.golden["losses_1_f64"])
-            print(f"ours minus PyTorch in float64: {ours - case.golden['losses_1_f64']}, its float32: {rounding}")
-            tolerance = TOLERANCE + 4 * float(rounding.max())
-        compare(name, "PyTorch", f"losses of step {number}", ours, theirs, atol=tolerance)
+        if number == 1:
+            compare(name, "PyTorch in float64", "losses of step 1", ours, case.golden["losses_1_f64"], rtol=TOLERANCE)
+        else:
+            theirs = case.golden[f"losses_{number}"]
+            compare(name, "PyTorch", f"losses of step {number}", ours, theirs, atol=LATER_TOLERANCE)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "var"])
