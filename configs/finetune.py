@@ -47,7 +47,7 @@ config = Config(
     model=ModelConfig(
         image=ImageConfig(short_side=320, long_side=320, canvases="auto", **EFFICIENTNET_RGB),
         backbone=BackboneConfig(name="efficientnet_lite0", fixed_stages=0, mask_padding=True),
-        # Fewer channels train faster on a CPU. The GPU kernel of RoIAlign needs a multiple of 128, so plain JAX runs.
+        # Fewer channels train faster on a CPU.
         fpn=FpnConfig(channels=96),
         rpn=RpnConfig(
             # Squares of 16 to 256 pixels.

@@ -70,12 +70,10 @@ def unsupported_here(oldest: tuple[int, int]) -> str | None:
     return None
 
 
-def unsupported_features(dtype: DTypeLike, channels: int) -> str | None:
-    """Returns why the kernels cannot take feature maps with this type and these channels; None if they can."""
+def unsupported_features(dtype: DTypeLike) -> str | None:
+    """Returns why the kernels cannot take feature maps of this type; None if they can."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16 features and these features are {jnp.dtype(dtype).name}"
-    if channels % 128:
-        return f"it takes channels in multiples of 128 and the features have {channels}"
     return None
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from fasterrcnn_jax.kernels import mosaic
 from jax import lax
 
-THREADS = 128
 # Cells per side of a tile in the backward pass: 16 sums of up to 4 channels per thread. Larger tiles would visit each
 # region less often but leave registers for fewer blocks, and other blocks are what hides the latency of loads.
 TILE = 4
@@ -41,14 +40,16 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
     """Returns the features [n r s s c] of the regions, in the type of `features`.
 
     Args:
-      features: [n h w c] of every level, float32 or bfloat16, c a multiple of 128.
+      features: [n h w c] of every level, float32 or bfloat16.
       sampling_ratio: the number of samples per bin and axis if it is the same for all regions; otherwise 0.
     """
     from jax.experimental import pallas as pl
 
+    given = features[0].shape[3]
+    features = tuple(mosaic.padded_channels(level) for level in features)
     problems, *_, channels = features[0].shape
     _, regions, _, bins = grid.bin_start.shape
-    block = _block(channels)
+    block = mosaic.channel_block(channels)
     weights = _weights(grid, [(level.shape[1], level.shape[2]) for level in features], sampling_ratio)
     first, end = _cells_of_bins(weights)
 
@@ -85,13 +86,14 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
         for number, cells in enumerate(maps):
             pl.when(level[n, r] == number)(lambda cells=cells: pool(cells))
 
-    return _kernel(
+    pooled = _kernel(
         roi_align_forward,
         out_type=jax.ShapeDtypeStruct((problems, regions, bins, bins, channels), features[0].dtype),
         # The last axis may have 2^31 - 1 blocks, the others 65,535.
         grid=(channels // block, problems, regions),
         grid_names=("channels", "problem", "region"),
     )(*features, grid.level, first, end, weights)
+    return pooled[..., :given]
 
 
 def backward(
@@ -104,8 +106,10 @@ def backward(
     """
     from jax.experimental import pallas as pl
 
+    given = cotangent.shape[4]
+    cotangent = mosaic.padded_channels(cotangent)
     problems, regions, bins, _, channels = cotangent.shape
-    block, roi_block = _block(channels), _block(regions + -regions % THREADS)
+    block, roi_block = mosaic.channel_block(channels), mosaic.channel_block(regions + -regions % mosaic.THREADS)
     weights = _weights(grid, maps, sampling_ratio)
     first, end = _cells_of_bins(weights)
     columns = _bins_of_tiles(first[:, :, 0], end[:, :, 0], grid.level, [width for _, width in maps])
@@ -167,12 +171,13 @@ def backward(
                 def _(gradient=gradient, j=j, k=k, total=total):
                     gradient[n, j, k, c] = total.astype(gradient.dtype)
 
-    return _kernel(
+    gradients = _kernel(
         roi_align_backward,
         out_type=tuple(jax.ShapeDtypeStruct((problems, *cells, channels), cotangent.dtype) for cells in maps),
         grid=(channels // block, problems, len(tiles)),
         grid_names=("channels", "problem", "tile"),
     )(tiles, columns, rows, weights.reshape(*weights.shape[:4], -1, TILE), cotangent)
+    return tuple(gradient[..., :given] for gradient in gradients)
 
 
 def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: int) -> jax.Array:
@@ -224,7 +229,7 @@ def _bins_of_tiles(first: jax.Array, end: jax.Array, level: jax.Array, sizes: Se
     numbers = jnp.arange(bins, dtype=jnp.int32)[None, None, None]
     begin = jnp.where(meets, numbers, bins).min(axis=-1)
     stop = jnp.where(meets, numbers + 1, 0).max(axis=-1)
-    return jnp.pad(jnp.stack([begin, stop], axis=1), ((0, 0), (0, 0), (0, 0), (0, -first.shape[2] % THREADS)))
+    return jnp.pad(jnp.stack([begin, stop], axis=1), ((0, 0), (0, 0), (0, 0), (0, -first.shape[2] % mosaic.THREADS)))
 
 
 def _tiles(maps: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -240,11 +245,6 @@ def _tiles(maps: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.array(tiles, np.int32)
 
 
-def _block(size: int) -> int:
-    """Returns the size of the blocks that a multiple of 128 is split into: up to 4 elements per thread."""
-    return next(block for block in (4 * THREADS, 2 * THREADS, THREADS) if size % block == 0)
-
-
 def _kernel(body: Callable, **options: Any) -> Callable:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -256,4 +256,4 @@ def _zeros(block: int) -> jax.Array:
     """Returns a vector of zeros, in the same layout over the threads as a vector that is read from memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.layout_cast(jnp.zeros(block), plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS))
+    return plgpu.layout_cast(jnp.zeros(block), plgpu.Layout.WG_STRIDED((block,), vec_size=block // mosaic.THREADS))

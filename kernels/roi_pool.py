@@ -19,7 +19,6 @@ from jax import lax
 # Cells per side of a tile in the backward pass. A larger tile reads fewer cotangents twice and leaves fewer registers
 # for other blocks: with 4 channels per thread, 3 x 3 sums take 90 to 114 registers and 4 x 4 sums take 182.
 TILE = 3
-THREADS = 128
 
 # Places of the maxima, first and end of the bins, and an empty array [h w 0].
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -32,18 +31,18 @@ def roi_pool(features: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array
     NaN never is a maximum: a bin in which every cell is NaN gives the lowest float32 and no gradient.
 
     Args:
-      features: [h w c], float32 or bfloat16, c a multiple of 128.
+      features: [h w c], float32 or bfloat16.
       first: [r 2 s] int32, the first column and the first row of every bin; inside the map.
       end: [r 2 s] int32, the column and the row after the last ones. From bin to bin, `first` and `end` never decrease.
     """
-    (pooled,) = _forward(False)(features[None], first[None], end[None])
-    return pooled[0]
+    (pooled,) = _forward(False)(mosaic.padded_channels(features)[None], first[None], end[None])
+    return pooled[0, ..., : features.shape[2]]
 
 
 def _roi_pool_forward(features: jax.Array, first: jax.Array, end: jax.Array) -> tuple[jax.Array, Residuals]:
-    pooled, argmax = _forward(True)(features[None], first[None], end[None])
+    pooled, argmax = _forward(True)(mosaic.padded_channels(features)[None], first[None], end[None])
     # An empty array carries the static size of the map to the backward pass.
-    return pooled[0], (argmax[0], first, end, jnp.zeros((*features.shape[:2], 0)))
+    return pooled[0, ..., : features.shape[2]], (argmax[0], first, end, jnp.zeros((*features.shape[:2], 0)))
 
 
 def _roi_pool_backward(residuals: Residuals, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
@@ -51,8 +50,9 @@ def _roi_pool_backward(residuals: Residuals, cotangent: jax.Array) -> tuple[jax.
     height, width, _ = cells.shape
     columns = _bins_of_tiles(first[:, 0], end[:, 0], width)
     rows = _bins_of_tiles(first[:, 1], end[:, 1], height)
-    gradient = _backward(height, width)(argmax[None], cotangent[None], rows[None], columns[None])
-    return gradient[0], None, None
+    padded = mosaic.padded_channels(cotangent)
+    gradient = _backward(height, width)(argmax[None], padded[None], rows[None], columns[None])
+    return gradient[0, ..., : cotangent.shape[3]], None, None
 
 
 roi_pool.defvjp(_roi_pool_forward, _roi_pool_backward)
@@ -64,11 +64,6 @@ def _bins_of_tiles(first: jax.Array, end: jax.Array, size: int) -> jax.Array:
     begin = (end[:, None] <= starts).sum(axis=-1, dtype=jnp.int32)
     stop = (first[:, None] < starts + TILE).sum(axis=-1, dtype=jnp.int32)
     return jnp.stack([begin, stop], axis=-1)
-
-
-def _channel_block(channels: int) -> int:
-    """Returns the number of channels of one block: up to 4 per thread."""
-    return next(size for size in (4 * THREADS, 2 * THREADS, THREADS) if channels % size == 0)
 
 
 @functools.cache
@@ -83,7 +78,7 @@ def _forward(with_argmax: bool) -> Callable:
 
         problems, _, width, channels = features.shape
         regions, _, bins = first.shape[1:]
-        block = _channel_block(channels)
+        block = mosaic.channel_block(channels)
         lowest = jnp.finfo(jnp.float32).min
 
         def roi_pool_forward(features, first, end, pooled, *argmax):
@@ -133,7 +128,7 @@ def _backward(height: int, width: int) -> Callable:
         from jax.experimental import pallas as pl
 
         problems, regions, _, _, channels = argmax.shape
-        block = _channel_block(channels)
+        block = mosaic.channel_block(channels)
 
         def roi_pool_backward(argmax, cotangent, rows, columns, gradient):
             n, ty, tx = lax.axis_index("problem"), lax.axis_index("tile_row"), lax.axis_index("tile_column")
@@ -175,5 +170,5 @@ def _spread(value: jax.Array, block: int) -> jax.Array:
     """Returns a vector of `block` equal values, in the same layout over the threads as one that is read from memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS)
+    layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // mosaic.THREADS)
     return plgpu.layout_cast(jnp.full((block,), value), layout)

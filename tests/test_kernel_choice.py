@@ -130,16 +130,15 @@ def test_an_unknown_name_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "dtype, channels, reason",
+    "dtype, reason",
     [
-        (jnp.float32, 256, None),
-        (jnp.bfloat16, 128, None),
-        (jnp.float16, 128, "it takes float32 and bfloat16 features and these features are float16"),
-        (jnp.float32, 96, "it takes channels in multiples of 128 and the features have 96"),
+        (jnp.float32, None),
+        (jnp.bfloat16, None),
+        (jnp.float16, "it takes float32 and bfloat16 features and these features are float16"),
     ],
 )
-def test_features_that_a_kernel_can_take(dtype, channels, reason):
-    assert choice.unsupported_features(dtype, channels) == reason
+def test_features_that_a_kernel_can_take(dtype, reason):
+    assert choice.unsupported_features(dtype) == reason
 
 
 @pytest.mark.parametrize("version, expected", [("cuda 13000", ("cuda", (9, 0))), ("rocm 6.2", ("rocm", (0, 0)))])

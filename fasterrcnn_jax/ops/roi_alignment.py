@@ -66,7 +66,7 @@ def roi_align(
     dtypes = sorted({level.dtype.name for level in features})
     if len(dtypes) > 1:
         raise ValueError(f"the maps must have one type, got {' and '.join(dtypes)}")
-    unsupported = choice.unsupported_features(features[0].dtype, features[0].shape[2])
+    unsupported = choice.unsupported_features(features[0].dtype)
     if len(boxes) == 0:
         unsupported = "it takes at least one region and there is none"
     chosen = choice.choose("roi_align", implementation, unsupported=unsupported)

@@ -69,7 +69,7 @@ def roi_pool(
         raise ValueError(f"quantisation must be 'rounded' or 'floor', got {quantisation!r}")
     first = jnp.clip(start[..., None] + first, 0, limits[..., None])
     end = jnp.clip(start[..., None] + end, 0, limits[..., None])
-    unsupported = choice.unsupported_features(features.dtype, features.shape[2])
+    unsupported = choice.unsupported_features(features.dtype)
     if not len(boxes):
         unsupported = "it takes at least one region and there is none"
     if choice.choose("roi_pool", implementation, unsupported=unsupported) == "mosaic":
