@@ -31,7 +31,7 @@ from fasterrcnn_jax.training import checkpoint
 from fasterrcnn_jax.training.optimizer import create_optimizer
 from fasterrcnn_jax.training.step import create_state
 from fasterrcnn_jax.weights import files, layouts, load_weights, save_weights, tables
-from fasterrcnn_jax.weights.load import assign, formats_of
+from fasterrcnn_jax.weights.load import Report, assign, formats_of, log
 
 NAMES = ("ring", "disc")
 WIDTH, CHANNELS, FC = 8, 16, 24
@@ -258,7 +258,7 @@ def test_every_array_goes_to_its_place_and_every_weight_has_a_source(case, tmp_p
     path = write(tmp_path / "in", arrays | others)
     with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
         model = load_weights(abstract(config), path)
-    assert f"format {name}" in caplog.text
+    assert f"format {name}" in caplog.text and "num_batches_tracked" not in caplog.text
 
     weights = files.read(path)
     (chosen,) = (known for known in tables.FORMATS if known.name == name)
@@ -725,3 +725,19 @@ def test_faults_are_one_line_and_status_2(argv, problem, tmp_path, monkeypatch, 
     assert exit.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {problem}")
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_the_log_names_a_whole_part_once_and_leaves_counters_of_training_out(caplog):
+    report = Report(
+        format="torchvision",
+        sources={"backbone/stem/kernel": "conv1.weight", "box_head/tail/kernel": "layer4.weight"},
+        unused=("bn1.num_batches_tracked", "fc.weight"),
+        kept=("rpn_head/objectness/kernel", "rpn_head/objectness/bias", "box_head/deltas/kernel"),
+        notes=(),
+    )
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
+        log(report, "in.pth")
+    assert caplog.messages[1:] == [
+        "in.pth: in the file but not used: 'fc.weight'",
+        "in.pth: not from the file: 'rpn_head', 'box_head/deltas/kernel'",
+    ]

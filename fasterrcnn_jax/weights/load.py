@@ -90,12 +90,20 @@ def log(report: Report, where: str) -> None:
     logger.info("%s: %d weights, format %s", where, len(report.sources), report.format)
     for note in report.notes:
         logger.warning("%s: %s", where, note)
-    for what, names in (("in the file but not used", report.unused), ("not from the file", report.kept)):
+    # PyTorch's batch norm counts its training steps; no network computes with this number.
+    unused = [name for name in report.unused if not name.endswith("num_batches_tracked")]
+    for what, names in (("in the file but not used", unused), ("not from the file", _parts(report))):
         if names:
             # The names of a file can contain any character.
             shown = ", ".join(map(repr, names[:NAMES_IN_LOG]))
             more = f" and {len(names) - NAMES_IN_LOG} more" if len(names) > NAMES_IN_LOG else ""
             logger.info("%s: %s: %s%s", where, what, shown, more)
+
+
+def _parts(report: Report) -> list[str]:
+    """Returns the names of the arrays that are not from the file; one name for a part without any array from it."""
+    filled = {name.split("/")[0] for name in report.sources}
+    return list(dict.fromkeys(name if name.split("/")[0] in filled else name.split("/")[0] for name in report.kept))
 
 
 def save_weights(model: Detector, path: str | Path) -> None:
