@@ -109,7 +109,7 @@ def batched_nms(
     max_output: int | None = None,
     implementation: Implementation = None,
 ) -> Kept:
-    """Returns what `nms` returns with `groups`: boxes of different classes or pyramid levels do not suppress each other.
+    """Returns what `nms` returns with `groups`: boxes of different classes or levels never suppress each other.
 
     Pairs of different groups are never compared, so there is no offset between classes that could cost precision.
 
