@@ -75,9 +75,7 @@ def roi_align(
     """
     rows, columns = two_sides(output_size)
     if sampling_ratio < 0:
-        raise ValueError(
-            f"sampling_ratio must be at least 0, got {sampling_ratio}; 0 is adaptive"
-        )
+        raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}; 0 is adaptive")
     listed = features if isinstance(features, (tuple, list)) else (features,)
     maps = tuple(feature_map(level) for level in listed)
     steps = tuple(strides) if isinstance(strides, Sequence) else (strides,)
