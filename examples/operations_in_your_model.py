@@ -74,7 +74,7 @@ def main(steps: int = 200) -> None:
         return loss
 
     for step in range(1, steps + 1):
-        loss = train_step(model, optimizer, *draw(rng, 8))
+        loss = train_step(model, optimizer, *map(jnp.asarray, draw(rng, 8)))
         if step in (1, steps):
             print(f"step {step}: loss {float(loss):.3f}")
     images, truth = draw(rng, 20)

@@ -6,6 +6,7 @@ python examples/own_data_from_arrays.py
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -39,20 +40,18 @@ def to_batch(
       labels: [n] of each image, counted from 1.
       first: position of the first image in your data; it seeds the random choices for the image.
     """
-    pixels, image_hw, scale = fasterrcnn_jax.preprocess(list(images), config)
+    pixels, image_hw, scale = map(np.asarray, fasterrcnn_jax.preprocess(list(images), config))
     count = len(images)
-    truth = models.GroundTruth(
-        np.zeros((count, MAX_BOXES, 4), np.float32),
-        np.zeros((count, MAX_BOXES), np.int32),
-        np.zeros((count, MAX_BOXES), bool),
-    )
-    for row, (of_image, names) in enumerate(zip(boxes, labels, strict=True)):
+    placed, names = np.zeros((count, MAX_BOXES, 4), np.float32), np.zeros((count, MAX_BOXES), np.int32)
+    valid = np.zeros((count, MAX_BOXES), bool)
+    for row in range(count):
+        slots = slice(len(boxes[row]))
         # Boxes are resized with the image; the scale is (y, x).
-        truth.boxes[row, : len(of_image)] = of_image * np.tile(scale[row, ::-1], 2)
-        truth.labels[row, : len(of_image)] = names
-        truth.valid[row, : len(of_image)] = True
-    index = np.arange(first, first + count, dtype=np.int32)
-    return models.Batch(pixels, image_hw, scale, index, np.ones(count, bool), truth)
+        placed[row, slots], names[row, slots] = boxes[row] * np.tile(scale[row, ::-1], 2), labels[row]
+        valid[row, slots] = True
+    truth = models.GroundTruth(*map(jnp.asarray, (placed, names, valid)))
+    on_canvas = map(jnp.asarray, (pixels, image_hw, scale))
+    return models.Batch(*on_canvas, first + jnp.arange(count), jnp.ones(count, bool), truth)
 
 
 def your_data(seed: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

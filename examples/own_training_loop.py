@@ -4,6 +4,7 @@ python examples/own_training_loop.py
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -28,10 +29,9 @@ def batch_of(rng: np.random.Generator, size: int = 4) -> models.Batch:
     boxes = np.concatenate([near, near + 24], axis=1).astype(np.float32)
     for image, (x, y), (label,) in zip(images, near, labels, strict=True):
         image[y : y + 24, x : x + 24] = ((250, 40, 40), (40, 60, 250))[label - 1]
-    pixels, image_hw, scale = fasterrcnn_jax.preprocess(images, IMAGE)
-    truth = models.GroundTruth(boxes[:, None], labels.astype(np.int32), np.ones((size, 1), bool))
-    index = np.arange(size, dtype=np.int32)
-    return jax.tree.map(jax.numpy.asarray, models.Batch(pixels, image_hw, scale, index, np.ones(size, bool), truth))
+    on_canvas = map(jnp.asarray, fasterrcnn_jax.preprocess(images, IMAGE))
+    truth = models.GroundTruth(jnp.asarray(boxes[:, None]), jnp.asarray(labels, jnp.int32), jnp.ones((size, 1), bool))
+    return models.Batch(*on_canvas, jnp.arange(size), jnp.ones(size, bool), truth)
 
 
 def main(steps: int = 150) -> None:
