@@ -202,6 +202,11 @@ def test_a_call_without_options_has_the_documented_defaults():
     assert ops.soft_nms(np.zeros((0, 4)), np.zeros(0)).scores.shape == (0,)
     # An image without objects: everything is background.
     assert ops.match(np.zeros((3, 0), np.float32), fg_iou=0.5).labels.tolist() == [0, 0, 0]
+    none = ops.GroundTruth(np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, bool))
+    found = ops.anchor_targets(KEY, BOXES, None, (64, 64), none, config=RPN)
+    assert found.labels.tolist() == [0, 0, 0, 0] and not np.any(found.deltas)
+    of_rois = ops.roi_targets(KEY, ops.Proposals(BOXES, SCORES, VALID), none, config=ROI)
+    assert of_rois.labels.tolist() == [0, 0, 0, 0] and of_rois.valid.tolist() == [True] * 4
     grid = ops.grid_anchors(ops.cell_anchors(), (2, 3), 16)
     np.testing.assert_array_equal(grid, ops.grid_anchors(ops.cell_anchors(), (2, 3), (16, 16)))
     assert grid.shape == (2 * 3 * 9, 4)

@@ -77,19 +77,19 @@ def validity(valid: Any, count: Any, name: str = "valid") -> Bool[Array, "n"]:
     return valid
 
 
-def group_numbers(groups: Any, count: Any) -> Int[Array, "n"]:
-    """Returns the group of each box; None: all are in one.
+def whole_numbers(values: Any, name: str, count: Any) -> Int[Array, "n"]:
+    """Returns a whole number for each box; None: 0 for all.
 
     Raises:
       TypeError: they are not integers.
       ValueError: they have another shape.
     """
-    if groups is None:
+    if values is None:
         return jnp.zeros(count, jnp.int32)
-    groups = one_per_box(groups, "groups", count)
-    if not jnp.issubdtype(groups.dtype, jnp.integer):
-        raise TypeError(f"groups must be integers, got {groups.dtype.name}")
-    return groups.astype(jnp.int32)
+    values = one_per_box(values, name, count)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {values.dtype.name}")
+    return values.astype(jnp.int32)
 
 
 def feature_map(features: Any) -> Float[Array, "h w c"]:

@@ -20,7 +20,7 @@ from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
 from fasterrcnn_jax.ops.boxes import area
-from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, one_per_box, two_sides
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, two_sides, whole_numbers
 
 # Number of regions of one image that are computed at once. Between the two products each region holds a row of the
 # whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
@@ -85,13 +85,10 @@ def roi_align(
     if len(dtypes) > 1:
         raise ValueError(f"the maps must have one type, got {' and '.join(dtypes)}")
     boxes = box_array(boxes, one_list=True)
-    if levels is not None:
-        levels = one_per_box(levels, "levels", boxes.shape[0])
-    elif len(maps) == 1:
-        levels = jnp.zeros(boxes.shape[0], jnp.int32)
-    else:
+    if levels is None and len(maps) > 1:
         lowest = _first_level(steps)
         levels = assign_levels(boxes, lowest=lowest, highest=lowest + len(maps) - 1) - lowest
+    levels = whole_numbers(levels, "levels", boxes.shape[0])
     unsupported = choice.unsupported_features(maps[0].dtype, maps[0].shape[2])
     if boxes.shape[0] == 0:
         unsupported = "it takes at least one region and there is none"

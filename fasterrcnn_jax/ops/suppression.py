@@ -19,7 +19,7 @@ from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.ops.boxes import pairwise_iou
-from fasterrcnn_jax.ops.inputs import AnyArray, box_array, group_numbers, one_per_box, real_array, validity
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, one_per_box, real_array, validity, whole_numbers
 
 # Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that comparing the pairs
 # inside a block costs little compared to comparing the block with the boxes kept before.
@@ -139,7 +139,7 @@ def _inputs(boxes: Any, scores: Any, valid: Any, groups: Any) -> tuple[Array, Ar
     scores = one_per_box(scores, "scores", count)
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         scores = real_array(scores, "scores")
-    return boxes, scores, validity(valid, count), group_numbers(groups, count)
+    return boxes, scores, validity(valid, count), whole_numbers(groups, "groups", count)
 
 
 def _check_limits(iou_threshold: float, max_output: int | None) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real, UInt32
 from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
 from fasterrcnn_jax.ops.box_coder import ONES, ZEROS, encode
 from fasterrcnn_jax.ops.boxes import pairwise_iou
-from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity, whole_numbers
 from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, match
 from fasterrcnn_jax.ops.sampling import sample
 from fasterrcnn_jax.structures import (
@@ -132,10 +132,12 @@ def roi_targets(
 
 
 def _on_device(ground_truth: GroundTruth) -> GroundTruth:
-    """Returns the ground truth of one image, which may be NumPy's, as arrays of JAX."""
+    """Returns the ground truth of one image, which may be NumPy's, as arrays of JAX with at least one slot."""
     boxes = box_array(ground_truth.boxes, "ground_truth.boxes", one_list=True)
-    valid = validity(ground_truth.valid, boxes.shape[0], "ground_truth.valid")
-    return GroundTruth(boxes, jnp.asarray(ground_truth.labels), valid)
+    if boxes.shape[0] == 0:
+        return GroundTruth(jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
+    labels = whole_numbers(ground_truth.labels, "ground_truth.labels", boxes.shape[0])
+    return GroundTruth(boxes, labels, validity(ground_truth.valid, boxes.shape[0], "ground_truth.valid"))
 
 
 def _deltas_where(
