@@ -1,4 +1,4 @@
-"""Saliency: how much each pixel moves the score of a detection, as a picture.
+"""Saliency: how much each pixel moves the score of a detection, drawn over the image.
 
 python examples/saliency.py runs/shapes image.jpg saliency.png
 """

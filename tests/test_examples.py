@@ -53,17 +53,17 @@ def test_operations_in_your_own_model(capsys):
     assert float(overlap.split()[-1]) > 0.3
 
 
-def test_saliency_writes_a_picture(small_run, tmp_path, capsys):
+def test_saliency_is_drawn_over_the_image(small_run, tmp_path, capsys):
     pixels = tiny.rectangle_image((48, 72), (20, 10, 50, 40))
     Image.fromarray(pixels).save(tmp_path / "image.png")
     lines = run(example("saliency"), capsys, small_run, tmp_path / "image.png", tmp_path / "saliency.png")
     assert re.fullmatch(r"(ring|disc) [01]\.\d\d \[.*\]", lines[0])
     row, column = map(int, re.search(r"in row (\d+), column (\d+)$", lines[1]).groups())
-    picture = np.asarray(Image.open(tmp_path / "saliency.png")).astype(int)
-    assert picture.shape == pixels.shape
+    drawn = np.asarray(Image.open(tmp_path / "saliency.png")).astype(int)
+    assert drawn.shape == pixels.shape
     # Fully red where the gradient is largest, and grey in most places.
-    assert picture[row, column].tolist() == [255, 40, 0]
-    assert np.ptp(picture, axis=2).min() == 0
+    assert drawn[row, column].tolist() == [255, 40, 0]
+    assert np.ptp(drawn, axis=2).min() == 0
 
 
 def test_an_own_training_loop_learns(capsys):
