@@ -38,7 +38,7 @@ def loss_of(model: RegionScorer, image: jax.Array, box: jax.Array) -> jax.Array:
     foreground, counted = matches.labels == ops.FOREGROUND, matches.labels != ops.IGNORED
     entropy = optax.sigmoid_binary_cross_entropy(logits, foreground.astype(jnp.float32))
     errors = ops.smooth_l1(deltas - ops.encode(jnp.broadcast_to(box, ANCHORS.shape), ANCHORS)).sum(axis=1)
-    return (entropy * counted).sum() / counted.sum() + (errors * foreground).sum() / foreground.sum()
+    return entropy.mean(where=counted) + errors.mean(where=foreground)
 
 
 @jax.jit

@@ -72,7 +72,9 @@ def main(steps: int = 30, batch_size: int = 4) -> None:
     model = fasterrcnn_jax.create(CONFIG, ("red", "blue"))
     optimizer = optax.adamw(2e-3)
     graphdef, state = models.create_state(model, optimizer, seed=0)
-    train_step = models.data_parallel(models.make_train_step(graphdef, optimizer), devices=jax.devices()[:1])
+    devices = jax.local_devices()[:1]  # all of them: None
+    train_step = models.data_parallel(models.make_train_step(graphdef, optimizer), devices=devices)
+    state = models.replicate(state, devices=devices)
     for step in range(steps):
         images, boxes, labels = zip(*your_data(step, batch_size), strict=True)
         batch = to_batch(images, boxes, labels, CONFIG.image, first=step * batch_size)

@@ -8,7 +8,7 @@ Region proposals: `rpn_output`, `batch_anchor_targets`, `batch_proposals`, `batc
 Second stage: `sample_rois`, `batch_roi_features`, `batch_box_losses`, `detections_in_regions`.
 The whole: `training_losses`, `losses_for_targets`, `rpn_training_losses`, `box_training_losses`, `detect`,
 `find_proposals`, `detect_in_proposals`. Data: `Batch`, `GroundTruth`, `Proposals`, `Detections`, `Losses`, `LossTerms`.
-Training: `create_optimizer`, `create_state`, `make_train_step`, `data_parallel`, `TrainState`, `StepMetrics`, `merge`.
+Training: `create_optimizer`, `create_state`, `make_train_step`, `replicate`, `data_parallel`, `TrainState`, `StepMetrics`, `merge`.
 """
 
 from typing import TYPE_CHECKING
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         batch_rpn_losses,
         rpn_output,
     )
+    from fasterrcnn_jax.processes import replicate
     from fasterrcnn_jax.structures import (
         Batch,
         Detections,
@@ -88,6 +89,7 @@ __all__ = [
     "make_train_step",
     "merge",
     "parameter_count",
+    "replicate",
     "rpn_output",
     "rpn_training_losses",
     "sample_rois",
@@ -126,6 +128,7 @@ _HOMES = {
     "make_train_step": "fasterrcnn_jax.training.step",
     "merge": "fasterrcnn_jax.training.state",
     "parameter_count": "fasterrcnn_jax.models.detector",
+    "replicate": "fasterrcnn_jax.processes",
     "rpn_output": "fasterrcnn_jax.models.rpn",
     "rpn_training_losses": "fasterrcnn_jax.models.faster_rcnn",
     "sample_rois": "fasterrcnn_jax.models.roi_heads",
