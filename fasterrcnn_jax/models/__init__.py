@@ -8,7 +8,8 @@ Region proposals: `rpn_output`, `batch_anchor_targets`, `batch_proposals`, `batc
 Second stage: `sample_rois`, `batch_roi_features`, `batch_box_losses`, `detections_in_regions`.
 The whole: `training_losses`, `losses_for_targets`, `rpn_training_losses`, `box_training_losses`, `detect`,
 `find_proposals`, `detect_in_proposals`. Data: `Batch`, `GroundTruth`, `Proposals`, `Detections`, `Losses`, `LossTerms`.
-Training: `create_optimizer`, `create_state`, `make_train_step`, `replicate`, `data_parallel`, `TrainState`, `StepMetrics`, `merge`.
+Training: `create_optimizer`, `create_state`, `make_train_step`, `replicate`, `data_parallel`, `TrainState`,
+`StepMetrics`, `merge`.
 """
 
 from typing import TYPE_CHECKING
