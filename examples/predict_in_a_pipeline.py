@@ -1,4 +1,4 @@
-"""Detection inside a JAX pipeline: one program from the bytes of an image to its boxes.
+"""The detector inside a larger jitted function: one program from the bytes of an image to its boxes.
 
 python examples/predict_in_a_pipeline.py runs/shapes image.jpg
 """
@@ -20,13 +20,6 @@ def boxes_of_the_brightened(model, image):
     return fasterrcnn_jax.predict(model, brighter, score_threshold=0.5)
 
 
-@jax.jit
-@jax.grad
-def saliency(image, model):
-    """Returns how much each grey level moves the sum of the scores."""
-    return fasterrcnn_jax.predict(model, image).scores.sum()
-
-
 def main(run, path):
     model = fasterrcnn_jax.load(run)
     image = np.asarray(Image.open(path).convert("RGB"))
@@ -39,10 +32,6 @@ def main(run, path):
     batch = jnp.stack([image, image[:, ::-1]])
     found = jax.jit(fasterrcnn_jax.predict, static_argnames="batch_size")(model, batch, batch_size=2)
     print(f"{int(found.valid.sum())} detections in the image and its mirror image")
-
-    gradient = saliency(jnp.asarray(image, jnp.float32), model)
-    row, column = np.unravel_index(int(jnp.abs(gradient).sum(axis=2).argmax()), image.shape[:2])
-    print(f"the scores depend most on the pixel in row {row}, column {column}")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ class Mean(NamedTuple):
     sum: Float[Array, "*b"]
     count: Float[Array, "*b"]  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's count, which nobody calls
 
+    def divided(self, global_count: Callable[[Array], Array] = lambda count: count) -> Float[Array, "*b"]:
+        """Returns the sum divided by the count, or by 1 where the count is 0.
+
+        Args:
+          global_count: maps the count of this device to the count over all devices.
+        """
+        return self.sum / jnp.maximum(global_count(jax.lax.stop_gradient(self.count)), 1.0)
+
 
 class LossTerms(NamedTuple):
     """The four terms of the training loss, each a mean."""
@@ -114,8 +122,4 @@ class Losses(NamedTuple):
         Args:
           global_count: maps the count of this device to the count over all devices.
         """
-
-        def divided(mean: Mean) -> Array:
-            return mean.sum / jnp.maximum(global_count(jax.lax.stop_gradient(mean.count)), 1.0)
-
-        return LossTerms(**{name: divided(mean) for name, mean in self.means.items()})
+        return LossTerms(**{name: mean.divided(global_count) for name, mean in self.means.items()})

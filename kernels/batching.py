@@ -22,10 +22,13 @@ def fold_mapped_axes(launch: Callable) -> Callable:
         def fold(mapped: bool, x: jax.Array) -> jax.Array:
             if not mapped:
                 x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
+            # Not -1: without a region, an array is empty.
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
 
+        is_mapped_first, first = (jax.tree.leaves(tree)[0] for tree in (is_mapped, arguments))
+        problems = first.shape[1 if is_mapped_first else 0]
         results = folded(*jax.tree.map(fold, tuple(is_mapped), arguments))
-        results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+        results = jax.tree.map(lambda x: x.reshape(axis_size, problems, *x.shape[1:]), results)
         return results, jax.tree.map(lambda _: True, results)
 
     return functools.wraps(launch)(folded)

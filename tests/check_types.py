@@ -2,8 +2,10 @@
 
 pyright finds modules as files. In a source tree `kernels/`, `configs/`, `train.py` and `evaluate.py` lie where no
 import names them (`fasterrcnn_jax/_source_tree.py`), so what is checked is the wheel: a copy of every file that git
-does not ignore is built in a temporary folder. The configuration is the one in pyproject.toml. Arguments are passed
-on to pyright. Findings are printed with the paths of the source tree, and the exit status is pyright's.
+does not ignore is built in a temporary folder. Users' scripts are checked beside it: the examples, and
+tests/typed_user.py, which states the types of the public names. The configuration is the one in pyproject.toml.
+Arguments are passed on to pyright. Findings are printed with the paths of the source tree, and the exit status is
+pyright's.
 """
 
 import os
@@ -22,6 +24,8 @@ HOMES = {
     "fasterrcnn_jax/scripts/evaluate.py": "evaluate.py",
     "fasterrcnn_jax/scripts/train.py": "train.py",
 }
+# Users' scripts: beside the wheel, and in the source tree.
+USERS = {"examples": "examples", "typed_user.py": "tests/typed_user.py"}
 
 
 def copy_tree(target: Path) -> None:
@@ -43,6 +47,11 @@ def build(source: Path, target: Path) -> None:
     (wheel,) = (source / "wheel").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(target)
     shutil.copy2(source / "pyproject.toml", target)
+    for name, home in USERS.items():
+        if (source / home).is_dir():
+            shutil.copytree(source / home, target / name)
+        else:
+            shutil.copy2(source / home, target / name)
 
 
 def main(arguments: list[str]) -> int:
@@ -60,7 +69,7 @@ def main(arguments: list[str]) -> int:
             text=True,
         )
         shown = checked.stdout.replace(f"{built}{os.sep}", "")
-    for inside, home in HOMES.items():
+    for inside, home in (HOMES | USERS).items():
         shown = shown.replace(inside, home)
     print(shown, end="")
     return checked.returncode

@@ -18,6 +18,7 @@ PACKAGE = "fasterrcnn_jax"
 
 # Lowest first. A module sees the folders, and the single modules, before its own, and its own folder.
 ORDER = (
+    "_lazy",
     "kernels",
     "printing",
     "errors",
@@ -39,8 +40,8 @@ ORDER = (
     "scripts",
     "programs",
 )
-# The package's own face: they see everything and nothing sees them.
-FACE = ("__init__", "__main__", "_source_tree")
+# The package's own face, and that of its models: they see everything and nothing sees them.
+FACE = ("__init__", "__main__", "_source_tree", "models")
 FOLDERS = {"kernels": ROOT / "kernels", "configs": ROOT / "configs"}
 SCRIPTS = {"scripts.train": ROOT / "train.py", "scripts.evaluate": ROOT / "evaluate.py"}
 
@@ -154,8 +155,10 @@ def test_no_public_function_shares_its_name_with_a_module_beside_it():
     for name in MODULES:
         if not name.startswith("__"):
             importlib.import_module(f"{PACKAGE}.{name}")
+    for package in (fasterrcnn_jax, fasterrcnn_jax.models, fasterrcnn_jax.ops):
+        inside = package.__name__.partition(".")[2]
+        assert not {name for name in package.__all__ if ".".join(filter(None, (inside, name))) in MODULES}
     for name in fasterrcnn_jax.__all__:
-        assert name not in MODULES
         # Called without its arguments, a function complains about them; a module cannot be called at all.
         with contextlib.suppress(ValueError):
             try:
@@ -170,13 +173,18 @@ def test_no_public_function_shares_its_name_with_a_module_beside_it():
         assert not shared, f"{name} defines {shared}, which are modules beside it"
 
 
-def test_type_checkers_see_every_public_name():
+@pytest.mark.parametrize("package", [fasterrcnn_jax, fasterrcnn_jax.models], ids=lambda package: package.__name__)
+def test_type_checkers_see_every_public_name(package):
     """The names under TYPE_CHECKING, which checkers read, are those that are imported when they are used."""
-    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    tree = ast.parse(Path(package.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     static = {alias.name: node.module for node in block.body for alias in node.names}
-    lazy = {name: f"{PACKAGE}.{home}" for name, home in fasterrcnn_jax._HOMES.items()}
-    assert static == lazy and set(static) == set(fasterrcnn_jax.__all__)
+    assert static == package._HOMES and set(static) == set(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is getattr(importlib.import_module(package._HOMES[name]), name)
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nmss'"):
+        package.nmss  # noqa: B018
 
 
 HEAVY = ("faster_coco_eval", "grain", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")

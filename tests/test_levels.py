@@ -9,7 +9,8 @@ import pytest
 from fidelity import compare
 
 from fasterrcnn_jax.config import RoiFeaturesConfig
-from fasterrcnn_jax.ops.roi_operators import assign_levels, roi_features
+from fasterrcnn_jax.ops.roi_alignment import assign_levels
+from fasterrcnn_jax.ops.roi_operators import roi_features
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "roi_levels.npz")
 BOXES = jnp.asarray(np.concatenate([GOLDEN["boxes0"], GOLDEN["boxes1"]]))

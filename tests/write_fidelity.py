@@ -42,8 +42,7 @@ FOOTER = """
   the negative of our gradient.
 - No numbers of torchvision's second version and of detectron2 are recorded. For torchvision's first version, the canvas
   is the size of its padded batch, and detections and losses come from `detect` and `training_losses` without changes.
-- RoI crop has no recorded numbers. It is compared with a loop written from its formula. RoIAlign and RoIPool with
-  2 x 3 cells are recorded but not compared: outputs here are square.
+- RoI crop has no recorded numbers. It is compared with a loop written from its formula.
 - The random choice of anchors and RoIs is not compared, because random generators differ. Tests check the counts, the
   labels, and that every choice is equally likely.
 - The resize of images in the Caffe programs is not compared, because the recorded networks got images in their original

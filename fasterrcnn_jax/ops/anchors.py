@@ -12,13 +12,19 @@ from fasterrcnn_jax.errors import InputError
 
 
 def cell_anchors(
-    base: float,
-    scales: tuple[float, ...],
-    ratios: tuple[float, ...],
+    base: float = 16.0,
+    scales: tuple[float, ...] = (8.0, 16.0, 32.0),
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
     *,
-    rounding: Literal["base", "half", "none"],
+    rounding: Literal["base", "half", "none"] = "none",
 ) -> Float[np.ndarray, "c 4"]:
     """Returns the anchors of one cell, centred on the origin; the ratio varies slowest.
+
+    The defaults are the nine anchors of the paper. Anchors are constants, so they are NumPy arrays in float32.
+
+    >>> cell_anchors(16, (2.0,), (1.0, 4.0))
+    array([[-16., -16.,  16.,  16.],
+           [ -8., -32.,   8.,  32.]], dtype=float32)
 
     Args:
       base: side of the square that `scales` multiply, in pixels of the network input.
@@ -50,16 +56,23 @@ def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[
 def grid_anchors(
     cells: Float[np.ndarray, "c 4"],
     grid_hw: tuple[int, int],
-    stride_hw: tuple[int, int],
+    stride_hw: tuple[int, int] | int,
     *,
     centre: Literal["cell", "corner"] = "cell",
 ) -> Float[np.ndarray, "hwc 4"]:
     """Returns the cell anchors at every feature cell, ordered by row, then column, then anchor of the cell.
 
+    >>> grid_anchors(cell_anchors(16, (1.0,), (1.0,)), (1, 2), 16)
+    array([[ 0.,  0., 16., 16.],
+           [16.,  0., 32., 16.]], dtype=float32)
+
     Args:
-      stride_hw: network pixels per cell.
+      cells: the anchors of one cell, centred on the origin, as from `cell_anchors`.
+      grid_hw: (rows, columns) of the feature map.
+      stride_hw: network pixels per cell: one number, or (y, x).
       centre: where in a cell the anchors are centred: in its middle or on its top-left corner.
     """
+    stride_hw = (stride_hw, stride_hw) if isinstance(stride_hw, int) else stride_hw
     centres = cell_corners(grid_hw, stride_hw)
     if centre == "cell":
         centres = centres + np.float32(0.5) * np.asarray(stride_hw[::-1], np.float32)

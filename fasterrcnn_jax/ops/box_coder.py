@@ -4,8 +4,9 @@ Deltas `(dx, dy, dw, dh)` may be normalised, `(delta - mean) / std`: Fast R-CNN 
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array
 from fasterrcnn_jax.structures import MAX_LOG_SCALE, PerDelta
 
 ZEROS: PerDelta = (0.0, 0.0, 0.0, 0.0)
@@ -22,8 +23,8 @@ def _like(deltas: Float[Array, "*b 4"], values: PerDelta) -> Float[Array, "*b 4"
 
 
 def encode(
-    boxes: Float[Array, "*b 4"],
-    anchors: Float[Array, "*b 4"],
+    boxes: Real[AnyArray, "*b 4"],
+    anchors: Real[AnyArray, "*b 4"],
     *,
     means: PerDelta = ZEROS,
     stds: PerDelta = ONES,
@@ -32,10 +33,18 @@ def encode(
 
     `t_x = (x - x_a) / w_a`, `t_w = log(w / w_a)`.
 
+    >>> encode(np.array([[10.0, 0, 30, 20]]), np.array([[0.0, 0, 20, 20]]))
+    Array([[0.5, 0. , 0. , 0. ]], dtype=float32)
+
     Args:
       boxes: target boxes with positive width and height (filter out padding first).
       anchors: boxes with positive width and height.
+      means: of the deltas (dx, dy, dw, dh).
+      stds: of the deltas. torchvision's `weights` are 1 / `stds`.
+    Raises:
+      TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
     """
+    boxes, anchors = box_array(boxes), box_array(anchors, "anchors")
     centres, sides = _centres_and_sides(boxes)
     anchor_centres, anchor_sides = _centres_and_sides(anchors)
     deltas = jnp.concatenate([(centres - anchor_centres) / anchor_sides, jnp.log(sides / anchor_sides)], axis=-1)
@@ -43,21 +52,27 @@ def encode(
 
 
 def decode(
-    deltas: Float[Array, "*b 4"],
-    anchors: Float[Array, "*#b 4"],
+    deltas: Real[AnyArray, "*b 4"],
+    anchors: Real[AnyArray, "*#b 4"],
     *,
     means: PerDelta = ZEROS,
     stds: PerDelta = ONES,
     max_log_scale: float | None = MAX_LOG_SCALE,
     far_corner_offset: int = 0,
 ) -> Float[Array, "*b 4"]:
-    """Returns the boxes that result when normalised `deltas` are applied to `anchors`.
+    """Returns the boxes that result when normalised `deltas` are applied to `anchors`; the inverse of `encode`.
+
+    >>> decode(np.array([[0.5, 0, 0, 0]]), np.array([[0.0, 0, 20, 20]]))
+    Array([[10.,  0., 30., 20.]], dtype=float32)
 
     Args:
       max_log_scale: the upper limit of the log scales dw and dh. None: no limit; sides may overflow to infinity.
       far_corner_offset: added to x2 and y2. 1 reproduces the Caffe implementations, which decode
         `x2 = centre + w / 2` and treat it as an inclusive corner.
+    Raises:
+      TypeError: the anchors are of a type that `fasterrcnn_jax.ops` does not take.
     """
+    deltas, anchors = real_array(deltas, "deltas"), box_array(anchors, "anchors")
     deltas = deltas * _like(deltas, stds) + _like(deltas, means)
     anchor_centres, anchor_sides = _centres_and_sides(anchors)
     centres = deltas[..., :2] * anchor_sides + anchor_centres

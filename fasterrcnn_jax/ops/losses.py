@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from fasterrcnn_jax.config import LossConfig
+from fasterrcnn_jax.ops.inputs import AnyArray, real_array
 from fasterrcnn_jax.ops.matching import FOREGROUND
 from fasterrcnn_jax.structures import AnchorTargets, Mean, PerDelta, RoiTargets
 
@@ -31,8 +32,18 @@ class StageLosses(NamedTuple):
         return cls(Mean(zeros, zeros), Mean(zeros, zeros), zeros)
 
 
-def smooth_l1(error: Float[Array, "*b"], *, sigma: float) -> Float[Array, "*b"]:
-    """Returns `0.5 (sigma e)^2` where `|e| < 1 / sigma^2`, `|e| - 0.5 / sigma^2` elsewhere."""
+def smooth_l1(error: Real[AnyArray, "*b"], *, sigma: float = 1.0) -> Float[Array, "*b"]:
+    """Returns `0.5 (sigma e)^2` where `|e| < 1 / sigma^2`, `|e| - 0.5 / sigma^2` elsewhere.
+
+    PyTorch's `beta` is 1 / `sigma`^2.
+
+    >>> smooth_l1(np.array([0.5, -2.0]))
+    Array([0.125, 1.5  ], dtype=float32)
+
+    Args:
+      error: prediction minus target, of any shape.
+    """
+    error = real_array(error, "error")
     beta = 1.0 / sigma**2
     size = jnp.abs(error)
     return jnp.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
@@ -46,12 +57,12 @@ def _distance(
 
 
 def rpn_losses(
-    objectness: Float[Array, "a"],
-    deltas: Float[Array, "a 4"],
+    objectness: Real[AnyArray, "a"],
+    deltas: Real[AnyArray, "a 4"],
     targets: AnchorTargets,
-    num_locations: Int[Array, ""],
+    num_locations: Int[AnyArray, ""] | int | None = None,
     *,
-    config: LossConfig,
+    config: LossConfig | None = None,
 ) -> StageLosses:
     """Returns the binary cross-entropy and the smooth L1 loss of one image's anchors.
 
@@ -59,11 +70,26 @@ def rpn_losses(
     `config.rpn_box_normalizer` selects. With `config.rpn_positive_weight` it is this weight times the mean over the
     selected anchors instead. In both cases it is multiplied by `config.rpn_box_weight`.
 
+    >>> targets = AnchorTargets(np.array([1, 0, -1]), np.zeros((3, 4)), np.array([True, False, False]))
+    >>> losses = rpn_losses(np.zeros(3), np.ones((3, 4)), targets)
+    >>> losses.classification.divided(), losses.box.divided()
+    (Array(0.6931472, dtype=float32), Array(1.8888888, dtype=float32))
+
     Args:
-      num_locations: number of feature cells that contain image content.
+      objectness: one logit for each anchor.
+      targets: from `anchor_targets`, or your own: labels of 1, 0, and -1 for anchors that do not count.
+      num_locations: number of feature cells that contain image content; for `config.rpn_box_normalizer` "locations".
+      config: None: `LossConfig()`.
+    Returns:
+      Sums and counts, which can be added over images and devices; `losses.box.divided()` is the mean.
+    Raises:
+      ValueError: `config.rpn_box_normalizer` is "locations" and `num_locations` is not given.
     """
     import optax  # imported here, because detection does not need it
 
+    config = LossConfig() if config is None else config
+    objectness, deltas = real_array(objectness, "objectness"), real_array(deltas, "deltas")
+    targets = AnchorTargets(jnp.asarray(targets.labels), real_array(targets.deltas, "targets.deltas"), *targets[2:])
     sampled = targets.labels >= 0
     foreground = sampled & (targets.labels == FOREGROUND)
     regressed = foreground if config.rpn_box_anchors == "sampled" else targets.foreground
@@ -71,13 +97,16 @@ def rpn_losses(
         "sampled": sampled.sum(),
         "positives": regressed.sum(),
         "positive_deltas": 4 * regressed.sum(),
-        "locations": num_locations,
     }
+    if num_locations is not None:
+        counts["locations"] = jnp.asarray(num_locations)
     entropy = optax.sigmoid_binary_cross_entropy(objectness, foreground.astype(jnp.float32))
     distance = _distance(deltas, targets.deltas, config.rpn_box_inside_weights, config.rpn_sigma)
     normalizer, weight = config.rpn_box_normalizer, config.rpn_box_weight
     if config.rpn_positive_weight is not None:
         normalizer, weight = "positives", weight * config.rpn_positive_weight
+    if normalizer not in counts:
+        raise ValueError(f"rpn_losses needs num_locations, because config.rpn_box_normalizer is {normalizer!r}")
     return StageLosses(
         classification=Mean(jnp.where(sampled, entropy, 0.0).sum(), counts["sampled"].astype(jnp.float32)),
         box=Mean(weight * jnp.where(regressed, distance, 0.0).sum(), counts[normalizer].astype(jnp.float32)),
@@ -86,22 +115,36 @@ def rpn_losses(
 
 
 def box_losses(
-    class_logits: Float[Array, "r k"],
-    deltas: Float[Array, "r k2 4"],
+    class_logits: Real[AnyArray, "r k"],
+    deltas: Real[AnyArray, "r k2 4"],
     targets: RoiTargets,
     *,
-    config: LossConfig,
+    config: LossConfig | None = None,
 ) -> StageLosses:
     """Returns the softmax cross-entropy and the smooth L1 loss of one image's RoIs.
 
     Only the deltas of a RoI's own class enter the box loss, and only if this class is not background. The box
     loss is divided by the count that `config.roi_box_normalizer` selects, and multiplied by `config.roi_box_weight`.
 
+    >>> targets = RoiTargets(np.zeros((2, 4)), np.array([1, 0]), np.zeros((2, 4)), np.array([True, True]))
+    >>> losses = box_losses(np.zeros((2, 3)), np.ones((2, 1, 4)), targets)
+    >>> losses.classification.divided(), losses.box.divided()
+    (Array(1.0986123, dtype=float32), Array(1., dtype=float32))
+
     Args:
-      deltas: one set per class, or one set for all classes.
+      class_logits: k of them: background first, then the classes.
+      deltas: one set per class, background first (k2 = k), or one set for all classes (k2 = 1).
+      targets: from `roi_targets`, or your own: label 0 is background.
+      config: None: `LossConfig()`.
+    Returns:
+      Sums and counts, which can be added over images and devices; `losses.box.divided()` is the mean.
     """
     import optax  # imported here, because detection does not need it
 
+    config = LossConfig() if config is None else config
+    class_logits, deltas = real_array(class_logits, "class_logits"), real_array(deltas, "deltas")
+    of_targets = jnp.asarray(targets.labels), real_array(targets.deltas, "targets.deltas"), jnp.asarray(targets.valid)
+    targets = RoiTargets(targets.boxes, *of_targets)
     foreground = targets.valid & (targets.labels > 0)
     counts = {
         "sampled": targets.valid.sum(),

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Real
+
+from fasterrcnn_jax.ops.inputs import AnyArray, real_array, validity
 
 IGNORED, BACKGROUND, FOREGROUND = -1, 0, 1
 
@@ -14,12 +16,12 @@ class Matches(NamedTuple):
 
 
 def match(
-    iou: Float[Array, "n g"],
-    gt_valid: Bool[Array, "g"],
+    iou: Real[AnyArray, "n g"],
+    gt_valid: Bool[AnyArray, "g"] | None = None,
     *,
     fg_iou: float,
-    bg_iou: tuple[float, float],
-    low_quality: bool,
+    bg_iou: tuple[float, float] | None = None,
+    low_quality: bool = False,
     clobber_positives: bool = False,
 ) -> Matches:
     """Labels each box by its highest IoU with a valid ground-truth box.
@@ -30,11 +32,24 @@ def match(
     Such a box is matched with the ground-truth box that it overlaps most, which may not be the one that made it
     foreground. With `clobber_positives`, such a box stays background if its highest IoU is in the background range.
 
+    >>> match(np.array([[0.8, 0.1], [0.2, 0.4], [0.0, 0.0]]), fg_iou=0.5)
+    Matches(matched_gt_indices=Array([0, 1, 0], dtype=int32), labels=Array([1, 0, 0], dtype=int32))
+
+    Args:
+      iou: of each box with each ground-truth box, as from `pairwise_iou`; g may be 0.
+      gt_valid: False for padding among the ground-truth boxes. None: there is no padding.
+      bg_iou: None: (0, `fg_iou`), and no box is ignored.
     Raises:
       ValueError: the thresholds do not satisfy 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
     """
+    bg_iou = (0.0, fg_iou) if bg_iou is None else bg_iou
     if not 0.0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.0:
         raise ValueError(f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1, got {bg_iou} and {fg_iou}")
+    iou = real_array(iou, "iou")
+    gt_valid = validity(gt_valid, iou.shape[1], "gt_valid")
+    if iou.shape[1] == 0:
+        # Without objects every box overlaps one slot of padding with IoU 0.
+        iou, gt_valid = jnp.zeros((iou.shape[0], 1)), jnp.zeros(1, bool)
     iou = jnp.where(gt_valid[None, :], iou, 0.0)
     best = iou.max(axis=1)
     background = (best >= bg_iou[0]) & (best < bg_iou[1])

@@ -8,7 +8,7 @@ from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.ops.box_coder import decode
 from fasterrcnn_jax.ops.boxes import clip, min_side
-from fasterrcnn_jax.ops.suppression import nms, soft_nms
+from fasterrcnn_jax.ops.suppression import batched_nms, soft_nms
 from fasterrcnn_jax.structures import Detections, PerDelta, Proposals
 
 
@@ -50,13 +50,13 @@ def postprocess(
     valid = jnp.repeat(proposals.valid, num_classes)
     valid &= (scores > config.score_threshold) & (min_side(boxes) > 0.0)
     if config.soft_nms is None:
-        kept, kept_valid = nms(
+        kept, kept_valid = batched_nms(
             boxes,
             scores,
+            labels,
             valid,
             iou_threshold=config.nms_threshold,
             max_output=config.max_detections,
-            groups=labels,
             implementation=implementation,
         )
         kept_scores = scores[kept]

@@ -4,6 +4,7 @@ Shapes: n images (all mapped axes folded into one), r regions, s bins along a si
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Real
 
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import roi_align as kernel
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
+from fasterrcnn_jax.ops.boxes import area
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, two_sides, whole_numbers
 
 # Number of regions of one image that are computed at once. Between the two products each region holds a row of the
 # whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
@@ -25,53 +28,111 @@ REGIONS_AT_ONCE = 128
 
 
 def roi_align(
-    features: tuple[Float[Array, "_ _ c"], ...],
-    boxes: Float[Array, "r 4"],
-    levels: Int[Array, " r"],
+    features: Real[AnyArray, "_ _ c"] | Sequence[Real[AnyArray, "_ _ c"]],
+    boxes: Real[AnyArray, "r 4"],
+    levels: Int[AnyArray, " r"] | None = None,
     *,
-    strides: tuple[int, ...],
-    output_size: int,
-    sampling_ratio: int,
-    aligned: bool,
+    strides: float | Sequence[float] = 1,
+    output_size: int | tuple[int, int],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
     implementation: Implementation = None,
-) -> Float[Array, "r s s c"]:
+) -> Float[Array, "r oh ow c"]:
     """Returns `output_size` x `output_size` features per box, in the type of `features`; sums are float32.
 
     Samples more than one cell outside the map, or with coordinates that are not finite, count as zero; the other
     samples are clamped to the map, as in torchvision and detectron2. No gradient reaches `boxes`. The gradient of
     the features is summed in float32. It has the same bits in every run on a CPU and with the kernel; on a GPU with
-    "xla" the order of the summation changes from run to run.
+    "xla" the order of the summation changes from run to run. Forward-mode derivatives (`jax.jvp`) are not defined.
+
+    `jax.vmap` maps it over a batch of images. Under `jax.jit`, all options are static.
+
+    >>> image = np.arange(16.0).reshape(4, 4, 1)
+    >>> roi_align(image, np.array([[0, 0, 4, 4]]), output_size=2)[0, :, :, 0]
+    Array([[ 2.5,  4.5],
+           [10.5, 12.5]], dtype=float32)
 
     Args:
-      features: one map per level.
+      features: one map [height, width, channels], or a tuple of maps: the levels of a pyramid, fine to coarse.
+        Integers, such as the pixels of an image, become float32.
       boxes: in network pixels. In plain JAX with `sampling_ratio` 0 the work grows with the longest side of a
         box: clip the boxes first.
-      levels: the index into `features` of every box.
-      strides: network pixels per cell of every level.
-      sampling_ratio: samples per bin and axis. 0: the number of cells that a bin spans, rounded up, for each box
-        separately; a box with a side that is not positive has no samples, and its features are zeros.
+      levels: the index into `features` of every box. None: 0 for one map; in a pyramid the level that fits the size of
+        the box, as `assign_levels` says, with strides that are powers of two, each twice the one before.
+      strides: network pixels per cell of every level, or of the one map; torchvision's `spatial_scale` is 1 / stride.
+      output_size: cells along a side, or (rows, columns).
+      sampling_ratio: samples per bin and axis. 0 (torchvision's -1): the number of cells that a bin spans, rounded up,
+        for each box separately; a box with a side that is not positive has no samples, and its features are zeros.
       aligned: True: the centre of cell (j, k) of a map is at ((k + 0.5) * stride, (j + 0.5) * stride) network
-        pixels. False: it is at (k * stride, j * stride), and the sides of a box count as at least one cell; this is
-        the operator before detectron2 shifted it by half a cell.
+        pixels. False, torchvision's default: it is at (k * stride, j * stride), and the sides of a box count as at
+        least one cell; this is the operator before detectron2 shifted it by half a cell.
     Raises:
+      TypeError: an array is of another type; boxes of 16 bits are refused.
       ValueError: `output_size` is not positive, `sampling_ratio` is negative, the numbers of strides and maps
-        differ, or the maps have different types.
+        differ, the maps have different types, an array has another shape, or the levels cannot be found from the
+        strides.
       NotImplementedError: the named implementation cannot run.
     """
-    _require_positive(output_size)
+    rows, columns = two_sides(output_size)
     if sampling_ratio < 0:
-        raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}")
-    if len(features) != len(strides):
-        raise ValueError(f"need one stride per map, got {len(strides)} for {len(features)}")
-    dtypes = sorted({level.dtype.name for level in features})
+        raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}; 0 is adaptive")
+    listed = features if isinstance(features, (tuple, list)) else (features,)
+    maps = tuple(feature_map(level) for level in listed)
+    steps = tuple(strides) if isinstance(strides, Sequence) else (strides,)
+    if not maps or len(maps) != len(steps):
+        raise ValueError(f"need one stride per map, got {len(steps)} for {len(maps)}")
+    dtypes = sorted({level.dtype.name for level in maps})
     if len(dtypes) > 1:
         raise ValueError(f"the maps must have one type, got {' and '.join(dtypes)}")
-    unsupported = choice.unsupported_features(features[0].dtype)
-    if len(boxes) == 0:
+    boxes = box_array(boxes, one_list=True)
+    if levels is None and len(maps) > 1:
+        lowest = _first_level(steps)
+        levels = assign_levels(boxes, lowest=lowest, highest=lowest + len(maps) - 1) - lowest
+    levels = whole_numbers(levels, "levels", boxes.shape[0])
+    unsupported = choice.unsupported_features(maps[0].dtype)
+    if boxes.shape[0] == 0:
         unsupported = "it takes at least one region and there is none"
     chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
-    grid = _sample_grid(boxes, levels, strides, output_size, sampling_ratio, aligned)
-    return _pool(features, grid, sampling_ratio, chosen)
+    grid = _sample_grid(boxes, levels, steps, (rows, columns), sampling_ratio, aligned)
+    pooled = _pool(maps, grid, sampling_ratio, chosen)
+    return pooled if rows == columns else pooled[:, :rows, :columns]
+
+
+# A region as large as an ImageNet crop is taken from conv4_x, the map that a single-map detector uses for all regions.
+CANONICAL_SIZE, CANONICAL_LEVEL = 224.0, 4
+
+
+# Prevents a box at an exact level boundary from getting one level too low in float32; torchvision's value.
+EPSILON = 1e-6
+
+
+def assign_levels(boxes: Real[AnyArray, "*b 4"], *, lowest: int, highest: int) -> Int[Array, "*b"]:
+    """Returns `floor(4 + log2(sqrt(area) / 224))`, clipped to `lowest`..`highest`; `lowest` for empty boxes.
+
+    Level k has a stride of 2^k network pixels. Lin et al. 2017 (arXiv:1612.03144), eq. 1.
+
+    >>> assign_levels(np.array([[0, 0, 224, 224], [0, 0, 20, 20]]), lowest=2, highest=5)
+    Array([4, 2], dtype=int32)
+
+    Raises:
+      TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
+      ValueError: `highest` is below `lowest`.
+    """
+    if highest < lowest:
+        raise ValueError(f"need lowest <= highest, got {lowest} and {highest}")
+    levels = jnp.floor(CANONICAL_LEVEL + jnp.log2(jnp.sqrt(jnp.maximum(area(boxes), 0.0)) / CANONICAL_SIZE) + EPSILON)
+    # Clipped as integers: NaN becomes some integer, and clipping turns this integer into an existing level.
+    return jnp.clip(levels.astype(jnp.int32), lowest, highest)
+
+
+def _first_level(strides: tuple[float, ...]) -> int:
+    first = round(math.log2(max(strides[0], 1)))
+    if strides != tuple(2 ** (first + level) for level in range(len(strides))):
+        raise ValueError(
+            f"the level of a box follows from its size only if the strides are powers of two, each twice the one "
+            f"before; got {strides}: give levels"
+        )
+    return first
 
 
 def roi_align_average(
@@ -94,7 +155,7 @@ def roi_align_average(
     Raises:
       ValueError: `output_size` is not positive, or `features` has fewer than two cells along a side.
     """
-    _require_positive(output_size)
+    two_sides(output_size)
     height, width, _ = features.shape
     if min(height, width) < 2:
         raise ValueError(f"roi_align_average needs a map of at least 2 x 2 cells, got {height} x {width}")
@@ -146,22 +207,30 @@ def linear_weights(points: Float[Array, "r p"], size: int) -> Float[Array, "r p 
 def _sample_grid(
     boxes: Float[Array, "r 4"],
     levels: Int[Array, " r"],
-    strides: tuple[int, ...],
-    bins: int,
+    strides: tuple[float, ...],
+    output_hw: tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
 ) -> SampleGrid:
+    """Returns where the samples are, with as many bins along both axes as along the longer side of the output.
+
+    The maps have the same number of bins along both axes in the kernel too. Bins behind the last one of the shorter
+    side are computed and thrown away.
+    """
+    rows, columns = output_hw
+    bins = max(rows, columns)
     corners = boxes / jnp.array(strides, jnp.float32)[levels][:, None] - (0.5 if aligned else 0.0)
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not aligned:
         sides = jnp.maximum(sides, 1.0)
-    bin_sides = sides / bins
+    along = bins if rows == columns else jnp.array([columns, rows], jnp.float32)[None]
+    bin_sides = sides / along
     if sampling_ratio:
         samples = jnp.full_like(sides, sampling_ratio)
     else:
         samples = jnp.ceil(bin_sides)
         # XLA divides by multiplying by the reciprocal, so the quotient of a whole multiple may be slightly too large.
-        samples = jnp.where((samples - 1.0) * bins >= sides, samples - 1.0, samples)
+        samples = jnp.where((samples - 1.0) * along >= sides, samples - 1.0, samples)
         samples = jnp.where((samples > 0.0) & (samples < jnp.inf), samples, 0.0)
     bin_starts = starts[..., None] + jnp.arange(bins, dtype=jnp.float32)[None, None] * bin_sides[..., None]
     return SampleGrid(levels.astype(jnp.int32), bin_starts, bin_sides / jnp.maximum(samples, 1.0), samples)
@@ -313,8 +382,3 @@ def _neighbours(
     behind = jnp.minimum(before + 1.0, last)
     part, share = points - before, jnp.where(counted, 1.0 / jnp.maximum(samples, 1.0), 0.0)
     return (before.astype(jnp.int32), share * (1.0 - part)), (behind.astype(jnp.int32), share * part)
-
-
-def _require_positive(output_size: int) -> None:
-    if output_size < 1:
-        raise ValueError(f"output_size must be at least 1, got {output_size}")

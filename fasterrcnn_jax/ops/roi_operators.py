@@ -3,11 +3,10 @@
 import functools
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import RoiFeaturesConfig
 from fasterrcnn_jax.kernels.choice import Implementation
-from fasterrcnn_jax.ops.boxes import area
 from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 from fasterrcnn_jax.ops.roi_cropping import roi_crop
 from fasterrcnn_jax.ops.roi_pooling import roi_pool
@@ -35,15 +34,9 @@ def roi_features(
     """
     boxes = boxes - jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]) * far_corner_offset, boxes.shape)
     if config.operator == "align":
-        if len(features) == 1:
-            levels = jnp.zeros(len(boxes), jnp.int32)
-        else:
-            lowest, highest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
-            levels = assign_levels(boxes, lowest=lowest, highest=highest) - lowest
         return roi_align(
             features,
             boxes,
-            levels,
             strides=strides,
             output_size=config.output_size,
             sampling_ratio=config.sampling_ratio,
@@ -60,26 +53,3 @@ def roi_features(
     }
     pooled = operators[config.operator](single, boxes, stride=strides[0], output_size=config.output_size)
     return pooled.astype(single.dtype)
-
-
-# A region as large as an ImageNet crop is taken from conv4_x, the map that a single-map detector uses for all regions.
-CANONICAL_SIZE, CANONICAL_LEVEL = 224.0, 4
-
-
-# Prevents a box at an exact level boundary from getting one level too low in float32; torchvision's value.
-EPSILON = 1e-6
-
-
-def assign_levels(boxes: Float[Array, "*b 4"], *, lowest: int, highest: int) -> Int[Array, "*b"]:
-    """Returns `floor(4 + log2(sqrt(area) / 224))`, clipped to `lowest`..`highest`; `lowest` for empty boxes.
-
-    Level k has a stride of 2^k network pixels.
-
-    Raises:
-      ValueError: `highest` is below `lowest`.
-    """
-    if highest < lowest:
-        raise ValueError(f"need lowest <= highest, got {lowest} and {highest}")
-    levels = jnp.floor(CANONICAL_LEVEL + jnp.log2(jnp.sqrt(jnp.maximum(area(boxes), 0.0)) / CANONICAL_SIZE) + EPSILON)
-    # Clipped as integers: NaN becomes some integer, and clipping turns this integer into an existing level.
-    return jnp.clip(levels.astype(jnp.int32), lowest, highest)

@@ -6,28 +6,30 @@ loops of the reference. It is gathered by comparing cell by cell, because a scat
 the order of the additions.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import roi_pool as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, two_sides
 
 
 def roi_pool(
-    features: Float[Array, "h w c"],
-    boxes: Float[Array, "r 4"],
+    features: Real[AnyArray, "h w c"],
+    boxes: Real[AnyArray, "r 4"],
     *,
-    stride: int,
-    output_size: int,
-    quantisation: Literal["rounded", "floor"],
+    stride: float = 1,
+    output_size: int | tuple[int, int],
+    quantisation: Literal["rounded", "floor"] = "rounded",
     implementation: Implementation = None,
-) -> Float[Array, "r s s c"]:
+) -> Float[Array, "r oh ow c"]:
     """Returns the maxima of `output_size` x `output_size` bins per box, in the type of `features`; 0 in empty bins.
 
     A box covers whole cells, including its last one. Counted from the first cell of the box, bin p of s spans the
@@ -35,8 +37,18 @@ def roi_pool(
     cell. No gradient reaches `boxes`; the gradient of the features is summed in float32. NaN never is a maximum: a
     bin in which every cell is NaN gives the lowest float32 and no gradient, as in torchvision.
 
+    `jax.vmap` maps it over a batch of images. Under `jax.jit`, all options are static.
+
+    >>> image = np.arange(16).reshape(4, 4, 1)
+    >>> roi_pool(image, np.array([[0, 0, 3, 3]]), output_size=2)[0, :, :, 0]
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
+
     Args:
+      features: one map. Integers, such as the pixels of an image, become float32.
       boxes: in network pixels, with inclusive corners.
+      stride: network pixels per cell; torchvision's `spatial_scale` is 1 / `stride`.
+      output_size: bins along a side, or (rows, columns).
       quantisation: "rounded" divides corners by `stride` and rounds them, halves away from zero; bins
         are laid out first and then clipped to the map (py-faster-rcnn, torchvision). "floor" rounds
         towards zero and clips the box before it is divided into bins (like adaptive max pooling of a slice of
@@ -46,10 +58,12 @@ def roi_pool(
         of 128. None: the kernel if it can run, otherwise plain JAX.
     Raises:
       NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
-      ValueError: `output_size` is not positive, or `quantisation` or `implementation` has an unknown value.
+      TypeError: an array is of another type; boxes of 16 bits are refused.
+      ValueError: an array has another shape, `output_size` is not positive, or `quantisation` or `implementation` has
+        an unknown value.
     """
-    if output_size < 1:
-        raise ValueError(f"output_size must be at least 1, got {output_size}")
+    rows, columns = two_sides(output_size)
+    features, boxes = feature_map(features), box_array(boxes, one_list=True)
     # A product, as in the reference; for a power of two it equals the quotient. Conversion to integers stops the
     # gradient.
     corners = boxes * np.float32(1.0 / stride)
@@ -57,24 +71,22 @@ def roi_pool(
     if quantisation == "rounded":
         corners = lax.round(corners, lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
         start = corners[:, :2]
-        first, end = _float_bins(jnp.maximum(corners[:, 2:] - start + 1, 1), output_size)
+        first, end = _bins(_float_bins, jnp.maximum(corners[:, 2:] - start + 1, 1), rows, columns)
     elif quantisation == "floor":
         corners = jnp.trunc(corners).astype(jnp.int32)
         start = jnp.maximum(corners[:, :2], 0)
         size = jnp.maximum(jnp.minimum(corners[:, 2:] + 1, limits) - start, 0)
-        bins = jnp.arange(output_size, dtype=jnp.int32)[None, None]
-        first = bins * size[..., None] // output_size
-        end = -(-(bins + 1) * size[..., None] // output_size)
+        first, end = _bins(_whole_bins, size, rows, columns)
     else:
         raise ValueError(f"quantisation must be 'rounded' or 'floor', got {quantisation!r}")
     first = jnp.clip(start[..., None] + first, 0, limits[..., None])
     end = jnp.clip(start[..., None] + end, 0, limits[..., None])
     unsupported = choice.unsupported_features(features.dtype)
-    if not len(boxes):
+    if boxes.shape[0] == 0:
         unsupported = "it takes at least one region and there is none"
-    if choice.choose("roi_pool", implementation, unsupported=unsupported) == "mosaic":
-        return kernel.roi_pool(features, first, end)
-    return _pool(features, first, end)
+    chosen = choice.choose("roi_pool", implementation, unsupported=unsupported)
+    pooled = (kernel.roi_pool if chosen == "mosaic" else _pool)(features, first, end)
+    return pooled if rows == columns else pooled[:, :rows, :columns]
 
 
 def _pool(
@@ -93,11 +105,37 @@ def _pool(
     return lax.map(pool, (first, end)).astype(features.dtype)
 
 
+# The first cell of every bin, and the cell after its last one.
+Bounds = tuple[Int[Array, "r _ s"], Int[Array, "r _ s"]]
+
+
+def _bins(along: Callable[[Array, int], Bounds], size: Int[Array, "r 2"], rows: int, columns: int) -> Bounds:
+    """Returns the bins along x and y, with as many along both as along the longer side of the output.
+
+    Bins behind the last one of the shorter side are empty and are thrown away.
+    """
+    if rows == columns:
+        return along(size, rows)
+
+    def padded(bounds: Array) -> Array:
+        return jnp.pad(bounds, ((0, 0), (0, 0), (0, max(rows, columns) - bounds.shape[2])))
+
+    axes = along(size[:, :1], columns), along(size[:, 1:], rows)
+    first, end = (jnp.concatenate([padded(bounds) for bounds in axis], axis=1) for axis in zip(*axes, strict=True))
+    return first, end
+
+
+def _whole_bins(size: Int[Array, "r a"], bins: int) -> Bounds:
+    """Returns the bounds of every bin in whole numbers."""
+    numbers = jnp.arange(bins, dtype=jnp.int32)[None, None]
+    return numbers * size[..., None] // bins, -(-(numbers + 1) * size[..., None] // bins)
+
+
 # In cells along a side. Only boxes that were not clipped to the image can be larger.
 LARGEST_BOX = 4096
 
 
-def _float_bins(size: Int[Array, "r 2"], bins: int) -> tuple[Int[Array, "r 2 s"], Int[Array, "r 2 s"]]:
+def _float_bins(size: Int[Array, "r a"], bins: int) -> Bounds:
     """Returns the first cell of every bin and the cell after its last one, rounded as in the references.
 
     The references multiply by a float32 quotient. So 31 cells in 7 bins end at cell 32: 7 * (31 / 7) > 31.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
 
+from fasterrcnn_jax.ops.inputs import AnyArray
 from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND
 
 
@@ -20,7 +21,7 @@ class Sample(NamedTuple):
 
 def sample(
     key: PRNGKeyArray | UInt32[Array, "2"],
-    labels: Int[Array, "n"],
+    labels: Int[AnyArray, "n"],
     *,
     size: int,
     fg_fraction: float,
@@ -31,13 +32,21 @@ def sample(
     The limit on foreground, `size * fg_fraction`, is rounded, halves to even, and is at least 1 unless
     `fg_fraction` is 0. The reference implementation samples RoIs in this way.
 
+    >>> drawn = sample(jax.random.key(0), np.array([1, 0, 0, 1, -1]), size=4, fg_fraction=0.5)
+    >>> sorted(drawn.indices.tolist()), drawn.valid.tolist()
+    ([0, 1, 2, 3], [True, True, True, True])
+
     Args:
       key: random key of this image.
       labels: IGNORED, BACKGROUND or FOREGROUND; ignored positions are never drawn.
       fg_only: True removes the limit on foreground.
     Raises:
+      TypeError: the labels are not integers.
       ValueError: `fg_fraction` is not in [0, 1].
     """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype.name}")
     if not 0.0 <= fg_fraction <= 1.0:
         raise ValueError(f"fg_fraction must be in [0, 1], got {fg_fraction}")
     size = min(size, labels.shape[0])

@@ -1,4 +1,4 @@
-"""Non-maximum suppression with fixed sizes: greedy (`nms`), and by lower scores (`soft_nms`).
+"""Non-maximum suppression with fixed sizes: greedy (`nms`, `batched_nms`), and by lower scores (`soft_nms`).
 
 Both implementations of `nms` keep this contract:
 - valid boxes are visited by descending score, boxes of equal score by ascending index; invalid boxes are not visited;
@@ -7,59 +7,83 @@ Both implementations of `nms` keep this contract:
 - the first `max_output` kept indices are returned, with their validity; padding has index 0.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from fasterrcnn_jax.config.model import SoftNms
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, one_per_box, real_array, validity, whole_numbers
 
 # Boxes decided per iteration: large enough to keep a core's vector units busy, small enough that comparing the pairs
 # inside a block costs little compared to comparing the block with the boxes kept before.
 BLOCK = 256
 
 
+class Kept(NamedTuple):
+    """The boxes that NMS keeps, best first, in fixed shapes."""
+
+    indices: Int[Array, "k"]  # of the given boxes; 0 in padding
+    valid: Bool[Array, "k"]  # False: padding
+
+
+class SoftKept(NamedTuple):
+    """The boxes that Soft-NMS keeps, best first, in fixed shapes."""
+
+    indices: Int[Array, "k"]  # of the given boxes; 0 in padding
+    scores: Float[Array, "k"]  # lowered; 0 in padding
+    valid: Bool[Array, "k"]  # False: padding
+
+
 def nms(
-    boxes: Float[Array, "n 4"],
-    scores: Float[Array, "n"],
-    valid: Bool[Array, "n"],
+    boxes: Real[AnyArray, "n 4"],
+    scores: Real[AnyArray, "n"],
+    valid: Bool[AnyArray, "n"] | None = None,
     *,
     iou_threshold: float,
-    max_output: int,
-    groups: Int[Array, "n"] | None = None,
+    max_output: int | None = None,
+    groups: Int[AnyArray, "n"] | None = None,
     implementation: Implementation = None,
-) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
+) -> Kept:
     """Returns the indices of the `max_output` best boxes that survive, and which of these entries are valid.
 
-    No gradient passes.
+    No gradient passes. `jax.vmap` maps it over a batch of images. Under `jax.jit`, `iou_threshold` and `max_output` are
+    static.
+
+    >>> kept = nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10]]), np.array([0.7, 0.9, 0.8]),
+    ...            iou_threshold=0.5)
+    >>> kept
+    Kept(indices=Array([1, 2, 0], dtype=int32), valid=Array([ True,  True, False], dtype=bool))
+    >>> kept.indices[kept.valid]
+    Array([1, 2], dtype=int32)
 
     Args:
-      boxes: float32. In bfloat16 the coordinates of a large image are off by pixels, which changes the result near
-        the threshold.
+      boxes: float32; float64 and integers are converted. In bfloat16 the coordinates of a large image are off by
+        pixels, which changes the result near the threshold.
+      scores: of any type; NaN comes last.
+      valid: False for padding among the boxes, which is never kept. None: there is no padding.
+      max_output: the number of entries. None: as many as there are boxes.
       groups: boxes of different groups never suppress each other (classes, pyramid levels). Boxes are visited by
-        score over all groups, so the result holds the best survivors of all groups.
+        score over all groups, so the result holds the best survivors of all groups. None: all are in one group.
       implementation: "xla" is plain JAX. "mosaic" is the kernel; `vmap` of it makes one batch of all mapped
         problems. None: the kernel if it can run, otherwise plain JAX.
     Raises:
       NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
-      TypeError: the boxes are not float32.
-      ValueError: `iou_threshold` is not in (0, 1], `max_output` is not positive, or `implementation` has an unknown
-        value.
+      TypeError: an array is of another type; boxes of 16 bits are refused.
+      ValueError: an array has another shape, `iou_threshold` is not in (0, 1], `max_output` is not positive, or
+        `implementation` has an unknown value.
     """
-    if boxes.dtype != jnp.float32:
-        raise TypeError(f"boxes must be float32, got {boxes.dtype.name}")
-    if not 0.0 < iou_threshold <= 1.0:
-        raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
-    if max_output < 1:
-        raise ValueError(f"max_output must be at least 1, got {max_output}")
+    boxes, scores, valid, groups = _inputs(boxes, scores, valid, groups)
+    _check_limits(iou_threshold, max_output)
+    max_output = boxes.shape[0] if max_output is None else max_output
     if boxes.shape[0] == 0:
-        return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool)
-    if groups is None:
-        groups = jnp.zeros(boxes.shape[0], jnp.int32)
+        return Kept(jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool))
     boxes, scores = lax.stop_gradient((boxes, scores))
     index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
     _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
@@ -72,7 +96,57 @@ def nms(
     else:
         kept, count = _keep(*sorted_boxes, threshold, max_output)
     is_kept = jnp.arange(max_output) < count
-    return jnp.where(is_kept, order[kept], 0), is_kept
+    return Kept(jnp.where(is_kept, order[kept], 0), is_kept)
+
+
+def batched_nms(
+    boxes: Real[AnyArray, "n 4"],
+    scores: Real[AnyArray, "n"],
+    groups: Int[AnyArray, "n"],
+    valid: Bool[AnyArray, "n"] | None = None,
+    *,
+    iou_threshold: float,
+    max_output: int | None = None,
+    implementation: Implementation = None,
+) -> Kept:
+    """Returns what `nms` returns with `groups`: boxes of different classes or levels never suppress each other.
+
+    Pairs of different groups are never compared, so there is no offset between classes that could cost precision.
+
+    >>> batched_nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10]]), np.array([0.7, 0.9]), np.array([1, 2]),
+    ...             iou_threshold=0.5)
+    Kept(indices=Array([1, 0], dtype=int32), valid=Array([ True,  True], dtype=bool))
+
+    Args:
+      groups: integers, such as the label of each box.
+    Raises:
+      NotImplementedError, TypeError, ValueError: as in `nms`.
+    """
+    return nms(
+        boxes,
+        scores,
+        valid,
+        iou_threshold=iou_threshold,
+        max_output=max_output,
+        groups=groups,
+        implementation=implementation,
+    )
+
+
+def _inputs(boxes: Any, scores: Any, valid: Any, groups: Any) -> tuple[Array, Array, Array, Array]:
+    boxes = box_array(boxes, one_list=True)
+    count = boxes.shape[0]
+    scores = one_per_box(scores, "scores", count)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        scores = real_array(scores, "scores")
+    return boxes, scores, validity(valid, count), whole_numbers(groups, "groups", count)
+
+
+def _check_limits(iou_threshold: float, max_output: int | None) -> None:
+    if not 0.0 < iou_threshold <= 1.0:
+        raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
+    if max_output is not None and max_output < 1:
+        raise ValueError(f"max_output must be at least 1, got {max_output}")
 
 
 def _rounded_down(threshold: float) -> np.float32:
@@ -144,44 +218,51 @@ def _keep(
 
 
 def soft_nms(
-    boxes: Float[Array, "n 4"],
-    scores: Float[Array, "n"],
-    valid: Bool[Array, "n"],
+    boxes: Real[AnyArray, "n 4"],
+    scores: Real[AnyArray, "n"],
+    valid: Bool[AnyArray, "n"] | None = None,
     *,
-    kind: SoftNms,
-    iou_threshold: float,
-    sigma: float,
-    score_threshold: float,
-    max_output: int,
-    groups: Int[Array, "n"],
-) -> tuple[Int[Array, "k"], Float[Array, "k"], Bool[Array, "k"]]:
+    kind: SoftNms = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+    max_output: int | None = None,
+    groups: Int[AnyArray, "n"] | None = None,
+) -> SoftKept:
     """Returns the indices of the `max_output` best boxes, their lowered scores, and which of these entries are valid.
 
     Soft-NMS (Bodla et al. 2017, arXiv:1704.04503), section 3: the box with the best score is taken again and again,
     and the scores of the remaining boxes of its group are multiplied by a factor that depends on their IoU with it.
     linear: 1 - IoU if the IoU is above the threshold (eq. 2); gaussian: exp(-IoU^2 / sigma) (eq. 3). Boxes of equal
-    score are taken by ascending index. Plain JAX, on every device. No gradient passes.
+    score are taken by ascending index. Plain JAX, on every device. No gradient passes. Under `jax.jit`, the options are
+    static except `groups`. The defaults are the paper's.
+
+    >>> kept = soft_nms(np.array([[0, 0, 10, 10], [0, 0, 10, 10]]), np.array([0.5, 1.0]))
+    >>> kept.indices, kept.scores.round(3)
+    (Array([1, 0], dtype=int32), Array([1.   , 0.068], dtype=float32))
 
     Args:
       boxes: float32, as in `nms`.
+      valid: as in `nms`.
       iou_threshold: for linear; gaussian has none.
       sigma: for gaussian; linear has none.
       score_threshold: a box whose score falls to this or less is dropped.
-      groups: boxes of different groups do not change each other's scores.
+      max_output: as in `nms`.
+      groups: boxes of different groups do not change each other's scores. None: all are in one group.
     Raises:
-      TypeError: the boxes are not float32.
-      ValueError: `iou_threshold` or `sigma` is out of range, or `max_output` is not positive.
+      TypeError: an array is of another type; boxes of 16 bits are refused.
+      ValueError: an array has another shape, `iou_threshold` or `sigma` is out of range, or `max_output` is not
+        positive.
     """
-    if boxes.dtype != jnp.float32:
-        raise TypeError(f"boxes must be float32, got {boxes.dtype.name}")
-    if not 0.0 < iou_threshold <= 1.0:
-        raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}")
+    boxes, scores, valid, groups = _inputs(boxes, scores, valid, groups)
+    _check_limits(iou_threshold, max_output)
     if not sigma > 0.0:
         raise ValueError(f"sigma must be positive, got {sigma}")
-    if max_output < 1:
-        raise ValueError(f"max_output must be at least 1, got {max_output}")
+    max_output = boxes.shape[0] if max_output is None else max_output
     if boxes.shape[0] == 0:
-        return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, scores.dtype), jnp.zeros(max_output, bool)
+        return SoftKept(jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output), jnp.zeros(max_output, bool))
+    # The factors are float32.
+    scores = scores.astype(jnp.float32)
     boxes, scores = lax.stop_gradient((boxes, scores))
     threshold = _rounded_down(iou_threshold)
 
@@ -198,4 +279,4 @@ def soft_nms(
     start = jnp.where(valid & (scores > score_threshold), scores, -jnp.inf)
     _, (best, kept_scores) = lax.scan(take_best, start, length=max_output)
     is_kept = kept_scores > -jnp.inf
-    return jnp.where(is_kept, best, 0).astype(jnp.int32), jnp.where(is_kept, kept_scores, 0.0), is_kept
+    return SoftKept(jnp.where(is_kept, best, 0).astype(jnp.int32), jnp.where(is_kept, kept_scores, 0.0), is_kept)

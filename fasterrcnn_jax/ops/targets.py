@@ -4,11 +4,12 @@ Ren et al. 2015 (arXiv:1506.01497), section 3.1.2; Fast R-CNN (arXiv:1504.08083)
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real, UInt32
 
 from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
 from fasterrcnn_jax.ops.box_coder import ONES, ZEROS, encode
 from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity, whole_numbers
 from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, match
 from fasterrcnn_jax.ops.sampling import sample
 from fasterrcnn_jax.structures import (
@@ -35,12 +36,12 @@ def within_border(
 
 def anchor_targets(
     key: Key,
-    anchors: Float[Array, "a 4"],
-    anchor_valid: Bool[Array, "a"],
-    image_hw: Float[Array, "2"],
+    anchors: Real[AnyArray, "a 4"],
+    anchor_valid: Bool[AnyArray, "a"] | None,
+    image_hw: Real[AnyArray, "2"] | tuple[float, float],
     ground_truth: GroundTruth,
     *,
-    config: RpnConfig,
+    config: RpnConfig | None = None,
 ) -> AnchorTargets:
     """Labels a random sample of the anchors; all other anchors are ignored.
 
@@ -48,8 +49,13 @@ def anchor_targets(
     anchor of a ground-truth box either.
 
     Args:
-      anchor_valid: False for anchors whose cell lies in the padding; they are never sampled.
+      anchor_valid: False for anchors whose cell lies in the padding; they are never sampled. None: there is no padding.
+      image_hw: (height, width) of the image, in the pixels of the anchors.
+      config: None: `RpnConfig()`.
     """
+    config = RpnConfig() if config is None else config
+    anchors, image_hw = box_array(anchors, "anchors", one_list=True), real_array(image_hw, "image_hw")
+    anchor_valid, ground_truth = validity(anchor_valid, anchors.shape[0], "anchor_valid"), _on_device(ground_truth)
     anchor_valid = anchor_valid & within_border(anchors, image_hw, config.allowed_border)
     iou = jnp.where(anchor_valid[:, None], pairwise_iou(anchors, ground_truth.boxes), 0.0)
     matches = match(
@@ -77,16 +83,23 @@ def roi_targets(
     proposals: Proposals,
     ground_truth: GroundTruth,
     *,
-    rois_per_image: int,
-    config: RoiSamplingConfig,
+    rois_per_image: int | None = None,
+    config: RoiSamplingConfig | None = None,
 ) -> RoiTargets:
     """Samples and labels RoIs among the proposals and, with `config.add_ground_truth`, the ground-truth boxes.
 
     The ground truth is added so that the head sees foreground before the RPN proposes any. At most
     `config.fg_fraction` of the sample is foreground. If no candidate is background, the whole sample may be
     foreground. If no candidate is foreground, the whole sample is background. If there is neither, it is empty.
+
+    Args:
+      rois_per_image: size of the sample. None: `config.rois_per_image`.
+      config: None: `RoiSamplingConfig()`.
     """
-    boxes, valid = proposals.boxes, proposals.valid
+    config = RoiSamplingConfig() if config is None else config
+    ground_truth = _on_device(ground_truth)
+    boxes = box_array(proposals.boxes, "proposals.boxes", one_list=True)
+    valid = validity(proposals.valid, boxes.shape[0], "proposals.valid")
     if config.add_ground_truth:
         boxes = jnp.concatenate([boxes, ground_truth.boxes])
         valid = jnp.concatenate([valid, ground_truth.valid])
@@ -103,7 +116,7 @@ def roi_targets(
     chosen = sample(
         key,
         labels,
-        size=rois_per_image,
+        size=config.rois_per_image if rois_per_image is None else rois_per_image,
         fg_fraction=config.fg_fraction,
         fg_only=~(labels == BACKGROUND).any(),
     )
@@ -116,6 +129,15 @@ def roi_targets(
         deltas=_deltas_where(foreground, ground_truth.boxes[matched], boxes, config.box_means, config.box_stds),
         valid=chosen.valid,
     )
+
+
+def _on_device(ground_truth: GroundTruth) -> GroundTruth:
+    """Returns the ground truth of one image, which may be NumPy's, as arrays of JAX with at least one slot."""
+    boxes = box_array(ground_truth.boxes, "ground_truth.boxes", one_list=True)
+    if boxes.shape[0] == 0:
+        return GroundTruth(jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
+    labels = whole_numbers(ground_truth.labels, "ground_truth.labels", boxes.shape[0])
+    return GroundTruth(boxes, labels, validity(ground_truth.valid, boxes.shape[0], "ground_truth.valid"))
 
 
 def _deltas_where(

@@ -13,7 +13,7 @@ from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.models.detector import Detector, split, use_batch_statistics
 from fasterrcnn_jax.models.faster_rcnn import training_losses
 from fasterrcnn_jax.models.layers import Running
-from fasterrcnn_jax.processes import Devices, over_devices
+from fasterrcnn_jax.processes import AXIS, Devices, over_devices
 from fasterrcnn_jax.structures import Batch, Losses, LossTerms
 from fasterrcnn_jax.training.state import (
     PARTS,
@@ -59,14 +59,14 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     *,
-    axis_name: str,
+    axis_name: str = AXIS,
     accumulate: int = 1,
     ema_decay: float | None = None,
     losses: Callable[..., Losses] = training_losses,
     parts: tuple[str, ...] = PARTS,
     implementation: Implementation = None,
 ) -> TrainStep:
-    """Returns the training step of one device; map it over devices with the axis `axis_name`.
+    """Returns the training step of one device; `data_parallel` maps it over devices with the axis `axis_name`.
 
     Each device differentiates its local sums divided by the global counts, and the gradients are added. The result
     is the gradient of the global mean. No `psum` of a loss is differentiated: that would count the loss once per
