@@ -16,8 +16,8 @@ FLAGS = {
     "--xla_force_host_platform_device_count": "4",
 }
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Most of the time of the suite is compilation, and without these emitters it takes a third less. A newer XLA may not
-    # know the flag, and an unknown flag ends the process.
+    # Most of the time of the suite is compilation, and without these emitters it takes a third less. A newer XLA may
+    # not know the flag, and an unknown flag ends the process.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):

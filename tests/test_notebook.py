@@ -176,6 +176,16 @@ class Case:
         self.images = np.ascontiguousarray(image.transpose(1, 2, 0))[None]
         self.ground_truth = GroundTruth(boxes, labels, np.ones((1, 2), bool))
 
+    def tolerance(self, relative, rounded, exact):
+        """Returns the relative tolerance against float64; at full size no less than the rounding of float32.
+
+        There PyTorch's own float32 is off by up to 6e-6 in a loss and 2.6e-3 in the norm of a gradient. A sum in
+        another order is rounded differently, so four times its largest difference is allowed.
+        """
+        if self.config.backbone.width < 64:
+            return relative
+        return max(relative, 4.0 * float(np.abs(rounded / exact - 1.0).max()))
+
     def batch(self, number):
         rois = swapped(self.golden[f"rois_{number}"])[None]
         return Batch(
@@ -226,14 +236,13 @@ def case(request):
 
 
 def test_losses_of_each_step(case):
-    """The losses of the first step are compared with PyTorch's in float64, whose rounding is no part of the difference.
-
-    At full size a loss above 2 differs by 1.3e-5 between float32 and float64 in PyTorch itself.
-    """
+    """The first step is compared with PyTorch in float64, so that its rounding is no part of the difference."""
     name, case, (losses, _, _, _) = case
     for number, ours in zip(case.numbers, losses, strict=True):
         if number == 1:
-            compare(name, "PyTorch in float64", "losses of step 1", ours, case.golden["losses_1_f64"], rtol=TOLERANCE)
+            exact = case.golden["losses_1_f64"]
+            rtol = case.tolerance(TOLERANCE, case.golden["losses_1"], exact)
+            compare(name, "PyTorch in float64", "losses of step 1", ours, exact, rtol=rtol)
         else:
             theirs = case.golden[f"losses_{number}"]
             compare(name, "PyTorch", f"losses of step {number}", ours, theirs, atol=LATER_TOLERANCE)
@@ -254,17 +263,19 @@ def test_running_statistics_after_each_step(case, statistic):
 def test_gradients_of_the_first_step(case):
     """The gradient of one objectness logit is 1 / sqrt(2) of the gradient of two."""
     name, case, (_, _, gradients, _) = case
-    ours = {}
+    ours, norms, exact = {}, case.golden["grad_norms"], case.golden["grad_norms_f64"]
+    trained = np.array([key not in WITHOUT_EFFECT for key in case.golden["grad_keys"]])
+    rtol = case.tolerance(1e-3, norms[trained], exact[trained])
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         source = case.table[reference_weights.name_of(path)]
         scale = 2**0.5 if "RPN_cls_score" in source.key else 1.0
         ours[source.key] = scale * np.linalg.norm(np.float64(gradient))
-    for key, norm in zip(map(str, case.golden["grad_keys"]), case.golden["grad_norms"], strict=True):
+    for key, norm in zip(map(str, case.golden["grad_keys"]), exact, strict=True):
         if key in WITHOUT_EFFECT:
             # Against the gradients of thousands of pixels that cancel.
-            assert max(norm, ours[key]) < 1e-6 * max(case.golden["grad_norms"])
+            assert max(norm, ours[key]) < 1e-6 * max(exact)
             continue
-        compare(name, "PyTorch", f"norm of the gradient of {key}", ours[key], norm, rtol=1e-3)
+        compare(name, "PyTorch in float64", f"norm of the gradient of {key}", ours[key], norm, rtol=rtol)
 
 
 # Biases before batch norm: what is left of their gradient is rounding.

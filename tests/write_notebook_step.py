@@ -253,11 +253,16 @@ def written(name: str, case: Case) -> dict[str, np.ndarray]:
         if number == 1:
             gradients = dict(net.named_parameters())
             found["grad_keys"] = np.array([renamed(key) for key in gradients])
-            with torch.no_grad():
-                in_double = [float(loss) for loss in step(case, double.train(), anchors, rois)[0]]
-            print(name, "float64", in_double)
-            found["losses_1_f64"] = np.array(in_double)
-            found["grad_norms"] = np.array([float(of.grad.double().norm()) for of in gradients.values()])
+            # The exact numbers: this sum over 640,000 pixels and thousands of channels is rounded in float32.
+            in_double = step(case, double.train(), anchors, rois)[0]
+            sum(in_double).backward()
+            found["losses_1_f64"] = np.array([float(loss.detach()) for loss in in_double])
+            print(name, "float64", list(found["losses_1_f64"]))
+            norms = [np.array([float(of.grad.double().norm()) for of in n.parameters()]) for n in (net, double)]
+            found["grad_norms"], found["grad_norms_f64"] = norms
+            print(
+                name, "largest relative rounding of a gradient", dict(zip(gradients, np.abs(norms[0] / norms[1] - 1)))
+            )
             # Detection with the weights of the rule and the statistics of this step: an update would amplify rounding.
             net.eval()
             with torch.no_grad():
