@@ -139,7 +139,7 @@ def test_detections_of_windows_are_merged_by_the_nms_of_the_model(model):
     rng = np.random.default_rng(0)
     windows = windows_of((96, 160), 64, 0.25)
     parts = []
-    for window in windows:
+    for _ in windows:
         near = rng.uniform(0, 40, (6, 2)) + rng.uniform(0, 3, (6, 2))
         boxes = np.concatenate([near, near + rng.uniform(8, 24, (6, 2))], axis=1).astype(np.float32)
         parts.append(ImageDetections(boxes, rng.random(6, np.float32), rng.integers(1, 3, 6).astype(np.int32)))

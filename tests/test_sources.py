@@ -4,16 +4,13 @@ import dataclasses
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.faults import OTHER_CLASS
-from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.sources import OTHER_IDS, open_split, with_class_names
 from fasterrcnn_jax.errors import InputError
 

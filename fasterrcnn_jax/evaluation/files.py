@@ -81,7 +81,7 @@ def yolo_text(found: ImageDetections, image_hw: tuple[int, int]) -> str:
 
 
 def voc_xml(found: ImageDetections, path: str, image_hw: tuple[int, int], class_names: Sequence[str]) -> str:
-    """Returns the annotation of one image in PASCAL VOC's layout, as labelImg writes it, with the scores beside the boxes.
+    """Returns the annotation of one image in PASCAL VOC's layout, as labelImg writes it, with the scores.
 
     VOC's pixels are whole, count from 1 and include both ends; a box becomes the pixels that it covers by half or more,
     at least one. Characters of names that XML cannot hold are escaped.

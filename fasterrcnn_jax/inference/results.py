@@ -172,7 +172,8 @@ class ResultFolder:
         for place in self._drawings(result):
             names = tuple(self.class_names[label - 1] for label in shown.labels)
             save_image(place, draw(pixels, Prediction(*shown, names), score_threshold=self._threshold))
-        for place, box in zip(self._crop_places(result, shown), shown.boxes, strict=True):
+        # Without crops there is no place.
+        for place, box in zip(self._crop_places(result, shown), shown.boxes, strict=False):
             height, width = pixels.shape[:2]
             # The pixels that the box touches, at least one.
             x1, y1 = min(int(box[0]), width - 1), min(int(box[1]), height - 1)

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,18 +34,18 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 PATIENCE = 4
 
 
-class Found(NamedTuple, Generic[Item]):
+class Found(NamedTuple):
     """What was found in one image."""
 
-    item: Item
+    item: Any  # of the iterable that was given
     image_hw: tuple[int, int]
     detections: ImageDetections  # in pixels of the image
 
 
-class Unreadable(NamedTuple, Generic[Item]):
+class Unreadable(NamedTuple):
     """An image whose pixels could not be read."""
 
-    item: Item
+    item: Any
     error: InputError
 
 
@@ -97,10 +97,10 @@ class ModelRunner:
         return joined(of_windows, windows, self.config, implementation=self._implementation)
 
 
-class _Open(Generic[Item]):
+class _Open:
     """An image with parts that were not detected yet."""
 
-    def __init__(self, item: Item, image_hw: tuple[int, int], windows: tuple[Window, ...], views: int):
+    def __init__(self, item: Any, image_hw: tuple[int, int], windows: tuple[Window, ...], views: int):
         self.item, self.image_hw, self.windows = item, image_hw, windows
         self.found: list[list[Any]] = [[None] * views for _ in windows]
         self.missing = views * len(windows)
@@ -114,7 +114,7 @@ def detect_stream(
     tile: int | None = None,
     overlap: float = 0.2,
     threads: int | None = None,
-) -> Iterator[Found[Item] | Unreadable[Item]]:
+) -> Iterator[Found | Unreadable]:
     """Yields the detections of each image, in the order of the images, soon after it was read.
 
     Detections equal those of `predict` with `batch_size` = `runner.rows` where the image is not tiled. An image that
@@ -127,8 +127,8 @@ def detect_stream(
       threads: number of threads that decode and resize; None: one per core of this process.
     """
     threads = threads or core_count()
-    waiting: deque[_Open[Item] | Unreadable[Item]] = deque()
-    batches: defaultdict[tuple[int, int], list[tuple[_Open[Item], int, int, Drawn]]] = defaultdict(list)
+    waiting: deque[_Open | Unreadable] = deque()
+    batches: defaultdict[tuple[int, int], list[tuple[_Open, int, int, Drawn]]] = defaultdict(list)
     begun: dict[tuple[int, int], int] = {}
 
     def read(item: Item) -> Pixels | InputError:
@@ -137,7 +137,7 @@ def detect_stream(
         except InputError as error:
             return error
 
-    def parts() -> Iterator[tuple[_Open[Item], int, int, Pixels]]:
+    def parts() -> Iterator[tuple[_Open, int, int, Pixels]]:
         # Of images that are cut into windows one waits decoded, because they are large.
         for item, of_item in in_threads(pool, read, images, threads if tile is None else 1):
             if isinstance(of_item, InputError):
@@ -150,7 +150,7 @@ def detect_stream(
                 for view in range(len(runner.views)):
                     yield image, place, view, of_item[y : y + tall, x : x + wide]
 
-    def drawn(part: tuple[_Open[Item], int, int, Pixels]) -> Drawn:
+    def drawn(part: tuple[_Open, int, int, Pixels]) -> Drawn:
         return runner.draw(np.ascontiguousarray(part[3]), runner.views[part[2]])
 
     def run(canvas: tuple[int, int]) -> None:
@@ -160,7 +160,7 @@ def detect_stream(
             image.found[place][view] = of
             image.missing -= 1
 
-    def finished() -> Iterator[Found[Item] | Unreadable[Item]]:
+    def finished() -> Iterator[Found | Unreadable]:
         while waiting:
             first = waiting[0]
             if isinstance(first, Unreadable):

@@ -196,10 +196,11 @@ def _detect(
         threads=threads,
     )
 
-    def write(one: Found[_Work] | Unreadable[_Work]) -> Result | InputError:
+    def write(one: Found | Unreadable) -> Result | InputError:
         if isinstance(one, Unreadable):
             return one.error
-        work, kept, pixels = one.item, np.isin(one.detections.labels, labels), None
+        work: _Work = one.item
+        kept, pixels = np.isin(one.detections.labels, labels), None
         if folder.needs_pixels:
             try:
                 # Decoded again, because keeping the pixels of all images in work would take more memory.
