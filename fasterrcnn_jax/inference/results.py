@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from fasterrcnn_jax.atomic_write import whole_file, write_atomically
+from fasterrcnn_jax.atomic_write import is_temporary, whole_file, write_atomically
 from fasterrcnn_jax.data.file_names import without_extension
 from fasterrcnn_jax.data.given_files import GivenFile
 from fasterrcnn_jax.data.records import ImageDetections, Prediction
@@ -123,6 +123,9 @@ class ResultFolder:
         Args:
           job: what the results depend on beside the images.
         """
+        for place in self.out.rglob(".*.tmp"):
+            if is_temporary(place):  # a killed process was writing it
+                place.unlink(missing_ok=True)
         stored, text = self.out / "job.json", json.dumps(job, indent=1)
         before = stored.read_text(errors="replace") if stored.is_file() else None
         if before != text:
