@@ -2,9 +2,10 @@
 
 python examples/predict_with_ray.py runs/shapes s3://bucket/photos s3://bucket/found --actors 8 --gpus 1
 
-The folders may be local, shared, or any URL that fsspec knows (file://, s3://, gs://, hf://). Ray writes JSON lines into
-the second one, one line per image: image, width, height, boxes (x1, y1, x2, y2 in pixels), scores, labels, class_names.
-An image that cannot be read has a line with "error" and no detection. Work of an actor that dies is given to another.
+The folders may be local, shared, or any URL that fsspec knows (file://, s3://, gs://, hf://). Ray writes JSON lines
+into the second one, one line per image: image, width, height, boxes (x1, y1, x2, y2 in pixels), scores, labels,
+class_names. An image that cannot be read has a line with "error" and no detection. Work of an actor that dies is given
+to another. Each actor takes one CPU of Ray's count; reading and writing need some beside them.
 
 pip install 'fasterrcnn_jax[ray]'
 """

@@ -145,9 +145,9 @@ def test_two_workers_do_each_image_once_and_a_killed_one_loses_nothing(example, 
         alone = {
             line["image"]: line for line in example.lines_of(urls, ModelRunner(model, batch_size=1), model.class_names)
         }
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    # Two for the actors, and others for reading and writing: Ray counts them, and runs them on whatever there is.
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     try:
-        monkeypatch.setattr(example, "Detecting", Dying)
         found = example.detections(str(tmp_path / "marks"), urls, actors=2, actor=Dying)
         found.write_json(str(tmp_path / "found"))
     finally:
