@@ -21,7 +21,7 @@ _CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", 
 class Frame(NamedTuple):
     """One frame of a video."""
 
-    index: int  # counts from 0, in the order in which frames are shown
+    number: int  # counts from 0, in the order in which frames are shown
     time: float | None  # seconds from the start of the video; None: the file does not say
     pixels: np.ndarray  # [height, width, 3] uint8, RGB, turned as the file says
 
