@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from fasterrcnn_jax.data.given_files import given_files
+from fasterrcnn_jax.data.given_files import list_given
 from fasterrcnn_jax.errors import InputError
 
 
@@ -23,7 +23,7 @@ def images(tmp_path):
 
 
 def ids(given, **options):
-    return [file.id for file in given_files(given, **options)[0]]
+    return [file.id for file in list_given(given, **options)[0]]
 
 
 def with_days(images):
@@ -36,7 +36,7 @@ def test_a_folder_is_in_the_order_of_its_names_and_other_files_are_ignored_with_
     (images / "notes.txt").write_text("no image")
     (images / "more.jpg").mkdir()
     (images / "._b.png").write_bytes(b"what macOS stores beside b.png")
-    files, (note,) = given_files([images])
+    files, (note,) = list_given([images])
     assert [(file.id, file.path) for file in files] == [("A.JPG", images / "A.JPG"), ("b.png", images / "b.png")]
     assert note == (
         "Hidden files, subfolders and files without an image extension were ignored: 3, the first in "
@@ -66,7 +66,7 @@ def test_a_folder_without_images_is_refused(images):
         path.unlink()
     for folder, said in ((images, "contains no readable image"), (images / "absent", "no such file or folder")):
         with pytest.raises(InputError, match=said) as caught:
-            given_files([folder])
+            list_given([folder])
         assert str(folder) in str(caught.value)
 
 
@@ -85,7 +85,7 @@ def test_a_pattern_gives_the_images_and_videos_that_fit(images):
     assert ids([images / "day *" / "*"]) == ["day 1/b.png", "clip.mp4", "day 2/b.png"]
     assert ids([images / "**" / "*.JPG"]) == ["A.JPG"]
     with pytest.raises(InputError, match=r"\*\.tif: no image or video fits this pattern"):
-        given_files([images / "*.tif"])
+        list_given([images / "*.tif"])
     # A file whose name looks like a pattern is that file.
     (images / "A.JPG").rename(images / "a[1].jpg")
     assert ids([images / "a[1].jpg"]) == ["a[1].jpg"]

@@ -32,7 +32,7 @@ class GivenFile(NamedTuple):
         return self.path.suffix.lower() in VIDEO_EXTENSIONS
 
 
-def given_files(given: Sequence[Path], *, recursive: bool = False) -> tuple[list[GivenFile], tuple[str, ...]]:
+def list_given(given: Sequence[Path], *, recursive: bool = False) -> tuple[list[GivenFile], tuple[str, ...]]:
     """Returns the given files in their order, and notes about what was ignored; opens no file.
 
     The id of a file is its name; if several files have one name, it is the path below the folder that all files are in.

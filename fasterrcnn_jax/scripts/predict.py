@@ -28,7 +28,7 @@ from PIL import Image
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.config.text import to_json
-from fasterrcnn_jax.data.given_files import GivenFile, given_files
+from fasterrcnn_jax.data.given_files import GivenFile, list_given
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.records import ImageDetections, joined_names
 from fasterrcnn_jax.data.video import read_frames
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.ckpt.is_dir():
         check_detects(arguments.ckpt, checkpoint.load_run_config(arguments.ckpt))
     labels = _labels(arguments.classes, model.class_names)
-    files, notes = given_files(arguments.images, recursive=arguments.recursive)
+    files, notes = list_given(arguments.images, recursive=arguments.recursive)
     for note in notes:
         logger.warning("%s", note)
     if arguments.tile is not None:
