@@ -63,7 +63,7 @@ def progress_bar(
             position=0,  # a bar in a bar would move the cursor of a terminal
             mininterval=LINE_EVERY,
             delay=LINE_EVERY,
-            bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}" + ", {rate_fmt}" * rate + "{postfix}",
+            bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}" + ", {rate_noinv_fmt}" * rate + "{postfix}",
         )
     return tqdm(
         items,

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     print_lines(f"images     {images}{before}")
     print_lines(f"detections {detections}")
     if added:
-        print_lines(f"speed      {added / seconds:.1f} images/s")
+        print_lines(f"speed      {added / seconds:.1f} images/s, with compilation")
     print_lines(f"files      {arguments.out}")
     if unreadable:
         print_lines(f"unreadable {unreadable.count}, listed in {arguments.out / _UNREADABLE}")
