@@ -1,9 +1,12 @@
 """Writes a file completely or not at all."""
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fasterrcnn_jax.errors import InputError
 
@@ -21,12 +24,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       InputError: the file cannot be written; the message names it.
     """
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a temporary file next to `path`, and renames it to `path` when the body ends.
+
+    Where the body raises, nothing has changed. For content that is too large for memory; see `write_atomically`.
+
+    Raises:
+      InputError: the file cannot be written; the message names it.
+    """
     # The tempfile module would create a file that only its owner can read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as is_temporary says
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(temporary, "wb") as file:
+                yield file
             # Without this, a power cut can leave an empty file under the final name.
             _reach_disk(temporary)
             os.replace(temporary, path)

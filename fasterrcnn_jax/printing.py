@@ -36,7 +36,14 @@ def print_lines(*lines: object) -> None:
 
 
 def progress_bar(
-    items: Iterable[Any] | None = None, *, title: str, total: int, unit: str, done: int = 0, shown: bool = True
+    items: Iterable[Any] | None = None,
+    *,
+    title: str,
+    total: int | None,
+    unit: str,
+    done: int = 0,
+    shown: bool = True,
+    rate: bool = False,
 ) -> Any:
     """Returns a progress bar around `items`; where the error output is no terminal, a line every LINE_EVERY seconds.
 
@@ -44,9 +51,10 @@ def progress_bar(
 
     Args:
       title: what is done, for example the name of a data set.
-      total: number of items.
+      total: number of items; None: it is not known.
       done: number of items that were done before.
       shown: False in all processes but one.
+      rate: the lines say how many items were done in a second; the bar of a terminal always does.
     """
     how: dict[str, Any] = dict(leave=False, delay=1.0)
     if not sys.stderr.isatty():
@@ -55,7 +63,7 @@ def progress_bar(
             position=0,  # a bar in a bar would move the cursor of a terminal
             mininterval=LINE_EVERY,
             delay=LINE_EVERY,
-            bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}{postfix}",
+            bar_format="{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed}" + ", {rate_noinv_fmt}" * rate + "{postfix}",
         )
     return tqdm(
         items,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from fasterrcnn_jax.data.images import GREY_16, annotated_frame, image_size, read_image, record_pixels
-from fasterrcnn_jax.data.sources import open_images
+from fasterrcnn_jax.data.records import ImageRecord
 from fasterrcnn_jax.errors import InputError
 
 HEIGHT, WIDTH = 20, 30
@@ -289,9 +289,11 @@ def test_an_image_that_changed_its_size_since_it_was_read_is_named(tmp_path, rgb
     """Its boxes refer to the old size; nothing larger than that is decoded."""
     path = tmp_path / "a.webp"
     Image.fromarray(rgb).save(path)
-    dataset = open_images([tmp_path], ("thing",))
+    none = np.zeros(0, bool)
+    boxes = np.zeros((0, 4), np.float32)
+    record = ImageRecord("a", path, image_size(path, upright=True), boxes, none, none, none, none, upright=True)
     for new in (rgb[:, :-1], rgb.swapaxes(0, 1), np.zeros((900, 900, 3), np.uint8)):
         Image.fromarray(new).save(path)
         said = f"a.webp: the image has changed: 30 x 20 pixels .* now {new.shape[1]} x {new.shape[0]}"
         with pytest.raises(InputError, match=said):
-            record_pixels(dataset.records[0])
+            record_pixels(record)

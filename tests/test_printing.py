@@ -256,7 +256,7 @@ def test_a_hostile_name_cannot_steer_the_terminal_or_forge_a_line(source, tmp_pa
         try:
             verbs.main(arguments)
         except SystemExit as ended:
-            assert ended.code in (0, 1, 2)
+            assert ended.code in (0, 1, 2, 3)  # 3: predict has skipped files that cannot be read
     printed = capsys.readouterr()
     check_harmless(printed.out + printed.err)
 

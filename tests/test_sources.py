@@ -4,17 +4,14 @@ import dataclasses
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.faults import OTHER_CLASS
-from fasterrcnn_jax.data.images import record_pixels
-from fasterrcnn_jax.data.sources import OTHER_IDS, open_images, open_split, with_class_names
+from fasterrcnn_jax.data.sources import OTHER_IDS, open_split, with_class_names
 from fasterrcnn_jax.errors import InputError
 
 
@@ -270,78 +267,3 @@ def test_a_subset_of_the_classes_is_a_choice(layout, split, other, request):
     assert left_out and not every.findings and not any(finding.is_fault for finding in part.findings)
     (note,) = part.notes
     assert note.startswith(f"{OTHER_CLASS}: {left_out}, the first in ") and repr(other) in note
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Writes a folder with b.png of 30 x 50 pixels and A.JPG, stored as 20 x 40 and shown as 40 x 20."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.fromarray(tiny.rectangle_image((30, 50), (10, 5, 20, 15))).save(folder / "b.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # viewers turn it a quarter clockwise
-    Image.fromarray(tiny.rectangle_image((20, 40), (0, 0, 8, 8))).save(folder / "A.JPG", exif=exif, quality=95)
-    return folder
-
-
-def test_a_folder_of_images_is_in_the_order_of_its_names_and_turned_as_viewers_do(images):
-    dataset = open_images([images], tiny.CLASS_NAMES)
-    assert ids(dataset) == ["A.JPG", "b.png"] and dataset.notes == ()
-    assert [record.image_hw for record in dataset.records] == [(40, 20), (30, 50)]
-    turned = record_pixels(dataset.records[0])
-    assert turned.shape == (40, 20, 3) and turned[3, 16, 0] > 200 and turned[3, 3, 0] < 100
-    assert dataset.class_names == tiny.CLASS_NAMES and dataset.category_ids == (1, 2)
-    assert all(record.boxes.shape == (0, 4) and not len(record.labels) for record in dataset.records)
-
-
-def test_other_files_are_ignored_with_a_note(images, caplog):
-    (images / "notes.txt").write_text("no image")
-    (images / "more.jpg").mkdir()
-    (images / "._b.png").write_bytes(b"what macOS stores beside b.png")
-    assert ids(open_images([images], tiny.CLASS_NAMES)) == ["A.JPG", "b.png"]
-    (said,) = (record.message for record in caplog.records)
-    assert said == (
-        "Hidden files, subfolders and files without an image extension were ignored: 3, the first in "
-        f"{images / '._b.png'}."
-    )
-
-
-@pytest.mark.parametrize("damage", ["no image", "cut short"])
-def test_an_unreadable_image_is_named_or_skipped_with_a_warning(images, caplog, damage):
-    path = images / "b.png"
-    path.write_bytes(b"no image" if damage == "no image" else path.read_bytes()[:-200])
-    assert ids(open_images([images], tiny.CLASS_NAMES, faults="skip")) == ["A.JPG"]
-    assert "Faulty images were skipped: 1" in caplog.text and str(path) in caplog.text
-    with pytest.raises(InputError, match="b.png"):
-        [record_pixels(record) for record in open_images([images], tiny.CLASS_NAMES).records]
-    (images / "A.JPG").unlink()
-    with pytest.raises(InputError, match="contains no readable image"):
-        open_images([images], tiny.CLASS_NAMES, faults="skip")
-
-
-def test_files_and_folders_are_read_in_their_order_and_each_image_once(images):
-    given = [images / "b.png", images, images / ".." / images.name / "A.JPG"]
-    assert ids(open_images(given, tiny.CLASS_NAMES)) == ["b.png", "A.JPG"]
-
-
-def test_images_of_one_name_have_ids_with_their_folders(images, monkeypatch):
-    for folder in ("day 1", "day 2"):
-        (images / folder).mkdir()
-        Image.new("RGB", (40, 30)).save(images / folder / "b.png")
-    monkeypatch.chdir(images / "day 1")
-    given = [Path("b.png"), Path("../day 2"), Path("../A.JPG")]
-    assert ids(open_images(given, tiny.CLASS_NAMES)) == ["day 1/b.png", "day 2/b.png", "A.JPG"]
-
-
-def test_a_given_file_is_an_image_whatever_its_name(images):
-    (images / "b.png").rename(images / ".hidden")
-    assert ids(open_images([images / ".hidden"], tiny.CLASS_NAMES)) == [".hidden"]
-
-
-def test_a_folder_without_images_is_refused(images):
-    for path in images.iterdir():
-        path.unlink()
-    for folder, said in ((images, "contains no readable image"), (images / "absent", "no such file or folder")):
-        with pytest.raises(InputError, match=said) as caught:
-            open_images([folder], tiny.CLASS_NAMES)
-        assert str(folder) in str(caught.value)

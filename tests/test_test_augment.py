@@ -8,11 +8,9 @@ import numpy as np
 import oracles
 import pytest
 import tiny
-from PIL import Image
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig, TtaConfig
 from fasterrcnn_jax.data.records import ImageDetections
-from fasterrcnn_jax.data.sources import open_images
 from fasterrcnn_jax.inference.augmentation import merged, views
 from fasterrcnn_jax.inference.dataset import detect_dataset
 from fasterrcnn_jax.inference.prediction import predict
@@ -90,9 +88,9 @@ def test_scales_add_the_detections_of_the_image_in_another_size(model):
 
 def test_a_data_set_is_augmented_like_single_images(model, tmp_path):
     # All on one canvas, so that one program serves.
-    for number, size in enumerate(((64, 96), (50, 90), (64, 80))):
-        Image.fromarray(tiny.rectangle_image(size, (5, 6, 40, 30), seed=number)).save(tmp_path / f"{number}.png")
-    data = open_images((tmp_path,), model.class_names)
+    sizes = (64, 96), (50, 90), (64, 80)
+    images = [(tiny.rectangle_image(size, (5, 6, 40, 30), seed=number), [], []) for number, size in enumerate(sizes)]
+    data = tiny.dataset(tmp_path, images, class_names=model.class_names)
     both = with_augment(model, FLIP)
     for record, found in zip(data.records, detect_dataset(both, data, batch_size=1)):
         assert_same(found, columns(predict(both, Path(record.path))))

@@ -260,9 +260,7 @@ def written(name: str, case: Case) -> dict[str, np.ndarray]:
             print(name, "float64", list(found["losses_1_f64"]))
             norms = [np.array([float(of.grad.double().norm()) for of in n.parameters()]) for n in (net, double)]
             found["grad_norms"], found["grad_norms_f64"] = norms
-            print(
-                name, "largest relative rounding of a gradient", dict(zip(gradients, np.abs(norms[0] / norms[1] - 1)))
-            )
+            print(name, "relative rounding of gradients", dict(zip(gradients, np.abs(norms[0] / norms[1] - 1))))
             # Detection with the weights of the rule and the statistics of this step: an update would amplify rounding.
             net.eval()
             with torch.no_grad():

@@ -4,29 +4,19 @@ import contextlib
 import dataclasses
 import difflib
 import logging
-import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.config.checks import AUTO
 from fasterrcnn_jax.config.data import Layout as LayoutName
 from fasterrcnn_jax.data import coco, csv_table, labelme, tfds, voc, yolo
 from fasterrcnn_jax.data.faults import (
-    FAULTY_IMAGE,
-    Faults,
-    findings_of,
-    notes_of,
     skip_undecodable,
-    skipping,
-    watched,
 )
 from fasterrcnn_jax.data.file_names import files_below
-from fasterrcnn_jax.data.images import image_size, read_image
 from fasterrcnn_jax.data.layouts import (
     IMAGE_EXTENSIONS,
     SPLIT_NAMES,
@@ -36,7 +26,7 @@ from fasterrcnn_jax.data.layouts import (
     part_of_a_name,
     splits_of,
 )
-from fasterrcnn_jax.data.records import Dataset, Finding, ImageRecord, joined_names, labels_of
+from fasterrcnn_jax.data.records import Dataset, Finding, joined_names, labels_of
 from fasterrcnn_jax.data.shapes import make_shapes
 from fasterrcnn_jax.errors import InputError
 
@@ -444,69 +434,6 @@ def _seen(root: Path) -> str:
     if images:
         return f"{found}, and no annotations"
     return found
-
-
-def open_images(
-    given: Sequence[Path],
-    class_names: tuple[str, ...],
-    *,
-    faults: Faults = "error",
-    max_pixels: int = DataConfig.max_pixels,
-) -> Dataset:
-    """Returns image files, and the images of folders sorted by name, without objects.
-
-    The id of an image is its file name; if several images have one name, it is the path below the folder that all
-    images are in. An image that is given twice is read once. Images are turned as EXIF says, as image viewers show
-    them. In a folder, hidden files, files without an image extension and subfolders are ignored; a note counts them.
-
-    Args:
-      given: image files and folders.
-      class_names: the class names of the detector that predicts on the images.
-      faults: "skip" skips images that cannot be decoded; every image is then decoded once to find them.
-      max_pixels: an image with more pixels is a fault.
-
-    Raises:
-      InputError: a path does not exist, there is no image, or a given file or a file with an image extension is not
-        an image.
-    """
-    found, none = defaultdict(list), np.zeros(0)
-    listed: dict[Path, Path] = {}
-    for place in given:
-        if not place.exists():
-            raise InputError(f"{place}: no such file or folder")
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            is_image = path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
-            if path != place and (not is_image or path.is_dir()):
-                found["Hidden files, subfolders and files without an image extension were ignored"].append(str(path))
-            else:
-                listed.setdefault(path.resolve(), path)
-    names = Counter(path.name for path in listed.values())
-    # Not `absolute`, which keeps "..": an id is also the name of a file that `predict` writes.
-    folders = [os.path.dirname(os.path.abspath(path)) for path in listed.values()]
-    shared = os.path.commonpath(folders) if folders else ""
-    title, records = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else ""), []
-    for path in watched(listed.values(), f"reading {title}", len(listed)):
-        with skipping(FAULTY_IMAGE, found, faults):
-            if faults == "skip":
-                read_image(path, max_pixels=max_pixels)
-            arrays = (
-                np.zeros((0, 4), np.float32),
-                none.astype(np.int32),
-                none.astype(bool),
-                none.astype(bool),
-                none,
-            )
-            image_hw = image_size(path, upright=True, max_pixels=max_pixels)
-            name = path.name if names[path.name] == 1 else Path(os.path.relpath(path, shared)).as_posix()
-            records.append(ImageRecord(name, path, image_hw, *arrays, upright=True))
-    findings = findings_of(found)
-    ids = tuple(range(1, len(class_names) + 1))
-    notes = notes_of(findings)
-    for note in notes:
-        logger.warning("%s", note)
-    if not records:
-        raise InputError(f"{title}: contains no readable image with an extension of {' '.join(IMAGE_EXTENSIONS)}")
-    return Dataset(title, class_names, tuple(records), notes, ids, findings)
 
 
 def _joined(splits: list[tuple[str, Dataset]]) -> Dataset:

@@ -52,14 +52,33 @@ def merged(
     if len(of_views) == 1:
         return found[0]
     limit = config.postprocess.max_detections
+    parts = [
+        of._replace(boxes=flip_boxes(of.boxes, width)) if view.flipped else of
+        for view, of in zip(of_views, found, strict=True)
+    ]
     room = len(of_views) * limit  # one program for all images
+    return suppressed(concatenated(parts), room, limit, config, implementation=implementation)
+
+
+def concatenated(parts: Sequence[ImageDetections]) -> ImageDetections:
+    """Returns all detections of several lists as one list."""
+    boxes, scores, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return ImageDetections(boxes, scores, labels)
+
+
+def suppressed(
+    found: ImageDetections, room: int, limit: int, config: ModelConfig, *, implementation: Implementation = None
+) -> ImageDetections:
+    """Returns the `limit` best detections of one image after NMS within each class, best first.
+
+    Args:
+      room: number of detections that the compiled program takes, at least as many as there are.
+      implementation: implementation of NMS, as in `nms`.
+    """
+    count = len(found.scores)
     boxes, scores = np.zeros((room, 4), np.float32), np.zeros(room, np.float32)
-    labels, count = np.zeros(room, np.int32), 0
-    for view, (view_boxes, view_scores, view_labels) in zip(of_views, found, strict=True):
-        rows = slice(count, count + len(view_scores))
-        boxes[rows] = flip_boxes(view_boxes, width) if view.flipped else view_boxes
-        scores[rows], labels[rows] = view_scores, view_labels
-        count = rows.stop
+    labels = np.zeros(room, np.int32)
+    boxes[:count], scores[:count], labels[:count] = found
     kept, is_kept = _jitted_nms(
         jnp.asarray(boxes),
         jnp.asarray(scores),

@@ -146,7 +146,8 @@ def parse(
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         _help(usage, description, [line for kind in kinds for line in _fields_of(kind)])
-    if subject is not None and argv and not argv[0].startswith("-"):
+    # A single dash is a subject too: a list on standard input.
+    if subject is not None and argv and (argv[0] == "-" or not argv[0].startswith("-")):
         argv = [subject, *argv]
     return _parsed(functools.reduce(operator.or_, kinds), argv, return_unknown_args=fields)
 
