@@ -50,8 +50,8 @@ def to_batch(
         placed[row, slots], names[row, slots] = boxes[row] * np.tile(scale[row, ::-1], 2), labels[row]
         valid[row, slots] = True
     truth = models.GroundTruth(*map(jnp.asarray, (placed, names, valid)))
-    on_canvas = map(jnp.asarray, (pixels, image_hw, scale))
-    return models.Batch(*on_canvas, first + jnp.arange(count), jnp.ones(count, bool), truth)
+    pixels, image_hw, scale = map(jnp.asarray, (pixels, image_hw, scale))
+    return models.Batch(pixels, image_hw, scale, first + jnp.arange(count), jnp.ones(count, bool), truth)
 
 
 def your_data(seed: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -84,7 +84,8 @@ def main(steps: int = 30, batch_size: int = 4) -> None:
             objects = int(batch.ground_truth.valid.sum())
             print(f"step {step + 1}: loss {float(total):.3f}, {objects} objects in {batch_size} images")
     model = models.merge(graphdef, state)
-    found = fasterrcnn_jax.predict(model, next(your_data(steps, 1))[0], score_threshold=0.5)
+    images, _, _ = zip(*your_data(steps, 1), strict=True)
+    (found,) = fasterrcnn_jax.predict(model, list(images), score_threshold=0.5)
     print(f"{len(found.scores)} detections in a new image")
 
 

@@ -29,9 +29,9 @@ def batch_of(rng: np.random.Generator, size: int = 4) -> models.Batch:
     boxes = np.concatenate([near, near + 24], axis=1).astype(np.float32)
     for image, (x, y), (label,) in zip(images, near, labels, strict=True):
         image[y : y + 24, x : x + 24] = ((250, 40, 40), (40, 60, 250))[label - 1]
-    on_canvas = map(jnp.asarray, fasterrcnn_jax.preprocess(images, IMAGE))
+    pixels, image_hw, scale = map(jnp.asarray, fasterrcnn_jax.preprocess(images, IMAGE))
     truth = models.GroundTruth(jnp.asarray(boxes[:, None]), jnp.asarray(labels, jnp.int32), jnp.ones((size, 1), bool))
-    return models.Batch(*on_canvas, jnp.arange(size), jnp.ones(size, bool), truth)
+    return models.Batch(pixels, image_hw, scale, jnp.arange(size), jnp.ones(size, bool), truth)
 
 
 def main(steps: int = 150) -> None:

@@ -119,7 +119,7 @@ def main(argv=None):
     found = detections(arguments.run, urls, **options)
     files, path = fsspec.core.url_to_fs(arguments.out)
     # A part that is written twice, after a failure, has the same name.
-    found.write_json(path, filesystem=files, mode="overwrite")
+    found.write_json(path, filesystem=files, mode=ray.data.SaveMode.OVERWRITE)
     print(f"{len(urls)} images, results in {arguments.out}")
 
 

@@ -34,7 +34,7 @@ def heat_map(pixels: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     # The largest hundredth is fully red.
     strength = np.clip(strength / max(np.quantile(strength, 0.99), 1e-30), 0.0, 1.0)[..., None]
     grey = 0.5 * pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    return np.uint8((1.0 - strength) * grey + strength * np.array([255.0, 40.0, 0.0]))
+    return ((1.0 - strength) * grey + strength * np.array([255.0, 40.0, 0.0])).astype(np.uint8)
 
 
 def main(run: str | Path, path: str | Path, out: str | Path) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import tiny
 from PIL import Image
@@ -36,12 +37,13 @@ def test_detection_in_a_pipeline(small_run, tmp_path, capsys):
 
 def test_every_example_is_run_here():
     text = Path(__file__).read_text()
-    assert all(f'example("{path.stem}")' in text for path in EXAMPLES.glob("*.py"))
+    for path in EXAMPLES.glob("*.py"):
+        assert f'example("{path.stem}")' in text or (Path(__file__).parent / f"test_{path.stem}.py").exists(), path.name
 
 
 def run(script, capsys, *arguments, **options):
-    """Returns the lines that an example prints."""
-    with tiny.quick_compilation():
+    """Returns the lines that an example prints, with JAX's own settings, as a user has them."""
+    with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         script.main(*arguments, **options)
     return capsys.readouterr().out.splitlines()
 
@@ -61,9 +63,9 @@ def test_saliency_is_drawn_over_the_image(small_run, tmp_path, capsys):
     row, column = map(int, re.search(r"in row (\d+), column (\d+)$", lines[1]).groups())
     drawn = np.asarray(Image.open(tmp_path / "saliency.png")).astype(int)
     assert drawn.shape == pixels.shape
-    # Fully red where the gradient is largest, and grey in most places.
+    # Fully red where the gradient is largest, and nearly grey in most places.
     assert drawn[row, column].tolist() == [255, 40, 0]
-    assert np.ptp(drawn, axis=2).min() == 0
+    assert np.median(np.ptp(drawn, axis=2)) < 60
 
 
 def test_an_own_training_loop_learns(capsys):

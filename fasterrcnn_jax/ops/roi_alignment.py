@@ -77,7 +77,7 @@ def roi_align(
     if sampling_ratio < 0:
         raise ValueError(f"sampling_ratio must be at least 0, got {sampling_ratio}; 0 is adaptive")
     listed = features if isinstance(features, (tuple, list)) else (features,)
-    maps = tuple(feature_map(level) for level in listed)
+    maps = [feature_map(level) for level in listed]
     steps = tuple(strides) if isinstance(strides, Sequence) else (strides,)
     if not maps or len(maps) != len(steps):
         raise ValueError(f"need one stride per map, got {len(steps)} for {len(maps)}")
@@ -94,7 +94,7 @@ def roi_align(
         unsupported = "it takes at least one region and there is none"
     chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
     grid = _sample_grid(boxes, levels, steps, (rows, columns), sampling_ratio, aligned)
-    pooled = _pool(maps, grid, sampling_ratio, chosen)
+    pooled = _pool(tuple(maps), grid, sampling_ratio, chosen)
     return pooled if rows == columns else pooled[:, :rows, :columns]
 
 
