@@ -85,8 +85,9 @@ def main(steps: int = 30, batch_size: int = 4) -> None:
             print(f"step {step + 1}: loss {float(total):.3f}, {objects} objects in {batch_size} images")
     model = models.merge(graphdef, state)
     images, _, _ = zip(*your_data(steps, 1), strict=True)
-    (found,) = fasterrcnn_jax.predict(model, list(images), score_threshold=0.5)
-    print(f"{len(found.scores)} detections in a new image")
+    found = fasterrcnn_jax.predict(model, list(images), score_threshold=0.5)
+    assert isinstance(found, list)  # one result for each image of a list
+    print(f"{len(found[0].scores)} detections in a new image")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def roi_align(
         unsupported = "it takes at least one region and there is none"
     chosen = choice.choose("roi_align", implementation, unsupported=unsupported)
     grid = _sample_grid(boxes, levels, steps, (rows, columns), sampling_ratio, aligned)
-    pooled = _pool(tuple(maps), grid, sampling_ratio, chosen)
+    pooled: Array = _pool(tuple(maps), grid, sampling_ratio, chosen)
     return pooled if rows == columns else pooled[:, :rows, :columns]
 
 
