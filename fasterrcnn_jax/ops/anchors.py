@@ -22,9 +22,10 @@ def cell_anchors(
 
     The defaults are the nine anchors of the paper. Anchors are constants, so they are NumPy arrays in float32.
 
-    >>> cell_anchors(16, (2.0,), (1.0, 4.0))
-    array([[-16., -16.,  16.,  16.],
-           [ -8., -32.,   8.,  32.]], dtype=float32)
+    Examples:
+      >>> cell_anchors(16, (2.0,), (1.0, 4.0))
+      array([[-16., -16.,  16.,  16.],
+             [ -8., -32.,   8.,  32.]], dtype=float32)
 
     Args:
       base: side of the square that `scales` multiply, in pixels of the network input.
@@ -62,9 +63,10 @@ def grid_anchors(
 ) -> Float[np.ndarray, "hwc 4"]:
     """Returns the cell anchors at every feature cell, ordered by row, then column, then anchor of the cell.
 
-    >>> grid_anchors(cell_anchors(16, (1.0,), (1.0,)), (1, 2), 16)
-    array([[ 0.,  0., 16., 16.],
-           [16.,  0., 32., 16.]], dtype=float32)
+    Examples:
+      >>> grid_anchors(cell_anchors(16, (1.0,), (1.0,)), (1, 2), 16)
+      array([[ 0.,  0., 16., 16.],
+             [16.,  0., 32., 16.]], dtype=float32)
 
     Args:
       cells: the anchors of one cell, centred on the origin, as from `cell_anchors`.

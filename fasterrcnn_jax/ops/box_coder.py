@@ -33,8 +33,9 @@ def encode(
 
     `t_x = (x - x_a) / w_a`, `t_w = log(w / w_a)`.
 
-    >>> encode(np.array([[10.0, 0, 30, 20]]), np.array([[0.0, 0, 20, 20]]))
-    Array([[0.5, 0. , 0. , 0. ]], dtype=float32)
+    Examples:
+      >>> encode(np.array([[10.0, 0, 30, 20]]), np.array([[0.0, 0, 20, 20]]))
+      Array([[0.5, 0. , 0. , 0. ]], dtype=float32)
 
     Args:
       boxes: target boxes with positive width and height (filter out padding first).
@@ -62,8 +63,9 @@ def decode(
 ) -> Float[Array, "*b 4"]:
     """Returns the boxes that result when normalised `deltas` are applied to `anchors`; the inverse of `encode`.
 
-    >>> decode(np.array([[0.5, 0, 0, 0]]), np.array([[0.0, 0, 20, 20]]))
-    Array([[10.,  0., 30., 20.]], dtype=float32)
+    Examples:
+      >>> decode(np.array([[0.5, 0, 0, 0]]), np.array([[0.0, 0, 20, 20]]))
+      Array([[10.,  0., 30., 20.]], dtype=float32)
 
     Args:
       max_log_scale: the upper limit of the log scales dw and dh. None: no limit; sides may overflow to infinity.

@@ -9,8 +9,9 @@ from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array
 def area(boxes: Real[AnyArray, "*b 4"]) -> Float[Array, "*b"]:
     """Returns width x height in square pixels; zero for padding.
 
-    >>> area(np.array([[0, 0, 10, 20]]))
-    Array([200.], dtype=float32)
+    Examples:
+      >>> area(np.array([[0, 0, 10, 20]]))
+      Array([200.], dtype=float32)
 
     Raises:
       TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
@@ -22,8 +23,9 @@ def area(boxes: Real[AnyArray, "*b 4"]) -> Float[Array, "*b"]:
 def pairwise_iou(boxes: Real[AnyArray, "n 4"], others: Real[AnyArray, "m 4"]) -> Float[Array, "n m"]:
     """Returns the intersection over union (IoU) of every pair; 0 where both boxes are empty (padding).
 
-    >>> pairwise_iou(np.array([[0.0, 0, 10, 10]]), np.array([[0.0, 0, 10, 5], [20, 20, 30, 30]]))
-    Array([[0.5, 0. ]], dtype=float32)
+    Examples:
+      >>> pairwise_iou(np.array([[0.0, 0, 10, 10]]), np.array([[0.0, 0, 10, 5], [20, 20, 30, 30]]))
+      Array([[0.5, 0. ]], dtype=float32)
 
     Raises:
       TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
@@ -43,8 +45,9 @@ def clip(
 ) -> Float[Array, "*b 4"]:
     """Returns the boxes cut to the image: x to [0, width], y to [0, height].
 
-    >>> clip(np.array([[-5.0, 10, 700, 500]]), (480, 640))
-    Array([[  0.,  10., 640., 480.]], dtype=float32)
+    Examples:
+      >>> clip(np.array([[-5.0, 10, 700, 500]]), (480, 640))
+      Array([[  0.,  10., 640., 480.]], dtype=float32)
 
     Args:
       image_hw: (height, width) of the image.

@@ -37,8 +37,9 @@ def smooth_l1(error: Real[AnyArray, "*b"], *, sigma: float = 1.0) -> Float[Array
 
     PyTorch's `beta` is 1 / `sigma`^2.
 
-    >>> smooth_l1(np.array([0.5, -2.0]))
-    Array([0.125, 1.5  ], dtype=float32)
+    Examples:
+      >>> smooth_l1(np.array([0.5, -2.0]))
+      Array([0.125, 1.5  ], dtype=float32)
 
     Args:
       error: prediction minus target, of any shape.
@@ -70,10 +71,11 @@ def rpn_losses(
     `config.rpn_box_normalizer` selects. With `config.rpn_positive_weight` it is this weight times the mean over the
     selected anchors instead. In both cases it is multiplied by `config.rpn_box_weight`.
 
-    >>> targets = AnchorTargets(np.array([1, 0, -1]), np.zeros((3, 4)), np.array([True, False, False]))
-    >>> losses = rpn_losses(np.zeros(3), np.ones((3, 4)), targets)
-    >>> losses.classification.divided(), losses.box.divided()
-    (Array(0.6931472, dtype=float32), Array(1.8888888, dtype=float32))
+    Examples:
+      >>> targets = AnchorTargets(np.array([1, 0, -1]), np.zeros((3, 4)), np.array([True, False, False]))
+      >>> losses = rpn_losses(np.zeros(3), np.ones((3, 4)), targets)
+      >>> losses.classification.divided(), losses.box.divided()
+      (Array(0.6931472, dtype=float32), Array(1.8888888, dtype=float32))
 
     Args:
       objectness: one logit for each anchor.
@@ -126,10 +128,11 @@ def box_losses(
     Only the deltas of a RoI's own class enter the box loss, and only if this class is not background. The box
     loss is divided by the count that `config.roi_box_normalizer` selects, and multiplied by `config.roi_box_weight`.
 
-    >>> targets = RoiTargets(np.zeros((2, 4)), np.array([1, 0]), np.zeros((2, 4)), np.array([True, True]))
-    >>> losses = box_losses(np.zeros((2, 3)), np.ones((2, 1, 4)), targets)
-    >>> losses.classification.divided(), losses.box.divided()
-    (Array(1.0986123, dtype=float32), Array(1., dtype=float32))
+    Examples:
+      >>> targets = RoiTargets(np.zeros((2, 4)), np.array([1, 0]), np.zeros((2, 4)), np.array([True, True]))
+      >>> losses = box_losses(np.zeros((2, 3)), np.ones((2, 1, 4)), targets)
+      >>> losses.classification.divided(), losses.box.divided()
+      (Array(1.0986123, dtype=float32), Array(1., dtype=float32))
 
     Args:
       class_logits: k of them: background first, then the classes.

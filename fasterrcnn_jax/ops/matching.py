@@ -32,8 +32,9 @@ def match(
     Such a box is matched with the ground-truth box that it overlaps most, which may not be the one that made it
     foreground. With `clobber_positives`, such a box stays background if its highest IoU is in the background range.
 
-    >>> match(np.array([[0.8, 0.1], [0.2, 0.4], [0.0, 0.0]]), fg_iou=0.5)
-    Matches(matched_gt_indices=Array([0, 1, 0], dtype=int32), labels=Array([1, 0, 0], dtype=int32))
+    Examples:
+      >>> match(np.array([[0.8, 0.1], [0.2, 0.4], [0.0, 0.0]]), fg_iou=0.5)
+      Matches(matched_gt_indices=Array([0, 1, 0], dtype=int32), labels=Array([1, 0, 0], dtype=int32))
 
     Args:
       iou: of each box with each ground-truth box, as from `pairwise_iou`; g may be 0.

@@ -47,10 +47,11 @@ def roi_align(
 
     `jax.vmap` maps it over a batch of images. Under `jax.jit`, all options are static.
 
-    >>> image = np.arange(16.0).reshape(4, 4, 1)
-    >>> roi_align(image, np.array([[0, 0, 4, 4]]), output_size=2)[0, :, :, 0]
-    Array([[ 2.5,  4.5],
-           [10.5, 12.5]], dtype=float32)
+    Examples:
+      >>> image = np.arange(16.0).reshape(4, 4, 1)
+      >>> roi_align(image, np.array([[0, 0, 4, 4]]), output_size=2)[0, :, :, 0]
+      Array([[ 2.5,  4.5],
+             [10.5, 12.5]], dtype=float32)
 
     Args:
       features: one map [height, width, channels], or a tuple of maps: the levels of a pyramid, fine to coarse.
@@ -111,8 +112,9 @@ def assign_levels(boxes: Real[AnyArray, "*b 4"], *, lowest: int, highest: int) -
 
     Level k has a stride of 2^k network pixels. Lin et al. 2017 (arXiv:1612.03144), eq. 1.
 
-    >>> assign_levels(np.array([[0, 0, 224, 224], [0, 0, 20, 20]]), lowest=2, highest=5)
-    Array([4, 2], dtype=int32)
+    Examples:
+      >>> assign_levels(np.array([[0, 0, 224, 224], [0, 0, 20, 20]]), lowest=2, highest=5)
+      Array([4, 2], dtype=int32)
 
     Raises:
       TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.

@@ -39,10 +39,11 @@ def roi_pool(
 
     `jax.vmap` maps it over a batch of images. Under `jax.jit`, all options are static.
 
-    >>> image = np.arange(16).reshape(4, 4, 1)
-    >>> roi_pool(image, np.array([[0, 0, 3, 3]]), output_size=2)[0, :, :, 0]
-    Array([[ 5.,  7.],
-           [13., 15.]], dtype=float32)
+    Examples:
+      >>> image = np.arange(16).reshape(4, 4, 1)
+      >>> roi_pool(image, np.array([[0, 0, 3, 3]]), output_size=2)[0, :, :, 0]
+      Array([[ 5.,  7.],
+             [13., 15.]], dtype=float32)
 
     Args:
       features: one map. Integers, such as the pixels of an image, become float32.

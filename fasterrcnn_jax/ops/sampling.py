@@ -32,9 +32,10 @@ def sample(
     The limit on foreground, `size * fg_fraction`, is rounded, halves to even, and is at least 1 unless
     `fg_fraction` is 0. The reference implementation samples RoIs in this way.
 
-    >>> drawn = sample(jax.random.key(0), np.array([1, 0, 0, 1, -1]), size=4, fg_fraction=0.5)
-    >>> sorted(drawn.indices.tolist()), drawn.valid.tolist()
-    ([0, 1, 2, 3], [True, True, True, True])
+    Examples:
+      >>> drawn = sample(jax.random.key(0), np.array([1, 0, 0, 1, -1]), size=4, fg_fraction=0.5)
+      >>> sorted(drawn.indices.tolist()), drawn.valid.tolist()
+      ([0, 1, 2, 3], [True, True, True, True])
 
     Args:
       key: random key of this image.

@@ -56,12 +56,13 @@ def nms(
     No gradient passes. `jax.vmap` maps it over a batch of images. Under `jax.jit`, `iou_threshold` and `max_output` are
     static.
 
-    >>> kept = nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10]]), np.array([0.7, 0.9, 0.8]),
-    ...            iou_threshold=0.5)
-    >>> kept
-    Kept(indices=Array([1, 2, 0], dtype=int32), valid=Array([ True,  True, False], dtype=bool))
-    >>> kept.indices[kept.valid]
-    Array([1, 2], dtype=int32)
+    Examples:
+      >>> kept = nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10]]), np.array([0.7, 0.9, 0.8]),
+      ...            iou_threshold=0.5)
+      >>> kept
+      Kept(indices=Array([1, 2, 0], dtype=int32), valid=Array([ True,  True, False], dtype=bool))
+      >>> kept.indices[kept.valid]
+      Array([1, 2], dtype=int32)
 
     Args:
       boxes: float32; float64 and integers are converted. In bfloat16 the coordinates of a large image are off by
@@ -113,9 +114,10 @@ def batched_nms(
 
     Pairs of different groups are never compared, so there is no offset between classes that could cost precision.
 
-    >>> batched_nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10]]), np.array([0.7, 0.9]), np.array([1, 2]),
-    ...             iou_threshold=0.5)
-    Kept(indices=Array([1, 0], dtype=int32), valid=Array([ True,  True], dtype=bool))
+    Examples:
+      >>> batched_nms(np.array([[0, 0, 10, 10], [1, 0, 11, 10]]), np.array([0.7, 0.9]), np.array([1, 2]),
+      ...             iou_threshold=0.5)
+      Kept(indices=Array([1, 0], dtype=int32), valid=Array([ True,  True], dtype=bool))
 
     Args:
       groups: integers, such as the label of each box.
@@ -237,9 +239,10 @@ def soft_nms(
     score are taken by ascending index. Plain JAX, on every device. No gradient passes. Under `jax.jit`, the options are
     static except `groups`. The defaults are the paper's.
 
-    >>> kept = soft_nms(np.array([[0, 0, 10, 10], [0, 0, 10, 10]]), np.array([0.5, 1.0]))
-    >>> kept.indices, kept.scores.round(3)
-    (Array([1, 0], dtype=int32), Array([1.   , 0.068], dtype=float32))
+    Examples:
+      >>> kept = soft_nms(np.array([[0, 0, 10, 10], [0, 0, 10, 10]]), np.array([0.5, 1.0]))
+      >>> kept.indices, kept.scores.round(3)
+      (Array([1, 0], dtype=int32), Array([1.   , 0.068], dtype=float32))
 
     Args:
       boxes: float32, as in `nms`.
