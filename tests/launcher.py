@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +128,8 @@ def serve():
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["file_limit"],) * 2)
     if question["plain_user"] and os.geteuid() == 0:
         drop_capabilities()
+    # A shell that starts the tests in the background lets them, and so their children, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if question["signal_at"] is not None:
         send_signal_at(*question["signal_at"])
     cli.run_as_program(functools.partial(train.main, question["argv"]))
