@@ -185,17 +185,10 @@ def load_exported(path: str | Path) -> ExportedDetector:
             f"{path}: the programs are for {', '.join(manifest['platforms'])}, and this process runs on {here}; export "
             f"again with --platforms {here}"
         )
-    programs = {}
-    for program in manifest["programs"]:
-        try:
-            programs[_size(program["network_canvas"])] = export.deserialize(bytearray(members[program["file"]]))
-        except ImportError as error:
-            raise ValueError(f"{path}: needs flatbuffers: pip install flatbuffers") from error
-        except Exception as error:
-            raise ValueError(
-                f"{path}: JAX {jax.__version__} cannot read the program that JAX {manifest['versions']['jax']} wrote: "
-                f"{error}"
-            ) from error
+    programs = {
+        _size(program["network_canvas"]): _program(path, members[program["file"]], manifest["versions"]["jax"])
+        for program in manifest["programs"]
+    }
     return ExportedDetector(path, manifest, digest, _weights(members[WEIGHTS], manifest["weights"]), programs)
 
 
@@ -264,6 +257,21 @@ def _members(path: Path) -> tuple[dict[str, bytes], str | None]:
             raise KeyError(f"there is no {MANIFEST} or no {WEIGHTS} in it")
         kind, _, digest = archive.comment.decode().partition(":")
     return members, digest if kind == "sha256" else None
+
+
+def _program(path: Path, content: bytes, written_by: str) -> export.Exported:
+    try:
+        program = export.deserialize(bytearray(content))
+        # JAX would otherwise parse it in the first call, and fail there.
+        program.mlir_module()
+        return program
+    except ImportError as error:
+        raise ValueError(f"{path}: reading it needs flatbuffers: pip install flatbuffers") from error
+    except Exception as error:
+        raise ValueError(
+            f"{path}: JAX {jax.__version__} cannot read the program that JAX {written_by} wrote; export again with JAX "
+            f"{jax.__version__}, or install JAX {written_by} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _weights(content: bytes, described: list[list[Any]]) -> list[jax.Array]:
