@@ -185,11 +185,12 @@ def load_exported(path: str | Path) -> ExportedDetector:
             f"{path}: the programs are for {', '.join(manifest['platforms'])}, and this process runs on {here}; export "
             f"again with --platforms {here}"
         )
-    programs = {
-        _size(program["network_canvas"]): _program(path, members[program["file"]], manifest["versions"]["jax"])
-        for program in manifest["programs"]
-    }
-    return ExportedDetector(path, manifest, digest, _weights(members[WEIGHTS], manifest["weights"]), programs)
+    try:
+        files = {_size(program["network_canvas"]): members[program["file"]] for program in manifest["programs"]}
+        programs = {canvas: _program(path, files[canvas], manifest["versions"]["jax"]) for canvas in files}
+        return ExportedDetector(path, manifest, digest, _weights(members[WEIGHTS], manifest["weights"]), programs)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: {MANIFEST} lacks {error}; the file is damaged") from error
 
 
 def is_exported(path: str | Path) -> bool:
@@ -213,9 +214,7 @@ def packed(manifest: dict[str, Any], members: dict[str, bytes]) -> bytes:
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w") as archive:
         for name, content in {MANIFEST: text, **members}.items():
-            # A fixed date. The programs shrink to less than half, the weights do not.
-            how = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED
-            archive.writestr(zipfile.ZipInfo(name), content, compress_type=how)
+            archive.writestr(zipfile.ZipInfo(name), content)  # a fixed date, and not compressed
         archive.comment = f"sha256:{hashlib.sha256(text).hexdigest()}".encode()
     return written.getvalue()
 
@@ -233,7 +232,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], str, dict[str, bytes]]:
     """Returns the manifest, its digest, and the members, which have the digests in the manifest."""
     try:
         members, digest = _members(path)
-    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a file of fasterrcnn-jax export, or damaged: {error}") from error
     if digest is None or hashlib.sha256(members[MANIFEST]).hexdigest() != digest:
         raise ValueError(f"{path}: {MANIFEST} does not have the digest that the file says; the file is damaged")
@@ -252,9 +251,12 @@ def _checked(path: Path) -> tuple[dict[str, Any], str, dict[str, bytes]]:
 def _members(path: Path) -> tuple[dict[str, bytes], str | None]:
     """Returns the content of each member that the format has, and the digest in the comment."""
     with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-        if not {MANIFEST, WEIGHTS} <= set(members):
-            raise KeyError(f"there is no {MANIFEST} or no {WEIGHTS} in it")
+        if not {MANIFEST, WEIGHTS} <= set(archive.namelist()):
+            raise zipfile.BadZipFile(f"there is no {MANIFEST} or no {WEIGHTS} in it")
+        # A small file could unpack to any size.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise zipfile.BadZipFile("a part of it is compressed")
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
         kind, _, digest = archive.comment.decode().partition(":")
     return members, digest if kind == "sha256" else None
 
@@ -270,7 +272,7 @@ def _program(path: Path, content: bytes, written_by: str) -> export.Exported:
     except Exception as error:
         raise ValueError(
             f"{path}: JAX {jax.__version__} cannot read the program that JAX {written_by} wrote; export again with JAX "
-            f"{jax.__version__}, or install JAX {written_by} ({str(error).splitlines()[0]})"
+            f"{jax.__version__}, or install JAX {written_by} ({(str(error).splitlines() or [''])[0]})"
         ) from error
 
 

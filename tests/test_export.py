@@ -240,8 +240,11 @@ def test_the_manifest_says_what_the_file_is(model, path, loaded):
 @given(st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=30, max_size=30))
 @pytest.mark.parametrize("rounding", ["nearest", "down"])
 def test_an_image_runs_on_the_canvas_that_predict_takes(rounding, sizes):
-    config = ImageConfig(size_rounding=rounding)
-    given_sizes = {"short_side": config.short_side, "long_side": config.long_side, "size_rounding": rounding}
+    # A canvas for every length of the long side, so that one pixel more or less takes another one.
+    wide = [(60, side) for side in range(60, 101)]
+    canvases = (*wide, *((side, 60) for _, side in wide[1:]))
+    config = ImageConfig(short_side=60, long_side=100, canvases=canvases, size_rounding=rounding)
+    given_sizes = {"short_side": 60, "long_side": 100, "size_rounding": rounding}
     manifest = {"class_names": [], "canvas": (9000, 9000), "platforms": [], "sizes": given_sizes}
     detector = ExportedDetector(Path("a.zip"), manifest, "", [], dict.fromkeys(config.canvases))
     assert [detector.network_canvas(size) for size in sizes] == [canvas_for(size, config) for size in sizes]
@@ -279,9 +282,9 @@ def test_wrong_input_is_refused_in_one_sentence(loaded):
         loaded.predict(EIGHT, batch_size=0)
 
 
-def repacked(path, target, change):
+def repacked(path, target, change, how=zipfile.ZIP_STORED):
     """Writes a zip with changed members and the comment of `path`."""
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", how) as new:
         members = {name: old.read(name) for name in old.namelist()}
         for name, content in change(members).items():
             new.writestr(name, content)
@@ -314,6 +317,12 @@ def test_files_of_another_kind_are_refused(path, tmp_path, monkeypatch):
         assert not is_exported(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}: not a file of fasterrcnn-jax export, or damaged"):
             load_exported(tmp_path / name)
+    with pytest.raises(ValueError, match="small.zip: not a file of fasterrcnn-jax export, or damaged: a part of it is"):
+        load_exported(repacked(path, tmp_path / "small.zip", lambda members: members, zipfile.ZIP_DEFLATED))
+    lacking = {"platforms": ["cpu"], "programs": [{"file": "a.bin"}]}
+    (tmp_path / "lacking.zip").write_bytes(exported.packed(lacking, {"weights.bin": b""}))
+    with pytest.raises(ValueError, match="lacking.zip: manifest.json lacks 'network_canvas'; the file is damaged"):
+        load_exported(tmp_path / "lacking.zip")
     (tmp_path / "later.zip").write_bytes(exported.packed({"format_version": 2}, {"weights.bin": b""}))
     with pytest.raises(ValueError, match="later.zip: format version 2 of .* cannot be read, only 1"):
         load_exported(tmp_path / "later.zip")
