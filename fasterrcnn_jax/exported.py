@@ -270,9 +270,10 @@ def _program(path: Path, content: bytes, written_by: str) -> export.Exported:
     except ImportError as error:
         raise ValueError(f"{path}: reading it needs flatbuffers: pip install flatbuffers") from error
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path}: JAX {jax.__version__} cannot read the program that JAX {written_by} wrote; export again with JAX "
-            f"{jax.__version__}, or install JAX {written_by} ({(str(error).splitlines() or [''])[0]})"
+            f"{jax.__version__}, or install JAX {written_by} ({reason})"
         ) from error
 
 

@@ -240,11 +240,11 @@ def test_the_manifest_says_what_the_file_is(model, path, loaded):
 @given(st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=30, max_size=30))
 @pytest.mark.parametrize("rounding", ["nearest", "down"])
 def test_an_image_runs_on_the_canvas_that_predict_takes(rounding, sizes):
-    # A canvas for every length of the long side, so that one pixel more or less takes another one.
-    wide = [(60, side) for side in range(60, 101)]
-    canvases = (*wide, *((side, 60) for _, side in wide[1:]))
-    config = ImageConfig(short_side=60, long_side=100, canvases=canvases, size_rounding=rounding)
-    given_sizes = {"short_side": 60, "long_side": 100, "size_rounding": rounding}
+    # Many canvases, so that one pixel more or less often takes another one.
+    wide = [(64, side) for side in range(64, 161, 16)]
+    canvases = (*wide, *((side, 64) for _, side in wide[1:]))
+    config = ImageConfig(short_side=64, long_side=160, canvases=canvases, size_rounding=rounding)
+    given_sizes = {"short_side": 64, "long_side": 160, "size_rounding": rounding}
     manifest = {"class_names": [], "canvas": (9000, 9000), "platforms": [], "sizes": given_sizes}
     detector = ExportedDetector(Path("a.zip"), manifest, "", [], dict.fromkeys(config.canvases))
     assert [detector.network_canvas(size) for size in sizes] == [canvas_for(size, config) for size in sizes]
