@@ -69,7 +69,8 @@ def save_exported(
         name = f"program_{network_canvas[0]}x{network_canvas[1]}.bin"
         program = exported_program(model, (height, width), network_canvas, platforms=platforms)
         members[name] = bytes(program.serialize())
-        programs.append({"file": name, "network_canvas": network_canvas})
+        convention = program.calling_convention_version
+        programs.append({"file": name, "network_canvas": network_canvas, "calling_convention": convention})
     postprocess = model.config.postprocess
     manifest = {
         "class_names": model.class_names,
@@ -89,7 +90,6 @@ def save_exported(
             "fasterrcnn_jax": fasterrcnn_jax.__version__,
             "jax": jax.__version__,
             "python": platform.python_version(),
-            "calling_convention": program.calling_convention_version,
         },
         "inputs": {"images": ["uint8", ["batch", height, width, 3]], "sizes": ["int32", ["batch", 2]]},
         "programs": programs,
