@@ -14,7 +14,9 @@ _source_tree.install()
 if TYPE_CHECKING:
     from fasterrcnn_jax.config import Config
     from fasterrcnn_jax.data.records import Prediction
+    from fasterrcnn_jax.exported import load_exported
     from fasterrcnn_jax.inference.drawing import draw
+    from fasterrcnn_jax.inference.exporting import save_exported
     from fasterrcnn_jax.inference.prediction import predict, preprocess
     from fasterrcnn_jax.models.detector import Detector
     from fasterrcnn_jax.models.faster_rcnn import detect
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate",
     "list_models",
     "load",
+    "load_exported",
     "load_weights",
     "model_info",
     "nms",
@@ -44,6 +47,7 @@ __all__ = [
     "preprocess",
     "roi_align",
     "roi_pool",
+    "save_exported",
     "save_weights",
     "soft_nms",
     "train",
@@ -62,6 +66,7 @@ _HOMES = {
     "evaluate": "fasterrcnn_jax.programs",
     "list_models": "fasterrcnn_jax.zoo",
     "load": "fasterrcnn_jax.zoo",
+    "load_exported": "fasterrcnn_jax.exported",
     "load_weights": "fasterrcnn_jax.zoo",
     "model_info": "fasterrcnn_jax.zoo",
     "nms": "fasterrcnn_jax.ops",
@@ -70,6 +75,7 @@ _HOMES = {
     "preprocess": "fasterrcnn_jax.inference.prediction",
     "roi_align": "fasterrcnn_jax.ops",
     "roi_pool": "fasterrcnn_jax.ops",
+    "save_exported": "fasterrcnn_jax.inference.exporting",
     "save_weights": "fasterrcnn_jax.weights",
     "soft_nms": "fasterrcnn_jax.ops",
     "train": "fasterrcnn_jax.programs",

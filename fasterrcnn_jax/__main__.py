@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": "evaluates a checkpoint",
     "check": "looks for faults in labelled images and describes the data set",
     "predict": "detects objects in images",
+    "export": "writes a detector as a program that JAX runs without this package",
     "tfds": "stores VOC or COCO for TFDS, without TensorFlow",
     "weights": "shows and converts weights files",
     "summary": "prints the parameters, cost and shapes of a model",

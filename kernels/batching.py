@@ -18,7 +18,8 @@ def fold_mapped_axes(launch: Callable) -> Callable:
     folded = custom_vmap(launch)
 
     @folded.def_vmap
-    def rule(axis_size: int, is_mapped: list[Any], *arguments: Any) -> tuple[Any, Any]:
+    # The size of a mapped axis is an int, or a symbol while a program for any batch size is exported.
+    def rule(axis_size: Any, is_mapped: list[Any], *arguments: Any) -> tuple[Any, Any]:
         def fold(mapped: bool, x: jax.Array) -> jax.Array:
             if not mapped:
                 x = jnp.broadcast_to(x[None], (axis_size, *x.shape))

@@ -134,8 +134,10 @@ def test_recomputed_stages_move_the_running_averages_once(random_weights):
     for old, one, other in zip(*map(jax.tree.leaves, (before, plain, recomputed)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
         assert np.any(old != one)
+    # A bias before the norm has no effect: its gradient is rounding beside the largest one.
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     for one, other in zip(*map(jax.tree.leaves, (gradient, recomputed_gradient)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * largest)
 
 
 class Layer(nnx.Module):

@@ -256,13 +256,13 @@ def test_the_named_implementation_reaches_every_operation(monkeypatch, random_we
         monkeypatch.setattr(module, name, spied)
 
     spy(proposals, "nms")
-    spy(postprocessing, "nms")
+    spy(postprocessing, "batched_nms")
     spy(roi_operators, "roi_align")
     model, images = detector(random_weights), batch()
     jax.eval_shape(
         lambda model: detect(model, images.images, images.image_hw, images.scale, implementation="xla"), model
     )
-    assert asked == [("nms", "xla"), ("roi_align", "xla"), ("nms", "xla")]
+    assert asked == [("nms", "xla"), ("roi_align", "xla"), ("batched_nms", "xla")]
     asked.clear()
     jax.eval_shape(lambda model: training_losses(model, images, KEY, implementation="xla"), model)
     assert asked == [("nms", "xla"), ("roi_align", "xla")]

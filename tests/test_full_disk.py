@@ -3,6 +3,7 @@ stop the run."""
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
+from fasterrcnn_jax import atomic_write
 from fasterrcnn_jax.data.proposal_files import write_proposals
 from fasterrcnn_jax.data.records import Dataset
 from fasterrcnn_jax.errors import InputError
@@ -112,11 +114,11 @@ WRITERS = {
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_writer_names_the_file_and_leaves_nothing_behind(tmp_path, monkeypatch, kind):
-    def full(path, content):
-        path.open("wb").close()  # the name fits, the content does not
-        raise FULL
+    class FullFile(io.FileIO):
+        def write(self, content):  # the name fits, the content does not
+            raise FULL
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(atomic_write, "open", FullFile, raising=False)
     with pytest.raises(InputError, match=rf"{tmp_path}/.* cannot be written: No space left on device"):
         WRITERS[kind](tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

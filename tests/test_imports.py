@@ -19,6 +19,7 @@ PACKAGE = "fasterrcnn_jax"
 # Lowest first. A module sees the folders, and the single modules, before its own, and its own folder.
 ORDER = (
     "_lazy",
+    "exported",
     "kernels",
     "printing",
     "errors",

@@ -154,8 +154,8 @@ def test_what_a_killed_run_left_is_removed_under_the_lock_and_said_in_one_line(t
 
 
 def test_a_temporary_file_has_the_name_that_is_removed(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(path) or path.touch())
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: written.append(old) or replace(old, new))
     write_atomically(tmp_path / "a.json", "text")
     assert [is_temporary(path) for path in (*written, tmp_path / "a.json")] == [True, False]
 

@@ -201,15 +201,10 @@ def _jitted_prediction(
         # The gradient ends at bytes. The same rounded values, normalised here, have one.
         rounded, config = True, dataclasses.replace(config, pixel_dtype="float32")
         model = with_image_config(model, config)
-    draw = functools.partial(resized_onto_canvas, config=config, canvas=canvas, rounded=rounded)
 
     def in_batch(rows: tuple[Array, Array]) -> Detections:
-        images, image_hw, scale = jax.vmap(draw)(*rows)
-        found = detect(model, images, image_hw, scale, implementation=implementation)
-        boxes = found.boxes * jnp.tile(1.0 / scale[:, None, ::-1], 2)
-        boxes = jnp.clip(boxes, 0.0, np.asarray([width, height, width, height], np.float32)[None, None])
-        valid = found.valid & (found.scores >= score_threshold)
-        return Detections(boxes, found.scores, found.labels, valid)
+        found = detect_on_canvas(model, *rows, canvas, rounded=rounded, implementation=implementation)
+        return found._replace(valid=found.valid & (found.scores >= score_threshold))
 
     # Empty images fill the last batch.
     size = np.zeros((count + -count % batch_size, 2), np.int32)
@@ -225,6 +220,36 @@ def _jitted_prediction(
     if pixels.dtype != jnp.uint8 and pixels.size:
         usual = hold_grey_levels(pixels)[:, None]
         valid, scores = valid & usual, jnp.where(usual, scores, jnp.nan)
+    return blanked(found._replace(scores=scores, valid=valid))
+
+
+def detect_on_canvas(
+    model: Detector,
+    pixels: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
+    size: Int[Array, "b 2"],
+    canvas: tuple[int, int],
+    *,
+    rounded: bool = False,
+    implementation: Implementation = None,
+) -> Detections:
+    """Returns the detections of a batch in pixels of the original images, in one pass and without a call to the host.
+
+    Args:
+      pixels: RGB, values in 0..255; each image is in the upper left corner, and the rest is never read.
+      size: (height, width) of each image; may be traced.
+      canvas: (height, width) that each image is resized onto.
+      rounded: as in `resized_onto_canvas`.
+    """
+    draw = functools.partial(resized_onto_canvas, config=model.config.image, canvas=canvas, rounded=rounded)
+    images, image_hw, scale = jax.vmap(draw)(pixels, size)
+    found = detect(model, images, image_hw, scale, implementation=implementation)
+    boxes = found.boxes * jnp.tile(1.0 / scale[:, None, ::-1], 2)
+    return found._replace(boxes=jnp.clip(boxes, 0.0, jnp.tile(size[:, None, ::-1].astype(jnp.float32), 2)))
+
+
+def blanked(found: Detections) -> Detections:
+    """Returns the detections with zeros where they are not valid. Scores that are NaN, for refused images, stay."""
+    valid, scores = found.valid, found.scores
     return Detections(
         jnp.where(valid[..., None], found.boxes, 0.0),
         jnp.where(valid | jnp.isnan(scores), scores, 0.0),

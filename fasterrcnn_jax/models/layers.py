@@ -239,7 +239,8 @@ class BatchNorm(nnx.Module):
         return mean, var
 
 
-def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "*#b c"]:
+# Not "*#b c": jaxtyping cannot broadcast a symbolic batch size, which an exported program has.
+def _per_channel(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "... c"]:
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 

@@ -147,7 +147,7 @@ def anchors_on_image(grid: AnchorGrid, image_hw: Float[Array, "b 2"], config: Mo
     is set.
     """
     if config.rpn.anchors_in_padding:
-        return jnp.ones((len(image_hw), len(grid.anchors)), bool)
+        return jnp.ones((image_hw.shape[0], len(grid.anchors)), bool)
     return (jnp.asarray(grid.corners)[None] < image_hw[:, None, ::-1]).all(axis=-1)
 
 

@@ -292,7 +292,7 @@ def _backward(maps: tuple[tuple[int, int], ...], sampling_ratio: int, implementa
 def _forward_by_taking(
     features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid, *, sampling_ratio: int, unroll: bool
 ) -> Float[Array, "n r s s c"]:
-    cells = jnp.concatenate([level.reshape(len(level), -1, level.shape[3]) for level in features], axis=1)
+    cells = jnp.concatenate([level.reshape(level.shape[0], -1, level.shape[3]) for level in features], axis=1)
     cells = cells.reshape(-1, cells.shape[2])
 
     def add(corners, pooled):
@@ -352,7 +352,7 @@ def _over_samples(
     columns, rows = (sampling_ratio, sampling_ratio) if sampling_ratio else most
     heights, widths = np.array(maps, np.int32).T
     ends = np.cumsum(heights * widths, dtype=np.int32)
-    images = ends[-1] * jnp.arange(len(grid.level), dtype=jnp.int32)
+    images = ends[-1] * jnp.arange(grid.level.shape[0], dtype=jnp.int32)
     begins = images[:, None] + jnp.asarray(ends - heights * widths)[grid.level]
     heights, widths = jnp.asarray(heights)[grid.level], jnp.asarray(widths)[grid.level]
 

@@ -1,0 +1,491 @@
+"""`save_exported`, `load_exported` and the script `export`: one file that JAX alone runs, with the same detections.
+
+The tolerances towards `predict` were fixed before the first comparison; they are those of tests/test_device_prediction.
+"""
+
+import ast
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import mosaic
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_device_prediction import PHOTOS, PIXELS, SCORE, smooth
+from test_weights import fpn_arrays, thin
+
+from fasterrcnn_jax import exported, zoo
+from fasterrcnn_jax.config import ImageConfig, TtaConfig
+from fasterrcnn_jax.config.families import resnet_fpn
+from fasterrcnn_jax.data.transforms import canvas_for
+from fasterrcnn_jax.exported import ExportedDetector, is_exported, load_exported
+from fasterrcnn_jax.inference import exporting
+from fasterrcnn_jax.inference.exporting import detection_of_weights, save_exported
+from fasterrcnn_jax.inference.prediction import predict, preprocess
+from fasterrcnn_jax.models.detector import create_detector, empty_detector, with_image_config
+from fasterrcnn_jax.models.faster_rcnn import detect
+from fasterrcnn_jax.scripts import cli, weights
+from fasterrcnn_jax.scripts import export as script
+from fasterrcnn_jax.weights import save_weights
+
+ROOT = Path(__file__).parents[1]
+CANVAS = (130, 140)  # of the images; those of the network are 64 x 96 and 96 x 64
+LANDSCAPE, PORTRAIT = (64, 96), (96, 64)
+STORED = sorted((Path(__file__).parent / "golden").glob("exported_by_jax_*.zip"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(random_weights):
+    return tiny.quick_model(random_weights)[0]
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    """Returns a file for every platform, exported in a process that takes itself for one with a GPU."""
+    path = tmp_path_factory.mktemp("exported") / "detector.zip"
+    with pytest.MonkeyPatch.context() as patch:
+        mosaic.pretend(patch)
+        save_exported(model, path, canvas=CANVAS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(path):
+    return load_exported(path)
+
+
+def on_canvas(images):
+    """Returns the batch of the images, with noise beyond them, and their sizes."""
+    pixels = np.random.default_rng(0).integers(0, 255, (len(images), *CANVAS, 3), dtype=np.uint8)
+    for row, image in enumerate(images):
+        pixels[row, : image.shape[0], : image.shape[1]] = image
+    return pixels, np.array([image.shape[:2] for image in images], np.int32)
+
+
+# Landscape, so that all are on one canvas of the network.
+EIGHT = [smooth(*size, seed) for seed, size in enumerate([(50, 70), (130, 140), (64, 96), (20, 90)] * 2)]
+
+
+@pytest.fixture(scope="module")
+def three(loaded):
+    """Returns a batch of three images and what the loaded program finds in it."""
+    batch = on_canvas(EIGHT[:3])
+    return batch, jax.device_get(loaded(*batch))
+
+
+def assert_same_bits(found, expected):
+    assert set(found) == {"boxes", "scores", "labels", "valid"} and found["valid"].sum() > 6
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_the_loaded_program_gives_the_bits_of_the_function_that_was_exported(model, three):
+    (pixels, sizes), found = three
+    run = jax.jit(detection_of_weights(model, LANDSCAPE))
+    assert_same_bits(found, run(jax.tree.leaves(model), pixels, sizes))
+
+
+def test_the_loaded_program_gives_the_bits_of_detect_on_the_same_canvas_pixels(model, three):
+    (pixels, sizes), found = three
+
+    @jax.jit
+    def prepared(pixels, sizes):
+        return preprocess(pixels, model.config.image, size=sizes, canvas=LANDSCAPE)
+
+    arguments = prepared(pixels, sizes)
+    expected = jax.jit(detect, static_argnames="implementation")(model, *arguments, implementation="xla")
+    boxes = np.asarray(expected.boxes) * np.tile(1 / np.asarray(arguments[2])[:, None, ::-1], 2)
+    boxes = np.clip(boxes, 0, np.tile(sizes[:, None, ::-1].astype(np.float32), 2))
+    valid = np.asarray(expected.valid)
+    assert_same_bits(
+        found,
+        {
+            "boxes": np.where(valid[..., None], boxes, 0),
+            "scores": np.where(valid, expected.scores, 0),
+            "labels": np.where(valid, expected.labels, 0),
+            "valid": valid,
+        },
+    )
+
+
+FRESH = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from exported import load_exported
+detector = load_exported(sys.argv[2])
+batch = np.load(sys.argv[3])
+np.savez(sys.argv[4], **detector(batch["pixels"], batch["sizes"]))
+print(*sorted({name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names))
+"""
+# Our other dependencies, and the package itself. SciPy, opt_einsum and ml_dtypes are JAX's.
+OTHERS = (
+    "fasterrcnn_jax flax grain jaxtyping optax orbax PIL pycocotools safetensors tensorboardX tqdm typeguard tyro yaml"
+)
+
+
+def numbers(path):
+    with np.load(path) as stored:
+        return dict(stored)
+
+
+def in_fresh_process(python, path, batch, folder):
+    """Returns what a new process finds that has exported.py alone, and the names of its modules."""
+    shutil.copy(exported.__file__, folder / "exported.py")
+    np.savez(folder / "batch.npz", pixels=batch[0], sizes=batch[1])
+    command = [python, "-I", "-c", FRESH, folder, path, folder / "batch.npz", folder / "found.npz"]
+    environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"]  # the same number of devices
+    done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return numbers(folder / "found.npz"), set(done.stdout.split())
+
+
+def test_a_fresh_process_imports_jax_alone_and_finds_the_same_bits(path, three, tmp_path):
+    batch, expected = three
+    found, modules = in_fresh_process(sys.executable, path, batch, tmp_path)
+    assert {"jax", "numpy", "flatbuffers", "exported"} <= modules and not modules & set(OTHERS.split()), modules
+    assert_same_bits(found, expected)
+
+
+def test_the_loader_imports_nothing_but_jax_and_numpy():
+    names = set()
+    for node in ast.walk(ast.parse(Path(exported.__file__).read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"jax", "numpy"}
+
+
+def assert_close(found: exported.Found, expected):
+    assert found.names == expected.class_names
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=SCORE)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=PIXELS)
+
+
+def test_detections_are_those_of_predict_in_images_of_any_size_and_either_orientation(model, loaded):
+    images = [
+        *EIGHT[:4],
+        smooth(130, 90, 7),
+        smooth(64, 64, 8),
+        smooth(96, 40, 9),
+        *(photo[:130, :140] for photo in PHOTOS),
+    ]
+    found, expected = loaded.predict(images), predict(model, images)
+    assert sum(len(one.scores) for one in expected) > 3 * len(images)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+def test_one_file_takes_batches_of_1_3_and_8_images(loaded, three):
+    whole = jax.device_get(loaded(*on_canvas(EIGHT)))
+    single = jax.device_get(loaded(*on_canvas(EIGHT[:1])))
+    for few in (three[1], single):
+        assert few["boxes"].shape[1:] == (6, 4)
+        for name, values in few.items():
+            tolerance = {"boxes": PIXELS, "scores": SCORE}.get(name, 0)
+            np.testing.assert_allclose(values, whole[name][: len(values)], atol=tolerance, err_msg=name)
+
+
+def test_a_batch_of_both_orientations_and_an_empty_row_comes_back_in_its_order(loaded):
+    # Three rows on the landscape canvas and one on the other, as other tests compile them.
+    images = [EIGHT[0], smooth(90, 60, 1), np.zeros((0, 0, 3), np.uint8), EIGHT[3]]
+    found = jax.device_get(loaded(*on_canvas(images)))
+    assert found["valid"].any(1).tolist() == [True, True, False, True]
+    for row in (0, 1, 3):
+        alone = loaded.predict([images[row]])[0]
+        np.testing.assert_allclose(found["boxes"][row][found["valid"][row]], alone.boxes, atol=PIXELS)
+
+
+def test_the_programs_are_plain_jax_for_three_platforms_and_name_no_folder_of_this_machine(path, loaded):
+    assert loaded.platforms == ("cpu", "cuda", "tpu")
+    with zipfile.ZipFile(path) as archive:
+        programs = {name: archive.read(name) for name in archive.namelist() if name.endswith(".bin")}
+        assert all(info.date_time == (1980, 1, 1, 0, 0, 0) for info in archive.infolist())
+    del programs["weights.bin"]
+    assert set(programs) == {"program_64x96.bin", "program_96x64.bin"}
+    for name, content in programs.items():
+        program = jax.export.deserialize(bytearray(content))
+        assert program.platforms == loaded.platforms and "mosaic" not in program.mlir_module(), name
+        assert str(ROOT).encode() not in content and b"detector.py" not in content, name
+
+
+def test_the_manifest_says_what_the_file_is(model, path, loaded):
+    manifest, digest = exported.read_manifest(path)
+    assert manifest == loaded.manifest and digest == loaded.digest and len(digest) == 64
+    assert loaded.class_names == model.class_names and loaded.canvas == CANVAS
+    assert manifest["thresholds"] == {"score_threshold": 0.0, "nms_threshold": 0.3, "max_detections": 6}
+    assert manifest["sizes"] == {"short_side": 64, "long_side": 96, "size_rounding": "nearest"}
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert set(manifest["sha256"]) == {"weights.bin", "program_64x96.bin", "program_96x64.bin"}
+    assert is_exported(path)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=30, max_size=30))
+@pytest.mark.parametrize("rounding", ["nearest", "down"])
+def test_an_image_runs_on_the_canvas_that_predict_takes(rounding, sizes):
+    # Many canvases, so that one pixel more or less often takes another one.
+    wide = [(64, side) for side in range(64, 161, 16)]
+    canvases = (*wide, *((side, 64) for _, side in wide[1:]))
+    config = ImageConfig(short_side=64, long_side=160, canvases=canvases, size_rounding=rounding)
+    given_sizes = {"short_side": 64, "long_side": 160, "size_rounding": rounding}
+    manifest = {"class_names": [], "canvas": (9000, 9000), "platforms": [], "sizes": given_sizes}
+    detector = ExportedDetector(Path("a.zip"), manifest, "", [], dict.fromkeys(config.canvases))
+    assert [detector.network_canvas(size) for size in sizes] == [canvas_for(size, config) for size in sizes]
+
+
+LARGER = (
+    r"image 1 is 100 x 141 pixels \(height x width\), larger than the canvas of 130 x 140 of .*detector\.zip: make the "
+    r"image smaller, or export again with --canvas 130 141$"
+)
+
+
+def test_wrong_input_is_refused_in_one_sentence(loaded):
+    pixels, sizes = on_canvas(EIGHT[:2])
+    with pytest.raises(ValueError, match=LARGER):
+        loaded.predict([EIGHT[0], np.zeros((100, 141, 3), np.uint8)])
+    with pytest.raises(ValueError, match=LARGER):
+        loaded(pixels, [(50, 70), (100, 141)])
+    with pytest.raises(
+        ValueError, match=r"images must be uint8 \[batch, 130, 140, 3\], got float32 \[2, 130, 140, 3\]"
+    ):
+        loaded(pixels.astype(np.float32), sizes)
+    with pytest.raises(ValueError, match=r"got uint8 \[2, 129, 140, 3\]"):
+        loaded(pixels[:, 1:], sizes)
+    with pytest.raises(ValueError, match=r"whole numbers \[2, 2\], got int32 \[1, 2\]"):
+        loaded(pixels, sizes[:1])
+    with pytest.raises(ValueError, match="image 0 is -1 x 4 pixels .* no size of an image"):
+        loaded(pixels, [(-1, 4), (1, 1)])
+    with pytest.raises(ValueError, match="there is no image"):
+        loaded(pixels[:0], sizes[:0])
+    with pytest.raises(ValueError, match=r"image 0 must be uint8 \[height, width, 3\], got uint8 \[50, 70\]"):
+        loaded.predict([EIGHT[0][..., 0]])
+    with pytest.raises(ValueError, match="image 0 is 0 x 4 pixels"):
+        loaded.predict([np.zeros((0, 4, 3), np.uint8)])
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        loaded.predict(EIGHT, batch_size=0)
+
+
+def repacked(path, target, change, how=zipfile.ZIP_STORED):
+    """Writes a zip with changed members and the comment of `path`."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", how) as new:
+        members = {name: old.read(name) for name in old.namelist()}
+        for name, content in change(members).items():
+            new.writestr(name, content)
+        new.comment = old.comment
+    return target
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda m: m | {"weights.bin": m["weights.bin"][:-1] + b"\0\0"}, "weights.bin does not have the digest"),
+        (lambda m: m | {"program_64x96.bin": b""}, "program_64x96.bin does not have the digest"),
+        (
+            lambda m: {k: v for k, v in m.items() if k != "program_64x96.bin"},
+            "program_64x96.bin does not have the digest",
+        ),
+        (lambda m: m | {"manifest.json": m["manifest.json"] + b" "}, "manifest.json does not have the digest"),
+        (lambda m: {"data.pkl": b""}, "not a file of fasterrcnn-jax export"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_sentence(path, tmp_path, change, said):
+    broken = repacked(path, tmp_path / "broken.zip", change)
+    with pytest.raises(ValueError, match=f"broken.zip: .*{said}"):
+        load_exported(broken)
+
+
+def test_files_of_another_kind_are_refused(path, tmp_path, monkeypatch):
+    (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-100])
+    for name in ("cut.zip", "missing.zip"):
+        assert not is_exported(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: not a file of fasterrcnn-jax export, or damaged"):
+            load_exported(tmp_path / name)
+    with pytest.raises(ValueError, match="small.zip: not a file of fasterrcnn-jax export, or damaged: a part of it is"):
+        load_exported(repacked(path, tmp_path / "small.zip", lambda members: members, zipfile.ZIP_DEFLATED))
+    lacking = {"platforms": ["cpu"], "programs": [{"file": "a.bin"}]}
+    (tmp_path / "lacking.zip").write_bytes(exported.packed(lacking, {"weights.bin": b""}))
+    with pytest.raises(ValueError, match="lacking.zip: manifest.json lacks 'network_canvas'; the file is damaged"):
+        load_exported(tmp_path / "lacking.zip")
+    (tmp_path / "later.zip").write_bytes(exported.packed({"format_version": 2}, {"weights.bin": b""}))
+    with pytest.raises(ValueError, match="later.zip: format version 2 of .* cannot be read, only 1"):
+        load_exported(tmp_path / "later.zip")
+    monkeypatch.setattr(exported.export, "default_export_platform", lambda: "rocm")
+    with pytest.raises(ValueError, match="the programs are for cpu, cuda, tpu, and this process runs on rocm"):
+        load_exported(path)
+    monkeypatch.undo()
+
+    def refuse(content):
+        raise ValueError("calling convention version 99")
+
+    monkeypatch.setattr(exported.export, "deserialize", refuse)
+    with pytest.raises(ValueError, match=f"JAX {jax.__version__} cannot read the program that JAX .* wrote; .*99"):
+        load_exported(path)
+
+
+@pytest.fixture
+def call(model, tmp_path, monkeypatch, restored_logging):
+    """Returns a function that exports tmp_path/model.safetensors; models come from memory."""
+    several = with_image_config(model, dataclasses.replace(model.config.image, canvases=((96, 96),)))
+    several.config = dataclasses.replace(several.config, test_augment=TtaConfig(flip=True))
+    monkeypatch.setattr(cli, "load_model", lambda path, backbone: several)
+    return lambda *more: script.main([str(tmp_path / "model.safetensors"), *map(str, more)])
+
+
+@pytest.fixture
+def restored_logging():
+    with tiny.restored_logging():
+        yield
+
+
+def test_the_script_writes_a_file_beside_the_weights_and_says_what_is_in_it(call, tmp_path, capsys, monkeypatch):
+    call("--canvas", 100, 120, "--platforms", "cpu")
+    said, warned = capsys.readouterr()
+    assert "input      uint8 images [batch, 100, 120, 3], sizes [batch, 2]" in said
+    assert "canvases   96 x 96 of the network" in said and "platforms  cpu\n" in said
+    detector = load_exported(tmp_path / "model.zip")
+    assert detector.canvas == (100, 120) and detector.platforms == ("cpu",) and f"digest     {detector.digest}" in said
+    assert "model.test_augment does not apply" in warned
+    program = detector._programs[96, 96]
+    monkeypatch.setattr(exporting, "exported_program", lambda *_, **options: asked.append(options) or program)
+    asked = []
+    call("--output", tmp_path / "other.zip")
+    assert exported.read_manifest(tmp_path / "other.zip")[0]["canvas"] == [96, 96]
+    assert asked == [{"platforms": ("cpu", "cuda", "tpu")}]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--canvas", 0, 10), "canvas must be two positive sides of at most 100000000 pixels, got 0 x 10"),
+        (("--canvas", 20000, 20000), "got 20000 x 20000"),
+        (("--output", "."), "--output .: is a folder"),
+        (("--output", "{}/model.safetensors"), "would replace the weights that are exported"),
+        (("--platforms",), "platforms must be of cpu, cuda, tpu, got none"),
+    ],
+)
+def test_the_script_refuses_wrong_arguments_in_one_sentence(call, tmp_path, capsys, more, said):
+    with pytest.raises(SystemExit) as ended:
+        call(*(str(value).format(tmp_path) for value in more))
+    written = capsys.readouterr().err
+    assert ended.value.code == 2 and said in written and written.count("\n") == 1
+
+
+def test_the_script_refuses_a_run_that_trained_a_part_of_the_detector(call, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    config = tiny.config(tmp_path, scheme="rpn")
+    monkeypatch.setattr(script.checkpoint, "load_run_config", lambda path: config)
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "run")])
+    assert "train.scheme was rpn, so a part of the detector was not trained" in capsys.readouterr().err
+
+
+def with_operator(operator):
+    return dataclasses.replace(tiny.MODEL, roi_features=dataclasses.replace(tiny.MODEL.roi_features, operator=operator))
+
+
+# Of the zoo, whose anchors in the padding make proposals; and every other operator, norm and backbone.
+CONFIGS = {name: info.config for name, info in zoo.MODELS.items()}
+CONFIGS |= {name: with_operator(name) for name in ("pool", "crop", "align_average")} | {"fpn": tiny.FPN}
+CONFIGS["efficientnet"] = dataclasses.replace(
+    tiny.FPN, backbone=dataclasses.replace(tiny.FPN.backbone, name="efficientnet_lite0", norm="batch", width=64)
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "resnet50_fpn")) for name in CONFIGS]
+)
+def test_every_kind_of_detector_takes_a_symbolic_batch(name):
+    model = empty_detector(CONFIGS[name], tiny.CLASS_NAMES)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 100, 120, 3), np.uint8)
+    sizes = jax.ShapeDtypeStruct((batch, 2), np.int32)
+    run = detection_of_weights(model, model.config.image.canvases[0])
+    found = jax.eval_shape(run, jax.tree.leaves(model), images, sizes)
+    assert found["boxes"].shape == (batch, model.config.postprocess.max_detections, 4)
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda path: path.stem)
+def test_a_file_of_another_jax_gives_the_numbers_that_it_gave_there(stored):
+    """Written by tests/write_exported.py, which stores the numbers beside the file."""
+    if "0.12" in stored.stem and jax.__version_info__ < (0, 11):
+        pytest.skip("JAX before 0.11 does not read programs of JAX 0.12; the next test shows what is said")
+    detector, expected = load_exported(stored), numbers(stored.with_suffix(".npz"))
+    found = jax.device_get(detector(expected["pixels"], expected["sizes"]))
+    assert expected["valid"].sum() > 6
+    for name, values in found.items():
+        tolerance = {"boxes": PIXELS, "scores": SCORE}.get(name, 0)
+        np.testing.assert_allclose(values, expected[name], atol=tolerance, err_msg=name)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this JAX reads the stored programs")
+def test_a_program_that_is_too_new_for_this_jax_is_refused_when_it_is_loaded():
+    with pytest.raises(ValueError, match=f"JAX {jax.__version__} cannot read the program that JAX 0.12.0.1 wrote; exp"):
+        load_exported(STORED[-1])
+
+
+def test_there_are_files_of_two_versions_of_jax():
+    versions = [exported.read_manifest(path)[0]["versions"]["jax"] for path in STORED]
+    assert len(set(versions)) == len(versions) >= 2
+
+
+def test_another_python_with_another_jax_reads_a_new_file(path, three, tmp_path):
+    """FASTERRCNN_OTHER_PYTHON names a Python with another version of JAX."""
+    other = os.environ.get("FASTERRCNN_OTHER_PYTHON")
+    if not other:
+        pytest.skip("FASTERRCNN_OTHER_PYTHON names no Python with another JAX")
+    batch, expected = three
+    found, modules = in_fresh_process(other, path, batch, tmp_path)
+    assert not modules & set(OTHERS.split())
+    for name, values in found.items():
+        tolerance = {"boxes": PIXELS, "scores": SCORE}.get(name, 0)
+        np.testing.assert_allclose(values, expected[name], atol=tolerance, err_msg=name)
+
+
+def test_converted_weights_are_those_of_torchvisions_detector(tmp_path, capsys):
+    """The names, shapes and file that docs/export.md gives to torchvision, written by the script from our own model."""
+    own = create_detector(thin(resnet_fpn(50)), ("a", "b"), seed=3)
+    save_weights(own, tmp_path / "own.safetensors")
+    with tiny.restored_logging():
+        weights.main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "theirs.safetensors")])
+    written = safetensors.numpy.load_file(tmp_path / "theirs.safetensors")
+    assert {name: array.shape for name, array in written.items()} == {
+        name: array.shape for name, array in fpn_arrays(classes=2).items()
+    }
+
+
+def test_the_documented_export_by_torchvision_runs_in_onnxruntime(tmp_path):
+    """Needs torch, torchvision, onnx and onnxruntime, which are no dependencies."""
+    for module in ("torch", "torchvision", "onnx", "onnxruntime"):
+        pytest.importorskip(module)
+    import onnxruntime
+    import torch
+
+    path = tmp_path / "own.safetensors"
+    save_weights(create_detector(resnet_fpn(50), ("a", "b"), seed=3), path)
+    text = (ROOT / "docs" / "export.md").read_text().split("## ONNX")[1]
+    place = {"WEIGHTS": str(path), "ONNX": str(tmp_path / "detector.onnx"), "NUM_CLASSES": 2}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], place)
+    session = onnxruntime.InferenceSession(place["ONNX"])
+    image = np.random.default_rng(0).random((3, 480, 640), np.float32)
+    found = session.run(None, {session.get_inputs()[0].name: image})
+    with torch.no_grad():
+        expected = place["model"]([torch.from_numpy(image)])[0]
+    for values, name in zip(found, ("boxes", "labels", "scores"), strict=True):
+        np.testing.assert_allclose(values, expected[name].numpy(), atol=1e-2, err_msg=name)
