@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 from foreign_files import Call, Global
 
+from fasterrcnn_jax import atomic_write
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.weights import files, numpy_pickle, restricted_pickle, torch_files
 
@@ -254,12 +255,12 @@ def test_a_disk_that_is_full_keeps_the_old_file_and_is_named(tmp_path, monkeypat
     path = tmp_path / "out.safetensors"
     files.write(path, WEIGHTS, {"a": "old"})
 
-    def fill(self, content):
-        with self.open("wb") as file:
-            file.write(content[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullFile(io.FileIO):
+        def write(self, content):
+            super().write(content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr(atomic_write, "open", FullFile, raising=False)
     with pytest.raises(InputError, match=r"out\.safetensors cannot be written: No space left on device"):
         files.write(path, WEIGHTS, {"a": "new"})
     assert files.read(path).metadata == {"a": "old"}
