@@ -95,12 +95,31 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
+AS_A_USER_COMPILES = "--xla_cpu_use_fusion_emitters=true"
+
+
+def test_bits_where_programs_are_compiled_as_for_a_user():
+    """The flag of conftest.py, which makes the suite quick, rounds two forms of one program differently."""
+    if "--xla_cpu_use_fusion_emitters=false" not in os.environ["XLA_FLAGS"]:
+        pytest.skip("the tests of bits run in this process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gives_the_bits"]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": AS_A_USER_COMPILES}, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+bits = pytest.mark.skipif(
+    "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"], reason="runs in a process without this flag"
+)
+
+
+@bits
 def test_the_loaded_program_gives_the_bits_of_the_function_that_was_exported(model, three):
     (pixels, sizes), found = three
     run = jax.jit(detection_of_weights(model, LANDSCAPE))
     assert_same_bits(found, run(jax.tree.leaves(model), pixels, sizes))
 
 
+@bits
 def test_the_loaded_program_gives_the_bits_of_detect_on_the_same_canvas_pixels(model, three):
     (pixels, sizes), found = three
 

@@ -223,7 +223,9 @@ def test_the_level_of_a_box_follows_from_its_size_or_is_given():
     for levels, expected in ((None, [0, 0, 1]), (np.array([2, 1, 0]), [2, 1, 0])):
         pooled = ops.roi_align(maps, boxes, levels, **options)[:, 0, 0, 0]
         np.testing.assert_allclose(pooled, expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="powers of two, each twice the one before; got .8, 16, 48.: give levels"):
+    with pytest.raises(
+        ValueError, match="powers of two from 1 up, each twice the one before; got .8, 16, 48.: give levels"
+    ):
         ops.roi_align(maps, boxes, output_size=2, strides=(8, 16, 48))
 
 
@@ -275,6 +277,11 @@ says("map", lambda: ops.roi_align(np.zeros((1, 2, 8, 8)), boxes, output_size=2))
 says("complex", lambda: ops.roi_pool(np.zeros((8, 8, 2), complex), boxes, output_size=2))
 says("labels", lambda: ops.sample(jax.random.key(0), np.zeros(3), size=2, fg_fraction=0.5))
 says("output", lambda: ops.roi_align(np.zeros((8, 8, 2)), boxes, output_size=(2, 0)))
+says("stride", lambda: ops.roi_align(np.zeros((8, 8, 2)), boxes, strides=0, output_size=2))
+says("side", lambda: ops.roi_pool(np.zeros((8, 8, 2)), boxes, output_size=7.0))
+says("wide", lambda: ops.batched_nms(boxes, scores, np.array([0, 2**32, 5]), iou_threshold=0.5))
+targets = ops.RoiTargets(boxes, np.array([2, 0, 1]), boxes, np.ones(3, bool))
+says("sets", lambda: ops.box_losses(np.zeros((3, 3)), np.ones((3, 2, 4)), targets))
 says("lists", lambda: ops.pairwise_iou(boxes.tolist(), boxes.tolist()))
 kept = [fasterrcnn_jax.ops.nms(boxes, scores, iou_threshold=0.5).indices.tolist()]
 jax.config.update("jax_enable_x64", True)
@@ -303,6 +310,11 @@ def test_a_wrong_argument_is_one_clear_line():
         "complex": "TypeError: a map must be float32, got complex64",
         "labels": "TypeError: labels must be integers, got float32",
         "output": "ValueError: output_size must be at least 1, got (2, 0)",
+        "stride": "ValueError: a stride must be positive, got 0",
+        "side": "ValueError: output_size must be a whole number or (rows, columns), got 7.0",
+        "wide": "ValueError: groups must fit into 32 bits, got values from 0 to 4294967296",
+        "sets": "ValueError: deltas must have the shape [3, 3, 4], one set for each class and background first, or "
+        "[3, 1, 4], got [3, 2, 4]",
         "lists": None,
     }
     assert kept == [[1, 2, 0]] * 2

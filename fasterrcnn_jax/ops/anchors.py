@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from fasterrcnn_jax.config import ModelConfig, RpnConfig
 from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.ops.inputs import require_positive_strides
 
 
 def cell_anchors(
@@ -48,7 +49,7 @@ def cell_anchors(
     return np.stack([-half_widths, -half_heights, half_widths, half_heights], axis=1).astype(np.float32)
 
 
-def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[np.ndarray, "hw 2"]:
+def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[float, float]) -> Float[np.ndarray, "hw 2"]:
     """Returns the top-left corners (x, y) of the feature cells in network pixels, row by row."""
     y, x = (np.arange(size, dtype=np.float32) * stride for size, stride in zip(grid_hw, stride_hw, strict=True))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
@@ -57,7 +58,7 @@ def cell_corners(grid_hw: tuple[int, int], stride_hw: tuple[int, int]) -> Float[
 def grid_anchors(
     cells: Float[np.ndarray, "c 4"],
     grid_hw: tuple[int, int],
-    stride_hw: tuple[int, int] | int,
+    stride_hw: tuple[float, float] | float,
     *,
     centre: Literal["cell", "corner"] = "cell",
 ) -> Float[np.ndarray, "hwc 4"]:
@@ -74,7 +75,8 @@ def grid_anchors(
       stride_hw: network pixels per cell: one number, or (y, x).
       centre: where in a cell the anchors are centred: in its middle or on its top-left corner.
     """
-    stride_hw = (stride_hw, stride_hw) if isinstance(stride_hw, int) else stride_hw
+    stride_hw = stride_hw if isinstance(stride_hw, tuple) else (stride_hw, stride_hw)
+    require_positive_strides(stride_hw)
     centres = cell_corners(grid_hw, stride_hw)
     if centre == "cell":
         centres = centres + np.float32(0.5) * np.asarray(stride_hw[::-1], np.float32)

@@ -4,6 +4,7 @@ Boxes are float32. float64 and integers are converted. float16 and bfloat16 boxe
 have been rounded already: among 1000 pixels, neighbours are 0.5 apart in float16 and 4 apart in bfloat16.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ def box_array(boxes: Any, name: str = "boxes", *, one_list: bool = False) -> Flo
       TypeError: they are neither float32, nor float64, nor integers.
       ValueError: they have another shape.
     """
+    if isinstance(boxes, np.ndarray) and np.issubdtype(boxes.dtype, np.integer):
+        # JAX would cut 64-bit integers to 32 bits.
+        boxes = boxes.astype(np.float32)
     boxes = jnp.asarray(boxes)
     if boxes.dtype.itemsize < 4 and jnp.issubdtype(boxes.dtype, jnp.floating):
         raise TypeError(
@@ -82,10 +86,13 @@ def whole_numbers(values: Any, name: str, count: Any) -> Int[Array, "n"]:
 
     Raises:
       TypeError: they are not integers.
-      ValueError: they have another shape.
+      ValueError: they have another shape, or a NumPy value needs more than 32 bits.
     """
     if values is None:
         return jnp.zeros(count, jnp.int32)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and not np.all(values == values.astype(np.int32)):
+        # JAX would cut them to 32 bits, and two groups could become one.
+        raise ValueError(f"{name} must fit into 32 bits, got values from {values.min()} to {values.max()}")
     values = one_per_box(values, name, count)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {values.dtype.name}")
@@ -106,13 +113,22 @@ def feature_map(features: Any) -> Float[Array, "h w c"]:
     return features if jnp.issubdtype(features.dtype, jnp.floating) else real_array(features, "a map")
 
 
+def require_positive_strides(strides: Sequence[float]) -> None:
+    """Raises ValueError unless every stride is a positive number."""
+    if not all(0.0 < stride < float("inf") for stride in strides):
+        raise ValueError(f"a stride must be positive, got {', '.join(map(str, strides))}")
+
+
 def two_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """Returns (rows, columns) of a number of cells, or of two.
 
     Raises:
-      ValueError: a number is not positive.
+      ValueError: a number is not positive, or it is not one or two whole numbers.
     """
-    rows, columns = (size, size) if isinstance(size, (int, np.integer)) else size
+    sides = (size, size) if isinstance(size, (int, np.integer)) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(n, (int, np.integer)) for n in sides):
+        raise ValueError(f"output_size must be a whole number or (rows, columns), got {size}")
+    rows, columns = sides
     if min(rows, columns) < 1:
         raise ValueError(f"output_size must be at least 1, got {size}")
     return rows, columns

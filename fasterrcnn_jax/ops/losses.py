@@ -85,13 +85,16 @@ def rpn_losses(
     Returns:
       Sums and counts, which can be added over images and devices; `losses.box.divided()` is the mean.
     Raises:
-      ValueError: `config.rpn_box_normalizer` is "locations" and `num_locations` is not given.
+      ValueError: `deltas` has another shape, or `config.rpn_box_normalizer` is "locations" and `num_locations` is not
+        given.
     """
     import optax  # imported here, because detection does not need it
 
     config = LossConfig() if config is None else config
     objectness, deltas = real_array(objectness, "objectness"), real_array(deltas, "deltas")
     targets = AnchorTargets(jnp.asarray(targets.labels), real_array(targets.deltas, "targets.deltas"), *targets[2:])
+    if deltas.shape != (*objectness.shape, 4):
+        raise ValueError(f"deltas must have the shape {[*objectness.shape, 4]}, got {list(deltas.shape)}")
     sampled = targets.labels >= 0
     foreground = sampled & (targets.labels == FOREGROUND)
     regressed = foreground if config.rpn_box_anchors == "sampled" else targets.foreground
@@ -141,6 +144,8 @@ def box_losses(
       config: None: `LossConfig()`.
     Returns:
       Sums and counts, which can be added over images and devices; `losses.box.divided()` is the mean.
+    Raises:
+      ValueError: `deltas` has another number of sets.
     """
     import optax  # imported here, because detection does not need it
 
@@ -148,6 +153,12 @@ def box_losses(
     class_logits, deltas = real_array(class_logits, "class_logits"), real_array(deltas, "deltas")
     of_targets = jnp.asarray(targets.labels), real_array(targets.deltas, "targets.deltas"), jnp.asarray(targets.valid)
     targets = RoiTargets(targets.boxes, *of_targets)
+    rois, classes = class_logits.shape
+    if deltas.shape not in ((rois, classes, 4), (rois, 1, 4)):
+        raise ValueError(
+            f"deltas must have the shape [{rois}, {classes}, 4], one set for each class and background first, or "
+            f"[{rois}, 1, 4], got {list(deltas.shape)}"
+        )
     foreground = targets.valid & (targets.labels > 0)
     counts = {
         "sampled": targets.valid.sum(),

@@ -20,7 +20,14 @@ from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
 from fasterrcnn_jax.ops.boxes import area
-from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, two_sides, whole_numbers
+from fasterrcnn_jax.ops.inputs import (
+    AnyArray,
+    box_array,
+    feature_map,
+    require_positive_strides,
+    two_sides,
+    whole_numbers,
+)
 
 # Number of regions of one image that are computed at once. Between the two products each region holds a row of the
 # whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
@@ -60,6 +67,7 @@ def roi_align(
         box: clip the boxes first.
       levels: the index into `features` of every box. None: 0 for one map; in a pyramid the level that fits the size of
         the box, as `assign_levels` says, with strides that are powers of two, each twice the one before.
+        Features of a level that does not exist are zeros.
       strides: network pixels per cell of every level, or of the one map; torchvision's `spatial_scale` is 1 / stride.
       output_size: cells along a side, or (rows, columns).
       sampling_ratio: samples per bin and axis. 0 (torchvision's -1): the number of cells that a bin spans, rounded up,
@@ -69,9 +77,9 @@ def roi_align(
         least one cell; this is the operator before detectron2 shifted it by half a cell.
     Raises:
       TypeError: an array is of another type; boxes of 16 bits are refused.
-      ValueError: `output_size` is not positive, `sampling_ratio` is negative, the numbers of strides and maps
-        differ, the maps have different types, an array has another shape, or the levels cannot be found from the
-        strides.
+      ValueError: `output_size` or a stride is not positive, `sampling_ratio` is negative, the numbers of strides and
+        maps differ, the maps have different types, an array has another shape, or the levels cannot be found from
+        the strides.
       NotImplementedError: the named implementation cannot run.
     """
     rows, columns = two_sides(output_size)
@@ -80,6 +88,7 @@ def roi_align(
     listed = features if isinstance(features, (tuple, list)) else (features,)
     maps = [feature_map(level) for level in listed]
     steps = tuple(strides) if isinstance(strides, Sequence) else (strides,)
+    require_positive_strides(steps)
     if not maps or len(maps) != len(steps):
         raise ValueError(f"need one stride per map, got {len(steps)} for {len(maps)}")
     dtypes = sorted({level.dtype.name for level in maps})
@@ -131,8 +140,8 @@ def _first_level(strides: tuple[float, ...]) -> int:
     first = round(math.log2(max(strides[0], 1)))
     if strides != tuple(2 ** (first + level) for level in range(len(strides))):
         raise ValueError(
-            f"the level of a box follows from its size only if the strides are powers of two, each twice the one "
-            f"before; got {strides}: give levels"
+            "the level of a box follows from its size only if the strides are powers of two from 1 up, each twice the "
+            f"one before; got {strides}: give levels"
         )
     return first
 

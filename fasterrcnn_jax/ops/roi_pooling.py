@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Real
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import roi_pool as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
-from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, two_sides
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, feature_map, require_positive_strides, two_sides
 
 
 def roi_pool(
@@ -55,15 +55,16 @@ def roi_pool(
         towards zero and clips the box before it is divided into bins (like adaptive max pooling of a slice of
         the map).
       implementation: "xla" is plain JAX; it takes regions one by one, so its memory grows with the map, not with
-        the number of regions. "mosaic" is the kernel, for float32 or bfloat16 features whose channels are a multiple
-        of 128. None: the kernel if it can run, otherwise plain JAX.
+        the number of regions. "mosaic" is the kernel, for float32 or bfloat16 features. None: the kernel if it can
+        run, otherwise plain JAX.
     Raises:
       NotImplementedError: `implementation` is "mosaic" and the kernel cannot run.
       TypeError: an array is of another type; boxes of 16 bits are refused.
-      ValueError: an array has another shape, `output_size` is not positive, or `quantisation` or `implementation` has
-        an unknown value.
+      ValueError: an array has another shape, `stride` or `output_size` is not positive, or `quantisation` or
+        `implementation` has an unknown value.
     """
     rows, columns = two_sides(output_size)
+    require_positive_strides([stride])
     features, boxes = feature_map(features), box_array(boxes, one_list=True)
     # A product, as in the reference; for a power of two it equals the quotient. Conversion to integers stops the
     # gradient.

@@ -65,8 +65,7 @@ def nms(
       Array([1, 2], dtype=int32)
 
     Args:
-      boxes: float32; float64 and integers are converted. In bfloat16 the coordinates of a large image are off by
-        pixels, which changes the result near the threshold.
+      boxes: float32; float64 and integers are converted; 16-bit boxes are refused.
       scores: of any type; NaN comes last.
       valid: False for padding among the boxes, which is never kept. None: there is no padding.
       max_output: the number of entries. None: as many as there are boxes.
