@@ -15,7 +15,7 @@ import posixpath
 
 import fsspec
 import pyarrow as pa
-import ray.data
+import ray.data  # pyright: ignore[reportMissingImports]
 
 import fasterrcnn_jax
 from fasterrcnn_jax.data.images import read_image
