@@ -114,9 +114,7 @@ def test_a_folder_that_holds_anything_is_no_place_for_results(example, tmp_path,
     example.main(["run", f"{protocol}://{root}/photos", f"{protocol}://{root}/absent"])
 
 
-def test_a_missing_file_is_an_error_of_its_image_and_a_broken_connection_is_tried_again(
-    example, tmp_path, monkeypatch
-):
+def test_a_missing_file_is_an_error_of_its_image_and_a_broken_connection_is_tried_again(example, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"gone\.png: no such image file"):
         example.read_pixels(f"file://{tmp_path}/gone.png")
 
