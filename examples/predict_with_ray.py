@@ -5,14 +5,15 @@ python examples/predict_with_ray.py runs/shapes s3://bucket/photos s3://bucket/f
 The folders may be local, shared, or any URL that fsspec knows (file://, s3://, gs://, hf://). Ray writes JSON lines
 into the second one, one line per image: image, width, height, boxes (x1, y1, x2, y2 in pixels), scores, labels,
 class_names. The second folder must be empty or absent. An image that cannot be read has a line with "error" and no
-detection. Work of an actor that dies is given to another, and Ray repeats work that a broken connection
-stops until it succeeds. Each actor takes one CPU of Ray's count; reading and writing need some beside them.
+detection. Work of an actor that dies is given to another, and Ray repeats work that a broken connection stops until it
+succeeds. Each actor takes one CPU of Ray's count; reading and writing need some beside them.
 
 pip install 'fasterrcnn_jax[ray]'
 """
 
 import argparse
 import posixpath
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -101,7 +102,8 @@ def detections(run, urls, *, actors, batch_size=1, gpus=0, actor=Detecting):
       actor: class of the actors.
     """
     # Ray's default is to stop the job at an exception of an actor. With this it repeats the work until it succeeds.
-    ray.data.DataContext.get_current().actor_task_retry_on_errors = [OSError]
+    context: Any = ray.data.DataContext.get_current()  # Any, because Ray declares instances and takes classes
+    context.actor_task_retry_on_errors = [OSError]
     # Small blocks: an actor that dies loses the work of one block.
     blocks = max(1, min(len(urls), max(2 * actors, len(urls) // 64)))
     return ray.data.from_items([{"url": url} for url in urls], override_num_blocks=blocks).map_batches(

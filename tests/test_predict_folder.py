@@ -314,6 +314,20 @@ def test_results_in_the_folder_of_images_are_not_read_as_images(call, tmp_path, 
         out = call(tmp_path, "--recursive", "--batch_size", 2, "--score_threshold", 0, "--crops")
         assert [line["image"] for line in lines(out)] == ["a.png", "b 1.png"]
     assert "images     2, of which 2 were done before" in capsys.readouterr().out
+    # A pattern looks into every folder. What an earlier command drew is no input of one that draws nothing.
+    for more in (("--crops",), ("--pictures", "none")):
+        call(tmp_path / "**/*.png", "--batch_size", 2, "--score_threshold", 0, *more)
+        assert [line["image"] for line in lines(out)] == ["a.png", "b 1.png"]
+
+
+def test_images_may_lie_in_out_where_nothing_is_drawn(call, tmp_path, capsys):
+    paths = ["--images", tmp_path / "images", "--ckpt", tmp_path / "run", "--out", tmp_path, "--batch_size", 2]
+    with tiny.restored_logging(), tiny.quick_compilation():
+        with pytest.raises(SystemExit) as ended:
+            script.main(list(map(str, paths)))
+        assert ended.value.code == 2 and "--out writes images into this folder" in capsys.readouterr().err
+        script.main(list(map(str, [*paths, "--pictures", "none"])))
+    assert len(lines(tmp_path)) == 2
 
 
 def test_no_two_images_share_a_label_file(call, tmp_path, capsys):

@@ -369,6 +369,13 @@ def _crop_folder(label: int, class_names: Sequence[str]) -> str:
     return name if fits_a_file_name(name) and not name.startswith(".") else f"class {label}"
 
 
+def image_folders(out: Path, *, pictures: Pictures, crops: bool) -> list[Path]:
+    """Returns the folders that a job writes images into, and those that an earlier job in `out` has written."""
+    kinds = _Kinds.of(_read_job(out / "job.json"))
+    drawn = any(kind != "none" for kind in (pictures, *kinds.pictures))
+    return [out / name for name, used in zip(IMAGE_FOLDERS, (drawn, crops or kinds.crops), strict=True) if used]
+
+
 def absolute(path: Path) -> str:
     """Returns the absolute path of a file, printable, as it stands in results."""
     return printable(Path(path).absolute())

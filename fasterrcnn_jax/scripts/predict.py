@@ -34,7 +34,7 @@ from fasterrcnn_jax.data.records import ImageDetections, joined_names
 from fasterrcnn_jax.data.video import read_frames
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import digest
-from fasterrcnn_jax.inference.results import IMAGE_FOLDERS, Format, Pictures, Result, ResultFolder, absolute, stamp_of
+from fasterrcnn_jax.inference.results import Format, Pictures, Result, ResultFolder, absolute, image_folders, stamp_of
 from fasterrcnn_jax.inference.stream import Found, ModelRunner, Unreadable, core_count, detect_stream, in_threads
 from fasterrcnn_jax.inference.tiling import TILED_MAX_PIXELS
 from fasterrcnn_jax.models.detector import Detector
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     files, notes = list_given(
         arguments.images,
         recursive=arguments.recursive,
-        written=[arguments.out / name for name in IMAGE_FOLDERS],
+        written=image_folders(arguments.out, pictures=arguments.pictures, crops=arguments.crops),
     )
     for note in notes:
         logger.warning("%s", note)
