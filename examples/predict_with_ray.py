@@ -4,14 +4,16 @@ python examples/predict_with_ray.py runs/shapes s3://bucket/photos s3://bucket/f
 
 The folders may be local, shared, or any URL that fsspec knows (file://, s3://, gs://, hf://). Ray writes JSON lines
 into the second one, one line per image: image, width, height, boxes (x1, y1, x2, y2 in pixels), scores, labels,
-class_names. An image that cannot be read has a line with "error" and no detection. Work of an actor that dies is given
-to another. Each actor takes one CPU of Ray's count; reading and writing need some beside them.
+class_names. The second folder must be empty or absent. An image that cannot be read has a line with "error" and no
+detection. Work of an actor that dies is given to another, and Ray repeats work that a broken connection stops until it
+succeeds. Each actor takes one CPU of Ray's count; reading and writing need some beside them.
 
 pip install 'fasterrcnn_jax[ray]'
 """
 
 import argparse
 import posixpath
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +23,7 @@ import fasterrcnn_jax
 from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.layouts import IMAGE_EXTENSIONS
 from fasterrcnn_jax.data.records import StoredImage
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.stream import Found, ModelRunner, detect_stream
 
 SCHEMA = pa.schema(
@@ -48,10 +51,17 @@ def read_pixels(url):
     """Returns the pixels [height, width, 3] of an image, turned as its EXIF data says.
 
     Raises:
-      InputError: the file is no image. A missing file and a broken connection raise OSError, and Ray tries again.
+      InputError: the file is missing, may not be read, or is no image.
+      OSError: the connection broke; `detections` lets Ray try again.
     """
     files, path = fsspec.core.url_to_fs(url)
-    content = files.cat_file(path)
+    try:
+        content = files.cat_file(path)
+    # Another attempt would end in the same way.
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such image file") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{url}: the image cannot be read: {error.strerror or error}") from None
     return read_image(StoredImage(url, lambda: content), upright=True)
 
 
@@ -91,6 +101,9 @@ def detections(run, urls, *, actors, batch_size=1, gpus=0, actor=Detecting):
       gpus: GPUs per actor.
       actor: class of the actors.
     """
+    # Ray's default is to stop the job at an exception of an actor. With this it repeats the work until it succeeds.
+    context: Any = ray.data.DataContext.get_current()  # Any, because Ray declares instances and takes classes
+    context.actor_task_retry_on_errors = [OSError]
     # Small blocks: an actor that dies loses the work of one block.
     blocks = max(1, min(len(urls), max(2 * actors, len(urls) // 64)))
     return ray.data.from_items([{"url": url} for url in urls], override_num_blocks=blocks).map_batches(
@@ -103,23 +116,37 @@ def detections(run, urls, *, actors, batch_size=1, gpus=0, actor=Detecting):
     )
 
 
+def is_empty(url):
+    """Returns whether a URL is an empty folder, or nothing is there."""
+    files, path = fsspec.core.url_to_fs(url)
+    try:
+        content = files.ls(path, detail=False)
+    except FileNotFoundError:
+        return True
+    # Object stores may list a mark of the folder itself.
+    return not files.isfile(path) and not any(name.rstrip("/") != path.rstrip("/") for name in content)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder or weights file, at the same place on every machine")
     parser.add_argument("images", help="folder or URL of the images")
-    parser.add_argument("out", help="folder or URL for the JSON lines")
+    parser.add_argument("out", help="folder or URL for the JSON lines; must be empty or absent")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--gpus", type=float, default=0, help="GPUs per actor")
     parser.add_argument("--batch_size", type=int, default=1)
     arguments = parser.parse_args(argv)
+    if not is_empty(arguments.out):
+        parser.error(f"{arguments.out}: is not empty; choose another folder for the results")
     urls = list_images(arguments.images)
     if not urls:
         parser.error(f"{arguments.images}: contains no image")
     options = dict(actors=arguments.actors, gpus=arguments.gpus, batch_size=arguments.batch_size)
     found = detections(arguments.run, urls, **options)
     files, path = fsspec.core.url_to_fs(arguments.out)
-    # A part that is written twice, after a failure, has the same name.
-    found.write_json(path, filesystem=files, mode=ray.data.SaveMode.OVERWRITE)
+    # A part that is written twice, after a failure, has the same name. SaveMode.OVERWRITE would first delete everything
+    # in the folder.
+    found.write_json(path, filesystem=files, mode=ray.data.SaveMode.APPEND)
     print(f"{len(urls)} images, results in {arguments.out}")
 
 

@@ -32,18 +32,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a temporary file next to `path`, and renames it to `path` when the body ends.
 
-    Where the body raises, nothing has changed. For content that is too large for memory; see `write_atomically`.
+    If the body raises, `path` is unchanged. For content that is too large for memory; see `write_atomically`.
 
     Raises:
-      InputError: the file cannot be written; the message names it.
+      InputError: the file cannot be written; the message names it. An OSError of the body that names another file,
+        which the body reads, is raised as it is.
     """
     # The tempfile module would create a file that only its owner can read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as is_temporary says
+    of_another_file: OSError | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                yield file
+                try:
+                    yield file
+                except OSError as error:
+                    if error.filename is not None:  # a failed write names none
+                        of_another_file = error
+                    raise
             # Without this, a power cut can leave an empty file under the final name.
             _reach_disk(temporary)
             os.replace(temporary, path)
@@ -52,6 +59,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if os.name != "nt":  # which cannot open folders
             _reach_disk(path.parent)
     except OSError as error:
+        if error is of_another_file:
+            raise
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

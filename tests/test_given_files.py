@@ -95,3 +95,29 @@ def test_a_list_on_standard_input_may_name_files_that_do_not_exist(images, monke
     lines = f"{images / 'b.png'}\n\n{images / 'gone.png'}\r\n{images / 'A.JPG'}"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert ids([Path("-")]) == ["b.png", "gone.png", "A.JPG"]
+
+
+def test_names_on_standard_input_may_end_with_null_bytes(images, monkeypatch):
+    (images / "b.png").rename(images / "b\n2.png")
+    names = [images / "b\n2.png", images / "A.JPG"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{name}\0" for name in names)))
+    assert ids([Path("-")]) == ["b\n2.png", "A.JPG"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(InputError, match="^standard input: no file is listed"):
+        list_given([Path("-")])
+
+
+def test_results_are_no_input(images):
+    """Folders that `predict` wrote in a tree, and the folders that it is going to write images into."""
+    earlier, out = images / "found", images / "now"
+    for folder in (earlier / "images", out / "images", images / "photos"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(folder / "c.png")
+    for name in ("job.json", "detections.jsonl"):
+        (earlier / name).touch()
+    assert ids([images], recursive=True, written=[out / "images"]) == ["A.JPG", "b.png", "c.png"]
+    files, notes = list_given([images / "*" / "images" / "*"], written=[out / "images"])
+    assert [file.path for file in files] == [earlier / "images/c.png"]
+    assert any("hold drawn images and crops were ignored: 1, the first in" in note for note in notes)
+    with pytest.raises(InputError, match="--out writes images into this folder"):
+        list_given([out / "images"], written=[out / "images"])

@@ -1,6 +1,7 @@
 """The script `predict` on a folder of images, with an untrained detector."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,13 @@ from filelock import FileLock
 from PIL import Image
 from pycocotools.coco import COCO
 
+from fasterrcnn_jax.atomic_write import whole_file
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.csv_table import read_csv
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.voc import Places, read_voc
 from fasterrcnn_jax.data.yolo import CONFIDENCE, read_yolo
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw
 from fasterrcnn_jax.inference.prediction import predict
 from fasterrcnn_jax.scripts import cli
@@ -276,6 +280,123 @@ def test_other_settings_replace_the_results(call, capsys):
     assert {name for line in lines(out) for name in line["class_names"]} == {"ring"}
 
 
+ALL = "--score_threshold", 0, "--crops", "--formats", "coco", "csv", "yolo", "voc", "--pictures"
+
+
+def files_below(out):
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def test_other_settings_remove_the_files_of_the_earlier_job(call, tmp_path):
+    out = call("--batch_size", 2, *ALL, "jpeg")
+    assert {"images/a.png.jpg", "labels/a.txt", "annotations/a.xml", "detections.csv"} <= files_below(out)
+    (out / "labels/mine.txt").write_text("a file that the job did not write")
+    call("--batch_size", 2, "--classes", "ring", "--pictures", "none", "--formats", "coco")
+    kept = {".lock", "job.json", "classes.txt", "detections.jsonl", "detections.json", "labels/mine.txt"}
+    assert files_below(out) == kept
+    assert not (out / "crops").exists()
+
+
+def test_files_of_an_image_that_changed_or_is_not_given_now_are_removed(call, tmp_path):
+    out = call("--batch_size", 2, *ALL, "png")
+    (tmp_path / "images/a.png").unlink()
+    Image.new("RGB", (72, 48), "red").save(tmp_path / "images/b 1.png")
+    call("--batch_size", 2, *ALL, "jpeg")
+    ((first,)) = lines(out)
+    assert not any(name.split("/")[-1].startswith("a.") for name in files_below(out))
+    crops = [name for name in files_below(out) if name.startswith("crops/")]
+    assert len(crops) == len(first["boxes"]) and all(name.endswith(".jpg") for name in crops)
+    assert {name for name in files_below(out) if name.startswith("images/")} == {"images/b 1.png.jpg"}
+
+
+def test_results_in_the_folder_of_images_are_not_read_as_images(call, tmp_path, capsys):
+    for _ in range(2):
+        out = call(tmp_path, "--recursive", "--batch_size", 2, "--score_threshold", 0, "--crops")
+        assert [line["image"] for line in lines(out)] == ["a.png", "b 1.png"]
+    assert "images     2, of which 2 were done before" in capsys.readouterr().out
+    # A pattern looks into every folder. What an earlier command drew is no input of one that draws nothing.
+    for more in (("--crops",), ("--pictures", "none")):
+        call(tmp_path / "**/*.png", "--batch_size", 2, "--score_threshold", 0, *more)
+        assert [line["image"] for line in lines(out)] == ["a.png", "b 1.png"]
+
+
+def test_images_may_lie_in_out_where_nothing_is_drawn(call, tmp_path, capsys):
+    paths = ["--images", tmp_path / "images", "--ckpt", tmp_path / "run", "--out", tmp_path, "--batch_size", 2]
+    with tiny.restored_logging(), tiny.quick_compilation():
+        with pytest.raises(SystemExit) as ended:
+            script.main(list(map(str, paths)))
+        assert ended.value.code == 2 and "--out writes images into this folder" in capsys.readouterr().err
+        script.main(list(map(str, [*paths, "--pictures", "none"])))
+    assert len(lines(tmp_path)) == 2
+
+
+def test_no_two_images_share_a_label_file(call, tmp_path, capsys):
+    for name in ("a.webp", "a.png.png", "c.png"):
+        Image.new("RGB", (72, 48)).save(tmp_path / "images" / name)
+    out = call("--batch_size", 2, "--pictures", "none", "--formats", "yolo", "voc")
+    names = {"a.png", "a.webp", "a.png.png", "b 1", "c"}
+    assert {path.name for path in (out / "labels").iterdir()} == {f"{name}.txt" for name in names}
+    assert {path.name for path in (out / "annotations").iterdir()} == {f"{name}.xml" for name in names}
+    assert "3 images share their name without the extension with others: a.png, a.png.png, a.webp" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_temporary_files_of_other_programs_stay(call, tmp_path):
+    for name in ("labels", "other"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / ".a.txt.1.tmp").touch()
+    out = call("--batch_size", 2, "--pictures", "none")
+    assert not (out / "labels/.a.txt.1.tmp").exists() and (out / "other/.a.txt.1.tmp").exists()
+
+
+def test_unreadable_files_are_reported_while_the_stream_is_read(model):
+    """They do not wait for the next good image."""
+    taken = []
+
+    def images():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    def pixels(number):
+        raise InputError(f"{number}: no image")
+
+    runner = script.ModelRunner(model, batch_size=1)
+    found = script.detect_stream(images(), pixels, runner, threads=2)
+    assert next(found).item == 0 and len(taken) < 20
+    assert [one.item for one in found] == list(range(1, 1000))
+
+
+def test_an_image_that_changes_between_detection_and_drawing_is_unreadable(call, monkeypatch, capsys):
+    read, calls = script.read_image, []
+
+    def changing(path, **options):
+        calls.append(path)
+        pixels = read(path, **options)
+        return pixels[:-1] if path.name == "a.png" and calls.count(path) == 2 else pixels
+
+    monkeypatch.setattr(script, "read_image", changing)
+    with pytest.raises(SystemExit) as ended:
+        call("--batch_size", 2)
+    assert ended.value.code == 3 and "a.png: the image was changed while it was read" in capsys.readouterr().out
+
+
+def test_a_list_of_unreadable_files_that_cannot_be_written_is_one_sentence(tmp_path):
+    unreadable = script._UnreadableFiles(tmp_path / "list")
+    (tmp_path / "list").mkdir()  # as on a full disk, `open` raises OSError
+    with pytest.raises(InputError, match="list cannot be written"):
+        unreadable.add(InputError("a.png: no image"))
+
+
+def test_a_fault_of_the_file_that_is_read_is_not_one_of_the_file_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), whole_file(tmp_path / "target"):
+        (tmp_path / "source").read_bytes()
+    with pytest.raises(InputError, match="target cannot be written: No space"), whole_file(tmp_path / "target"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_processes_do_not_write_into_one_folder(call, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"), pytest.raises(SystemExit) as ended:
@@ -326,7 +447,6 @@ def test_frames_of_a_video_have_their_index_and_time_and_continue(call, video, t
 
 def test_a_video_is_turned_as_it_says_and_a_damaged_one_is_unreadable(video, tmp_path):
     from fasterrcnn_jax.data.video import read_frames
-    from fasterrcnn_jax.errors import InputError
 
     content = bytearray(video.read_bytes())
     matrix = content.index(b"tkhd") + 44  # ISO 14496-12, 8.3.2
@@ -341,6 +461,27 @@ def test_a_video_is_turned_as_it_says_and_a_damaged_one_is_unreadable(video, tmp
     playlist.write_text(f"ffconcat version 1.0\nfile {video.name}\n")
     with pytest.raises(InputError, match="list.mp4: the video cannot be decoded"):
         next(read_frames(playlist))
+
+
+def test_a_frame_that_is_larger_than_the_first_ones_is_refused_too(tmp_path):
+    av = pytest.importorskip("av")
+    from fasterrcnn_jax.data.video import read_frames
+
+    path = tmp_path / "grows.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 72, 48, "yuvj420p"
+        for index, size in enumerate(((72, 48), (144, 96))):
+            content = io.BytesIO()
+            Image.new("RGB", size).save(content, "JPEG")
+            packet = av.Packet(content.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 10)
+            container.mux(packet)
+    assert [frame.pixels.shape for frame in read_frames(path)] == [(48, 72, 3), (96, 144, 3)]
+    frames = read_frames(path, max_pixels=72 * 48)
+    assert next(frames).pixels.shape == (48, 72, 3)
+    with pytest.raises(InputError, match="its frames are too large: 144 x 96"):
+        next(frames)
 
 
 # The network of `tiny.quick_model` has no weights file.

@@ -91,6 +91,49 @@ def test_a_line_holds_the_detections_of_an_image_or_its_error(example, random_we
         assert {len(line[name]) for name in ("boxes", "scores", "labels", "class_names")} == {len(line["boxes"])}
 
 
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_a_folder_that_holds_anything_is_no_place_for_results(example, tmp_path, protocol, capsys, monkeypatch):
+    """Neither the images nor the folder above them is emptied or mixed with results."""
+    files, root = fsspec.filesystem(protocol), str(tmp_path / "top") if protocol == "file" else "/top"
+    write_images(files, f"{root}/photos", 3)
+    files.makedirs(f"{root}/nothing")
+    before = files.find(root)
+    for out in (f"{root}/photos", root, f"{root}/photos/notes.txt"):
+        with pytest.raises(SystemExit):
+            example.main(["run", f"{protocol}://{root}/photos", f"{protocol}://{out}"])
+        assert f"{protocol}://{out}: is not empty; choose another folder" in capsys.readouterr().err
+    assert files.find(root) == before
+    for out in ("nothing", "absent"):
+        assert example.is_empty(f"{protocol}://{root}/{out}")
+
+    class Written:
+        def write_json(self, path, *, filesystem, mode):
+            assert mode == example.ray.data.SaveMode.APPEND  # OVERWRITE deletes
+
+    monkeypatch.setattr(example, "detections", lambda *given, **options: Written())
+    example.main(["run", f"{protocol}://{root}/photos", f"{protocol}://{root}/absent"])
+
+
+def test_a_missing_file_is_an_error_of_its_image_and_a_broken_connection_is_tried_again(example, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"gone\.png: no such image file"):
+        example.read_pixels(f"file://{tmp_path}/gone.png")
+
+    def break_off(files, path):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "cat_file", break_off)
+    with pytest.raises(OSError, match="reset by peer"):
+        example.read_pixels(f"file://{tmp_path}/a.png")
+    monkeypatch.setattr(example.ray.data, "from_items", lambda *given, **options: Blocks())
+    example.detections("run", ["a.png"], actors=1)
+    assert example.ray.data.DataContext.get_current().actor_task_retry_on_errors == [OSError]
+
+
+class Blocks:
+    def map_batches(self, *given, **options):
+        return self
+
+
 ACTOR = """
 import os, signal
 import tiny

@@ -86,18 +86,22 @@ def _is_run_folder(folders: list[str], files: list[str]) -> bool:
     return "checkpoints" in folders and "config.json" in files
 
 
+def _is_result_folder(files: list[str]) -> bool:
+    return "job.json" in files and "detections.jsonl" in files
+
+
 def names_below(folder: Path, *, follow_links: bool = False) -> tuple[str, ...]:
     """Returns the sorted paths of all files below `folder`, relative to it and with /.
 
-    Hidden files and folders are left out, and so are the run folders of trainings, whose images are no data, and linked
-    folders unless `follow_links`; a folder that is reached twice is listed once.
+    Hidden files and folders are left out, and so are the run folders of trainings and the folders that `predict` wrote,
+    whose images are no data, and linked folders unless `follow_links`; a folder that is reached twice is listed once.
     """
     names, seen = [], set()
     for path, folders, files in os.walk(folder, followlinks=follow_links):
         real = os.path.realpath(path)
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         below = Path(path).relative_to(folder)
-        if real in seen or (below.parts and _is_run_folder(folders, files)):
+        if real in seen or (below.parts and (_is_run_folder(folders, files) or _is_result_folder(files))):
             folders.clear()
             continue
         seen.add(real)

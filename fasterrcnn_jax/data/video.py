@@ -30,7 +30,8 @@ def read_frames(path: Path, *, max_pixels: int = DataConfig.max_pixels) -> Itera
     """Yields the frames of a video file one after another.
 
     Args:
-      max_pixels: a video with larger frames is refused before a frame is decoded.
+      max_pixels: a video with larger frames is refused before a frame is decoded. Where the size changes within the
+        video, the first larger frame is refused before its pixels are copied.
     Raises:
       InputError: PyAV is not installed, or the file is missing, no video, damaged, or too large. Frames before the
         damage have been yielded.
@@ -45,14 +46,10 @@ def read_frames(path: Path, *, max_pixels: int = DataConfig.max_pixels) -> Itera
             if not container.streams.video:
                 raise InputError(f"{path}: the file has no video stream")
             stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > max_pixels:
-                raise InputError(
-                    f"{path}: the video is refused because its frames are too large: {width} x {height} = "
-                    f"{width * height:,} pixels, but max_pixels is {max_pixels:,}; raise it if you trust the file"
-                )
+            _check_size(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
             stream.thread_type = "AUTO"
             for index, frame in enumerate(container.decode(stream)):
+                _check_size(path, frame.width, frame.height, max_pixels)
                 yield Frame(index, frame.time, _upright(frame.to_ndarray(format="rgb24"), frame.rotation))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -60,8 +57,16 @@ def read_frames(path: Path, *, max_pixels: int = DataConfig.max_pixels) -> Itera
         raise InputError(f"{path}: the video cannot be decoded: {error.strerror or error}") from None
 
 
+def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise InputError(
+            f"{path}: the video is refused because its frames are too large: {width} x {height} = "
+            f"{width * height:,} pixels, but max_pixels is {max_pixels:,}; raise it if you trust the file"
+        )
+
+
 def _upright(pixels: np.ndarray, degrees: float) -> np.ndarray:
-    """Returns a frame turned counterclockwise; cameras write quarter turns, and any other angle is not applied."""
+    """Returns a frame turned counterclockwise; cameras write quarter turns; other angles are ignored."""
     quarters, rest = divmod(round(degrees), 90)
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if rest == 0 else pixels
 

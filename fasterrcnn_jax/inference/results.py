@@ -1,4 +1,4 @@
-"""The folder that `fasterrcnn-jax predict` writes: results as they come, and what a job needs to go on after a kill.
+"""The folder that `fasterrcnn-jax predict` writes: results as they come, and what a job needs to continue after a kill.
 
 `detections.jsonl` has one line per image, which is written when everything else about the image is on the disk. It is
 the list of what is done, and COCO's file and the table are made from it at the end.
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from fasterrcnn_jax.atomic_write import is_temporary, whole_file, write_atomically
 from fasterrcnn_jax.data.file_names import without_extension
 from fasterrcnn_jax.data.given_files import GivenFile
-from fasterrcnn_jax.data.records import ImageDetections, Prediction
+from fasterrcnn_jax.data.records import ImageDetections, Prediction, joined_names
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.files import (
     CSV_HEADER,
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["coco", "csv", "yolo", "voc"]
 Pictures = Literal["png", "jpeg", "none"]
+
+IMAGE_FOLDERS = ("images", "crops")
+"""Folders in the folder of results that hold images."""
 
 
 class Result(NamedTuple):
@@ -86,7 +89,14 @@ class ResultFolder:
     ):
         self.out, self.class_names = out, class_names
         self._formats, self._pictures, self._crops, self._threshold = formats, pictures, crops, score_threshold
-        self._stems = Counter(without_extension(file.id) for file in files)
+        # Readers find the labels of a.jpg in a.txt; a.jpg and a.png of one folder cannot both have that name, and
+        # a.jpg.png cannot have the name of a.jpg then.
+        stems, ids = Counter(without_extension(file.id) for file in files), {file.id for file in files}
+        self._label_names = {
+            id: stem if stems[stem] == 1 and stem not in ids else id
+            for id, stem in ((id, without_extension(id)) for id in ids)
+        }
+        self._labelled = {name: id for id, name in self._label_names.items()}
         self._lock = FileLock(out / ".lock")
         self._lines: BinaryIO | None = None
 
@@ -118,33 +128,101 @@ class ResultFolder:
     def begin(self, job: Mapping[str, Any], files: Iterable[GivenFile]) -> set[str]:
         """Returns the ids that an earlier process of the same job has finished, and opens the list of results.
 
-        Results of another job are dropped, and so are those of files that are not given now or that have changed.
+        Results of another job are dropped with the files that it wrote, and so are those of images that are not given
+        now or that have changed.
 
         Args:
           job: what the results depend on beside the images.
         """
-        for place in self.out.rglob(".*.tmp"):
-            if is_temporary(place):  # a killed process was writing it
-                place.unlink(missing_ok=True)
-        stored, text = self.out / "job.json", json.dumps(job, indent=1)
-        before = stored.read_text(errors="replace") if stored.is_file() else None
-        if before != text:
+        self._remove_temporary_files()
+        self._say_label_names()
+        stored = self.out / "job.json"
+        earlier = _read_job(stored)
+        same = earlier.get("job") == json.loads(json.dumps(job))
+        kinds = _Kinds.of(earlier)
+        if not same:
             if self.journal.exists():
                 logger.warning("%s: results of another model or of other settings are replaced", self.out)
-                self.journal.unlink()
+                for _, result in read_results(self.journal, kinds.class_names):
+                    self._remove_files(result, kinds)
+            for name, format in (("detections.json", "coco"), ("detections.csv", "csv")):
+                if format in kinds.formats:
+                    (self.out / name).unlink(missing_ok=True)
+            self.journal.unlink(missing_ok=True)
+            kinds = _Kinds((), (), False, self._threshold, ())
+        kinds = _Kinds(
+            tuple(sorted({*kinds.formats, *self._formats})),
+            tuple(sorted({*kinds.pictures, self._pictures})),
+            kinds.crops or self._crops,
+            self._threshold,
+            self.class_names,
+        )
+        text = json.dumps({"job": job, "written": kinds._asdict()}, indent=1)
+        if earlier != json.loads(text):
             write_atomically(stored, text)
         paths, done = {file.id: file.path for file in files}, set()
         # Whole or not at all: a kill in this moment must not lose what is done.
         with whole_file(self.journal) as kept:
             for line, result in read_results(self.journal, self.class_names):
-                if result.id not in done and self._is_current(result, paths.get(result.source)):
+                if result.id in done:
+                    continue
+                if self._is_current(result, paths.get(result.source)):
                     kept.write(line)
                     done.add(result.id)
+                else:
+                    self._remove_files(result, kinds)
         try:
             self._lines = open(self.journal, "ab")  # noqa: SIM115 - until the job ends
         except OSError as error:
             raise InputError(f"{self.journal} cannot be written: {error.strerror or error}") from error
         return done
+
+    def _remove_temporary_files(self) -> None:
+        """Removes the files that a killed process was writing."""
+        below = (self.out / name for name in (*IMAGE_FOLDERS, "labels", "annotations"))
+        for place in (*self.out.glob(".*.tmp"), *(place for folder in below for place in folder.rglob(".*.tmp"))):
+            if is_temporary(place):
+                place.unlink(missing_ok=True)
+
+    def _say_label_names(self) -> None:
+        if {"yolo", "voc"} & set(self._formats):
+            whole = sorted(id for id, name in self._label_names.items() if name == id != without_extension(id))
+            if whole:
+                logger.warning(
+                    "%d images share their name without the extension with others: %s; their label files have the "
+                    "extension in their names, such as %s.txt",
+                    len(whole),
+                    joined_names(whole, 3),
+                    whole[0],
+                )
+
+    def _remove_files(self, result: Result, kinds: "_Kinds") -> None:
+        """Removes the files of an earlier result, in all kinds that were written."""
+        id = result.id
+        if posixpath.normpath(id) != id or id.startswith(("/", "..")):  # nothing that a job has written
+            return
+        places = []
+        # Its label file had one of two names, as the other images of the job required.
+        for name in (without_extension(id), id):
+            if self._labelled.get(name, id) == id:
+                places += [self.out / "labels" / f"{name}.txt"] if "yolo" in kinds.formats else []
+                places += [self.out / "annotations" / f"{name}.xml"] if "voc" in kinds.formats else []
+        kept = result.detections.scores >= kinds.score_threshold
+        folders = [_crop_folder(label, kinds.class_names) for label in result.detections.labels[kept].tolist()]
+        for extension in (_EXTENSIONS[kind] for kind in kinds.pictures if kind in _EXTENSIONS):
+            places.append(self.out / "images" / f"{id}{extension}")
+        if kinds.crops:
+            # "none" stands for crops in PNG.
+            for extension in sorted({_EXTENSIONS.get(kind, ".png") for kind in kinds.pictures}):
+                for number, folder in enumerate(folders, start=1):
+                    places.append(self.out / "crops" / folder / f"{id}.{number}{extension}")
+        for place in places:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                place.unlink()
+                for folder in place.parents:
+                    if folder == self.out or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
 
     def _is_current(self, result: Result, path: Path | None) -> bool:
         """Returns whether a result belongs to the file and everything about it is there; writes missing labels."""
@@ -228,9 +306,8 @@ class ResultFolder:
 
     def _labels(self, result: Result, shown: ImageDetections) -> dict[Path, str]:
         """Returns the label files of an image, with their contents."""
-        # Readers find the labels of a.jpg in a.txt; a.jpg and a.png of one folder cannot both have that name.
-        stem = without_extension(result.id)
-        name = stem if self._stems[stem] <= 1 else result.id
+        # A frame has no extension.
+        name = self._label_names.get(result.id, result.id)
         found = {}
         if "yolo" in self._formats:
             found[self.out / "labels" / f"{name}.txt"] = yolo_text(shown, result.image_hw)
@@ -246,10 +323,7 @@ class ResultFolder:
     def _crop_places(self, result: Result, shown: ImageDetections) -> list[Path]:
         if not self._crops:
             return []
-        folders = [
-            name if fits_a_file_name(name) and not name.startswith(".") else f"class {label}"
-            for label, name in ((label, self.class_names[label - 1]) for label in shown.labels.tolist())
-        ]
+        folders = [_crop_folder(label, self.class_names) for label in shown.labels.tolist()]
         return [
             self.out / "crops" / folder / f"{result.id}.{number}{self._extension}"
             for number, folder in enumerate(folders, start=1)
@@ -257,7 +331,49 @@ class ResultFolder:
 
     @property
     def _extension(self) -> str:
-        return ".jpg" if self._pictures == "jpeg" else ".png"
+        return _EXTENSIONS.get(self._pictures, ".png")
+
+
+_EXTENSIONS = {"png": ".png", "jpeg": ".jpg"}
+
+
+class _Kinds(NamedTuple):
+    """What the processes of a job have written, as job.json says; needed to remove it."""
+
+    formats: tuple[str, ...]
+    pictures: tuple[str, ...]
+    crops: bool
+    score_threshold: float
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "_Kinds":
+        try:
+            formats, pictures, crops, threshold, names = (stored["written"][name] for name in cls._fields)
+            return cls(tuple(formats), tuple(pictures), bool(crops), float(threshold), tuple(map(str, names)))
+        except (KeyError, TypeError, ValueError):
+            return cls((), (), False, 0.0, ())  # an earlier version or a damaged file: nothing else is removed
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    """Returns the content of job.json; {} if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _crop_folder(label: int, class_names: Sequence[str]) -> str:
+    name = class_names[label - 1]
+    return name if fits_a_file_name(name) and not name.startswith(".") else f"class {label}"
+
+
+def image_folders(out: Path, *, pictures: Pictures, crops: bool) -> list[Path]:
+    """Returns the folders that a job writes images into, and those that an earlier job in `out` has written."""
+    kinds = _Kinds.of(_read_job(out / "job.json"))
+    drawn = any(kind != "none" for kind in (pictures, *kinds.pictures))
+    return [out / name for name, used in zip(IMAGE_FOLDERS, (drawn, crops or kinds.crops), strict=True) if used]
 
 
 def absolute(path: Path) -> str:
@@ -290,10 +406,18 @@ def _line(result: Result, class_names: tuple[str, ...]) -> bytes:
 
 
 def read_results(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[bytes, Result]]:
-    """Yields each line of a list of results with its result; a line that a kill cut short is left out."""
-    if not path.exists():
+    """Yields each line of a list of results with its result; a line that a kill cut short is left out.
+
+    Raises:
+      InputError: the file cannot be opened.
+    """
+    try:
+        lines = open(path, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
         return
-    with open(path, "rb") as lines:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    with lines:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 content = json.loads(line)

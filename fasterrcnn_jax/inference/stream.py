@@ -29,8 +29,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Pixels = UInt8[np.ndarray, "h w 3"]
 
-# An unfinished batch runs when so many batches have run since it began: results keep the order of the images, and none
-# waits for another image of its canvas for ever.
+# An unfinished batch runs when so many batches have run since it began: results keep the order of the images, and no
+# image waits forever for others of its canvas.
 PATIENCE = 4
 
 
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
 
 
 class ModelRunner:
-    """Runs a detector on all local devices. `detect_stream` needs these members alone, whatever runs behind them."""
+    """Runs a detector on all local devices. `detect_stream` needs only these members, whatever runs behind them."""
 
     def __init__(self, model: Detector, *, batch_size: int, implementation: Implementation = None):
         devices = tuple(jax.local_devices())
@@ -137,11 +137,12 @@ def detect_stream(
         except InputError as error:
             return error
 
-    def parts() -> Iterator[tuple[_Open, int, int, Pixels]]:
+    def parts() -> Iterator[tuple[_Open, int, int, Pixels] | None]:
         # Of images that are cut into windows one waits decoded, because they are large.
         for item, of_item in in_threads(pool, read, images, threads if tile is None else 1):
             if isinstance(of_item, InputError):
                 waiting.append(Unreadable(item, of_item))
+                yield None  # nothing to detect in, but the caller learns of it now and not at the next good image
                 continue
             height, width = of_item.shape[:2]
             image = _Open(item, (height, width), windows_of((height, width), tile, overlap), len(runner.views))
@@ -150,7 +151,9 @@ def detect_stream(
                 for view in range(len(runner.views)):
                     yield image, place, view, of_item[y : y + tall, x : x + wide]
 
-    def drawn(part: tuple[_Open, int, int, Pixels]) -> Drawn:
+    def drawn(part: tuple[_Open, int, int, Pixels] | None) -> Drawn | None:
+        if part is None:
+            return None
         return runner.draw(np.ascontiguousarray(part[3]), runner.views[part[2]])
 
     def run(canvas: tuple[int, int]) -> None:
@@ -174,11 +177,14 @@ def detect_stream(
     with ThreadPoolExecutor(threads) as pool:
         # As many drawn parts as threads wait beside the batch that is being filled.
         for count, (part, of_part) in enumerate(in_threads(pool, drawn, parts(), threads + runner.rows)):
-            batch = batches[of_part.canvas]
-            begun.setdefault(of_part.canvas, count)
-            batch.append((*part[:3], of_part))
+            full = []
+            if part is not None and of_part is not None:
+                batch = batches[of_part.canvas]
+                begun.setdefault(of_part.canvas, count)
+                batch.append((*part[:3], of_part))
+                full = [of_part.canvas] if len(batch) == runner.rows else []
             due = [canvas for canvas, since in begun.items() if count - since >= PATIENCE * runner.rows]
-            for canvas in {*due, *([of_part.canvas] if len(batch) == runner.rows else [])}:
+            for canvas in {*due, *full}:
                 run(canvas)
             yield from finished()
         for canvas in list(batches):

@@ -1,9 +1,9 @@
 """Detects objects in images and videos: fasterrcnn-jax predict IMAGES --ckpt runs/shapes --out OUT
 
 IMAGES are image files, video files, folders, quoted patterns such as 'photos/**/*.jpg', and - for a list on standard
-input; they are --images without the flag. Writes into OUT: detections.jsonl, one line per image as soon as it is done;
-detections.json in COCO's result format, with file names as image_id; classes.txt, where line k names category_id k; and
-images/, with the boxes drawn on each image. Images are rotated as their EXIF data says.
+input. IMAGES may also be given as --images IMAGES. Writes into OUT: detections.jsonl, one line per image as soon as it
+is done; detections.json in COCO's result format, with file names as image_id; classes.txt, where line k names
+category_id k; and images/, with the boxes drawn on each image. Images are rotated as their EXIF data says.
 
 The same command continues a job that was killed. Files that cannot be read are counted and listed at the end, and the
 exit status is then 3.
@@ -34,7 +34,7 @@ from fasterrcnn_jax.data.records import ImageDetections, joined_names
 from fasterrcnn_jax.data.video import read_frames
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.proposal_store import digest
-from fasterrcnn_jax.inference.results import Format, Pictures, Result, ResultFolder, absolute, stamp_of
+from fasterrcnn_jax.inference.results import Format, Pictures, Result, ResultFolder, absolute, image_folders, stamp_of
 from fasterrcnn_jax.inference.stream import Found, ModelRunner, Unreadable, core_count, detect_stream, in_threads
 from fasterrcnn_jax.inference.tiling import TILED_MAX_PIXELS
 from fasterrcnn_jax.models.detector import Detector
@@ -54,7 +54,8 @@ LISTED = 20
 class Arguments:
     images: tuple[Path, ...]
     """image files, video files (pip install 'fasterrcnn_jax[video]'), folders whose images are read, quoted patterns
-    such as 'photos/**/*.jpg', and - for a list of files on standard input, one per line; no labels are needed"""
+    such as 'photos/**/*.jpg', and - for a list of files on standard input, one per line (videos in a folder are not
+    read; use a pattern); no labels are needed"""
     ckpt: Path
     """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
     backbone: str | None = None
@@ -64,24 +65,26 @@ class Arguments:
     recursive: bool = False
     """read the folders inside a folder too"""
     formats: tuple[Format, ...] = ("coco",)
-    """files to write beside detections.jsonl: coco (detections.json), csv (detections.csv), yolo (labels/NAME.txt),
-    voc (annotations/NAME.xml)"""
+    """more result files; detections.jsonl is always written: coco (detections.json), csv (detections.csv), yolo
+    (labels/NAME.txt), voc (annotations/NAME.xml)"""
     score_threshold: float = 0.5
     """detections with a lower score are left out of images, crops, csv, yolo and voc; detections.jsonl and
     detections.json contain all detections"""
     classes: tuple[str, ...] = ()
-    """names of the classes to keep; empty: all"""
+    """classes to keep; all if not given"""
     pictures: Pictures = "png"
     """kind of the images with boxes: png, jpeg (smaller), or none"""
     crops: bool = False
-    """write each detection as an image: crops/CLASS/NAME.NUMBER.png"""
+    """write each detection as an image: crops/CLASS/NAME.NUMBER.png, or .jpg with --pictures jpeg"""
     tile: int | None = None
     """side in pixels of overlapping windows that images are cut into, for small objects in large images; the image as a
     whole is detected in too; None: no windows"""
     overlap: float = 0.2
-    """share of a window that two neighbours have in common, 0 up to 0.9; should be larger than the small objects"""
+    """share of a window that two neighbours have in common, 0 to 0.9; choose it so that overlap x tile is larger than a
+    small object"""
     faults: Literal["error", "skip"] = "skip"
-    """what to do with a file that cannot be read: skip it, list it at the end and end with status 3, or stop"""
+    """what to do with a file that cannot be read. skip: leave it out, list it at the end and exit with status 3. error:
+    stop."""
     max_pixels: int | None = None
     """largest number of pixels (width times height) of an image; a larger one is refused before it is decoded; None:
     100,000,000, and 400,000,000 with --tile"""
@@ -115,7 +118,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.ckpt.is_dir():
         check_detects(arguments.ckpt, checkpoint.load_run_config(arguments.ckpt))
     labels = _labels(arguments.classes, model.class_names)
-    files, notes = list_given(arguments.images, recursive=arguments.recursive)
+    files, notes = list_given(
+        arguments.images,
+        recursive=arguments.recursive,
+        written=image_folders(arguments.out, pictures=arguments.pictures, crops=arguments.crops),
+    )
     for note in notes:
         logger.warning("%s", note)
     if arguments.tile is not None:
@@ -167,8 +174,11 @@ class _UnreadableFiles:
         self.count += 1
         if len(self.first) < LISTED:
             self.first.append(str(error))
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"{error}\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"{error}\n")
+        except OSError as failed:
+            raise InputError(f"{self._path} cannot be written: {failed.strerror or failed}") from failed
 
     def __bool__(self) -> bool:
         return self.count > 0
@@ -207,6 +217,8 @@ def _detect(
                 pixels = work.pixels()
             except InputError as error:
                 return error
+            if pixels.shape[:2] != one.image_hw:
+                return InputError(f"{work.path}: the image was changed while it was read")
         result = Result(
             work.id,
             absolute(work.path),
@@ -259,7 +271,7 @@ def _works(files: Sequence[GivenFile], done: set[str], max_pixels: int) -> Itera
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         return stamp_of(path)
-    except OSError:  # who reads the file says what is wrong
+    except OSError:  # reading it reports the error later
         return 0, 0
 
 
