@@ -41,6 +41,7 @@ class ExportedDetector:
       class_names: label k is `class_names[k - 1]`.
       canvas: (height, width) of the arrays that `__call__` takes, and so the size of the largest image.
       platforms: what the programs were lowered for: "cpu", "cuda", "tpu".
+      network_canvases: (height, width) of each canvas of the network; each has a program.
       digest: SHA-256 of the manifest, which holds those of the weights and of the programs.
       manifest: everything that the file says of itself.
     """
@@ -52,6 +53,7 @@ class ExportedDetector:
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.canvas: Size = _size(manifest["canvas"])
         self.platforms: tuple[str, ...] = tuple(manifest["platforms"])
+        self.network_canvases: tuple[Size, ...] = tuple(programs)
         self._weights, self._programs = weights, programs
         self._compiled: dict[Size, Callable] = {}
 
@@ -83,7 +85,7 @@ class ExportedDetector:
         if not len(images):
             raise ValueError("there is no image in the batch")
         for row, size in enumerate(sizes):
-            self._check_size(_size(size), f"image {row}", smallest=0)
+            self.check_size(_size(size), f"image {row}", smallest=0)
         sizes = sizes.astype(np.int32)
         rows: dict[Size, list[int]] = {}
         for row, size in enumerate(sizes):
@@ -117,7 +119,7 @@ class ExportedDetector:
                 raise ValueError(
                     f"image {position} must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
                 )
-            self._check_size(_size(image.shape), f"image {position}", smallest=1)
+            self.check_size(_size(image.shape), f"image {position}", smallest=1)
             positions.setdefault(self.network_canvas(_size(image.shape)), []).append(position)
         found: dict[int, Found] = {}
         for canvas, listed in positions.items():
@@ -156,7 +158,8 @@ class ExportedDetector:
             self._compiled[network_canvas] = jax.jit(self._programs[network_canvas].call)
         return self._compiled[network_canvas](self._weights, images, sizes)
 
-    def _check_size(self, size: Size, name: str, *, smallest: int) -> None:
+    def check_size(self, size: Size, name: str, *, smallest: int) -> None:
+        """Raises ValueError, with what to do, if an image has a side below `smallest` or is larger than `canvas`."""
         (height, width), most = size, self.canvas
         if min(size) < smallest:
             raise ValueError(f"{name} is {height} x {width} pixels (height x width), which is no size of an image")

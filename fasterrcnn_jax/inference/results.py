@@ -392,17 +392,27 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def _line(result: Result, class_names: tuple[str, ...]) -> bytes:
-    boxes, scores, labels = result.detections
-    height, width = result.image_hw
     content: dict[str, Any] = {"image": result.id, "file": result.file, "stamp": result.stamp}
     if result.frame is not None:
         content |= {"frame": result.frame, "time": result.time}
-    content |= {"width": width, "height": height}
-    content["boxes"] = [list(map(shortest, box)) for box in boxes]
-    content["scores"] = list(map(shortest, scores))
-    content["labels"] = labels.tolist()
-    content["class_names"] = [class_names[label - 1] for label in labels]
+    content |= json_fields(result.image_hw, result.detections, class_names)
     return json.dumps(content, allow_nan=False).encode() + b"\n"
+
+
+def json_fields(
+    image_hw: tuple[int, int], detections: ImageDetections, class_names: Sequence[str]
+) -> dict[str, int | list[Any]]:
+    """Returns the size of an image and its detections as values for JSON, with the names of detections.jsonl."""
+    boxes, scores, labels = detections
+    height, width = image_hw
+    return {
+        "width": width,
+        "height": height,
+        "boxes": [list(map(shortest, box)) for box in boxes],
+        "scores": list(map(shortest, scores)),
+        "labels": labels.tolist(),
+        "class_names": [class_names[label - 1] for label in labels],
+    }
 
 
 def read_results(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[bytes, Result]]:

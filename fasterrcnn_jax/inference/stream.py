@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.transforms import canvas_for, flip_pixels, to_canvas
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.exported import ExportedDetector
 from fasterrcnn_jax.inference.augmentation import View, merged, views
 from fasterrcnn_jax.inference.dataset import on_devices
 from fasterrcnn_jax.inference.prediction import to_original
@@ -53,7 +55,7 @@ class Drawn(NamedTuple):
     """One part of an image as the network gets it."""
 
     canvas: tuple[int, int]  # parts with equal canvases run in one batch
-    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]  # pixels, image_hw and scale, without the axis of the batch
+    arrays: tuple[np.ndarray, ...]  # what the runner's `detect` needs, without the axis of the batch
     original_hw: tuple[int, int]  # of the part
 
 
@@ -70,7 +72,7 @@ class ModelRunner:
         self._detect = on_devices(detect, implementation, devices)
 
     def draw(self, pixels: Pixels, view: View) -> Drawn:
-        """Returns a part of an image in one of `views`; called in threads."""
+        """Returns a part of an image in one of `views`: pixels, image_hw and scale; called in threads."""
         canvas = canvas_for(pixels.shape[:2], view.image)
         given = flip_pixels(pixels) if view.flipped else pixels
         height, width = pixels.shape[:2]
@@ -95,6 +97,64 @@ class ModelRunner:
             for of, window in zip(found, windows, strict=True)
         ]
         return joined(of_windows, windows, self.config, implementation=self._implementation)
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compiles the programs of all canvases, one after the other, and yields each canvas when it is done."""
+        nothing = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+        self.merged([[nothing] * len(self.views)], windows_of((1, 1), None, 0.0))
+        for view in self.views:
+            for canvas in fitted(view.image.canvases, "model.image.canvases"):
+                whole = np.zeros((*canvas, 3), view.image.pixel_dtype), np.float32(canvas), np.ones(2, np.float32)
+                self.detect([Drawn(canvas, whole, canvas)])
+                yield canvas
+
+
+class ExportedRunner:
+    """Runs an exported detector on one device, in place of a `ModelRunner`. Images are not cut into windows."""
+
+    def __init__(self, detector: ExportedDetector, *, batch_size: int):
+        self.rows, self.views = batch_size, (None,)
+        self._detector = detector
+
+    def draw(self, pixels: Pixels, view: None) -> Drawn:
+        """Returns an image on the canvas of the file: pixels and size; called in threads.
+
+        Raises:
+          InputError: the image is larger than the canvas.
+        """
+        height, width = pixels.shape[:2]
+        try:
+            self._detector.check_size((height, width), "the image", smallest=1)
+        except ValueError as error:
+            raise InputError(error) from None
+        whole = np.zeros((*self._detector.canvas, 3), np.uint8)
+        whole[:height, :width] = pixels
+        arrays = whole, np.array([height, width], np.int32)
+        return Drawn(self._detector.network_canvas((height, width)), arrays, (height, width))
+
+    def detect(self, parts: list[Drawn]) -> list[ImageDetections]:
+        """Returns the detections in at most `rows` images of one canvas of the network, in pixels of each image."""
+        pixels = np.zeros((self.rows, *parts[0].arrays[0].shape), np.uint8)
+        # An image of size zero has no detections.
+        sizes = np.zeros((self.rows, 2), np.int32)
+        for row, part in enumerate(parts):
+            pixels[row], sizes[row] = part.arrays
+        found = jax.device_get(self._detector.on_canvas(parts[0].canvas, pixels, sizes))
+        columns = found["boxes"], found["scores"], found["labels"]
+        valid = found["valid"]
+        return [ImageDetections(*(values[row][valid[row]] for values in columns)) for row in range(len(parts))]
+
+    def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
+        """Returns the detections of an image, which has one view and one window."""
+        ((whole,),) = found
+        return whole
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compiles the programs of all canvases of the network and yields each canvas when it is done."""
+        for canvas in self._detector.network_canvases:
+            nothing = np.zeros((*self._detector.canvas, 3), np.uint8), np.zeros(2, np.int32)
+            self.detect([Drawn(canvas, nothing, (0, 0))])
+            yield canvas
 
 
 class _Open:

@@ -1,0 +1,349 @@
+"""A detector as an HTTP service: POST an image, get its detections as JSON.
+
+python examples/serve.py runs/shapes --port 8000
+curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict
+curl -F file=@image.jpg http://127.0.0.1:8000/predict
+
+The model is a run folder, a weights file, or a file of `fasterrcnn-jax export`. The answer has the names of
+detections.jsonl: width, height, boxes (x1, y1, x2, y2 in pixels), scores, labels, class_names. GET /health says that
+the process works, /ready that all canvases are compiled, and /metrics has numbers for Prometheus. After SIGTERM the
+service accepts no connection, answers what is queued, and exits with status 0.
+
+One process uses all devices. There is no TLS and no authentication. pip install 'fasterrcnn_jax[serve]'
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import prometheus_client as prometheus  # pyright: ignore[reportMissingImports]
+import uvicorn  # pyright: ignore[reportMissingImports]
+from starlette.applications import Starlette  # pyright: ignore[reportMissingImports]
+from starlette.datastructures import UploadFile  # pyright: ignore[reportMissingImports]
+from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
+from starlette.requests import ClientDisconnect, Request  # pyright: ignore[reportMissingImports]
+from starlette.responses import JSONResponse, Response  # pyright: ignore[reportMissingImports]
+from starlette.routing import Route  # pyright: ignore[reportMissingImports]
+
+import fasterrcnn_jax
+from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.data.images import read_image
+from fasterrcnn_jax.data.records import StoredImage
+from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.exported import is_exported, load_exported
+from fasterrcnn_jax.inference.results import json_fields
+from fasterrcnn_jax.inference.stream import Drawn, ExportedRunner, ModelRunner, core_count
+from fasterrcnn_jax.inference.tiling import windows_of
+
+logger = logging.getLogger("uvicorn.error")
+AGAIN = {"Retry-After": "1"}
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request. Its work is left out as soon as nobody waits for the answer."""
+
+    wanted: bool = True
+
+
+@dataclasses.dataclass(eq=False)
+class Part:
+    """A part of an image that waits for the device."""
+
+    asked: Asked
+    drawn: Drawn
+    since: float
+    found: asyncio.Future
+
+
+class Batches:
+    """Runs batches of the parts that wait, one after the other, in a thread of its own.
+
+    The part that has waited longest decides the canvas, so that no canvas waits for ever. A batch that is not full
+    starts when this part has waited for `wait` seconds.
+    """
+
+    def __init__(self, runner, wait, registry):
+        self._runner, self._wait = runner, wait
+        self._waiting, self._arrived = [], asyncio.Event()
+        self._device = ThreadPoolExecutor(1, "device")
+        options = dict(registry=registry, buckets=[2**k for k in range(runner.rows.bit_length())])
+        self._images = prometheus.Histogram("detector_batch_images", "Images in a batch", **options)
+        self._seconds = prometheus.Histogram("detector_batch_seconds", "Time of a batch", registry=registry)
+
+    async def detect(self, asked, drawn):
+        """Returns the detections in a part; is cancelled if nobody wants them any more."""
+        loop = asyncio.get_running_loop()
+        part = Part(asked, drawn, loop.time(), loop.create_future())
+        self._waiting.append(part)
+        self._arrived.set()
+        return await part.found
+
+    async def in_thread(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self._device, function, *arguments)
+
+    async def run(self):
+        while True:
+            batch = await self._next()
+            self._images.observe(len(batch))
+            try:
+                with self._seconds.time():
+                    found = await self.in_thread(self._runner.detect, [part.drawn for part in batch])
+            except Exception as error:  # such as too little memory: the next batch may run
+                for part in batch:
+                    part.found.set_exception(error)
+            else:
+                for part, of in zip(batch, found, strict=True):
+                    part.found.set_result(of)
+
+    async def _next(self):
+        while True:
+            for part in self._waiting:
+                if not part.asked.wanted:
+                    part.found.cancel()
+            self._waiting = [part for part in self._waiting if part.asked.wanted]
+            left = None
+            if self._waiting:
+                first = self._waiting[0]
+                same = [part for part in self._waiting if part.drawn.canvas == first.drawn.canvas]
+                left = first.since + self._wait - asyncio.get_running_loop().time()
+                if len(same) >= self._runner.rows or left <= 0:
+                    batch = same[: self._runner.rows]
+                    self._waiting = [part for part in self._waiting if part not in batch]
+                    return batch
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left)
+
+
+class Service:
+    """Answers requests. At most `queue` of them are in work: being read, decoded, waiting or detected in."""
+
+    def __init__(self, runner, class_names, *, queue, deadline, max_bytes, max_pixels, batch_wait, threads):
+        self._runner, self._class_names = runner, class_names
+        self._queue, self._deadline = queue, deadline
+        self._max_bytes, self._max_pixels = max_bytes, max_pixels
+        self._decoders = ThreadPoolExecutor(threads, "decoder")
+        self._admitted, self._ready, self.failed, self.stopping = 0, False, False, False
+        self._registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        self._batches = Batches(runner, batch_wait, registry)
+        self._answers = prometheus.Counter("detector_answers", "Answers of /predict", ["status"], registry=registry)
+        self._seconds = prometheus.Histogram("detector_answer_seconds", "Time of an answer 200", registry=registry)
+        admitted = prometheus.Gauge("detector_admitted", "Requests in work", registry=registry)
+        admitted.set_function(lambda: self._admitted)
+        self.application = Starlette(
+            routes=[
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/health", self._say_healthy),
+                Route("/ready", self._say_ready),
+                Route("/metrics", self._say_metrics),
+            ],
+            exception_handlers={HTTPException: self._refuse},
+            lifespan=self._running,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _running(self, application):
+        work = asyncio.create_task(self._run())
+        yield
+        self.stopping = True
+        work.cancel()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self):
+        try:
+            await self._batches.in_thread(self._warm_up)
+            self._ready = True
+            await self._batches.run()
+        except Exception:
+            logger.exception("the detector cannot go on")
+            self.failed = True
+
+    def _warm_up(self):
+        for canvas in self._runner.warm_up():
+            logger.info("compiled canvas %d x %d", *canvas)
+            if self.stopping:
+                return
+
+    def _json(self, content, status=200, headers=None):
+        # While it stops, the next request on this connection would find it closed.
+        closing = {"Connection": "close"} if self.stopping else {}
+        return JSONResponse(content, status, {**(headers or {}), **closing})
+
+    async def _refuse(self, request, error):
+        return self._json({"error": error.detail}, error.status_code, error.headers)
+
+    async def _say_healthy(self, request):
+        return self._json({"status": "failed"}, 500) if self.failed else self._json({"status": "ok"})
+
+    async def _say_ready(self, request):
+        self._check_ready()
+        return self._json({"status": "ready"})
+
+    async def _say_metrics(self, request):
+        return Response(prometheus.generate_latest(self._registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    def _check_ready(self):
+        if not self._ready or self.stopping:
+            reason = "it stops" if self.stopping else "it compiles its programs"
+            raise HTTPException(503, f"the service is not ready: {reason}", AGAIN)
+
+    async def _predict(self, request):
+        began, status = asyncio.get_running_loop().time(), 500
+        try:
+            answer = await self._answer(request, began + self._deadline)
+            status = 200
+            self._seconds.observe(asyncio.get_running_loop().time() - began)
+            return self._json(answer)
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except ClientDisconnect:
+            status = 499  # for the metrics: nobody reads it
+            return Response(status_code=status)
+        except Exception:
+            logger.exception("a detection failed")
+            return self._json({"error": "the detection failed; the log of the service says why"}, 500)
+        finally:
+            self._answers.labels(status).inc()
+
+    async def _answer(self, request, deadline):
+        if not self.stopping:  # what came before the stop is answered
+            self._check_ready()
+        if self._admitted >= self._queue:
+            raise HTTPException(503, f"{self._queue} requests are in work, as many as are allowed; try again", AGAIN)
+        self._admitted += 1
+        asked, tasks = Asked(), []
+        try:
+            async with asyncio.timeout_at(deadline):
+                content = await self._read(request)
+            tasks = [asyncio.create_task(work) for work in (self._detect(asked, content), self._gone(request))]
+            left = deadline - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise HTTPException(503, f"no detections within {self._deadline:g} seconds; try again", AGAIN)
+            return (tasks[0] if tasks[0] in done else tasks[1]).result()
+        except TimeoutError:
+            late = f"the body did not arrive within {self._deadline:g} seconds"
+            raise HTTPException(408, late, {"Connection": "close"}) from None
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
+        finally:
+            asked.wanted = False
+            if tasks:
+                tasks[1].cancel()
+                # A thread may still decode: the place in the queue is free when the thread is.
+                tasks[0].add_done_callback(self._leave)
+            else:
+                self._admitted -= 1
+
+    def _leave(self, work):
+        self._admitted -= 1
+        if not work.cancelled():
+            work.exception()  # nobody may wait for it, and asyncio would log it
+
+    async def _gone(self, request):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnect
+
+    async def _read(self, request):
+        """Returns the bytes of the image: the body, or the file in a form."""
+        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind not in ("", "application/octet-stream", "multipart/form-data") and not kind.startswith("image/"):
+            known = "image/..., application/octet-stream or multipart/form-data"
+            raise HTTPException(415, f"Content-Type must be {known}, got {kind[:80]!r}")
+        too_large = HTTPException(413, f"the body has more than {self._max_bytes:,} bytes, which is the limit")
+        if int(request.headers.get("Content-Length", 0)) > self._max_bytes:
+            raise too_large
+        size = 0
+
+        async def receive():
+            nonlocal size
+            message = await request.receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise too_large
+            return message
+
+        limited = Request(request.scope, receive)
+        if kind != "multipart/form-data":
+            return await limited.body()
+        async with limited.form(max_files=1, max_fields=9) as form:
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            if not files:
+                raise HTTPException(400, "the form has no file, or its end is missing")
+            return await files[0].read()
+
+    async def _detect(self, asked, content):
+        run = asyncio.get_running_loop().run_in_executor
+        image_hw, parts = await run(self._decoders, self._draw, asked, content)
+        found = await asyncio.gather(*(self._batches.detect(asked, part) for part in parts))
+        merged = await run(self._decoders, self._runner.merged, [found], windows_of(image_hw, None, 0.0))
+        return json_fields(image_hw, merged, self._class_names)
+
+    def _draw(self, asked, content):
+        """Returns the size of an image and its parts on their canvases; called in threads."""
+        if not asked.wanted:
+            raise InputError("nobody waits for the image")
+        pixels = read_image(StoredImage("the upload", lambda: content), upright=True, max_pixels=self._max_pixels)
+        return pixels.shape[:2], [self._runner.draw(pixels, view) for view in self._runner.views]
+
+
+class Server(uvicorn.Server):
+    """A server that stops if its service fails, and tells the service that it stops."""
+
+    def __init__(self, service, **options):
+        # h11 limits the head of a request to 64 kB.
+        super().__init__(uvicorn.Config(service.application, http="h11", ws="none", access_log=False, **options))
+        self._service = service
+
+    async def on_tick(self, counter):
+        self.should_exit |= self._service.failed
+        self._service.stopping = self.should_exit
+        return await super().on_tick(counter)
+
+
+def load_runner(path, batch_size):
+    """Returns what runs the detector in a run folder or file, and its class names."""
+    if is_exported(path):
+        detector = load_exported(path)
+        return ExportedRunner(detector, batch_size=batch_size), detector.class_names
+    model = fasterrcnn_jax.load(path)
+    return ModelRunner(model, batch_size=batch_size), model.class_names
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="run folder, weights file, or file of fasterrcnn-jax export")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one, which the log names")
+    parser.add_argument("--batch_size", type=int, default=1, help="images that each device detects in at once")
+    parser.add_argument("--batch_wait", type=float, default=0.005, help="seconds that a batch waits until it is full")
+    parser.add_argument("--queue", type=int, default=32, help="requests in work; more get status 503")
+    parser.add_argument("--deadline", type=float, default=10.0, help="seconds until a request gets status 503")
+    parser.add_argument("--max_bytes", type=int, default=20_000_000, help="largest body of a request")
+    parser.add_argument("--max_pixels", type=int, default=DataConfig.max_pixels, help="largest image")
+    parser.add_argument("--threads", type=int, default=core_count(), help="threads that decode and resize")
+    options = vars(parser.parse_args(argv))
+    for name in ("batch_size", "queue", "deadline", "max_bytes", "max_pixels", "threads"):
+        if options[name] <= 0:
+            parser.error(f"--{name} must be positive, got {options[name]}")
+    path, host, port, batch_size = (options.pop(name) for name in ("model", "host", "port", "batch_size"))
+    # uvicorn raises the signal again after it has stopped; without this the exit status would be that of a kill.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    service = Service(*load_runner(path, batch_size), **options)
+    Server(service, host=host, port=port, timeout_graceful_shutdown=math.ceil(options["deadline"]) + 1).run()
+    sys.exit(1)  # no signal has stopped it
+
+
+if __name__ == "__main__":
+    main()
