@@ -95,12 +95,12 @@ class Batches:
             try:
                 with self._seconds.time():
                     found = await self.in_thread(self._runner.detect, [part.drawn for part in batch])
-            except Exception as error:  # such as too little memory: the next batch may run
-                for part in batch:
-                    part.found.set_exception(error)
-            else:
                 for part, of in zip(batch, found, strict=True):
                     part.found.set_result(of)
+            except Exception as error:  # such as too little memory: the next batch may run
+                for part in batch:
+                    if not part.found.done():
+                        part.found.set_exception(error)
 
     async def _next(self):
         while True:
@@ -155,6 +155,8 @@ class Service:
         yield
         self.stopping = True
         work.cancel()
+        answered = self._registry.get_sample_value("detector_answers_total", {"status": "200"})
+        logger.info("images answered: %d", answered or 0)
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self):
@@ -340,7 +342,10 @@ def main(argv=None):
     # uvicorn raises the signal again after it has stopped; without this the exit status would be that of a kill.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    service = Service(*load_runner(path, batch_size), **options)
+    try:
+        service = Service(*load_runner(path, batch_size), **options)
+    except ValueError as error:  # also InputError
+        parser.error(str(error))
     Server(service, host=host, port=port, timeout_graceful_shutdown=math.ceil(options["deadline"]) + 1).run()
     sys.exit(1)  # no signal has stopped it
 
