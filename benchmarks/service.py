@@ -63,6 +63,7 @@ class ServerProcess:
         self.process.terminate()
         status = self.process.wait(120)
         self._reader.join(10)
+        self.process.stderr.close()
         return status, sum(int(count) for count in re.findall(r"images answered: (\d+)", "".join(self.log)))
 
 
@@ -82,6 +83,10 @@ class Client:
     def __init__(self, ports):
         self._ports, self._connections = itertools.cycle(ports), {}
         self.again = Counter()  # reasons for which a request was sent again
+
+    def close(self):
+        for connection in self._connections.values():
+            connection.close()
 
     def post(self, content, seconds=300):
         """Returns the status and the answer to an image; tries the servers in turn until one of them answers."""
@@ -126,6 +131,7 @@ def under_load(ports, contents, requests, clients, *, during=lambda sent: None):
             began = time.perf_counter()
             answers[number].append(client.post(contents[number % len(contents)]))
             seconds.append(time.perf_counter() - began)
+        client.close()
         with lock:
             again.update(client.again)
 
@@ -142,7 +148,9 @@ def rolling_stop(commands, contents, *, requests, clients):
     servers = [ServerProcess(command) for command in commands]
     for server in servers:
         server.wait_until_ready()
-    expected = [Client([servers[1].port]).post(content)[1] for content in contents]
+    client = Client([servers[1].port])
+    expected = [client.post(content)[1] for content in contents]
+    client.close()
     stopped = []
     stopping = threading.Thread(target=lambda: stopped.append(servers[0].stop()))
 

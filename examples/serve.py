@@ -20,12 +20,18 @@ import logging
 import math
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import prometheus_client as prometheus  # pyright: ignore[reportMissingImports]
 import uvicorn  # pyright: ignore[reportMissingImports]
+from python_multipart.exceptions import FormParserError  # pyright: ignore[reportMissingImports]
+from python_multipart.multipart import (  # pyright: ignore[reportMissingImports]
+    File,
+    FormParser,
+    parse_options_header,
+)
 from starlette.applications import Starlette  # pyright: ignore[reportMissingImports]
-from starlette.datastructures import UploadFile  # pyright: ignore[reportMissingImports]
 from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
 from starlette.requests import ClientDisconnect, Request  # pyright: ignore[reportMissingImports]
 from starlette.responses import JSONResponse, Response  # pyright: ignore[reportMissingImports]
@@ -43,6 +49,38 @@ from fasterrcnn_jax.inference.tiling import windows_of
 
 logger = logging.getLogger("uvicorn.error")
 AGAIN = {"Retry-After": "1"}
+FORM = "multipart/form-data"
+MOST_PARTS = 9  # of a form
+
+
+def kind_of(request):
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def file_in_form(content_type, content):
+    """Returns the bytes of the file in a form.
+
+    Raises:
+      HTTPException: the content is no form, or it does not have one file.
+    """
+    parts = []
+
+    def keep(part):
+        parts.append(part)
+        if len(parts) > MOST_PARTS:
+            raise FormParserError(f"it has more than {MOST_PARTS} parts")
+
+    try:
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        parser = FormParser(FORM, keep, keep, boundary=boundary, config={"MAX_MEMORY_FILE_SIZE": math.inf})
+        parser.write(content)
+        parser.finalize()
+    except FormParserError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
+    files = [part for part in parts if isinstance(part, File)]
+    if len(files) != 1:
+        raise HTTPException(400, f"the form must have one whole file, got {len(files)}")
+    return files[0].file_object.getvalue()
 
 
 @dataclasses.dataclass
@@ -226,7 +264,7 @@ class Service:
         try:
             async with asyncio.timeout_at(deadline):
                 content = await self._read(request)
-            tasks = [asyncio.create_task(work) for work in (self._detect(asked, content), self._gone(request))]
+            tasks = [asyncio.create_task(work) for work in (self._detect(asked, request, content), self._gone(request))]
             left = deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not done:
@@ -257,10 +295,10 @@ class Service:
         raise ClientDisconnect
 
     async def _read(self, request):
-        """Returns the bytes of the image: the body, or the file in a form."""
-        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind not in ("", "application/octet-stream", "multipart/form-data") and not kind.startswith("image/"):
-            known = "image/..., application/octet-stream or multipart/form-data"
+        """Returns the body."""
+        kind = kind_of(request)
+        if kind not in ("", "application/octet-stream", FORM) and not kind.startswith("image/"):
+            known = f"image/..., application/octet-stream or {FORM}"
             raise HTTPException(415, f"Content-Type must be {known}, got {kind[:80]!r}")
         too_large = HTTPException(413, f"the body has more than {self._max_bytes:,} bytes, which is the limit")
         if int(request.headers.get("Content-Length", 0)) > self._max_bytes:
@@ -275,26 +313,21 @@ class Service:
                 raise too_large
             return message
 
-        limited = Request(request.scope, receive)
-        if kind != "multipart/form-data":
-            return await limited.body()
-        async with limited.form(max_files=1, max_fields=9) as form:
-            files = [value for value in form.values() if isinstance(value, UploadFile)]
-            if not files:
-                raise HTTPException(400, "the form has no file, or its end is missing")
-            return await files[0].read()
+        return await Request(request.scope, receive).body()
 
-    async def _detect(self, asked, content):
+    async def _detect(self, asked, request, content):
         run = asyncio.get_running_loop().run_in_executor
-        image_hw, parts = await run(self._decoders, self._draw, asked, content)
+        image_hw, parts = await run(self._decoders, self._draw, asked, request, content)
         found = await asyncio.gather(*(self._batches.detect(asked, part) for part in parts))
         merged = await run(self._decoders, self._runner.merged, [found], windows_of(image_hw, None, 0.0))
         return json_fields(image_hw, merged, self._class_names)
 
-    def _draw(self, asked, content):
+    def _draw(self, asked, request, content):
         """Returns the size of an image and its parts on their canvases; called in threads."""
         if not asked.wanted:
             raise InputError("nobody waits for the image")
+        if kind_of(request) == FORM:
+            content = file_in_form(request.headers["Content-Type"], content)
         pixels = read_image(StoredImage("the upload", lambda: content), upright=True, max_pixels=self._max_pixels)
         return pixels.shape[:2], [self._runner.draw(pixels, view) for view in self._runner.views]
 
@@ -339,6 +372,8 @@ def main(argv=None):
         if options[name] <= 0:
             parser.error(f"--{name} must be positive, got {options[name]}")
     path, host, port, batch_size = (options.pop(name) for name in ("model", "host", "port", "batch_size"))
+    # Python keeps the text of each warning, and an upload can make Pillow warn in any number of texts.
+    warnings.filterwarnings("ignore", module="PIL")
     # uvicorn raises the signal again after it has stopped; without this the exit status would be that of a kill.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
