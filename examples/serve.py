@@ -80,7 +80,8 @@ def file_in_form(content_type, content):
     files = [part for part in parts if isinstance(part, File)]
     if len(files) != 1:
         raise HTTPException(400, f"the form must have one whole file, got {len(files)}")
-    return files[0].file_object.getvalue()
+    files[0].file_object.seek(0)
+    return files[0].file_object.read()
 
 
 @dataclasses.dataclass
@@ -111,8 +112,8 @@ class Batches:
         self._runner, self._wait = runner, wait
         self._waiting, self._arrived = [], asyncio.Event()
         self._device = ThreadPoolExecutor(1, "device")
-        options = dict(registry=registry, buckets=[2**k for k in range(runner.rows.bit_length())])
-        self._images = prometheus.Histogram("detector_batch_images", "Images in a batch", **options)
+        sizes = [2**k for k in range(runner.rows.bit_length())]
+        self._images = prometheus.Histogram("detector_batch_images", "Images in it", registry=registry, buckets=sizes)
         self._seconds = prometheus.Histogram("detector_batch_seconds", "Time of a batch", registry=registry)
 
     async def detect(self, asked, drawn):

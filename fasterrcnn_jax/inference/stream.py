@@ -104,7 +104,8 @@ class ModelRunner:
         self.merged([[nothing] * len(self.views)], windows_of((1, 1), None, 0.0))
         for view in self.views:
             for canvas in fitted(view.image.canvases, "model.image.canvases"):
-                whole = np.zeros((*canvas, 3), view.image.pixel_dtype), np.float32(canvas), np.ones(2, np.float32)
+                pixels = np.zeros((*canvas, 3), view.image.pixel_dtype)
+                whole = pixels, np.asarray(canvas, np.float32), np.ones(2, np.float32)
                 self.detect([Drawn(canvas, whole, canvas)])
                 yield canvas
 
