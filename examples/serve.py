@@ -225,16 +225,17 @@ class Service:
         return self._json({"status": "failed"}, 500) if self.failed else self._json({"status": "ok"})
 
     async def _say_ready(self, request):
-        self._check_ready()
+        if self.stopping:
+            raise HTTPException(503, "the service stops", AGAIN)
+        self._check_compiled()
         return self._json({"status": "ready"})
 
     async def _say_metrics(self, request):
         return Response(prometheus.generate_latest(self._registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    def _check_ready(self):
-        if not self._ready or self.stopping:
-            reason = "it stops" if self.stopping else "it compiles its programs"
-            raise HTTPException(503, f"the service is not ready: {reason}", AGAIN)
+    def _check_compiled(self):
+        if not self._ready:
+            raise HTTPException(503, "the service is not ready: it compiles its programs", AGAIN)
 
     async def _predict(self, request):
         began, status = asyncio.get_running_loop().time(), 500
@@ -256,8 +257,7 @@ class Service:
             self._answers.labels(status).inc()
 
     async def _answer(self, request, deadline):
-        if not self.stopping:  # what came before the stop is answered
-            self._check_ready()
+        self._check_compiled()
         if self._admitted >= self._queue:
             raise HTTPException(503, f"{self._queue} requests are in work, as many as are allowed; try again", AGAIN)
         self._admitted += 1
@@ -268,9 +268,11 @@ class Service:
             tasks = [asyncio.create_task(work) for work in (self._detect(asked, request, content), self._gone(request))]
             left = deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                raise HTTPException(503, f"no detections within {self._deadline:g} seconds; try again", AGAIN)
-            return (tasks[0] if tasks[0] in done else tasks[1]).result()
+            if tasks[0] in done:
+                return tasks[0].result()
+            if done:
+                raise ClientDisconnect
+            raise HTTPException(503, f"no detections within {self._deadline:g} seconds; try again", AGAIN)
         except TimeoutError:
             late = f"the body did not arrive within {self._deadline:g} seconds"
             raise HTTPException(408, late, {"Connection": "close"}) from None
@@ -293,7 +295,6 @@ class Service:
     async def _gone(self, request):
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        raise ClientDisconnect
 
     async def _read(self, request):
         """Returns the body."""

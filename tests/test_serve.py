@@ -144,9 +144,10 @@ def metric(service, name):
 
 
 def test_answers_are_the_detections_of_a_stream_and_nothing_is_compiled_after_ready(random_weights):
-    """Of two views, on both canvases: the image and its mirror image."""
+    """Of two views: the image and its mirror image. Of one canvas: each takes a compilation."""
     model = tiny.quick_model(random_weights)[0]
-    model.config = dataclasses.replace(model.config, test_augment=TtaConfig(flip=True))
+    image = dataclasses.replace(tiny.IMAGE, canvases=((96, 96),))
+    model.config = dataclasses.replace(model.config, image=image, test_augment=TtaConfig(flip=True))
     turned = Image.Exif()
     turned[0x0112] = 6
     images = {
