@@ -12,6 +12,7 @@ often than that. The exit status is 1 if this does not hold.
 """
 
 import argparse
+import contextlib
 import http.client
 import itertools
 import json
@@ -57,6 +58,11 @@ class ServerProcess:
     def resident_megabytes(self):
         text = get(self.port, "/metrics")[1].decode()
         return float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)[1]) / 1e6
+
+    def kill(self):
+        """Ends the process, if it runs."""
+        self.process.kill()
+        self.process.wait(60)
 
     def stop(self):
         """Returns the exit status after SIGTERM, and the number of images that were answered."""
@@ -145,9 +151,17 @@ def under_load(ports, contents, requests, clients, *, during=lambda sent: None):
 
 def rolling_stop(commands, contents, *, requests, clients):
     """Returns what happens to requests while the first of two servers stops; `lost` and `wrong` must be 0."""
-    servers = [ServerProcess(command) for command in commands]
-    for server in servers:
-        server.wait_until_ready()
+    with contextlib.ExitStack() as running:
+        servers = []
+        for command in commands:
+            servers.append(ServerProcess(command))
+            running.callback(servers[-1].kill)
+        for server in servers:
+            server.wait_until_ready()
+        return _rolling_stop(servers, contents, requests, clients)
+
+
+def _rolling_stop(servers, contents, requests, clients):
     client = Client([servers[1].port])
     expected = [client.post(content)[1] for content in contents]
     client.close()
@@ -184,6 +198,7 @@ def row(name, seconds, took):
         "side": name,
         "p50_ms": 1e3 * statistics.median(seconds),
         "p99_ms": 1e3 * percentile(seconds, 0.99),
+        "longest_ms": 1e3 * max(seconds),
         "images_per_second": len(seconds) / took,
     }
 
@@ -198,6 +213,27 @@ def loop(model, paths, requests):
         fasterrcnn_jax.predict(model, paths[number % len(paths)])
         seconds.append(time.perf_counter() - start)
     return row("predict in a loop", seconds, time.perf_counter() - began)
+
+
+def loads(model, servers, paths, contents, arguments):
+    """Returns the rows of the loop and of each load, and the memory of each server before and after them."""
+    for server in servers.values():
+        server.wait_until_ready()
+    rows, memory = [], {batch_size: [server.resident_megabytes()] for batch_size, server in servers.items()}
+    for _ in range(arguments.rounds):
+        rows.append(loop(model, paths, arguments.requests))
+        for clients in arguments.clients:
+            for batch_size, server in servers.items():
+                began = time.perf_counter()
+                answers, seconds, again = under_load([server.port], contents, arguments.requests, clients)
+                others = [of for of in answers if len(of) != 1 or of[0][0] != 200]
+                if others:
+                    raise RuntimeError(f"{len(others)} requests without an answer 200, the first of them: {others[0]}")
+                name = f"service, batch size {batch_size}, {clients} clients"
+                rows.append(row(name, seconds, time.perf_counter() - began) | {"sent_again": dict(again)})
+                memory[batch_size].append(server.resident_megabytes())
+                print(rows[-1], flush=True)
+    return rows, memory
 
 
 def main(argv=None):
@@ -220,22 +256,14 @@ def main(argv=None):
 
     model = fasterrcnn_jax.load(arguments.model)
     loop(model, paths, len(paths))  # compiles
-    servers = {batch_size: ServerProcess(command(batch_size)) for batch_size in arguments.batch_sizes}
-    for server in servers.values():
-        server.wait_until_ready()
-    rows, memory = [], {batch_size: [server.resident_megabytes()] for batch_size, server in servers.items()}
-    for _ in range(arguments.rounds):
-        rows.append(loop(model, paths, arguments.requests))
-        for clients in arguments.clients:
-            for batch_size, server in servers.items():
-                began = time.perf_counter()
-                _, seconds, again = under_load([server.port], contents, arguments.requests, clients)
-                name = f"service, batch size {batch_size}, {clients} clients"
-                rows.append(row(name, seconds, time.perf_counter() - began) | {"sent_again": dict(again)})
-                memory[batch_size].append(server.resident_megabytes())
-                print(rows[-1], flush=True)
-    for server in servers.values():
-        server.stop()
+    with contextlib.ExitStack() as running:
+        servers = {}
+        for batch_size in arguments.batch_sizes:
+            servers[batch_size] = ServerProcess(command(batch_size))
+            running.callback(servers[batch_size].kill)
+        rows, memory = loads(model, servers, paths, contents, arguments)
+        for server in servers.values():
+            server.stop()
     rolling = rolling_stop([command(1), command(1)], contents, requests=arguments.requests, clients=8)
     print("| side | p50 ms | p99 ms | images/s |\n|---|---|---|---|")
     for one in rows:

@@ -35,4 +35,6 @@ def main(run, path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/predict_in_a_pipeline.py RUN IMAGE")
     main(*sys.argv[1:])

@@ -55,4 +55,6 @@ def main(run: str | Path, path: str | Path, out: str | Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python examples/saliency.py RUN IMAGE OUT")
     main(*sys.argv[1:])

@@ -61,7 +61,7 @@ def file_in_form(content_type, content):
     """Returns the bytes of the file in a form.
 
     Raises:
-      HTTPException: the content is no form, or it does not have one file.
+      HTTPException: the content is not a form, or it does not contain one file.
     """
     parts = []
 
@@ -79,14 +79,14 @@ def file_in_form(content_type, content):
         raise HTTPException(400, f"the form cannot be read: {error}") from None
     files = [part for part in parts if isinstance(part, File)]
     if len(files) != 1:
-        raise HTTPException(400, f"the form must have one whole file, got {len(files)}")
+        raise HTTPException(400, f"the form must contain exactly one complete file, got {len(files)}")
     files[0].file_object.seek(0)
     return files[0].file_object.read()
 
 
 @dataclasses.dataclass
 class Asked:
-    """A request. Its work is left out as soon as nobody waits for the answer."""
+    """A request. The service skips its work when no client waits for the answer."""
 
     wanted: bool = True
 
@@ -117,7 +117,7 @@ class Batches:
         self._seconds = prometheus.Histogram("detector_batch_seconds", "Time of a batch", registry=registry)
 
     async def detect(self, asked, drawn):
-        """Returns the detections in a part; is cancelled if nobody wants them any more."""
+        """Returns the detections in a part; is cancelled when the client has left or the deadline has passed."""
         loop = asyncio.get_running_loop()
         part = Part(asked, drawn, loop.time(), loop.create_future())
         self._waiting.append(part)
@@ -162,7 +162,7 @@ class Batches:
 
 
 class Service:
-    """Answers requests. At most `queue` of them are in work: being read, decoded, waiting or detected in."""
+    """Answers requests. At most `queue` are admitted at a time, from reading the body to the answer."""
 
     def __init__(self, runner, class_names, *, queue, deadline, max_bytes, max_pixels, batch_wait, threads):
         self._runner, self._class_names = runner, class_names
@@ -226,7 +226,7 @@ class Service:
 
     async def _say_ready(self, request):
         if self.stopping:
-            raise HTTPException(503, "the service stops", AGAIN)
+            raise HTTPException(503, "the service is shutting down", AGAIN)
         self._check_compiled()
         return self._json({"status": "ready"})
 
@@ -259,12 +259,16 @@ class Service:
     async def _answer(self, request, deadline):
         self._check_compiled()
         if self._admitted >= self._queue:
-            raise HTTPException(503, f"{self._queue} requests are in work, as many as are allowed; try again", AGAIN)
+            raise HTTPException(503, f"the queue is full ({self._queue} requests); try again", AGAIN)
         self._admitted += 1
         asked, tasks = Asked(), []
         try:
-            async with asyncio.timeout_at(deadline):
-                content = await self._read(request)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    content = await self._read(request)
+            except TimeoutError:
+                late = f"the body did not arrive within {self._deadline:g} seconds"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             tasks = [asyncio.create_task(work) for work in (self._detect(asked, request, content), self._gone(request))]
             left = deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -273,11 +277,6 @@ class Service:
             if done:
                 raise ClientDisconnect
             raise HTTPException(503, f"no detections within {self._deadline:g} seconds; try again", AGAIN)
-        except TimeoutError:
-            late = f"the body did not arrive within {self._deadline:g} seconds"
-            raise HTTPException(408, late, {"Connection": "close"}) from None
-        except InputError as error:
-            raise HTTPException(422, str(error)) from None
         finally:
             asked.wanted = False
             if tasks:
@@ -319,7 +318,10 @@ class Service:
 
     async def _detect(self, asked, request, content):
         run = asyncio.get_running_loop().run_in_executor
-        image_hw, parts = await run(self._decoders, self._draw, asked, request, content)
+        try:
+            image_hw, parts = await run(self._decoders, self._draw, asked, request, content)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
         found = await asyncio.gather(*(self._batches.detect(asked, part) for part in parts))
         merged = await run(self._decoders, self._runner.merged, [found], windows_of(image_hw, None, 0.0))
         return json_fields(image_hw, merged, self._class_names)
@@ -371,8 +373,10 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=core_count(), help="threads that decode and resize")
     options = vars(parser.parse_args(argv))
     for name in ("batch_size", "queue", "deadline", "max_bytes", "max_pixels", "threads"):
-        if options[name] <= 0:
-            parser.error(f"--{name} must be positive, got {options[name]}")
+        if not 0 < options[name] < math.inf:
+            parser.error(f"--{name} must be positive and finite, got {options[name]}")
+    if not 0 <= options["batch_wait"] < math.inf:
+        parser.error(f"--batch_wait must be at least 0 and finite, got {options['batch_wait']}")
     path, host, port, batch_size = (options.pop(name) for name in ("model", "host", "port", "batch_size"))
     # Python keeps the text of each warning, and an upload can make Pillow warn in any number of texts.
     warnings.filterwarnings("ignore", module="PIL")

@@ -119,7 +119,7 @@ class ExportedDetector:
                 raise ValueError(
                     f"image {position} must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
                 )
-            self.check_size(_size(image.shape), f"image {position}", smallest=1)
+            self.check_size(_size(image.shape), f"image {position}")
             positions.setdefault(self.network_canvas(_size(image.shape)), []).append(position)
         found: dict[int, Found] = {}
         for canvas, listed in positions.items():
@@ -148,6 +148,11 @@ class ExportedDetector:
         fitting = [canvas for canvas in self._programs if canvas[0] >= height and canvas[1] >= width]
         return min(fitting, key=lambda canvas: canvas[0] * canvas[1])
 
+    def on_device(self, device: Any) -> "ExportedDetector":
+        """Returns the same detector with its weights on one `jax.Device`, which then runs it."""
+        weights = jax.device_put(self._weights, device)
+        return ExportedDetector(self.path, self.manifest, self.digest, weights, self._programs)
+
     def on_canvas(self, network_canvas: Size, images: Any, sizes: Any) -> dict[str, jax.Array]:
         """Returns the same as `__call__`, with all images on one canvas of the network, one of the manifest's.
 
@@ -158,8 +163,8 @@ class ExportedDetector:
             self._compiled[network_canvas] = jax.jit(self._programs[network_canvas].call)
         return self._compiled[network_canvas](self._weights, images, sizes)
 
-    def check_size(self, size: Size, name: str, *, smallest: int) -> None:
-        """Raises ValueError, with what to do, if an image has a side below `smallest` or is larger than `canvas`."""
+    def check_size(self, size: Size, name: str, *, smallest: int = 1) -> None:
+        """Raises ValueError, which calls the image `name`, if a side is below `smallest` or larger than the canvas."""
         (height, width), most = size, self.canvas
         if min(size) < smallest:
             raise ValueError(f"{name} is {height} x {width} pixels (height x width), which is no size of an image")

@@ -197,6 +197,13 @@ def test_load_takes_a_run_its_checkpoints_or_one_of_them(run, model, monkeypatch
     assert checkpoint.run_of(".").samefile(run)
 
 
+def test_a_load_logs_nothing(run, caplog):
+    """The storage would warn that a part without arrays may be damaged: `meta` holds texts alone."""
+    with caplog.at_level("WARNING"):
+        checkpoint.load(run)
+    assert not [record.getMessage() for record in caplog.records]
+
+
 @pytest.mark.parametrize("below", [".", "checkpoints", "checkpoints/1"])
 def test_a_checkpoint_knows_its_run(run, below):
     assert checkpoint.run_of(run / below).samefile(run)

@@ -11,6 +11,7 @@ import tiny
 
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.inference import tiling
 from fasterrcnn_jax.inference.prediction import predict, to_original
 from fasterrcnn_jax.inference.stream import ModelRunner, Unreadable, detect_stream
 from fasterrcnn_jax.inference.tiling import joined, windows_of
@@ -140,17 +141,62 @@ def test_detections_of_windows_are_merged_by_the_nms_of_the_model(model):
     windows = windows_of((96, 160), 64, 0.25)
     parts = []
     for _ in windows:
-        near = rng.uniform(0, 40, (6, 2)) + rng.uniform(0, 3, (6, 2))
-        boxes = np.concatenate([near, near + rng.uniform(8, 24, (6, 2))], axis=1).astype(np.float32)
+        # Away from the borders of the windows, where a box counts as cut.
+        near = rng.uniform(4, 36, (6, 2)) + rng.uniform(0, 3, (6, 2))
+        boxes = np.concatenate([near, near + rng.uniform(8, 22, (6, 2))], axis=1).astype(np.float32)
         parts.append(ImageDetections(boxes, rng.random(6, np.float32), rng.integers(1, 3, 6).astype(np.int32)))
     with tiny.quick_compilation():
-        together = joined(parts, windows, config)
+        together = joined(parts, windows, config.postprocess.nms_threshold)
     boxes = np.concatenate([of.boxes + np.float32([w.x, w.y, w.x, w.y]) for of, w in zip(parts, windows)])
     scores, labels = (np.concatenate([of[field] for of in parts]) for field in (1, 2))
     kept = oracles.greedy_nms(boxes, scores, np.ones(len(scores), bool), iou_threshold=0.4, groups=labels)
     assert len(scores) > len(kept) > 3
     np.testing.assert_array_equal(together.boxes, boxes[kept])
     np.testing.assert_array_equal(together.scores, scores[kept])
+
+
+def in_windows(*boxes_of_windows):
+    """Returns detections of an image of 60 x 100 pixels and its windows, from rows of box, score and label."""
+    windows = windows_of((60, 100), 60, 0.5)
+    assert windows == ((0, 0, 60, 100), (0, 0, 60, 60), (0, 30, 60, 60), (0, 40, 60, 60))
+    parts = []
+    for boxes in (*boxes_of_windows, *[[]] * (4 - len(boxes_of_windows))):
+        rows = np.array(boxes, np.float32).reshape(-1, 6)
+        parts.append(ImageDetections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int32)))
+    return parts, windows
+
+
+def test_a_part_that_a_window_cuts_is_left_out_where_a_better_box_covers_it():
+    """NMS alone keeps all of these boxes: the part is 0.4 of the whole."""
+    whole, part = (50, 10, 75, 40, 0.9, 1), (50, 10, 60, 40, 0.6, 1)
+    with tiny.quick_compilation():
+        for name, parts, windows, kept in (
+            ("covered", *in_windows([whole], [part]), [0.9]),
+            ("covered by the box of a window", *in_windows([], [part], [(20, 10, 45, 40, 0.9, 1)]), [0.9]),
+            ("covered by a part", *in_windows([], [], [], [(0, 9, 35, 40, 0.5, 1), (0, 9, 9, 25, 0.4, 1)]), [0.5]),
+            ("the part is better", *in_windows([(*whole[:4], 0.5, 1)], [part]), [0.6, 0.5]),
+            ("another class", *in_windows([(*whole[:5], 2)], [part]), [0.9, 0.6]),
+            ("nothing covers it", *in_windows([], [part]), [0.6]),
+            ("half of it is covered", *in_windows([(55, 10, 80, 40, 0.9, 1)], [part]), [0.9, 0.6]),
+            # The border of the image cuts what it cuts in every window.
+            ("at the border of the image", *in_windows([(0, 5, 30, 45, 0.9, 1)], [(0, 10, 8, 40, 0.6, 1)]), [0.9, 0.6]),
+            ("inside of a window", *in_windows([(5, 5, 50, 55, 0.9, 1)], [(20, 20, 30, 30, 0.6, 1)]), [0.9, 0.6]),
+        ):  # fmt: skip
+            np.testing.assert_allclose(joined(parts, windows, 0.5).scores, kept, err_msg=name)
+
+
+def test_the_number_of_detections_that_are_compared_is_bounded_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(tiling, "MOST_DETECTIONS", 10)
+    rows = [(5 * number, 10, 5 * number + 4, 20, (number + 1) / 20, 1) for number in range(12)]
+    for count, kept in ((10, 10), (12, 10)):
+        caplog.clear()
+        parts, windows = in_windows(rows[:count])
+        with tiny.quick_compilation():
+            found = joined(parts, windows, 0.5)
+        best = sorted((row[4] for row in rows[:count]), reverse=True)[:kept]
+        np.testing.assert_allclose(found.scores, best)
+        said = "an image of 60 x 100 pixels (height x width) has 12 detections in 4 windows; the 10 best are used"
+        assert [record.getMessage() for record in caplog.records] == [said] * (count > 10)
 
 
 def bright_spots(canvas):
@@ -198,8 +244,7 @@ def test_small_objects_of_a_large_image_are_found_with_windows_and_have_the_coor
     near = np.abs(boxes[:, None] - np.float32(truth)).max(axis=2)
     # Two pixels of the image are a little more than one of the canvas.
     assert (near.min(axis=0) <= 2).all(), "each object has its box"
-    # Cut parts of an object may stay where they overlap it too little for NMS.
-    assert len(boxes) < 2 * len(truth)
+    assert len(boxes) == len(truth), "no part of an object that a window cuts has a box of its own"
 
 
 def test_windows_get_the_detections_of_predict_on_each_part(model):
@@ -212,4 +257,7 @@ def test_windows_get_the_detections_of_predict_on_each_part(model):
             for y, x, tall, wide in windows
         ]
     assert len(windows) > 4
-    same(one.detections, joined([ImageDetections(*part[:3]) for part in parts], windows, model.config))
+    same(
+        one.detections,
+        joined([ImageDetections(*part[:3]) for part in parts], windows, model.config.postprocess.nms_threshold),
+    )

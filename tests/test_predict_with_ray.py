@@ -118,20 +118,24 @@ def test_a_missing_file_is_an_error_of_its_image_and_a_broken_connection_is_trie
     with pytest.raises(InputError, match=r"gone\.png: no such image file"):
         example.read_pixels(f"file://{tmp_path}/gone.png")
 
+    write_images(fsspec.filesystem("file"), str(tmp_path), 1)
+    url, whole, attempts, pauses = f"file://{tmp_path}/0/00.png", (tmp_path / "0/00.png").read_bytes(), [], []
+
     def break_off(files, path):
-        raise ConnectionError("reset by peer")
+        attempts.append(path)
+        if len(attempts) < good:
+            raise ConnectionError("reset by peer")
+        return whole
 
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "cat_file", break_off)
-    with pytest.raises(OSError, match="reset by peer"):
-        example.read_pixels(f"file://{tmp_path}/a.png")
-    monkeypatch.setattr(example.ray.data, "from_items", lambda *given, **options: Blocks())
-    example.detections("run", ["a.png"], actors=1)
-    assert example.ray.data.DataContext.get_current().actor_task_retry_on_errors == [OSError]
-
-
-class Blocks:
-    def map_batches(self, *given, **options):
-        return self
+    monkeypatch.setattr(example.time, "sleep", pauses.append)
+    good = 3
+    assert example.read_pixels(url).shape == (48, 72, 3) and pauses == [1, 2]
+    good = 100
+    attempts.clear()
+    with pytest.raises(InputError, match=r"00\.png: the image cannot be read in 5 attempts: reset by peer"):
+        example.read_pixels(url)
+    assert len(attempts) == 5 and pauses == [1, 2, 1, 2, 4, 8]
 
 
 ACTOR = """

@@ -283,20 +283,28 @@ says("wide", lambda: ops.batched_nms(boxes, scores, np.array([0, 2**32, 5]), iou
 targets = ops.RoiTargets(boxes, np.array([2, 0, 1]), boxes, np.ones(3, bool))
 says("sets", lambda: ops.box_losses(np.zeros((3, 3)), np.ones((3, 2, 4)), targets))
 says("lists", lambda: ops.pairwise_iou(boxes.tolist(), boxes.tolist()))
+nothing = [
+    nms([], [], iou_threshold=0.5).indices.shape,
+    nms([], [], [], iou_threshold=0.5, max_output=2).valid.tolist(),
+    ops.batched_nms([], [], [], iou_threshold=0.5).indices.shape,
+    ops.soft_nms([], []).scores.shape,
+    ops.pairwise_iou([], boxes).shape,
+    ops.roi_align(np.zeros((8, 8, 2)), [], output_size=3).shape,
+]
 kept = [fasterrcnn_jax.ops.nms(boxes, scores, iou_threshold=0.5).indices.tolist()]
 jax.config.update("jax_enable_x64", True)
 x64 = jax.numpy.asarray(boxes)
 assert x64.dtype == "float64"
 kept.append(nms(x64, jax.numpy.asarray(scores), iou_threshold=0.5).indices.tolist())
 types = [ops.pairwise_iou(x64, x64).dtype.name, ops.roi_align(np.zeros((8, 8, 2)), x64, output_size=2).dtype.name]
-print(json.dumps([said, kept, types]))
+print(json.dumps([said, nothing, kept, types]))
 """
 
 
 def test_a_wrong_argument_is_one_clear_line():
     done = subprocess.run([sys.executable, "-c", NEWCOMER], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said, kept, types = json.loads(done.stdout.splitlines()[-1])
+    said, nothing, kept, types = json.loads(done.stdout.splitlines()[-1])
     assert said == {
         "shape": "ValueError: boxes must have the shape [n, 4] (x1, y1, x2, y2), got [3, 3]",
         "batch": "ValueError: boxes must have the shape [n, 4] (x1, y1, x2, y2), got [1, 3, 4]; "
@@ -317,5 +325,7 @@ def test_a_wrong_argument_is_one_clear_line():
         "[3, 1, 4], got [3, 2, 4]",
         "lists": None,
     }
+    # Of empty lists, which have no second axis and no type of their own.
+    assert nothing == [[0], [False, False], [0], [0], [0, 3], [0, 3, 3, 2]]
     assert kept == [[1, 2, 0]] * 2
     assert types == ["float32", "float64"]

@@ -232,11 +232,11 @@ UPLOADS = {
     "too many bytes in a form": ("POST", FORM, form((FILE, bytes(100_000))), 413, "more than 100,000 bytes"),
     "a form without boundary": ("POST", {"Content-Type": "multipart/form-data"}, form(), 400, "No boundary"),
     "another boundary": ("POST", FORM, form((FILE, GOOD), boundary="rim"), 400, "the form cannot be read: "),
-    "a form without file": ("POST", FORM, form(('; name="file"', b"a")), 400, "one whole file, got 0"),
-    "an empty form": ("POST", FORM, b"", 400, "one whole file, got 0"),
-    "a form without end": ("POST", FORM, form((FILE, GOOD), end=False)[:-40], 400, "one whole file, got 0"),
+    "a form without file": ("POST", FORM, form(('; name="file"', b"a")), 400, "one complete file, got 0"),
+    "an empty form": ("POST", FORM, b"", 400, "one complete file, got 0"),
+    "a form without end": ("POST", FORM, form((FILE, GOOD), end=False)[:-40], 400, "one complete file, got 0"),
     "a part without name": ("POST", FORM, form(("", GOOD)), 400, "Field name not found"),
-    "two files": ("POST", FORM, form((FILE, GOOD), (FILE, GOOD)), 400, "one whole file, got 2"),
+    "two files": ("POST", FORM, form((FILE, GOOD), (FILE, GOOD)), 400, "one complete file, got 2"),
     "a form of many parts": ("POST", FORM, form(*[('; name="a"', b"a")] * 900), 400, "more than 9 parts"),
     "an empty file in a form": ("POST", FORM, form((FILE, b"")), 422, "the file is empty"),
     "HEAD": ("HEAD", {}, b"", 405, None),
@@ -317,7 +317,7 @@ def test_a_full_queue_gets_503_and_the_other_endpoints_answer_meanwhile():
         waiting = [asked(service.port, GOOD, results) for _ in range(2)]
         until(lambda: metric(service, "detector_admitted") == 2)
         status, headers, answer = ask(service.port, GOOD)
-        assert status == 503 and headers["Retry-After"] == "1" and "2 requests are in work" in answer["error"]
+        assert status == 503 and headers["Retry-After"] == "1" and "the queue is full (2 requests)" in answer["error"]
         # The event loop is free although the device works.
         assert load.get(service.port, "/health")[0] == load.get(service.port, "/ready")[0] == 200
         runner.gate.set()
@@ -389,7 +389,7 @@ def test_an_image_that_is_still_decoded_keeps_its_place_in_the_queue(monkeypatch
         for thread in threads:
             thread.join()
         assert ["within 2 seconds" in answer["error"] for _, _, answer in results] == [True, True]
-        assert "2 requests are in work" in ask(service.port, GOOD)[2]["error"]
+        assert "the queue is full (2 requests)" in ask(service.port, GOOD)[2]["error"]
         service._deadline = 300.0
         gate.set()
         until(lambda: metric(service, "detector_admitted") == 0)
@@ -406,7 +406,7 @@ def test_batches_have_one_canvas_are_filled_and_the_oldest_goes_first():
         for number, size in enumerate([(30, 20), (20, 40), (31, 20), (32, 20), (33, 20)], start=2):
             threads.append(asked(service.port, picture(*size), results))
             until(lambda number=number: metric(service, "detector_admitted") == number)
-            time.sleep(0.05)  # until it is decoded
+            until(lambda number=number: len(service._batches._waiting) == number - 1)
         runner.gate.set()
         for thread in threads:
             thread.join()

@@ -56,8 +56,8 @@ def merged(
         of._replace(boxes=flip_boxes(of.boxes, width)) if view.flipped else of
         for view, of in zip(of_views, found, strict=True)
     ]
-    room = len(of_views) * limit  # one program for all images
-    return suppressed(concatenated(parts), room, limit, config, implementation=implementation)
+    room, threshold = len(of_views) * limit, config.postprocess.nms_threshold  # one program for all images
+    return suppressed(concatenated(parts), room, limit, threshold, implementation=implementation)
 
 
 def concatenated(parts: Sequence[ImageDetections]) -> ImageDetections:
@@ -67,7 +67,7 @@ def concatenated(parts: Sequence[ImageDetections]) -> ImageDetections:
 
 
 def suppressed(
-    found: ImageDetections, room: int, limit: int, config: ModelConfig, *, implementation: Implementation = None
+    found: ImageDetections, room: int, limit: int, nms_threshold: float, *, implementation: Implementation = None
 ) -> ImageDetections:
     """Returns the `limit` best detections of one image after NMS within each class, best first.
 
@@ -83,7 +83,7 @@ def suppressed(
         jnp.asarray(boxes),
         jnp.asarray(scores),
         jnp.arange(room) < count,
-        iou_threshold=config.postprocess.nms_threshold,
+        iou_threshold=nms_threshold,
         max_output=limit,
         groups=jnp.asarray(labels),
         implementation=implementation,

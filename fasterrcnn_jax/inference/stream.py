@@ -5,9 +5,9 @@ Nothing accumulates: at any time there are a few decoded images per thread and o
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -55,16 +55,44 @@ class Drawn(NamedTuple):
     """One part of an image as the network gets it."""
 
     canvas: tuple[int, int]  # parts with equal canvases run in one batch
-    arrays: tuple[np.ndarray, ...]  # what the runner's `detect` needs, without the axis of the batch
+    arrays: tuple[np.ndarray, ...]  # what the network gets, without the axis of the batch
     original_hw: tuple[int, int]  # of the part
 
 
+@runtime_checkable
+class Runner(Protocol):
+    """What `detect_stream` needs of a detector on all local devices."""
+
+    rows: int  # parts in a batch
+
+    @property
+    def views(self) -> Sequence[Any]:
+        """The versions of each part to detect in."""
+        ...
+
+    def draw(self, pixels: Pixels, view: Any) -> Drawn:
+        """Returns a part of an image in one of `views`; called in threads."""
+        ...
+
+    def detect(self, parts: list[Drawn]) -> list[ImageDetections]:
+        """Returns the detections in at most `rows` parts of one canvas, in pixels of each part."""
+        ...
+
+    def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
+        """Returns the detections of an image by those in each view of each window."""
+        ...
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compiles the programs of all canvases, one after the other, and yields each canvas when it is done."""
+        ...
+
+
 class ModelRunner:
-    """Runs a detector on all local devices. `detect_stream` needs only these members, whatever runs behind them."""
+    """Runs a detector on all local devices."""
 
     def __init__(self, model: Detector, *, batch_size: int, implementation: Implementation = None):
         devices = tuple(jax.local_devices())
-        self.rows = batch_size * len(devices)  # parts in a batch
+        self.rows = batch_size * len(devices)
         self.views = views(model.config)
         self.config = model.config
         self._implementation: Implementation = implementation
@@ -72,14 +100,12 @@ class ModelRunner:
         self._detect = on_devices(detect, implementation, devices)
 
     def draw(self, pixels: Pixels, view: View) -> Drawn:
-        """Returns a part of an image in one of `views`: pixels, image_hw and scale; called in threads."""
         canvas = canvas_for(pixels.shape[:2], view.image)
         given = flip_pixels(pixels) if view.flipped else pixels
         height, width = pixels.shape[:2]
         return Drawn(canvas, to_canvas(given, canvas, view.image), (height, width))
 
     def detect(self, parts: list[Drawn]) -> list[ImageDetections]:
-        """Returns the detections in at most `rows` parts of one canvas, in pixels of each part."""
         arrays = []
         for values in zip(*(part.arrays for part in parts), strict=True):
             # Empty images fill the batch, as in `evaluation_batches`. A scale of zero would divide by zero.
@@ -91,15 +117,14 @@ class ModelRunner:
         return [to_original(found, row, part.arrays[2], part.original_hw) for row, part in enumerate(parts)]
 
     def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
-        """Returns the detections of an image by those in each view of each window."""
         of_windows = [
             merged(of, window.width, self.config, implementation=self._implementation)
             for of, window in zip(found, windows, strict=True)
         ]
-        return joined(of_windows, windows, self.config, implementation=self._implementation)
+        threshold = self.config.postprocess.nms_threshold
+        return joined(of_windows, windows, threshold, implementation=self._implementation)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Compiles the programs of all canvases, one after the other, and yields each canvas when it is done."""
         nothing = ImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
         self.merged([[nothing] * len(self.views)], windows_of((1, 1), None, 0.0))
         for view in self.views:
@@ -111,50 +136,51 @@ class ModelRunner:
 
 
 class ExportedRunner:
-    """Runs an exported detector on one device, in place of a `ModelRunner`. Images are not cut into windows."""
+    """Runs an exported detector on all local devices."""
+
+    views = (None,)  # the program makes one pass
 
     def __init__(self, detector: ExportedDetector, *, batch_size: int):
-        self.rows, self.views = batch_size, (None,)
-        self._detector = detector
+        devices = jax.local_devices()
+        self.rows = batch_size * len(devices)
+        self._batch_size = batch_size
+        self._detectors = [detector.on_device(device) for device in devices]
+        self._threads = ThreadPoolExecutor(len(devices))
 
     def draw(self, pixels: Pixels, view: None) -> Drawn:
-        """Returns an image on the canvas of the file: pixels and size; called in threads.
+        """Returns a part of an image; called in threads.
 
         Raises:
-          InputError: the image is larger than the canvas.
+          InputError: the part is larger than the canvas of the file.
         """
         height, width = pixels.shape[:2]
         try:
-            self._detector.check_size((height, width), "the image", smallest=1)
+            self._detectors[0].check_size((height, width), "the image")
         except ValueError as error:
             raise InputError(error) from None
-        whole = np.zeros((*self._detector.canvas, 3), np.uint8)
-        whole[:height, :width] = pixels
-        arrays = whole, np.array([height, width], np.int32)
-        return Drawn(self._detector.network_canvas((height, width)), arrays, (height, width))
+        canvas = self._detectors[0].network_canvas((height, width))
+        return Drawn(canvas, (pixels,), (height, width))
 
     def detect(self, parts: list[Drawn]) -> list[ImageDetections]:
-        """Returns the detections in at most `rows` images of one canvas of the network, in pixels of each image."""
-        pixels = np.zeros((self.rows, *parts[0].arrays[0].shape), np.uint8)
-        # An image of size zero has no detections.
-        sizes = np.zeros((self.rows, 2), np.int32)
-        for row, part in enumerate(parts):
-            pixels[row], sizes[row] = part.arrays
-        found = jax.device_get(self._detector.on_canvas(parts[0].canvas, pixels, sizes))
-        columns = found["boxes"], found["scores"], found["labels"]
-        valid = found["valid"]
-        return [ImageDetections(*(values[row][valid[row]] for values in columns)) for row in range(len(parts))]
+        size = self._batch_size
+        batches = [[part.arrays[0] for part in parts[start : start + size]] for start in range(0, len(parts), size)]
+
+        def found(detector: ExportedDetector, batch: list[np.ndarray]) -> list[ImageDetections]:
+            return [ImageDetections(*of[:3]) for of in detector.predict(batch, batch_size=size)]
+
+        used = self._detectors[: len(batches)]
+        return [of for of_batch in self._threads.map(found, used, batches) for of in of_batch]
 
     def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
-        """Returns the detections of an image, which has one view and one window."""
-        ((whole,),) = found
-        return whole
+        threshold = self._detectors[0].manifest["thresholds"]["nms_threshold"]
+        return joined([of for (of,) in found], windows, threshold)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Compiles the programs of all canvases of the network and yields each canvas when it is done."""
-        for canvas in self._detector.network_canvases:
-            nothing = np.zeros((*self._detector.canvas, 3), np.uint8), np.zeros(2, np.int32)
-            self.detect([Drawn(canvas, nothing, (0, 0))])
+        for canvas in self._detectors[0].network_canvases:
+            for detector in self._detectors:
+                pixels = np.zeros((self._batch_size, *detector.canvas, 3), np.uint8)
+                # An image of size zero has no detections.
+                jax.block_until_ready(detector.on_canvas(canvas, pixels, np.zeros((self._batch_size, 2), np.int32)))
             yield canvas
 
 
@@ -170,7 +196,7 @@ class _Open:
 def detect_stream(
     images: Iterable[Item],
     pixels: Callable[[Item], Pixels],
-    runner: ModelRunner,
+    runner: Runner,
     *,
     tile: int | None = None,
     overlap: float = 0.2,

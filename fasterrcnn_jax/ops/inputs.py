@@ -35,6 +35,8 @@ def box_array(boxes: Any, name: str = "boxes", *, one_list: bool = False) -> Flo
             "them in float32, or convert them with astype(float32) if the rounding does no harm"
         )
     boxes = real_array(boxes, name)
+    if boxes.shape == (0,):
+        boxes = boxes.reshape(0, 4)  # of an empty list
     if boxes.shape[-1:] != (4,) or (one_list and boxes.ndim != 2):
         wanted = "[n, 4]" if one_list else "[..., 4]"
         mapped = "; map a batch with jax.vmap" if one_list and boxes.ndim > 2 else ""
@@ -76,9 +78,9 @@ def validity(valid: Any, count: Any, name: str = "valid") -> Bool[Array, "n"]:
     if valid is None:
         return jnp.ones(count, bool)
     valid = one_per_box(valid, name, count)
-    if valid.dtype != jnp.bool_:
+    if valid.dtype != jnp.bool_ and valid.size:  # an empty list becomes float32
         raise TypeError(f"{name} must be boolean, got {valid.dtype.name}")
-    return valid
+    return valid.astype(bool)
 
 
 def whole_numbers(values: Any, name: str, count: Any) -> Int[Array, "n"]:
@@ -94,7 +96,7 @@ def whole_numbers(values: Any, name: str, count: Any) -> Int[Array, "n"]:
         # JAX would cut them to 32 bits, and two groups could become one.
         raise ValueError(f"{name} must fit into 32 bits, got values from {values.min()} to {values.max()}")
     values = one_per_box(values, name, count)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
+    if not jnp.issubdtype(values.dtype, jnp.integer) and values.size:  # an empty list becomes float32
         raise TypeError(f"{name} must be integers, got {values.dtype.name}")
     return values.astype(jnp.int32)
 

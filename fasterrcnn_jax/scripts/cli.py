@@ -241,14 +241,8 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
-
-
 def set_up_libraries() -> None:
     """Silences the log of Orbax, and keeps compiled programs in the user's cache folder."""
-    # Orbax writes some lines to the root logger: that a part of a checkpoint without arrays may be malformed.
-    logging.getLogger().addFilter(_is_not_orbax)
     # Orbax logs its housekeeping as warnings, and prints tracebacks for errors that we report in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -33,11 +33,20 @@ from fasterrcnn_jax.data.images import read_image
 from fasterrcnn_jax.data.records import ImageDetections, joined_names
 from fasterrcnn_jax.data.video import read_frames
 from fasterrcnn_jax.errors import InputError
+from fasterrcnn_jax.exported import is_exported, load_exported
 from fasterrcnn_jax.inference.proposal_store import digest
 from fasterrcnn_jax.inference.results import Format, Pictures, Result, ResultFolder, absolute, image_folders, stamp_of
-from fasterrcnn_jax.inference.stream import Found, ModelRunner, Unreadable, core_count, detect_stream, in_threads
+from fasterrcnn_jax.inference.stream import (
+    ExportedRunner,
+    Found,
+    ModelRunner,
+    Runner,
+    Unreadable,
+    core_count,
+    detect_stream,
+    in_threads,
+)
 from fasterrcnn_jax.inference.tiling import TILED_MAX_PIXELS
-from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.printing import print_lines, printable, progress_bar
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.training import checkpoint
@@ -57,7 +66,8 @@ class Arguments:
     such as 'photos/**/*.jpg', and - for a list of files on standard input, one per line (videos in a folder are not
     read; use a pattern); no labels are needed"""
     ckpt: Path
-    """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, or a weights file"""
+    """run folder (uses its best checkpoint), one checkpoint folder RUN/checkpoints/STEP, a weights file, or a file of
+    fasterrcnn-jax export"""
     backbone: str | None = None
     """MODULE:CLASS of your own backbone, if the model was trained with one; the class is imported"""
     out: Path
@@ -94,7 +104,16 @@ class Arguments:
     """threads that decode, resize and write; None: one per core"""
     implementation: Literal["xla", "mosaic"] | None = None
     """implementation of NMS and region features: xla: plain JAX; mosaic: GPU kernels; None: GPU kernels where they can
-    run"""
+    run; an exported file holds its own"""
+
+
+class _Model(NamedTuple):
+    """What --ckpt names."""
+
+    runner: Runner
+    class_names: tuple[str, ...]
+    job: dict[str, Any]  # what the results depend on
+    check_size: Callable[[tuple[int, int], str], None]  # (height, width) and name of an image; raises ValueError
 
 
 class _Work(NamedTuple):
@@ -114,9 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(Arguments, argv=argv, usage=usage, description=__doc__, subject="--images")
     _check(arguments)
     max_pixels = arguments.max_pixels or (DataConfig.max_pixels if arguments.tile is None else TILED_MAX_PIXELS)
-    model = cli.load_model(arguments.ckpt, arguments.backbone)
-    if arguments.ckpt.is_dir():
-        check_detects(arguments.ckpt, checkpoint.load_run_config(arguments.ckpt))
+    model = _exported(arguments) if is_exported(arguments.ckpt) else _loaded(arguments)
     labels = _labels(arguments.classes, model.class_names)
     files, notes = list_given(
         arguments.images,
@@ -137,12 +154,10 @@ def main(argv: list[str] | None = None) -> None:
         score_threshold=arguments.score_threshold,
     )
     with folder, _pillow_allows(max_pixels):
-        done = folder.begin(_job(arguments, model), files)
+        done = folder.begin(model.job | _job(arguments), files)
         write_atomically(arguments.out / "classes.txt", "".join(f"{printable(name)}\n" for name in model.class_names))
-        # Other kinds of models, such as an exported program, need a runner with the same members.
-        runner = ModelRunner(model, batch_size=arguments.batch_size, implementation=arguments.implementation)
         began = time.monotonic()
-        added, unreadable = _detect(arguments, folder, runner, files, done, labels, max_pixels)
+        added, unreadable = _detect(arguments, folder, model, files, done, labels, max_pixels)
         seconds = time.monotonic() - began
         images, detections = folder.finish()
     before = f", of which {images - added} were done before" if images > added else ""
@@ -157,6 +172,30 @@ def main(argv: list[str] | None = None) -> None:
         if unreadable.count > len(unreadable.first):
             print_lines(f"  and {unreadable.count - len(unreadable.first)} more")
         sys.exit(UNREADABLE_STATUS)
+
+
+def _loaded(arguments: Arguments) -> _Model:
+    """Returns the detector of a run folder, of one checkpoint, or of a weights file."""
+    model = cli.load_model(arguments.ckpt, arguments.backbone)
+    if arguments.ckpt.is_dir():
+        check_detects(arguments.ckpt, checkpoint.load_run_config(arguments.ckpt))
+    runner = ModelRunner(model, batch_size=arguments.batch_size, implementation=arguments.implementation)
+    settings = to_json(model.config) + json.dumps(model.class_names)
+    job = {"weights": digest(model), "settings": hashlib.sha256(settings.encode()).hexdigest()}
+    return _Model(runner, model.class_names, job, lambda size, name: None)
+
+
+def _exported(arguments: Arguments) -> _Model:
+    """Returns the detector of a file of fasterrcnn-jax export."""
+    for name in ("backbone", "implementation"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} has no effect on {arguments.ckpt}: an exported file holds the whole program")
+    try:
+        detector = load_exported(arguments.ckpt)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    runner = ExportedRunner(detector, batch_size=arguments.batch_size)
+    return _Model(runner, detector.class_names, {"exported": detector.digest}, detector.check_size)
 
 
 _UNREADABLE = "unreadable.txt"
@@ -187,7 +226,7 @@ class _UnreadableFiles:
 def _detect(
     arguments: Arguments,
     folder: ResultFolder,
-    runner: ModelRunner,
+    model: _Model,
     files: Sequence[GivenFile],
     done: set[str],
     labels: np.ndarray,
@@ -197,10 +236,20 @@ def _detect(
     added, unreadable = 0, _UnreadableFiles(folder.out / _UNREADABLE)
     total = None if any(file.is_video for file in files) else len(files)
     threads = arguments.threads or core_count()
+
+    def pixels_of(work: _Work) -> np.ndarray:
+        pixels = work.pixels()
+        height, width = pixels.shape[:2]
+        try:
+            model.check_size((height, width), str(work.path))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return pixels
+
     found = detect_stream(
         _works(files, done, max_pixels),
-        lambda work: work.pixels(),
-        runner,
+        pixels_of,
+        model.runner,
         tile=arguments.tile,
         overlap=arguments.overlap,
         threads=threads,
@@ -297,12 +346,9 @@ def _labels(classes: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
     return np.array([k for k, name in enumerate(class_names, start=1) if not classes or name in classes], np.int32)
 
 
-def _job(arguments: Arguments, model: Detector) -> dict[str, Any]:
-    """Returns what the results depend on beside the images."""
-    settings = to_json(model.config) + json.dumps(model.class_names)
+def _job(arguments: Arguments) -> dict[str, Any]:
+    """Returns what the results depend on beside the images and the model."""
     return {
-        "weights": digest(model),
-        "settings": hashlib.sha256(settings.encode()).hexdigest(),
         "tile": arguments.tile,
         "overlap": arguments.overlap if arguments.tile else None,
         "classes": sorted(arguments.classes),
