@@ -72,7 +72,7 @@ def read_bytes(url):
             raise InputError(f"{url}: no such image file") from None
         except (PermissionError, IsADirectoryError) as error:
             raise InputError(f"{url}: the image cannot be read: {error.strerror or error}") from None
-        # Of OSError and of the errors of each file system's library.
+        # Not OSError alone: the library of a file system may have errors of its own.
         except Exception as error:
             if failed == len(PAUSES):
                 raise InputError(f"{url}: the image cannot be read in {failed + 1} attempts: {error}") from error

@@ -225,8 +225,6 @@ class Service:
         return self._json({"status": "failed"}, 500) if self.failed else self._json({"status": "ok"})
 
     async def _say_ready(self, request):
-        if self.stopping:
-            raise HTTPException(503, "the service is shutting down", AGAIN)
         self._check_compiled()
         return self._json({"status": "ready"})
 
@@ -323,7 +321,8 @@ class Service:
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         found = await asyncio.gather(*(self._batches.detect(asked, part) for part in parts))
-        merged = await run(self._decoders, self._runner.merged, [found], windows_of(image_hw, None, 0.0))
+        # Not among the decoders: a detection that is done would wait behind images that are not.
+        merged = await run(None, self._runner.merged, [found], windows_of(image_hw, None, 0.0))
         return json_fields(image_hw, merged, self._class_names)
 
     def _draw(self, asked, request, content):

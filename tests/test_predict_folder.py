@@ -30,6 +30,7 @@ from fasterrcnn_jax.data.yolo import CONFIDENCE, read_yolo
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.inference.drawing import draw
 from fasterrcnn_jax.inference.prediction import predict
+from fasterrcnn_jax.inference.results import json_fields
 from fasterrcnn_jax.scripts import cli
 from fasterrcnn_jax.scripts import predict as script
 
@@ -539,3 +540,16 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
         assert len(names) == 40 and names == sorted(path.name for path in (killed / folder).iterdir())
         for name in names:
             assert (killed / folder / name).read_bytes() == (whole / folder / name).read_bytes()
+
+
+def test_the_fields_for_json_have_the_size_in_pixels_and_the_class_of_each_label():
+    boxes = np.float32([[1.25, 2, 30.5, 40], [0, 0, 7, 8]])
+    found = ImageDetections(boxes, np.float32([0.75, 0.1]), np.int32([2, 1]))
+    assert json_fields((48, 64), found, ("cat", "dog")) == {
+        "width": 64,
+        "height": 48,
+        "boxes": [[1.25, 2.0, 30.5, 40.0], [0.0, 0.0, 7.0, 8.0]],
+        "scores": [0.75, 0.1],
+        "labels": [2, 1],
+        "class_names": ["dog", "cat"],
+    }

@@ -497,8 +497,9 @@ def command(folder):
     return [sys.executable, folder / "waiting.py"]
 
 
-def test_sigterm_answers_what_is_queued_accepts_nothing_more_and_exits_with_0(tmp_path):
+def test_sigterm_answers_what_is_queued_accepts_nothing_more_and_exits_with_0(tmp_path, request):
     server = load.ServerProcess(command(tmp_path))
+    request.addfinalizer(server.kill)
     server.wait_until_ready()
     idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     results = []

@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
 
 @runtime_checkable
 class Runner(Protocol):
-    """What `detect_stream` needs of a detector on all local devices."""
+    """A detector on all local devices. `detect_stream` calls all but `warm_up`, which a service calls."""
 
     rows: int  # parts in a batch
 
@@ -79,7 +79,7 @@ class Runner(Protocol):
         ...
 
     def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
-        """Returns the detections of an image by those in each view of each window."""
+        """Merges the detections of all views and windows into those of the image."""
         ...
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
@@ -145,7 +145,6 @@ class ExportedRunner:
         self.rows = batch_size * len(devices)
         self._batch_size = batch_size
         self._detectors = [detector.on_device(device) for device in devices]
-        self._threads = ThreadPoolExecutor(len(devices))
 
     def draw(self, pixels: Pixels, view: None) -> Drawn:
         """Returns a part of an image; called in threads.
@@ -169,7 +168,8 @@ class ExportedRunner:
             return [ImageDetections(*of[:3]) for of in detector.predict(batch, batch_size=size)]
 
         used = self._detectors[: len(batches)]
-        return [of for of_batch in self._threads.map(found, used, batches) for of in of_batch]
+        with ThreadPoolExecutor(len(used)) as pool:
+            return [of for of_batch in pool.map(found, used, batches) for of in of_batch]
 
     def merged(self, found: list[list[ImageDetections]], windows: tuple[Window, ...]) -> ImageDetections:
         threshold = self._detectors[0].manifest["thresholds"]["nms_threshold"]
