@@ -206,7 +206,8 @@ def is_exported(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return {MANIFEST, WEIGHTS} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    # ValueError: a name of a file or of a member that cannot be encoded; NotImplementedError: a later version of zip.
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return False
 
 

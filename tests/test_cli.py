@@ -1,7 +1,6 @@
 """The command line: overrides, help, and errors as one line with exit status 2."""
 
 import dataclasses
-import logging
 import os
 import re
 import subprocess
@@ -306,14 +305,3 @@ def test_a_program_ends_after_an_error_even_if_a_thread_waits():
     command = [sys.executable, "-c", STUCK]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: file: no space left")
-
-
-def test_warnings_of_orbax_on_the_root_logger_are_not_shown(capsys):
-    """It warns of every checkpoint that has a part without arrays; a record knows the file that it comes from."""
-
-    def warn(path):
-        logging.getLogger().handle(logging.LogRecord("root", logging.WARNING, path, 1, path, None, None))
-
-    with tiny.restored_logging():
-        cli.script(lambda argv=None: [warn("lib/orbax/layout.py"), warn("lib/other/layout.py")])([])
-    assert capsys.readouterr().err == "lib/other/layout.py\n"

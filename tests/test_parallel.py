@@ -100,7 +100,8 @@ def test_steps_are_the_same_however_they_are_mapped(trained, start, name):
     losses, state = trained[name]
     expected_losses, expected = trained["pmap 1" if name.startswith("pmap") else "pmap 4"]
     assert (expected_losses > 0).all()
-    np.testing.assert_allclose(losses, expected_losses, rtol=TOLERANCE)
+    # One loss is only about 5e-7: the last bit of float32 in its terms is more than a millionth of it.
+    np.testing.assert_allclose(losses, expected_losses, rtol=TOLERANCE, atol=1e-3 * TOLERANCE)
     for first, leaf, other in zip(*(jax.tree.leaves(of.params) for of in (start[1], expected, state)), strict=True):
         assert np.any(leaf != first)
         assert np.linalg.norm(other - leaf) <= TOLERANCE * np.linalg.norm(leaf)

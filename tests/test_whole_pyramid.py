@@ -115,6 +115,30 @@ def test_anchors_are_identical(case, forward):
     compare(f"{name}: anchors", REFERENCE, "every 53rd", grid.anchors[::53], golden["anchors_every53"])
 
 
+def in_their_order(boxes, scores, theirs, atol):
+    """Returns our boxes with those moved to their places whose scores the rounding of a machine may exchange.
+
+    Objectness may differ by 2e-4 (`test_features_objectness_and_deltas`), hence the probability of each of two
+    proposals by a quarter of it.
+    """
+    boxes, scores = np.array(boxes), np.asarray(scores)
+    (misplaced,) = np.nonzero((np.abs(boxes - theirs) > atol).any(axis=1))
+    found = boxes.copy()
+    for place in misplaced:
+        near = misplaced[np.abs(scores[misplaced] - scores[place]) <= 2 * 2e-4 / 4]
+        same = near[(np.abs(boxes[near] - theirs[place]) <= atol).all(axis=1)]
+        if len(same) == 1:
+            found[place] = boxes[same[0]]
+    return found
+
+
+def test_only_boxes_of_nearly_equal_scores_may_change_places():
+    boxes = np.arange(12, dtype=np.float32).reshape(3, 4)
+    theirs = boxes[[0, 2, 1]]
+    np.testing.assert_array_equal(in_their_order(boxes, [0.9, 0.50005, 0.5], theirs, 0.02), theirs)
+    np.testing.assert_array_equal(in_their_order(boxes, [0.9, 0.502, 0.5], theirs, 0.02), boxes)
+
+
 def test_proposals_are_the_same_boxes_in_the_same_order(case, inputs, forward, monkeypatch):
     """Compares the proposals that `detect` passes to its second half."""
     name, golden, model = case
@@ -135,7 +159,8 @@ def test_proposals_are_the_same_boxes_in_the_same_order(case, inputs, forward, m
     assert found.valid.all()
     for i in range(IMAGES):
         theirs = golden[f"proposals{i}"]
-        compare(f"{name}: proposals", REFERENCE, f"image {i}", found.boxes[i], theirs, atol=0.02)
+        ours = in_their_order(found.boxes[i], found.scores[i], theirs, 0.02)
+        compare(f"{name}: proposals", REFERENCE, f"image {i}", ours, theirs, atol=0.02)
 
 
 @pytest.fixture(scope="module")
