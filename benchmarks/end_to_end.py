@@ -228,7 +228,7 @@ def measure_case(
     batches = [draw_batch(rng, case) for _ in range(INPUT_SETS)]
     preparations: dict[str, Callable[[], Prepared]] = {}
     prepare = functools.partial(prepare_ours, case, batches, tiny=tiny)
-    with_kernels = choice.unsupported_here(choice.HOPPER) is None
+    with_kernels = choice.unsupported_here() is None
     if with_kernels:
         preparations["ours, kernels"] = functools.partial(prepare, "mosaic")
     plain = functools.partial(prepare, "xla")
