@@ -4,7 +4,8 @@
 
 Each WORD selects the rows whose names contain it. For every kernel at every production size, called through the
 library's functions, the table has: registers, spilled bytes, stack and shared memory as the assembler reports them,
-the workspace bytes that XLA adds, and the number of launches in the optimised program. It cannot tell the time, or
+the workspace bytes that XLA adds, and the number of launches in the optimised program: a sort is one kernel per pass,
+and what is inside of a loop counts once. It cannot tell the time, or
 whether the results are right on hardware.
 
 Needs JAX 0.11 or newer, its CUDA plugin (`jax-cuda13-plugin`, `jax-cuda13-pjrt`, of JAX's version, installed without
@@ -28,6 +29,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from launch_counts import launches_of
 
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,7 +73,7 @@ class Row(NamedTuple):
 
     name: str
     kernels: list[Kernel]  # of Mosaic; one that an earlier row has compiled is not compiled again
-    mosaic_launches: int  # in the optimised program, those inside of loops counted once
+    mosaic_launches: int  # in the optimised program, those inside of loops counted once; a sort has several
     launches: int  # the same, with XLA's own kernels, copies and library calls
     scatters: int
     workspace: int
@@ -400,7 +403,7 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
             name=program.name,
             kernels=[kernel for kernel in read_kernels(folder) if kernel.name.endswith("mosaic_gpu_kernel")],
             mosaic_launches=sum('custom_call_target="mosaic_gpu' in line for line in launches),
-            launches=len(launches),
+            launches=sum(map(launches_of, launches)),
             scatters=len(re.findall(r" scatter\(", hlo)),
             workspace=memory.temp_size_in_bytes,
             peak_memory=memory.peak_memory_in_bytes,

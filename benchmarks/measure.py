@@ -30,6 +30,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from isolated import DeviceLost, one_line  # noqa: E402
+from launch_counts import launches_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "triton")
@@ -276,14 +277,15 @@ NO_LAUNCH = {
 
 
 def compiled_kernels(optimised: str) -> int:
-    """Returns how many instructions of an optimised HLO program launch something; those of a loop count once."""
+    """Returns how many kernels an optimised HLO program launches; those of a loop count once, a sort once per pass."""
     inner = set(re.findall(r"(?:calls|to_apply|comparator|select|scatter)=%?([\w.-]+)", optimised))
     count, computation = 0, ""
     for line in optimised.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             computation = header[1]
         elif (opcode := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\(", line)) and computation not in inner:
-            count += opcode[1] not in NO_LAUNCH and not opcode[1].endswith("-done")
+            launches = opcode[1] not in NO_LAUNCH and not opcode[1].endswith("-done")
+            count += launches_of(line) if launches else 0
     return count
 
 

@@ -271,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         kept(name, result, environment)
         print(f"{name}: {result.get('error') or result}", flush=True)
 
+    kept("ours", results["ours"], {})
     with tempfile.TemporaryDirectory() as folder:
         run_isolated(
             [sys.executable, __file__, "--data", str(arguments.data), "--config", str(arguments.config)]

@@ -375,6 +375,7 @@ def test_kernels_of_a_program_are_those_outside_of_fusions(importable):
     import measure
 
     assert measure.compiled_kernels(HLO) == 3  # the fusion in the loop, the sort, the custom call
+    assert measure.compiled_kernels(HLO.replace("%s = f32[8]{0} sort", "%s = f32[12000]{0} sort")) == 2 + 6
 
 
 # Comparison with torchvision, whose results are given by hand.

@@ -57,7 +57,9 @@ PROGRAMS = {
 def script():
     spec = importlib.util.spec_from_file_location("compile_for_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as context:
+        context.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -163,6 +165,24 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_launches_are_counted_inside_loops_and_not_inside_fusions(script):
     opcodes = sorted(line.split()[0] for line in script.launched(HLO))
     assert opcodes == ["copy", "custom-call", "custom-call", "fusion", "sort"]
+
+
+@pytest.mark.parametrize(
+    "length, passes",
+    [(1, 1), (819, 1), (4096, 1), (4097, 3), (12_000, 6), (12_600, 6), (50_400, 15), (90_000, 21), (201_600, 28)]
+    + [(262_144, 28), (268_569, 36)],
+)
+def test_a_sort_launches_a_kernel_for_every_pass(script, length, passes):
+    """The numbers of kernels that the assembler compiled for sorts of these lengths with JAX 0.11.2."""
+    batched = f"%sort.1 = (f32[8,{length}]{{1,0}}, s32[8,{length}]{{1,0}}) sort(%a, %b), dimensions={{1}}, to_apply=%c"
+    assert script.launches_of(batched) == passes
+    assert script.launches_of(f"ROOT %s = f32[{length},8]{{1,0}} sort(%a), dimensions={{0}}, to_apply=%c") == passes
+
+
+def test_other_instructions_launch_one_kernel(script):
+    assert [script.launches_of(line) for line in script.launched(HLO)] == [1] * 5
+    large = HLO.replace("%sort.2 = f32[8]{0} sort", "%sort.2 = f32[12000]{0} sort")
+    assert sum(map(script.launches_of, script.launched(large))) == 4 + 6
 
 
 def test_the_assemblers_report_is_read_and_removed(script, tmp_path):
