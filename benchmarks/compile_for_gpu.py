@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch_counts import launches_of
+from launch_counts import launched, launches_of
 
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -151,41 +151,6 @@ def read_kernels(folder: Path) -> list[Kernel]:
             kernels.append(Kernel(name, target, *(int(match[1]) if match else 0 for match in found)))
         log.unlink()
     return kernels
-
-
-# Instructions that launch nothing.
-_SILENT = {
-    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "replica-id"),
-    *("while", "conditional", "call", "after-all", "opt-barrier", "async-done", "copy-done"),
-}
-
-
-def launched(hlo: str) -> list[str]:
-    """Returns the instructions of an optimised program that launch kernels or copy, each once, as `opcode line`."""
-    computations: dict[str, list[str]] = {}
-    entry = body = None
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            body = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif body is not None and " = " in line:
-            body.append(line.strip())
-    found, waiting, seen = [], [entry], set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in computations[name]:
-            opcode = re.search(r" = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", line)[1]
-            if opcode in ("while", "conditional", "call", "async-start"):
-                called = r"(?:body|condition|to_apply|calls|\w+_computation)=%?([\w.-]+)"
-                waiting += re.findall(called, line)
-                for several in re.findall(r"branch_computations=\{(.*?)\}", line):
-                    waiting += re.findall(r"[\w.-]+", several)
-            elif opcode not in _SILENT:
-                found.append(f"{opcode} {line}")
-    return found
 
 
 class Program(NamedTuple):

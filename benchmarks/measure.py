@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from isolated import DeviceLost, one_line  # noqa: E402
-from launch_counts import launches_of  # noqa: E402
+from launch_counts import launched, launches_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "triton")
@@ -269,24 +268,9 @@ def profiled_kernels(call: Callable[[], Any], wait: Callable[[Any], None]) -> in
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
-# Opcodes that launch nothing.
-NO_LAUNCH = {
-    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("after-all", "partition-id", "replica-id", "opt-barrier"),
-}
-
-
 def compiled_kernels(optimised: str) -> int:
     """Returns how many kernels an optimised HLO program launches; those of a loop count once, a sort once per pass."""
-    inner = set(re.findall(r"(?:calls|to_apply|comparator|select|scatter)=%?([\w.-]+)", optimised))
-    count, computation = 0, ""
-    for line in optimised.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            computation = header[1]
-        elif (opcode := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\(", line)) and computation not in inner:
-            launches = opcode[1] not in NO_LAUNCH and not opcode[1].endswith("-done")
-            count += launches_of(line) if launches else 0
-    return count
+    return sum(map(launches_of, launched(optimised)))
 
 
 def write_report(path: Path, report: dict) -> None:

@@ -359,6 +359,11 @@ HLO = """HloModule jit_f, is_scheduled=true
   ROOT %c = pred[] compare(%a.1, %b.1), direction=LT
 }
 
+%cond (carry: (s32[], f32[8])) -> pred[] {
+  %carry.1 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %never = pred[] constant(false)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x.1 = f32[8]{0} parameter(0)
   %s = f32[8]{0} sort(%x.1), dimensions={0}, to_apply=%less

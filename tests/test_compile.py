@@ -168,15 +168,33 @@ def test_launches_are_counted_inside_loops_and_not_inside_fusions(script):
 
 
 @pytest.mark.parametrize(
-    "length, passes",
-    [(1, 1), (819, 1), (4096, 1), (4097, 3), (12_000, 6), (12_600, 6), (50_400, 15), (90_000, 21), (201_600, 28)]
-    + [(262_144, 28), (268_569, 36)],
+    "length, types, passes",
+    [
+        (819, "pred f32 s32 s32", 1),
+        (4096, "pred f32 s32 s32", 3),
+        (4097, "pred f32 s32 s32", 6),
+        (8192, "f32", 3),
+        (12_000, "bf16", 6),
+        (12_000, "f32 f32", 6),
+        (12_000, "f32 f32 f32", 6),
+        (12_000, "f32 f32 f32 f32", 10),
+        (12_000, "f32 f32 f32 f32 f32 f32", 10),
+        (12_000, "f32 f32 f32 f32 f32 f32 f32", 15),
+        (201_600, "f32 s32", 28),
+        (201_600, "pred f32 s32 s32", 36),
+        (268_569, "pred f32 s32 s32", 45),
+    ],
 )
-def test_a_sort_launches_a_kernel_for_every_pass(script, length, passes):
-    """The numbers of kernels that the assembler compiled for sorts of these lengths with JAX 0.11.2."""
-    batched = f"%sort.1 = (f32[8,{length}]{{1,0}}, s32[8,{length}]{{1,0}}) sort(%a, %b), dimensions={{1}}, to_apply=%c"
-    assert script.launches_of(batched) == passes
-    assert script.launches_of(f"ROOT %s = f32[{length},8]{{1,0}} sort(%a), dimensions={{0}}, to_apply=%c") == passes
+def test_a_sort_launches_a_kernel_for_every_pass(script, length, types, passes):
+    """The numbers of kernels that the assembler compiled for such sorts with JAX 0.11.2."""
+    shapes = [f"{dtype}[8,{length}]{{1,0}}" for dtype in types.split()]
+    result = shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
+    line = f"ROOT %sort.1 = {result} sort(%a, %b), dimensions={{1}}, to_apply=%compare"
+    assert script.launches_of(f"sort {line}") == passes
+    # As XLA writes some of them.
+    fused = f"%fused (a: f32[8]) -> f32[8] {{\n  {line}\n}}\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n"
+    fused += f"  ROOT %fusion = {result} fusion(%a), kind=kCustom, calls=%fused\n}}\n"
+    assert [script.launches_of(each) for each in script.launched(fused)] == [passes]
 
 
 def test_other_instructions_launch_one_kernel(script):
