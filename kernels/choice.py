@@ -113,8 +113,14 @@ def unsupported_features(dtype: DTypeLike) -> str | None:
 
 
 def shared_memory() -> int:
-    """Returns the bytes of shared memory that a block can have on the default device; on an unknown GPU the fewest."""
+    """Returns the bytes of shared memory that a block can have on the default device.
+
+    The device says it itself; otherwise its compute capability does, and of an unknown one the fewest are taken.
+    """
     platform, capability = device()
+    said = getattr(_default_device(), "shared_memory_per_block_optin", None)
+    if platform == "cuda" and said:
+        return said
     if platform != "cuda":
         capability = HOPPER  # what the kernels are written for: a program may be made for another device
     return KIB * SHARED_KIB.get(capability, SHARED_KIB.get(capability[0], min(SHARED_KIB.values())))

@@ -164,6 +164,15 @@ def test_the_shared_memory_of_a_device_bounds_the_kept_boxes(monkeypatch, capabi
     assert nms_kernel.unsupported(most - most % 512, 90_000) is None
 
 
+def test_a_device_that_says_how_much_shared_memory_it_has_is_believed(monkeypatch):
+    client = SimpleNamespace(platform_version="cuda 13000")
+    options = dict(platform="gpu", client=client, shared_memory_per_block_optin=100_000)
+    gpu = SimpleNamespace(compute_capability="9.0", **options)
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [gpu])
+    assert choice.shared_memory() == 100_000
+    assert nms_kernel.unsupported(9000, 4000) is None and nms_kernel.unsupported(9000, 4096)
+
+
 def test_a_list_that_a_device_cannot_hold_is_an_error_or_plain_jax(monkeypatch):
     mosaic.pretend(monkeypatch, "cuda", (8, 9))
     called = pretended_kernels(monkeypatch)
