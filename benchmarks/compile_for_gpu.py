@@ -4,7 +4,8 @@
 
 Each WORD selects the rows whose names contain it. For every kernel at every production size, called through the
 library's functions, the table has: registers, spilled bytes, stack and shared memory as the assembler reports them,
-the workspace bytes that XLA adds, and the number of launches in the optimised program. It cannot tell the time, or
+the workspace bytes that XLA adds, and the number of launches in the optimised program: a sort is one kernel per pass,
+and what is inside of a loop counts once. It cannot tell the time, or
 whether the results are right on hardware.
 
 Needs JAX 0.11 or newer, its CUDA plugin (`jax-cuda13-plugin`, `jax-cuda13-pjrt`, of JAX's version, installed without
@@ -28,6 +29,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from launch_counts import launched, launches_of
 
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,7 +73,7 @@ class Row(NamedTuple):
 
     name: str
     kernels: list[Kernel]  # of Mosaic; one that an earlier row has compiled is not compiled again
-    mosaic_launches: int  # in the optimised program, those inside of loops counted once
+    mosaic_launches: int  # in the optimised program, those inside of loops counted once; a sort has several
     launches: int  # the same, with XLA's own kernels, copies and library calls
     scatters: int
     workspace: int
@@ -148,41 +151,6 @@ def read_kernels(folder: Path) -> list[Kernel]:
             kernels.append(Kernel(name, target, *(int(match[1]) if match else 0 for match in found)))
         log.unlink()
     return kernels
-
-
-# Instructions that launch nothing.
-_SILENT = {
-    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "replica-id"),
-    *("while", "conditional", "call", "after-all", "opt-barrier", "async-done", "copy-done"),
-}
-
-
-def launched(hlo: str) -> list[str]:
-    """Returns the instructions of an optimised program that launch kernels or copy, each once, as `opcode line`."""
-    computations: dict[str, list[str]] = {}
-    entry = body = None
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            body = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif body is not None and " = " in line:
-            body.append(line.strip())
-    found, waiting, seen = [], [entry], set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in computations[name]:
-            opcode = re.search(r" = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", line)[1]
-            if opcode in ("while", "conditional", "call", "async-start"):
-                called = r"(?:body|condition|to_apply|calls|\w+_computation)=%?([\w.-]+)"
-                waiting += re.findall(called, line)
-                for several in re.findall(r"branch_computations=\{(.*?)\}", line):
-                    waiting += re.findall(r"[\w.-]+", several)
-            elif opcode not in _SILENT:
-                found.append(f"{opcode} {line}")
-    return found
 
 
 class Program(NamedTuple):
@@ -400,7 +368,7 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
             name=program.name,
             kernels=[kernel for kernel in read_kernels(folder) if kernel.name.endswith("mosaic_gpu_kernel")],
             mosaic_launches=sum('custom_call_target="mosaic_gpu' in line for line in launches),
-            launches=len(launches),
+            launches=sum(map(launches_of, launches)),
             scatters=len(re.findall(r" scatter\(", hlo)),
             workspace=memory.temp_size_in_bytes,
             peak_memory=memory.peak_memory_in_bytes,

@@ -1,6 +1,7 @@
 """Times whole detectors, ours and torchvision's: from a preprocessed batch to boxes, and a training step.
 
-    python benchmarks/end_to_end.py [--out FILE.json] [--minutes 8] [--only WORD ...] [--tiny] [--no_compile]
+    python benchmarks/end_to_end.py [--out FILE.json] [--minutes 8] [--goals | --others] [--only WORD ...]
+        [--skip WORD ...] [--tiny] [--no_compile]
 
 ResNet-50-FPN and ResNet-101-C4, 800 x 1333 and 600 x 1000 pixels, batches of 8 and 1, bfloat16 and float32. Both sides
 of a case run in one process and take turns: ours (with the GPU kernels where they can run, and in plain JAX), and
@@ -21,6 +22,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import measure
 import numpy as np
 import suite
@@ -42,7 +44,7 @@ from fasterrcnn_jax.training.step import (
 
 INPUT_SETS = 2
 BOXES = 10  # ground truth in an image
-# Times as many images per second as torchvision, on an H200.
+# Times as many images per second as torchvision, on an H200: ResNet-50-FPN, 800 x 1333, batch 8, bfloat16.
 GOALS = {"detection": 2.5, "training": 2.0}
 # Rounds that both sides share; a run of some calls where a call is short.
 EFFORT = measure.Effort(rounds=5, seconds=0.3, calls=20)
@@ -59,11 +61,6 @@ class Case(NamedTuple):
         size = "x".join(map(str, self.image_hw))
         return f"{self.family} {size} batch {self.batch} {self.dtype} {self.task}"
 
-    @property
-    def goal(self) -> float | None:
-        of_goal = ("resnet50_fpn", (800, 1333), 8, "bfloat16")
-        return GOALS[self.task] if self[:4] == of_goal else None
-
 
 def cases(*, tiny: bool) -> dict[str, Case]:
     """Returns the cases by name, the most important first."""
@@ -75,6 +72,13 @@ def cases(*, tiny: bool) -> dict[str, Case]:
     first = listed[0]
     listed.sort(key=lambda case: sum(a != b for a, b in zip(case[:4], first[:4], strict=True)))
     return {str(case): case for case in listed}
+
+
+def goals(*, tiny: bool) -> dict[str, float | None]:
+    """Returns the goal of each case; the tiny stand-in of a case with a goal has it too."""
+    listed = cases(tiny=tiny)
+    first = next(iter(listed.values()))
+    return {name: GOALS[case.task] if case[:4] == first[:4] else None for name, case in listed.items()}
 
 
 def model_config(case: Case, *, tiny: bool) -> ModelConfig:
@@ -94,11 +98,11 @@ def model_config(case: Case, *, tiny: bool) -> ModelConfig:
 
 
 def draw_batch(rng: np.random.Generator, case: Case) -> Batch:
-    """Returns images of noise in the corner of a canvas that is a multiple of 32, and boxes in them."""
+    """Returns images of noise, drawn on the device, in the corner of a canvas that is a multiple of 32, and boxes."""
     (height, width), count = case.image_hw, case.batch
     canvas = (-(-height // 32) * 32, -(-width // 32) * 32)
-    images = np.zeros((count, *canvas, 3), np.float32)
-    images[:, :height, :width] = rng.standard_normal((count, height, width, 3), np.float32)
+    noise = jax.random.normal(jax.random.key(int(rng.integers(2**31))), (count, height, width, 3))
+    images = jnp.pad(noise, ((0, 0), (0, canvas[0] - height), (0, canvas[1] - width), (0, 0)))
     centre = rng.uniform(0.2, 0.8, (count, BOXES, 2)) * (width, height)
     half = rng.uniform(0.05, 0.2, (count, BOXES, 2)) * height
     labels = rng.integers(1, 91, (count, BOXES)).astype(np.int32)
@@ -178,8 +182,8 @@ def prepare_torchvision(case: Case, batches: list[Batch], *, compiled: bool, tin
     sizes = [case.image_hw] * case.batch
 
     def inputs(batch):
-        images = torch.from_numpy(batch.images).permute(0, 3, 1, 2).contiguous(memory_format=layout).to(device)
-        boxes, labels, _ = (torch.from_numpy(x).to(device) for x in batch.ground_truth)
+        images = measure.to_torch(batch.images).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        boxes, labels = (measure.to_torch(x) for x in batch.ground_truth[:2])
         return images, [{"boxes": b, "labels": n.long()} for b, n in zip(boxes, labels, strict=True)]
 
     def detect(images, _):
@@ -209,48 +213,73 @@ def prepare_torchvision(case: Case, batches: list[Batch], *, compiled: bool, tin
     return Prepared(measure.Side(calls, measure.torch_wait), seconds, peak, None, loss)
 
 
-def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, tiny: bool, compiled: bool) -> dict:
-    """Returns the figures of one case."""
+def measure_case(
+    name: str,
+    without: set[str],
+    turn: Callable[[str], None],
+    keep: Callable[[dict], None],
+    *,
+    tiny: bool,
+    compiled: bool,
+) -> dict:
+    """Returns the figures of one case; calls `keep` with those so far."""
     case = cases(tiny=tiny)[name]
     rng = np.random.default_rng(0)
     batches = [draw_batch(rng, case) for _ in range(INPUT_SETS)]
     preparations: dict[str, Callable[[], Prepared]] = {}
     prepare = functools.partial(prepare_ours, case, batches, tiny=tiny)
-    if choice.unsupported_here(choice.HOPPER) is None:
+    with_kernels = choice.unsupported_here() is None
+    if with_kernels:
         preparations["ours, kernels"] = functools.partial(prepare, "mosaic")
-    preparations["ours, plain JAX"] = functools.partial(prepare, "xla")
+    plain = functools.partial(prepare, "xla")
+    if not with_kernels:
+        preparations["ours, plain JAX"] = plain
     if measure.peer()[0]:
         prepare = functools.partial(prepare_torchvision, case, batches, tiny=tiny)
         preparations["torchvision eager"] = functools.partial(prepare, compiled=False)
         if compiled:
             preparations["torchvision compiled, channels_last"] = functools.partial(prepare, compiled=True)
+    # No goal needs it beside the kernels.
+    preparations.setdefault("ours, plain JAX", plain)
 
-    prepared, failed = {}, {}
+    prepared, early, failed = {}, {}, {}
+
+    def figures(times: dict, failed_later: dict) -> dict:
+        sides = {side: _of_side(case, prepared[side], found) for side, found in (early | times).items()}
+        return {"sides": sides, "goal": goals(tiny=tiny)[name], **_ratio(sides), "failed": failed | failed_later}
+
     for side, prepare in preparations.items():
         if side in without:
             continue
         turn(side)
         try:
             prepared[side] = prepare()
+            early |= measure.interleaved({side: prepared[side].side}, measure.FIRST, turn)[0]
+            keep(figures({}, {}))
         except Exception as error:
             failed[side] = one_line(error)
             measure.require_device()
     sides = {name: side.side for name, side in prepared.items()}
-    times, failed_later = measure.interleaved(sides, measure.QUICK if tiny else EFFORT, turn)
-    figures = {}
-    for side, found in times.items():
+    effort = measure.QUICK if tiny else EFFORT
+    times, failed_later = measure.interleaved(sides, effort, turn, lambda times: keep(figures(times, {})))
+    early.clear()
+    result = figures(times, failed_later)
+    for side, found in result["sides"].items():
         turn(side)
-        figures[side] = {
-            **found._asdict(),
-            "images_per_second": 1e3 * case.batch / found.ms,
-            "compile_seconds": prepared[side].compile_seconds,
-            "peak_bytes": prepared[side].peak_bytes,
-            "kernels_compiled": prepared[side].kernels_compiled,
-            "kernels_launched": _profiled(prepared[side].side),
-            "first_loss": prepared[side].loss,
-            "finite": prepared[side].loss is None or math.isfinite(prepared[side].loss),
-        }
-    return {"sides": figures, "goal": case.goal, **_ratio(figures), "failed": failed | failed_later}
+        found["kernels_launched"] = _profiled(prepared[side].side)
+    return result
+
+
+def _of_side(case: Case, prepared: Prepared, times: measure.Times) -> dict:
+    return {
+        **times._asdict(),
+        "images_per_second": 1e3 * case.batch / times.ms,
+        "compile_seconds": prepared.compile_seconds,
+        "peak_bytes": prepared.peak_bytes,
+        "kernels_compiled": prepared.kernels_compiled,
+        "first_loss": prepared.loss,
+        "finite": prepared.loss is None or math.isfinite(prepared.loss),
+    }
 
 
 def _profiled(side: measure.Side) -> int | str | None:
@@ -288,7 +317,7 @@ SUITE = suite.Suite(
     script=__file__,
     description=__doc__,
     report="e2e.json",
-    names=lambda tiny: list(cases(tiny=tiny)),
+    goals=lambda tiny: goals(tiny=tiny),
     measure_case=measure_case,
     environment=lambda _: measure.environment(),
     header=("ours", "img/s", "GiB", "torchvision", "img/s", "GiB", "ratio", "goal"),

@@ -2,31 +2,63 @@
 
     python benchmarks/full_size.py --config configs/voc.py --data.root FOLDER --train.steps 6
 
-Takes every argument of train.py. Unlike train.py, it repeats one batch and saves nothing.
+Takes a value, or several, for every field of the configuration, as train.py does. Unlike train.py, it repeats one
+batch and saves nothing.
 """
 
+import argparse
+import ast
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fasterrcnn_jax.config import Config  # noqa: E402
+from fasterrcnn_jax.config.text import load_config, with_fields  # noqa: E402
 from fasterrcnn_jax.data import loader, sources  # noqa: E402
 from fasterrcnn_jax.data.training_set import prepare_training_set  # noqa: E402
+from fasterrcnn_jax.errors import InputError  # noqa: E402
 from fasterrcnn_jax.models.detector import create_detector  # noqa: E402
 from fasterrcnn_jax.processes import AXIS, check_batch_size, replicate  # noqa: E402
-from fasterrcnn_jax.scripts import cli  # noqa: E402
 from fasterrcnn_jax.training.optimizer import create_optimizer  # noqa: E402
 from fasterrcnn_jax.training.step import create_state, data_parallel, make_train_step  # noqa: E402
 
 
-@cli.script
+def parse_config(argv: list[str] | None) -> Config:
+    """Returns the configuration of `--config FILE` with the fields that the other arguments give, --train.steps 6."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="Python file that builds the configuration")
+    arguments, fields = parser.parse_known_args(argv)
+    values: dict[str, list[Any]] = {}
+    for word in fields:
+        if word.startswith("--"):
+            given = values.setdefault(word.removeprefix("--"), [])
+        elif values:
+            given.append(_value(word))
+        else:
+            parser.error(f"{word} belongs to no field: --FIELD VALUE")
+    try:
+        single = {name: given[0] if len(given) == 1 else given for name, given in values.items()}
+        return with_fields(load_config(arguments.config), single)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (SyntaxError, ValueError):
+        return word
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse_config(argv, description=__doc__)
+    config = parse_config(argv)
     data, train = config.data, config.train
     check_batch_size(train.batch_size)
     dataset = prepare_training_set(sources.open_split(data, data.train_split), data)

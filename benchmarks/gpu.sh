@@ -1,46 +1,64 @@
 #!/usr/bin/env bash
-# Runs what needs a GPU, stage by stage; a stage that fails does not stop the next.
+# Runs what needs a GPU, stage by stage; a stage that fails does not stop the next, and each ends within 9 minutes.
 #
-#   benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--data FOLDER] [--tiny] [STAGE ...]
+#   benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--wheels FOLDER] [--data FOLDER] [--tiny] [STAGE ...]
 #
-# Stages (all, without an argument), 21 minutes together at most:
-#   tests    the gpu tests, then the others as time allows, 5 minutes         -> DIR/tests.json
-#   ops      benchmarks/kernels.py, 5 minutes                                 -> DIR/ops.json
-#   e2e      benchmarks/end_to_end.py, 7 minutes                              -> DIR/e2e.json
-#   train    benchmarks/train_minutes.py on the images of --data, 4 minutes -> DIR/train.json
+# Stages (all, without an argument), the most important first:
+#   nms        goals of benchmarks/kernels.py: NMS and proposals             -> DIR/nms.json
+#   regions    goals of benchmarks/kernels.py: RoIAlign                      -> DIR/regions.json
+#   detection  goal of benchmarks/end_to_end.py: detection                   -> DIR/detection.json
+#   step       goal of benchmarks/end_to_end.py: training step               -> DIR/step.json
+#   tests      the gpu tests, then the others as time allows                 -> DIR/tests.json, DIR/tests.log
+#   train      benchmarks/train_minutes.py on the images of --data           -> DIR/train.json
+#   ops        benchmarks/kernels.py, what has no goal                       -> DIR/ops.json
+#   e2e        benchmarks/end_to_end.py, what has no goal, as time allows    -> DIR/e2e.json
 #
 # --out      folder of the results; default: benchmarks/results
-# --cache    one tar archive of at most 16 MiB that carries JAX's compilation cache from run to run
+# --cache    archive of JAX's compilation cache from an earlier run, DIR/jax_cache.tar; each stage leaves a new one, of
+#            at most 16 MiB, in DIR
+# --wheels   folder of benchmarks/gather_wheels.sh, for a machine that reaches no package index: `tests` and `train`
+#            need packages that JAX and torchvision do not bring
 # --data     folder in VOC layout with the splits train and test; without it the train stage fails
-# --tiny     sizes that tell nothing about speed, in a minute on a CPU: to try the script
-# PYTHON     the interpreter; default: python
+# --tiny     sizes that tell nothing about speed, for a CPU: to try the script
+# PYTHON     the interpreter; default: python, or python3 where there is no python
+# STAGE_SECONDS  the time of a stage; default: 535
 # PYTEST_ADDOPTS reaches pytest as always.
 #
-# Exits with 1 when a stage failed, with 2 when an argument is wrong.
+# Exits with 1 when a stage failed, with 2 when an argument is wrong. A case without time left has failed.
 set -uo pipefail
 
-STAGES=(tests ops e2e train)
-# Seconds. No stage takes more, whatever hangs in it.
-declare -A LIMIT=([tests]=300 [ops]=300 [e2e]=420 [train]=240)
+STAGES=(nms regions detection step tests train ops e2e)
+# Seconds. A stage is ended after LIMIT, whatever hangs in it; a benchmark has MARGIN for its start and ends by itself.
+LIMIT=${STAGE_SECONDS:-535}
+MARGIN=35
 CACHE_LIMIT=$((16 * 1024 * 1024))
 
 usage() {
-    echo "usage: benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--data FOLDER] [--tiny] [STAGE ...]; stages: ${STAGES[*]}" >&2
+    echo "usage: benchmarks/gpu.sh [--out DIR] [--cache ARCHIVE] [--wheels FOLDER] [--data FOLDER] [--tiny]" \
+        "[STAGE ...]; stages: ${STAGES[*]}" >&2
     exit 2
 }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-}
+# A shim may stand there without an interpreter behind.
+for candidate in python python3; do
+    [[ -n $python ]] || ! "$candidate" -c "" 2>/dev/null || python=$candidate
+done
+[[ -n $python ]] || {
+    echo "there is neither python nor python3: set PYTHON" >&2
+    exit 2
+}
 out=$root/benchmarks/results
-archive= data= tiny=
+archive= wheels= data= tiny=
 chosen=()
 while (($#)); do
     case $1 in
-    --out | --cache | --data)
+    --out | --cache | --wheels | --data)
         [[ -n ${2:-} ]] || usage
         # Taken from where the caller stands, before we go to the root.
         path=$(realpath -m "$2")
-        case $1 in --out) out=$path ;; --cache) archive=$path ;; --data) data=$path ;; esac
+        case $1 in --out) out=$path ;; --cache) archive=$path ;; --wheels) wheels=$path ;; --data) data=$path ;; esac
         shift 2
         ;;
     --tiny)
@@ -56,12 +74,24 @@ while (($#)); do
 done
 ((${#chosen[@]})) || chosen=("${STAGES[@]}")
 
+minutes=$(awk "BEGIN { print ($LIMIT - $MARGIN) / 60 }")
+
 cd "$root" || exit 2
 mkdir -p "$out" || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$scratch/jax_cache}
 mkdir -p "$JAX_COMPILATION_CACHE_DIR"
+# Two libraries, and the processes that tests start, share the card.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+archive=${archive:-$out/jax_cache.tar}
+
+install_wheels() {
+    [[ -n $wheels ]] || return 0
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" "$wheels"/*.whl ||
+        return 1
+    export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
+}
 
 restore_cache() {
     [[ -f $archive ]] || return 0
@@ -75,8 +105,8 @@ save_cache() {
         awk -v limit=$((CACHE_LIMIT - 20 * 512)) '
             { need = 512 * (1 + int(($2 + 511) / 512)) }
             used + need <= limit { used += need; print $3 }' |
-        tar -C "$JAX_COMPILATION_CACHE_DIR" -cf "$archive.part" --verbatim-files-from -T - &&
-        mv "$archive.part" "$archive"
+        tar -C "$JAX_COMPILATION_CACHE_DIR" -cf "$out/jax_cache.part" --verbatim-files-from -T - &&
+        mv "$out/jax_cache.part" "$out/jax_cache.tar"
 }
 
 # The tests once, and what came of them as JSON: those that need a GPU first. SIGINT lets pytest write its report
@@ -85,7 +115,7 @@ stage_tests() {
     local start=$SECONDS status=0 cut=False selection left code
     rm -f "$out/tests.log"
     for selection in "gpu and not slow" "not gpu and not slow and not aot"; do
-        left=$((LIMIT[tests] - 20 - (SECONDS - start)))
+        left=$((LIMIT - 20 - (SECONDS - start)))
         ((left > 0)) || {
             cut=True
             break
@@ -152,12 +182,24 @@ REPORT
 
 # A benchmark under the limit of its stage; it ends by itself before, unless it hangs.
 benchmark() { # STAGE SCRIPT ARGUMENTS
-    timeout --kill-after=10 "${LIMIT[$1]}" "$python" "benchmarks/$2" --out "$out/$1.json" "${@:3}"
+    timeout --kill-after=5 "$LIMIT" "$python" "benchmarks/$2" --out "$out/$1.json" "${@:3}"
 }
 
-stage_ops() { benchmark ops kernels.py --minutes 4.6 ${tiny:+--tiny --no_compile}; }
+timed() { # STAGE SCRIPT ARGUMENTS: a benchmark with cases
+    benchmark "$1" "$2" --minutes "$minutes" ${tiny:+--tiny --no_compile} "${@:3}"
+}
 
-stage_e2e() { benchmark e2e end_to_end.py --minutes 6.6 ${tiny:+--tiny --no_compile}; }
+stage_nms() { timed nms kernels.py --goals --skip roi_; }
+
+stage_regions() { timed regions kernels.py --goals --only roi_; }
+
+stage_detection() { timed detection end_to_end.py --goals --only detection; }
+
+stage_step() { timed step end_to_end.py --goals --only training; }
+
+stage_ops() { timed ops kernels.py --others; }
+
+stage_e2e() { timed e2e end_to_end.py --others; }
 
 stage_train() {
     [[ -n $data ]] || {
@@ -165,16 +207,19 @@ stage_train() {
         return 1
     }
     # What is not training is compilation and evaluation.
-    benchmark train train_minutes.py --data "$data" --minutes "$([[ $tiny ]] && echo 0.1 || echo 1.2)"
+    benchmark train train_minutes.py --data "$data" --limit "$minutes" --minutes "$([[ $tiny ]] && echo 0.1 || echo 1.2)" \
+        ${tiny:+--config benchmarks/rehearsal/tiny_training.py}
 }
 
-[[ -z $archive ]] || restore_cache
+install_wheels || exit 2
+restore_cache
 failed=()
 for stage in "${chosen[@]}"; do
     echo "== $stage"
     "stage_$stage" || failed+=("$stage")
+    # Now, because a stage is all that one call of a machine may be.
+    save_cache || failed+=("the cache after $stage")
 done
-[[ -z $archive ]] || save_cache || failed+=(cache)
 ((${#failed[@]} == 0)) || {
     echo "failed: ${failed[*]}" >&2
     exit 1

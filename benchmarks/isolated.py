@@ -1,8 +1,9 @@
 """Runs cases in a child process, so that a case that crashes, hangs or breaks the device does not stop the others.
 
 A case has sides, for example one of our implementations and the other library. The child writes one JSON line when it
-starts a side and when a case is done. If the child dies, or writes nothing for too long, its current side has failed.
-A new child then continues with the same case without that side, and with the later cases.
+starts a side, when it has new figures of a case, and when a case is done. If the child dies, or writes nothing for too
+long, its current side has failed. A new child then continues with the same case without that side, and with the later
+cases. If the time ends within a case, the figures that it had so far are its result.
 """
 
 import json
@@ -40,15 +41,21 @@ def run_child(
 
     Args:
       without: sides to leave out, as CASE/SIDE.
-      run_case: takes a case's name, the sides to leave out, and a function to call with a side's name before
-        turning to it; returns the result. It raises `DeviceLost` where nothing more can run.
+      run_case: takes a case's name, the sides to leave out, a function to call with a side's name before
+        turning to it, and a function to call with the figures so far; returns the result. It raises `DeviceLost`
+        where nothing more can run.
     """
     journal = Journal(path)
     journal.write(environment=environment())
     for case in cases:
         left_out = {side for entry in without for named, side in [entry.rsplit("/", 1)] if named == case}
         try:
-            result = run_case(case, left_out, lambda side, case=case: journal.write(case=case, side=side))
+            result = run_case(
+                case,
+                left_out,
+                lambda side, case=case: journal.write(case=case, side=side),
+                lambda figures, case=case: journal.write(case=case, figures=figures),
+            )
         except DeviceLost as lost:
             journal.write(lost=str(lost))
             sys.exit(DEVICE_LOST)
@@ -66,25 +73,35 @@ def run_isolated(
     silence: float,
     each_alone: bool,
     done: Callable[[str, dict, dict], None],
+    kept: Callable[[str, dict, dict], None] = lambda *_: None,
 ) -> None:
     """Runs `command --child PATH --cases ... --without ...` until every case has a result.
 
     Args:
       path: the journal; written anew by each child.
-      seconds: time limit for all cases; cases that are not reached have the error `NO_TIME`.
+      seconds: time limit for all cases; cases without a figure have the error `NO_TIME`, and a case that was
+        under way has its figures so far and the entry `cut`.
       silence: seconds without a new line after which a child counts as hanging.
       each_alone: use one child per case, so that its peak memory belongs to that case.
       done: called with a case, its result and the child's environment, as soon as they are known.
         `result["failed"]` gives the reason for each side without times, `result["error"]` the reason if the whole case
-        has none.
+        has none, and `result["cut"]` the reason if it ended early.
+      kept: called in the same way with the figures that a case has so far.
     """
     end = time.monotonic() + seconds
-    waiting, blamed, environment, at = list(cases), {}, {}, None
+    waiting, blamed, so_far, environment, at = list(cases), {}, {}, {}, None
+
+    def with_failed(case: str, result: dict) -> dict:
+        of_case = {side: reason for (blamed_case, side), reason in blamed.items() if blamed_case == case}
+        return result | {"failed": of_case | result.get("failed", {})}
 
     def finish(case: str, result: dict) -> None:
         waiting.remove(case)
-        of_case = {side: reason for (blamed_case, side), reason in blamed.items() if blamed_case == case}
-        done(case, result | {"failed": of_case | result.get("failed", {})}, environment)
+        done(case, with_failed(case, result), environment)
+
+    def give_up(case: str, reason: str, side: str | None) -> None:
+        ended = {"cut": reason} if case in so_far else {"error": reason}
+        finish(case, so_far.get(case, {}) | ended | ({"at": side} if side else {}))
 
     while waiting and time.monotonic() < end:
         batch = waiting[:1] if each_alone else waiting[:]
@@ -102,16 +119,19 @@ def run_isolated(
             elif "result" in event:
                 finish(event["case"], event["result"])
                 at = None
+            elif "figures" in event:
+                so_far[event["case"]] = event["figures"]
+                kept(event["case"], with_failed(event["case"], event["figures"] | {"cut": NO_TIME}), environment)
         unfinished = [case for case in batch if case in waiting]
         if not unfinished or time.monotonic() >= end:
             continue
         if at is None or at in blamed:
             # It did not get as far as a side, or not without it: trying again would be the same.
-            finish(unfinished[0], {"error": reason})
+            give_up(unfinished[0], reason, None)
         else:
             blamed[at] = reason
     for case in waiting[:]:
-        finish(case, {"error": NO_TIME} | ({"at": at[1]} if at and at[0] == case else {}))
+        give_up(case, NO_TIME, at[1] if at and at[0] == case else None)
 
 
 def _events(child: subprocess.Popen, path: Path, end: float, silence: float) -> Iterator[dict]:

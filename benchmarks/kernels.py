@@ -1,6 +1,7 @@
 """Times every operation around the network: plain JAX, the GPU kernels, and torchvision's operators.
 
-    python benchmarks/kernels.py [--out FILE.json] [--minutes 8] [--only WORD ...] [--tiny] [--no_compile]
+    python benchmarks/kernels.py [--out FILE.json] [--minutes 8] [--goals | --others] [--only WORD ...]
+        [--skip WORD ...] [--tiny] [--no_compile]
 
 All sides of an operation run in one process on the same inputs and take turns. First their results are compared. If
 one of our results differs from torchvision's, or one of our sides fails, the report says so and the script exits with
@@ -22,13 +23,22 @@ from operations import Operation, operations
 MANY, FEW, LARGE = 4, 2, 1e8
 
 
-def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, tiny: bool, compiled: bool) -> dict:
-    """Returns the figures of one operation."""
+def measure_case(
+    name: str,
+    without: set[str],
+    turn: Callable[[str], None],
+    keep: Callable[[dict], None],
+    *,
+    tiny: bool,
+    compiled: bool,
+) -> dict:
+    """Returns the figures of one operation; calls `keep` with those so far."""
     case = operations(tiny=tiny)[name]()
     rng = np.random.default_rng(0)
     inputs = [case.draw(rng) for _ in range(FEW if case.num_bytes > LARGE else MANY)]
     builders, waits = {}, {}
-    for implementation in case.implementations:
+    # What has a goal first.
+    for implementation in reversed(case.implementations):
         builders[implementation], waits[implementation] = case.ours(implementation), measure.block
     torch, torchvision = measure.peer()
     if torch:
@@ -38,7 +48,12 @@ def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, t
         builders |= theirs
         waits |= dict.fromkeys(theirs, measure.torch_wait)
 
-    sides, firsts, failed, unavailable = {}, {}, {}, {}
+    sides, firsts, early, differences, failed, unavailable = {}, {}, {}, {}, {}, {}
+
+    def figures(times: dict, failed_later: dict) -> dict:
+        found = _figures(case, early | times, differences, measure.measure_ceilings(tiny=tiny))
+        return found | {"failed": failed | failed_later, "unavailable": unavailable}
+
     for side, build in builders.items():
         if side in without:
             continue
@@ -48,24 +63,28 @@ def measure_case(name: str, without: set[str], turn: Callable[[str], None], *, t
             firsts[side] = calls[0]()
             waits[side](firsts[side])
             sides[side] = measure.Side(calls, waits[side])
+            differences |= _differences(case, firsts, differences)
+            early |= measure.interleaved({side: sides[side]}, measure.FIRST, turn)[0]
+            keep(figures({}, {}))
         except NotImplementedError as error:
             unavailable[side] = str(error)
         except Exception as error:
             failed[side] = one_line(error)
             measure.require_device()
-    differences = _differences(case, firsts)
     firsts.clear()
-    times, failed_later = measure.interleaved(sides, measure.QUICK if tiny else measure.THOROUGH, turn)
-    figures = _figures(case, times, differences, measure.measure_ceilings(tiny=tiny))
-    return figures | {"failed": failed | failed_later, "unavailable": unavailable}
+    effort = measure.QUICK if tiny else measure.THOROUGH
+    times, failed_later = measure.interleaved(sides, effort, turn, lambda times: keep(figures(times, {})))
+    early.clear()
+    return figures(times, failed_later)
 
 
-def _differences(case: Operation, firsts: dict) -> dict[str, float]:
-    """Returns how far each of our results is from torchvision's first one."""
+def _differences(case: Operation, firsts: dict, known: dict) -> dict[str, float]:
+    """Returns how far each of our results that is not known is from torchvision's first one."""
     reference = next((firsts[side] for side in firsts if side.startswith("torchvision")), None)
     if reference is None:
         return {}
-    return {side: case.difference(firsts[side], reference) for side in case.implementations if side in firsts}
+    ours = (side for side in case.implementations if side in firsts and side not in known)
+    return {side: case.difference(firsts[side], reference) for side in ours}
 
 
 def _figures(case: Operation, times: dict, differences: dict, ceilings: measure.Ceilings) -> dict:
@@ -115,7 +134,7 @@ SUITE = suite.Suite(
     script=__file__,
     description=__doc__,
     report="ops.json",
-    names=lambda tiny: list(operations(tiny=tiny)),
+    goals=lambda tiny: {name: build().goal for name, build in operations(tiny=tiny).items()},
     measure_case=measure_case,
     environment=lambda tiny: measure.environment() | {"ceilings": measure.measure_ceilings(tiny=tiny)._asdict()},
     header=("ours", "ms", "torchvision", "ms", "ratio", "goal", "x floor", "goal", "agrees"),

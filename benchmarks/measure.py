@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from isolated import DeviceLost, one_line  # noqa: E402
+from launch_counts import launched, launches_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "triton")
@@ -44,6 +44,8 @@ class Effort(NamedTuple):
 
 
 THOROUGH, QUICK = Effort(rounds=9, seconds=0.04, calls=200), Effort(rounds=3, seconds=0.005, calls=4)
+# Of a side alone, before the next one is prepared: a case that is cut has at least these times.
+FIRST = Effort(rounds=1, seconds=0.0, calls=1)
 
 
 class Side(NamedTuple):
@@ -71,11 +73,17 @@ def block(result: Any) -> None:
     jax.block_until_ready(result)
 
 
-def interleaved(sides: dict[str, Side], effort: Effort, turn: Callable[[str], None]) -> tuple[dict, dict]:
+def interleaved(
+    sides: dict[str, Side],
+    effort: Effort,
+    turn: Callable[[str], None],
+    keep: Callable[[dict[str, Times]], None] = lambda times: None,
+) -> tuple[dict, dict]:
     """Returns the times of each side that finished, and the reason for each side that did not.
 
     Args:
       turn: called with a side's name before each of its turns.
+      keep: called with the times so far after each round.
     Raises:
       DeviceLost: a side broke the device.
     """
@@ -98,12 +106,14 @@ def interleaved(sides: dict[str, Side], effort: Effort, turn: Callable[[str], No
             except Exception as error:
                 failed[name] = one_line(error)
                 require_device()
-    median = statistics.median
-    times = {
-        name: Times(median(runs[name]), min(runs[name]), max(runs[name]), median(alone[name]))
-        for name in sides
-        if name not in failed
-    }
+        median = statistics.median
+        times = {
+            name: Times(median(runs[name]), min(runs[name]), max(runs[name]), median(alone[name]))
+            for name in sides
+            if name not in failed and number > 0
+        }
+        if times:
+            keep(times)
     return times, failed
 
 
@@ -189,6 +199,29 @@ def torch_device() -> str:
     return "cuda" if on_gpu() else "cpu"
 
 
+def to_torch(x: Any) -> Any:
+    """Returns an array of JAX or NumPy as a tensor on torch's device; an array on a GPU does not leave it."""
+    torch, _ = peer()
+    if isinstance(x, jax.Array):
+        block(x)
+        try:
+            return torch.from_dlpack(x)
+        except Exception as error:  # of a version that does not fit; the values are the same through the host
+            print(f"a copy through the host: {one_line(error)}", file=sys.stderr)
+    return torch.from_numpy(np.array(x)).to(torch_device())
+
+
+def from_torch(x: Any) -> jax.Array:
+    """Returns a tensor of floating-point values as an array of JAX; one on a GPU does not leave it."""
+    x = x.detach().contiguous()
+    torch_wait()
+    try:
+        return jnp.from_dlpack(x)
+    except Exception as error:
+        print(f"a copy through the host: {one_line(error)}", file=sys.stderr)
+    return jnp.asarray(x.cpu().numpy())
+
+
 def torch_wait(_: Any = None) -> None:
     """Waits for all work that torch has started."""
     if on_gpu():
@@ -235,23 +268,9 @@ def profiled_kernels(call: Callable[[], Any], wait: Callable[[Any], None]) -> in
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
-# Opcodes that launch nothing.
-NO_LAUNCH = {
-    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("after-all", "partition-id", "replica-id", "opt-barrier"),
-}
-
-
 def compiled_kernels(optimised: str) -> int:
-    """Returns how many instructions of an optimised HLO program launch something; those of a loop count once."""
-    inner = set(re.findall(r"(?:calls|to_apply|comparator|select|scatter)=%?([\w.-]+)", optimised))
-    count, computation = 0, ""
-    for line in optimised.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            computation = header[1]
-        elif (opcode := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\(", line)) and computation not in inner:
-            count += opcode[1] not in NO_LAUNCH and not opcode[1].endswith("-done")
-    return count
+    """Returns how many kernels an optimised HLO program launches; those of a loop count once, a sort once per pass."""
+    return sum(map(launches_of, launched(optimised)))
 
 
 def write_report(path: Path, report: dict) -> None:

@@ -1,8 +1,8 @@
 """The operations that `kernels.py` times: inputs, our call, torchvision's, and how the two results compare.
 
-B is the number of images, N of boxes, R of regions. Inputs are drawn as NumPy arrays, one set after another, and both
-libraries get the same values. Functions that torchvision has only for one image are called in a loop over the images,
-as its detectors do.
+B is the number of images, N of boxes, R of regions. Large inputs are drawn on the device, one set after another, and
+both libraries get the same values. Functions that torchvision has only for one image are called in a loop over the
+images, as its detectors do.
 """
 
 import functools
@@ -25,7 +25,7 @@ from fasterrcnn_jax.ops.proposals import propose
 from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.suppression import nms
 
-# Takes one set of inputs as NumPy arrays, puts them on the device, returns the call to be timed.
+# Takes one set of inputs, puts on the device what is not there, returns the call to be timed.
 Build = Callable[..., Callable[[], Any]]
 
 # Different roundings of one IoU may turn one decision, and with it some of the later ones.
@@ -35,7 +35,7 @@ PLAIN = ("xla",)
 
 
 class Operation(NamedTuple):
-    draw: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
+    draw: Callable[[np.random.Generator], tuple[Any, ...]]  # arrays of JAX or NumPy
     ours: Callable[[Implementation], Build]
     theirs: Callable[[Any, Any], dict[str, Build]]  # takes torch and torchvision; by name and type
     difference: Callable[[Any, Any], float]
@@ -77,7 +77,7 @@ def gradient_on_device(function: Callable, *, cast: Callable) -> Build:
 
 def in_torch(torch: Any, function: Callable, *, cast: Callable | None = None) -> Build:
     def build(*arrays):
-        arguments = [torch.from_numpy(np.array(x)).to(measure.torch_device()) for x in arrays]
+        arguments = [measure.to_torch(x) for x in arrays]
         arguments = cast(*arguments) if cast else arguments
         return lambda: function(*arguments)
 
@@ -89,6 +89,16 @@ def eager_and_compiled(torch: Any, function: Callable, name: str = "float32") ->
         f"torchvision eager, {name}": in_torch(torch, function),
         f"torchvision compiled, {name}": in_torch(torch, torch.compile(function)),
     }
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
+    """Returns float32 values of the standard normal distribution, drawn on the device: a set has up to 200 million."""
+    return _normal(np.uint32(rng.integers(2**31)), shape)
 
 
 # Boxes as detectors have them: many around each object.
@@ -205,10 +215,9 @@ def pyramid(tiny: bool) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
     return canvas, tuple((-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in PYRAMID_STRIDES)
 
 
-def draw_rpn(rng: np.random.Generator, batch: int, anchors: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_rpn(rng: np.random.Generator, batch: int, anchors: int) -> tuple[jax.Array, jax.Array]:
     """Returns objectness logits and small deltas."""
-    logits = rng.normal(-3.0, 1.5, (batch, anchors)).astype(np.float32)
-    return logits, rng.normal(0.0, 0.2, (batch, anchors, 4)).astype(np.float32)
+    return 1.5 * normal(rng, batch, anchors) - 3.0, 0.2 * normal(rng, batch, anchors, 4)
 
 
 def rpn_case(*, tiny: bool, train: bool) -> Operation:
@@ -310,24 +319,24 @@ def c4_maps(tiny: bool, *, channels: int = 1024, output_size: int = 14) -> Maps:
     return Maps(8, 128, channels, ((38, 63),), (16,), output_size)
 
 
-def draw_maps(rng: np.random.Generator, maps: Maps) -> tuple[np.ndarray, ...]:
+def draw_maps(rng: np.random.Generator, maps: Maps) -> tuple[Any, ...]:
     """Returns boxes, a cotangent [B, R, S, S, C] and the maps [B, H, W, C]; values that bfloat16 holds exactly."""
 
-    def normal(*shape):
-        return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16).astype(np.float32)
+    def rounded(*shape):
+        return normal(rng, *shape).astype(jnp.bfloat16).astype(jnp.float32)
 
     boxes = clustered_boxes(rng, maps.batch, maps.regions, maps.canvas)
     size = maps.output_size
-    cotangent = normal(maps.batch, maps.regions, size, size, maps.channels)
-    return boxes, cotangent, *(normal(maps.batch, *grid, maps.channels) for grid in maps.grids)
+    cotangent = rounded(maps.batch, maps.regions, size, size, maps.channels)
+    return boxes, cotangent, *(rounded(maps.batch, *grid, maps.channels) for grid in maps.grids)
 
 
 def relative(ours: list, theirs: list) -> float:
-    """Returns the norm of the difference of two lists of arrays by the norm of the second."""
+    """Returns the norm of the difference of two lists of arrays by the norm of the second, computed on the device."""
     apart, size = 0.0, 0.0
     for a, b in zip(ours, theirs, strict=True):
-        a, b = (np.asarray(x, np.float64) for x in (a, b))
-        apart, size = apart + np.square(a - b).sum(), size + np.square(b).sum()
+        a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+        apart, size = apart + float(jnp.square(a - b).sum()), size + float(jnp.square(b).sum())
     return float(np.sqrt(apart / size)) if size else np.inf
 
 
@@ -372,7 +381,7 @@ def regions_case(
                     return function(levels, boxes)
 
             def call(*arrays):
-                arrays = [torch.from_numpy(np.array(x)).to(measure.torch_device()) for x in arrays]
+                arrays = [measure.to_torch(x) for x in arrays]
                 boxes, cotangent, levels = cast(*arrays)
                 if not backward:
                     return lambda: forward(boxes, cotangent, levels)
@@ -422,8 +431,8 @@ def regions_case(
     )
 
 
-def _channels_last(x: Any) -> np.ndarray:
-    return x.detach().float().permute(0, 2, 3, 1).cpu().numpy()
+def _channels_last(x: Any) -> jax.Array:
+    return measure.from_torch(x.detach().float().permute(0, 2, 3, 1))
 
 
 # What stands beside the kernels: plain JAX alone, timed to see whether it matters.
@@ -436,10 +445,10 @@ def top_k_case(*, tiny: bool) -> Operation:
         return eager_and_compiled(torch, lambda scores: torch.topk(scores, k))
 
     return Operation(
-        lambda rng: (rng.standard_normal((batch, count), np.float32),),
+        lambda rng: (normal(rng, batch, count),),
         lambda _: on_device(lambda scores: jax.lax.top_k(scores, k)),
         theirs,
-        lambda ours, theirs: relative([ours[0]], [theirs[0].cpu().numpy()]),
+        lambda ours, theirs: relative([ours[0]], [measure.from_torch(theirs[0])]),
         0.0,
         "float32",
         batch * (4 * count + 8 * k),
@@ -460,7 +469,7 @@ def sort_case(*, tiny: bool, count: int) -> Operation:
         return eager_and_compiled(torch, lambda scores: torch.sort(scores, stable=True, descending=True))
 
     return Operation(
-        lambda rng: (rng.standard_normal((batch, count), np.float32),),
+        lambda rng: (normal(rng, batch, count),),
         lambda _: on_device(ours),
         theirs,
         lambda ours, theirs: float((np.asarray(ours) != theirs[1].cpu().numpy()).mean()),
@@ -499,7 +508,7 @@ def decode_case(*, tiny: bool) -> Operation:
         lambda rng: draw_rpn(rng, batch, len(grid.anchors))[1:],
         lambda _: on_device(ours),
         theirs,
-        lambda ours, theirs: relative([ours[0].reshape(-1, 4)], [theirs[0].cpu().numpy()]),
+        lambda ours, theirs: relative([ours[0].reshape(-1, 4)], [measure.from_torch(theirs[0])]),
         F32_NORM,
         "float32",
         33 * values + 16 * len(grid.anchors),

@@ -1,13 +1,14 @@
 """Trains our detector and torchvision's on a folder of images for the same time, both from random weights.
 
-    python benchmarks/train_minutes.py --data FOLDER [--minutes 1.2] [--config FILE.py] [--out FILE.json]
+    python benchmarks/train_minutes.py --data FOLDER [--minutes 1.2] [--limit 8.6] [--config FILE.py] [--out FILE.json]
 
 Our detector is a configuration, configs/folder.py by default. Their detector is torchvision's ResNet-18-FPN with group
 norm and random weights on images of the same size; its anchors are half as large as by default, because the images are
 small. Both read the same batches from our loader, have the same optimizer, learning-rate schedule and clipping, and are
 evaluated by our evaluator. The clock counts only the steps and their data. It stops for compilation (the first step of
 each canvas) and evaluation. A few trial steps, which are discarded, determine how many steps fit. The report has the
-loss and AP50 during training. The script exits with status 1 if our side fails.
+loss and AP50 during training. The script exits with status 1 if our side fails, or if the time ends before a side
+does; the points of its curve so far are in the report.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-from isolated import run_child, run_isolated
+from isolated import NO_TIME, run_child, run_isolated
 
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.families import resnet_fpn
@@ -145,8 +146,20 @@ def their_trainer(config: Config) -> Trainer:
     return Trainer(run, detect)
 
 
-def train_for(make: Callable[[Config], Trainer], config: Config, *, seconds: float, turn: Callable[[], None]) -> dict:
-    """Returns the results of training for `seconds`; `turn` is called from time to time."""
+def train_for(
+    make: Callable[[Config], Trainer],
+    config: Config,
+    *,
+    seconds: float,
+    turn: Callable[[], None],
+    keep: Callable[[dict], None],
+) -> dict:
+    """Returns the results of training for `seconds`.
+
+    Args:
+      turn: called from time to time.
+      keep: called with the results so far.
+    """
     train_split, test_split = (
         sources.open_split(config.data, name) for name in (config.data.train_split, config.data.test_split)
     )
@@ -192,20 +205,22 @@ def train_for(make: Callable[[Config], Trainer], config: Config, *, seconds: flo
         # NaN is not JSON.
         value, ap50, ap = (float(x) if math.isfinite(x) else None for x in (value, found.ap50, found.ap))
         curve.append({"seconds": spent, "steps": done, "loss": value, "AP50": ap50, "AP": ap})
+        result = {
+            "steps": done,
+            "planned_steps": steps,
+            "seconds": spent,
+            "waited_for_data_seconds": waited,
+            "images_per_second": done * config.train.batch_size / spent,
+            "compile_seconds": compiling,
+            "curve": curve,
+            "AP50": ap50,
+            "AP": ap,
+        }
+        keep(result)
         turn()
         if spent >= seconds:
             break
-    return {
-        "steps": done,
-        "planned_steps": steps,
-        "seconds": spent,
-        "waited_for_data_seconds": waited,
-        "images_per_second": done * config.train.batch_size / spent,
-        "compile_seconds": compiling,
-        "curve": curve,
-        "AP50": curve[-1]["AP50"],
-        "AP": curve[-1]["AP"],
-    }
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder in VOC layout with the splits train and test")
     parser.add_argument("--config", type=Path, default=FOLDER_CONFIG, help="configuration of our detector and training")
     parser.add_argument("--minutes", type=float, default=1.2, help="training time of each of the two detectors")
+    parser.add_argument("--limit", type=float, default=8.6, help="minutes for everything, compilation included")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "train.json", help="file for the JSON report")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="*", default=[], help=argparse.SUPPRESS)
@@ -224,37 +240,49 @@ def main(argv: list[str] | None = None) -> int:
         run = arguments.child.with_name("run")
         config = prepare(replace(config, run=run, data=replace(config.data, root=arguments.data))).config
 
-        def run_case(name: str, without: set[str], turn: Callable[[str], None]) -> dict:
+        def run_case(name: str, without: set[str], turn: Callable[[str], None], keep: Callable[[dict], None]) -> dict:
             if name in without:
                 return {}
             turn(name)
+            options = dict(seconds=seconds, turn=functools.partial(turn, name), keep=keep)
             if name == "ours":
-                return train_for(our_trainer, config, seconds=seconds, turn=functools.partial(turn, name))
+                return train_for(our_trainer, config, **options)
             if measure.peer()[0] is None:
                 return {"unavailable": measure.peer()[1]}
-            return train_for(their_trainer, their_config(config), seconds=seconds, turn=functools.partial(turn, name))
+            return train_for(their_trainer, their_config(config), **options)
 
         run_child(arguments.child, arguments.cases, arguments.without, measure.environment, run_case)
         return 0
 
-    results = {}
+    results = {name: {"error": NO_TIME} for name in ("ours", "torchvision")}
+
+    def faults() -> dict[str, str]:
+        ended = {name: result.get("error") or result.get("cut") for name, result in results.items()}
+        if not ended["ours"] and results["ours"].get("AP50") is None:
+            ended["ours"] = str(results["ours"])
+        return {name: fault for name, fault in ended.items() if fault and (name == "ours" or fault == NO_TIME)}
+
+    def kept(name: str, result: dict, environment: dict) -> None:
+        results[name] = result
+        about = {"minutes": arguments.minutes, "config": arguments.config.name, **environment}
+        measure.write_report(arguments.out, about | {"faults": faults(), "sides": results})
 
     def done(name: str, result: dict, environment: dict) -> None:
-        results[name] = result
-        report = {"minutes": arguments.minutes, "config": arguments.config.name, **environment, "sides": results}
-        measure.write_report(arguments.out, report)
+        kept(name, result, environment)
         print(f"{name}: {result.get('error') or result}", flush=True)
 
+    kept("ours", results["ours"], {})
     with tempfile.TemporaryDirectory() as folder:
         run_isolated(
             [sys.executable, __file__, "--data", str(arguments.data), "--config", str(arguments.config)]
             + ["--minutes", str(arguments.minutes)],
-            ["ours", "torchvision"],
+            list(results),
             Path(folder) / "journal",
-            seconds=2 * seconds + 3600,
+            seconds=60.0 * arguments.limit,
             silence=seconds + 300,
             each_alone=True,
             done=done,
+            kept=kept,
         )
     print()
     figures = ("AP50", "AP", "steps", "seconds", "images_per_second")
@@ -263,7 +291,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, result in results.items()
     ]
     measure.print_table(("side", *figures), rows)
-    return 1 if results["ours"].get("AP50") is None else 0
+    for name, fault in faults().items():
+        print(f"{name}: {fault}", file=sys.stderr)
+    return 1 if faults() else 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
-
 # Seconds between two lines of progress where the error output is no terminal.
 LINE_EVERY = 15.0
 
@@ -56,6 +54,8 @@ def progress_bar(
       shown: False in all processes but one.
       rate: the lines say how many items were done in a second; the bar of a terminal always does.
     """
+    from tqdm import tqdm
+
     how: dict[str, Any] = dict(leave=False, delay=1.0)
     if not sys.stderr.isatty():
         how = dict(

@@ -96,7 +96,8 @@ def device_line() -> str:
 
 
 def kernel_line(implementation: choice.Implementation) -> str | None:
-    """Returns the line that says why a GPU runs without the kernels of this package; None if it runs with them.
+    """Returns the line that says why a GPU runs without the kernels of this package, or that they are checked first;
+    None if it runs with them.
 
     Args:
       implementation: as in `detect`. Who names one has chosen, and is told nothing.
@@ -104,17 +105,20 @@ def kernel_line(implementation: choice.Implementation) -> str | None:
     if implementation is not None or choice.device()[0] != "cuda":
         return None
     reason = choice.not_chosen_here()
+    capability = choice.device()[1]
+    if reason is None and choice.is_checked_here():
+        return (
+            "kernels    checked: no GPU kernel was ever run on compute capability {}.{}, so each is compared with "
+            "plain JAX first, and a warning says which of the two runs".format(*capability)
+        )
     if reason is None:
         return None
     line = f"kernels    none: NMS and region features run as plain JAX; the GPU kernels are not used here: {reason}"
-    capability = choice.device()[1]
-    if jax.__version_info__[:2] < choice.OLDEST_JAX and choice.HOPPER <= capability < choice.NEWEST:
+    if jax.__version_info__[:2] < choice.OLDEST_JAX and choice.AMPERE <= capability < choice.NEWEST:
         line += (
             "; use Python 3.12 or newer and pip install 'fasterrcnn_jax[cuda13]' or, for CUDA 12, "
             "'fasterrcnn_jax[cuda12]'"
         )
-    if choice.AMPERE <= capability < choice.HOPPER and choice.unsupported_here(choice.AMPERE) is None:
-        line += "; train.implementation mosaic uses them, but they were never run on such a GPU"
     return line
 
 

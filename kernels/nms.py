@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fasterrcnn_jax.kernels import mosaic
+from fasterrcnn_jax.kernels import choice, mosaic
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from jax import lax
 
@@ -32,8 +32,10 @@ TILE_WORDS = SWEEP_TILE // WORD
 # The sweep holds SWEPT_ROWS rows in registers, 8 words of each row per thread.
 MOST_MASKED = 8 * CHUNK
 MOST_MASK_BYTES = 1 << 28
-# Each kept box takes six numbers in the 227 KiB of shared memory that a block can have.
+# Each kept box takes six numbers in the shared memory of a block, 227 KiB on Hopper.
 MOST_LISTED = 9000
+# Mosaic starts each array in shared memory at a multiple of this, and adds an array for its reductions.
+SHARED_ALIGNMENT, SHARED_OF_REDUCTIONS = 1024, 2048
 # An H200 has 132 multiprocessors, an H100 at most 132. With this many problems the list, too, uses the whole device.
 MULTIPROCESSORS = 128
 
@@ -56,10 +58,22 @@ def design(problems: int, boxes: int, max_output: int) -> Literal["mask", "list"
 
 
 def unsupported(boxes: int, max_output: int) -> str | None:
-    """Returns why the kernels cannot take these static sizes; None if they can, with any number of problems."""
+    """Returns why the kernels cannot take these static sizes here; None if they can, with any number of problems."""
     if min(boxes, max_output) > MOST_LISTED:
         return f"it keeps at most {MOST_LISTED} boxes and the call asks for up to {min(boxes, max_output)}"
+    needed, available = shared_memory(min(boxes + -boxes % LIST_TILE, max_output)), choice.shared_memory()
+    if needed > available:
+        return (
+            f"the list of up to {min(boxes, max_output)} kept boxes takes {needed // 1024} KiB of shared memory and a "
+            f"block of this device has {available // 1024} KiB"
+        )
     return None
+
+
+def shared_memory(slots: int) -> int:
+    """Returns the bytes of shared memory that the kept list with so many slots takes."""
+    arrays = (5 * 4 * slots, 4 * slots)
+    return sum(size + -size % SHARED_ALIGNMENT for size in arrays) + SHARED_OF_REDUCTIONS
 
 
 @functools.cache

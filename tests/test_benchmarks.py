@@ -85,7 +85,9 @@ def test_cases_with_goals_come_first_and_the_first_cases_cover_every_kind(import
     assert [str(case) for case in listed[:2]] == [
         f"resnet50_fpn 800x1333 batch 8 bfloat16 {task}" for task in ("detection", "training")
     ]
-    assert [case.goal for case in listed if case.goal] == [2.5, 2.0]
+    for is_tiny in (False, True):
+        assert [*end_to_end.goals(tiny=is_tiny).values()][:2] == [2.5, 2.0]
+        assert sum(goal is not None for goal in end_to_end.goals(tiny=is_tiny).values()) == 2
     assert len(listed) == 32
     assert {(case.family, case.dtype, case.batch) for case in listed[:12]} >= {
         ("resnet101_c4", "bfloat16", 8), ("resnet50_fpn", "float32", 8), ("resnet50_fpn", "bfloat16", 1)
@@ -153,9 +155,9 @@ def test_the_clock_of_training_stops_for_compilation_and_evaluation(tmp_path, im
 
         return train_minutes.Trainer(step, detect)
 
-    turns = []
+    turns, kept = [], []
     config = tiny.config(tmp_path, warmup_steps=3, steps=1000, batch_size=2)
-    result = train_minutes.train_for(make, config, seconds=0.4, turn=lambda: turns.append(1))
+    result = train_minutes.train_for(make, config, seconds=0.4, turn=lambda: turns.append(1), keep=kept.append)
     # The trial steps are discarded, and the schedule has the number of steps that fit.
     assert len(made) == 2 and stepped[0] == 11
     assert made[1].steps == result["planned_steps"] and made[1].warmup_steps == min(3, made[1].steps // 10)
@@ -165,6 +167,7 @@ def test_the_clock_of_training_stops_for_compilation_and_evaluation(tmp_path, im
     assert 2 <= len(result["curve"]) <= 3 and {point["loss"] for point in result["curve"]} == {1.5}
     assert result["curve"][-1]["steps"] == result["steps"]
     assert result["AP50"] == 0.0 and len(turns) == 1 + len(result["curve"])
+    assert kept[-1] == result and len(kept) == len(result["curve"])
 
 
 # Child processes with cases that fail in different ways.
@@ -180,7 +183,7 @@ parser.add_argument("--cases", nargs="*")
 parser.add_argument("--without", nargs="*")
 arguments = parser.parse_args()
 
-def run_case(case, without, turn):
+def run_case(case, without, turn, keep):
     if case == "before any side":
         os._exit(5)
     if case == "its own error":
@@ -197,7 +200,9 @@ def run_case(case, without, turn):
         if side == "second" and case == "lost":
             raise DeviceLost("illegal address")
         sides[side] = os.getpid()
-    if case == "at the end":
+        if case == "at the end with figures":
+            keep({{"sides": sides}})
+    if case.startswith("at the end"):
         time.sleep(60)
     return {{"sides": sides}}
 
@@ -224,7 +229,8 @@ def isolated(tmp_path, importable):
             results[case] = result | {"environment": environment}
 
         command, journal = [sys.executable, str(script)], tmp_path / "journal"
-        run_isolated(command, list(cases), journal, seconds=seconds, silence=silence, each_alone=each_alone, done=done)
+        options = dict(seconds=seconds, silence=silence, each_alone=each_alone, done=done, kept=done)
+        run_isolated(command, list(cases), journal, **options)
         return results
 
     return run
@@ -263,6 +269,16 @@ def test_cases_that_are_not_reached_in_time_are_named(isolated):
     assert results["at the end"]["at"] == "third" and results["at the end"]["failed"] == {}
 
 
+def test_a_case_that_is_cut_keeps_its_figures_and_is_a_fault(isolated):
+    import suite
+
+    results = isolated("at the end with figures", "later", seconds=3.0)
+    cut = results["at the end with figures"]
+    assert list(cut["sides"]) == ["first", "second", "third"] and "error" not in cut
+    assert cut["cut"] == "no time left" and cut["at"] == "third"
+    assert suite.faults_of(results) == dict.fromkeys(results, "no time left")
+
+
 def test_cases_share_a_process_unless_each_has_its_own(isolated):
     for each_alone, processes in ((False, 1), (True, 2)):
         results = isolated("good", "later", each_alone=each_alone)
@@ -291,11 +307,13 @@ def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(importable
         "b": measure.Side([calls("b", error_at=6)] * 2, lambda result: None),
         "c": measure.Side([calls("c")] * 2, lambda result: None),
     }
-    turns = []
-    times, failed = measure.interleaved(sides, measure.Effort(rounds=2, seconds=0.0, calls=4), turns.append)
+    turns, kept = [], []
+    effort = measure.Effort(rounds=2, seconds=0.0, calls=4)
+    times, failed = measure.interleaved(sides, effort, turns.append, kept.append)
     assert turns == ["a", "b", "c", "a", "b", "c", "a", "c"]
     assert failed == {"b": "MemoryError: too large"}
     assert list(times) == ["a", "c"]
+    assert [list(each) for each in kept] == [["a", "c"]] * 2 and kept[-1] == times, "times after every round"
     # Two to warm up, a run of two; in each round a run of two and one alone.
     assert called.count("a") == 4 + 2 * 3
 
@@ -341,6 +359,11 @@ HLO = """HloModule jit_f, is_scheduled=true
   ROOT %c = pred[] compare(%a.1, %b.1), direction=LT
 }
 
+%cond (carry: (s32[], f32[8])) -> pred[] {
+  %carry.1 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %never = pred[] constant(false)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x.1 = f32[8]{0} parameter(0)
   %s = f32[8]{0} sort(%x.1), dimensions={0}, to_apply=%less
@@ -357,6 +380,7 @@ def test_kernels_of_a_program_are_those_outside_of_fusions(importable):
     import measure
 
     assert measure.compiled_kernels(HLO) == 3  # the fusion in the loop, the sort, the custom call
+    assert measure.compiled_kernels(HLO.replace("%s = f32[8]{0} sort", "%s = f32[12000]{0} sort")) == 2 + 6
 
 
 # Comparison with torchvision, whose results are given by hand.
@@ -378,6 +402,12 @@ class Tensor(np.ndarray):
     def numpy(self):
         return np.asarray(self)
 
+    def detach(self):
+        return self
+
+    def contiguous(self):
+        return np.asarray(self)
+
 
 def test_a_result_unlike_torchvisions_is_reported_and_fails(importable, monkeypatch):
     import suite
@@ -396,8 +426,14 @@ def test_a_result_unlike_torchvisions_is_reported_and_fails(importable, monkeypa
         monkeypatch.setattr(kernels, "operations", lambda tiny, planted=planted: planted)
         torch = types.SimpleNamespace(compiler=types.SimpleNamespace(reset=lambda: None))
         monkeypatch.setattr(kernels.measure, "peer", lambda torch=torch: (torch, "torchvision"))
-        monkeypatch.setattr(kernels.measure, "torch_wait", lambda result: None)
-        measured.append(kernels.measure_case("case", set(), lambda side: None, tiny=True, compiled=False))
+        monkeypatch.setattr(kernels.measure, "torch_wait", lambda result=None: None)
+        kept = []
+        result = kernels.measure_case("case", set(), lambda side: None, kept.append, tiny=True, compiled=False)
+        measured.append(result)
+        # After each side, and after each round of both.
+        assert [list(figures["times_ms"]) for figures in kept] == [["xla"]] + [
+            ["xla", "torchvision eager, float32"]
+        ] * 4
         monkeypatch.undo()
     right, wrong = measured
     assert right["agrees"] and right["times_as_fast"] > 0 and suite._fault(right) is None
@@ -405,11 +441,12 @@ def test_a_result_unlike_torchvisions_is_reported_and_fails(importable, monkeypa
     assert wrong["differences"]["xla"] > 0.01
 
 
-def test_only_faults_of_our_sides_count(importable):
+def test_faults_are_those_of_our_sides_and_a_lack_of_time(importable):
     import suite
 
     assert suite._fault({"failed": {"torchvision compiled": "out of memory"}}) is None
-    assert suite._fault({"failed": {}, "error": "no time left"}) is None
+    assert suite._fault({"failed": {}, "error": "no time left"}) == "no time left"
+    assert suite._fault({"failed": {}, "cut": "no time left", "agrees": True}) == "no time left"
     assert suite._fault({"failed": {"mosaic": "illegal address"}}) == "{'mosaic': 'illegal address'}"
     assert suite._fault({"failed": {}, "error": "status 7"}) == "status 7"
 

@@ -57,7 +57,9 @@ PROGRAMS = {
 def script():
     spec = importlib.util.spec_from_file_location("compile_for_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as context:
+        context.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -163,6 +165,42 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_launches_are_counted_inside_loops_and_not_inside_fusions(script):
     opcodes = sorted(line.split()[0] for line in script.launched(HLO))
     assert opcodes == ["copy", "custom-call", "custom-call", "fusion", "sort"]
+
+
+@pytest.mark.parametrize(
+    "length, types, passes",
+    [
+        (819, "pred f32 s32 s32", 1),
+        (4096, "pred f32 s32 s32", 3),
+        (4097, "pred f32 s32 s32", 6),
+        (8192, "f32", 3),
+        (12_000, "bf16", 6),
+        (12_000, "f32 f32", 6),
+        (12_000, "f32 f32 f32", 6),
+        (12_000, "f32 f32 f32 f32", 10),
+        (12_000, "f32 f32 f32 f32 f32 f32", 10),
+        (12_000, "f32 f32 f32 f32 f32 f32 f32", 15),
+        (201_600, "f32 s32", 28),
+        (201_600, "pred f32 s32 s32", 36),
+        (268_569, "pred f32 s32 s32", 45),
+    ],
+)
+def test_a_sort_launches_a_kernel_for_every_pass(script, length, types, passes):
+    """The numbers of kernels that the assembler compiled for such sorts with JAX 0.11.2."""
+    shapes = [f"{dtype}[8,{length}]{{1,0}}" for dtype in types.split()]
+    result = shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
+    line = f"ROOT %sort.1 = {result} sort(%a, %b), dimensions={{1}}, to_apply=%compare"
+    assert script.launches_of(f"sort {line}") == passes
+    # As XLA writes some of them.
+    fused = f"%fused (a: f32[8]) -> f32[8] {{\n  {line}\n}}\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n"
+    fused += f"  ROOT %fusion = {result} fusion(%a), kind=kCustom, calls=%fused\n}}\n"
+    assert [script.launches_of(each) for each in script.launched(fused)] == [passes]
+
+
+def test_other_instructions_launch_one_kernel(script):
+    assert [script.launches_of(line) for line in script.launched(HLO)] == [1] * 5
+    large = HLO.replace("%sort.2 = f32[8]{0} sort", "%sort.2 = f32[12000]{0} sort")
+    assert sum(map(script.launches_of, script.launched(large))) == 4 + 6
 
 
 def test_the_assemblers_report_is_read_and_removed(script, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 import tiny
 
@@ -86,7 +87,7 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".lock"))
 
-    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     says = r"--run .*: .*\.lock cannot be written: Read-only file system"
     with pytest.raises(InputError, match=says), run_folder.locked(tmp_path):
         pass

@@ -195,6 +195,20 @@ def test_more_kept_boxes_than_the_kernel_can_list_are_refused_or_use_plain_jax(m
         jax.eval_shape(functools.partial(run, implementation="mosaic"), *inputs(n=most + 1))
 
 
+@mosaic.needs_mosaic
+@pytest.mark.parametrize("slots", [4096, 4097])
+def test_the_shared_memory_of_the_kept_list_is_what_mosaic_reserves(monkeypatch, slots):
+    from jax.experimental.mosaic.gpu import core
+
+    mosaic.pretend(monkeypatch)
+    monkeypatch.setattr(core, "_SMEM_SIZE_BOUND", kernel.shared_memory(slots) - 1)
+    run = functools.partial(nms, iou_threshold=0.5, max_output=slots, implementation="mosaic")
+    # Many problems, so the design is the list.
+    run, arrays = jax.vmap(run), [jax.ShapeDtypeStruct((200, *x.shape), x.dtype) for x in inputs(n=slots)]
+    with pytest.raises(ValueError, match=f"smem_bytes={kernel.shared_memory(slots)} >"):
+        mosaic.lowered_for_cuda(run, *arrays)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("implementation", [None, "xla", "mosaic"])
 def test_boxes_that_lost_precision_are_an_error(dtype, implementation):

@@ -490,6 +490,18 @@ def test_images_and_levels_are_one_launch_forward_and_one_backward(monkeypatch, 
     assert "scatter" not in program
 
 
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic", marks=[mosaic.needs_mosaic, pytest.mark.slow])]
+)
+def test_a_level_outside_the_pyramid_is_the_nearest_one(monkeypatch, implementation):
+    if implementation == "mosaic":
+        mosaic.interpret(monkeypatch)
+    maps, boxes = tuple(jnp.full((3, 3, 1), value) for value in (1.0, 2.0)), jnp.tile(jnp.float32([0, 0, 2, 2]), (4, 1))
+    options = dict(strides=(1, 2), output_size=1, sampling_ratio=1, implementation=implementation)
+    pooled = roi_align(maps, boxes, jnp.int32([0, 1, 2, -1]), **options)
+    np.testing.assert_array_equal(pooled[:, 0, 0, 0], [1, 2, 2, 1])
+
+
 @mosaic.needs_mosaic
 def test_unsupported_features_are_refused_by_the_kernel_and_run_in_plain_jax(monkeypatch):
     mosaic.pretend(monkeypatch)

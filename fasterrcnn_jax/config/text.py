@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-import typeguard
-
 from fasterrcnn_jax.config import Config, ModelConfig
 from fasterrcnn_jax.errors import InputError, quoted
 
@@ -57,6 +55,8 @@ def check_types(config: Any, name: str) -> None:
 
 
 def _has_type(value: Any, expected: Any) -> bool:
+    import typeguard
+
     try:
         # By default typeguard checks only the first item of a collection.
         typeguard.check_type(value, expected, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)

@@ -6,9 +6,8 @@ new process give the same next batch.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
@@ -31,12 +30,12 @@ from fasterrcnn_jax.data.transforms import (
 from fasterrcnn_jax.errors import InputError, quoted
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
 
+if TYPE_CHECKING:
+    import grain
+
 # Decoding threads in evaluation; training has `data.threads`.
 THREADS = 2
 BATCHES_AHEAD = 8
-
-
-Element = TypeVar("Element")  # of a source of Grain
 
 
 class Example(NamedTuple):
@@ -101,7 +100,7 @@ def training_batches(
     steps: int,
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Returns an iterator over the `steps` batches of a run.
 
     Its position depends neither on the process nor on the number of processes.
@@ -129,7 +128,7 @@ def training_batches(
     return _in_threads(source, load, data.threads)
 
 
-def set_position(batches: grain.DatasetIterator, position: Any, where: str) -> None:
+def set_position(batches: "grain.DatasetIterator", position: Any, where: str) -> None:
     """Continues at a position that `get_state` returned.
 
     Args:
@@ -157,7 +156,7 @@ def evaluation_batches(
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
     mirrored: bool = False,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Returns an iterator over batches with every image once, uncropped; the batches have no ground truth.
 
     Args:
@@ -187,10 +186,10 @@ def _most(proposals: Mapping[str, ImageProposals] | None) -> int | None:
 
 
 def _in_threads(
-    source: Sequence[Element] | grain.sources.RandomAccessDataSource[Element],
-    load: Callable[[Element], Batch],
-    threads: int,
-) -> grain.DatasetIterator:
+    source: Sequence[BatchPlan] | TrainingSource, load: Callable[[Any], Batch], threads: int
+) -> "grain.DatasetIterator":
+    import grain
+
     # At least as many batches ahead as threads, so that no thread is idle.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(BATCHES_AHEAD, threads))
     return iter(grain.MapDataset.source(source).map(load).to_iter_dataset(options))

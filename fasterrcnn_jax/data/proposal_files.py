@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from fasterrcnn_jax.atomic_write import write_atomically
 from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord
@@ -31,6 +29,8 @@ def write_proposals(path: Path, proposals: Mapping[str, ImageProposals], *, made
     Raises:
       InputError: the file cannot be written.
     """
+    import safetensors.numpy
+
     found = list(proposals.values())
     arrays = {
         # The empty array also makes NumPy put the rows one after the other: safetensors stores the memory as it lies.
@@ -48,6 +48,8 @@ def read_proposals(path: Path) -> tuple[dict[str, ImageProposals], str]:
     Raises:
       InputError: the file is missing, damaged, or not a proposals file.
     """
+    import safetensors
+
     check_regular(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

@@ -19,8 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fasterrcnn_jax.config import DataConfig
 from fasterrcnn_jax.data.faults import (
     FAULTY_IMAGE,
@@ -235,6 +233,8 @@ def _yaml_files(root: Path) -> list[Path]:
 
 def _load_yaml(path: Path) -> Any:
     """Returns the content of a YAML file; every scalar is the text as it is written, so a class may be named `no`."""
+    import yaml
+
     text = read_text(path)
     if len(text) > MAX_YAML_CHARACTERS:
         raise InputError(f"{path}: must have at most {MAX_YAML_CHARACTERS} characters, got {len(text)}")

@@ -11,17 +11,18 @@ import contextlib
 import functools
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from fasterrcnn_jax.config.train import CocoBackend
 from fasterrcnn_jax.data.records import Dataset, ImageDetections
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.evaluation.detections import check_detections
 from fasterrcnn_jax.evaluation.tables import flat_detections, flat_objects
+
+if TYPE_CHECKING:
+    import pycocotools.coco
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 SIZES = ("small", "medium", "large")
@@ -58,7 +59,7 @@ class _DifficultIou:
     *detection's* area, so any small box inside would be ignored; only real crowds (`crowd`) use this overlap.
     """
 
-    cocoGt: COCO
+    cocoGt: "pycocotools.coco.COCO"
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:
         objects: list[dict[str, Any]] = list(self.cocoGt.imgToAnns[imgId])  # pyright: ignore - with "crowd"; one class
@@ -91,6 +92,8 @@ def coco_ap(
       InputError: the package of `backend` is not installed.
       ValueError: detections that do not fit the data set.
     """
+    from pycocotools.cocoeval import COCOeval
+
     check_detections(detections, dataset)
     make = _evaluation_class(backend)
     count = len(dataset.class_names)
@@ -127,6 +130,8 @@ def coco_ap(
 def _evaluation_class(backend: CocoBackend) -> Any:
     """Returns a function of (objects, results) that returns an evaluation with the interface of `COCOeval`."""
     if backend == "pycocotools":
+        from pycocotools.cocoeval import COCOeval
+
         base, options = COCOeval, {}
     else:
         try:
@@ -140,7 +145,9 @@ def _evaluation_class(backend: CocoBackend) -> Any:
     return functools.partial(with_difficult, iouType="bbox", **options)
 
 
-def _by_class(detections: Sequence[ImageDetections], dataset: Dataset) -> Iterator[tuple[int, COCO, COCO]]:
+def _by_class(
+    detections: Sequence[ImageDetections], dataset: Dataset
+) -> Iterator[tuple[int, "pycocotools.coco.COCO", "pycocotools.coco.COCO"]]:
     """Yields, for each class with objects, its label, its objects, and its detections as `COCO.loadRes` would.
 
     `loadRes` itself fails on an empty list. The images are numbered from 1; images without anything of the class are
@@ -184,8 +191,10 @@ def _annotations(images: np.ndarray, boxes: np.ndarray, label: int) -> Iterator[
         yield {"image_id": image + 1, "category_id": label, "bbox": box, "area": width * height}
 
 
-def _index(images: Sequence[int], label: int, name: str, annotations: list[dict[str, Any]]) -> COCO:
+def _index(images: Sequence[int], label: int, name: str, annotations: list[dict[str, Any]]) -> "pycocotools.coco.COCO":
     """Returns a COCO object with `annotations`; pycocotools prints to standard output."""
+    from pycocotools.coco import COCO
+
     # Ids start at 1, because pycocotools reads a match with id 0 as no match.
     for annotation_id, annotation in enumerate(annotations, start=1):
         annotation["id"] = annotation_id

@@ -5,14 +5,16 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from fasterrcnn_jax.atomic_write import is_temporary, write_atomically
 from fasterrcnn_jax.config import Config
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.processes import any_process, is_main
+
+if TYPE_CHECKING:
+    import filelock
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
       InputError: another process trains in this folder, or nothing can be written there.
     """
+    from filelock import FileLock
+
     lock = FileLock(_owner(run) / ".lock")
     refusal = _taken(lock, run) if is_main() else None
     if bool(any_process(refusal is not None)):
@@ -46,8 +50,10 @@ def _owner(run: Path) -> Path:
     return resolved.parent.parent if resolved.parent.name == STAGES else run
 
 
-def _taken(lock: BaseFileLock, run: Path) -> str | None:
+def _taken(lock: "filelock.BaseFileLock", run: Path) -> str | None:
     """Makes the folder and takes its lock; returns why that is not possible, or None."""
+    from filelock import Timeout
+
     try:
         # The folder of the checkpoints too: that it cannot be made must not show at the first checkpoint.
         checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
