@@ -1,4 +1,4 @@
-"""Plain NMS on a CPU: it equals the loop and the sorted form of other devices, and does only the work that is needed."""
+"""Plain NMS on a CPU: it equals the loop and the form of other devices, and does only the work that is needed."""
 
 import functools
 

@@ -1,9 +1,9 @@
 """Greedy non-maximum suppression in plain JAX for CPUs: it compares few pairs and never sorts all boxes.
 
-The result is that of `ops.suppression.nms` on other devices; only the work differs. Candidates are taken a chunk at a
-time, best first, while some are left and fewer boxes are kept than asked for. A chunk is compared with the boxes kept so
-far, a slice of them at a time, and what a slice suppresses is dropped before the next slice. The rest is decided in
-blocks, and what a block suppresses in the rest of the chunk is dropped before the next block is decided.
+The result is that of other devices; only the work differs. Candidates are taken a chunk at a time, best first, while
+some are left and fewer boxes are kept than asked for. A chunk is compared with the boxes kept so far, a slice of them
+at a time, and what a slice suppresses is dropped before the next slice. The rest is decided in blocks, and what a block
+suppresses in the rest of the chunk is dropped before the next block is decided.
 """
 
 import functools
@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from fasterrcnn_jax.kernels import nms as kernel
-from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from fasterrcnn_jax.kernels import nms as kernel
+from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 
 # Candidates that one top-k takes; the pass over all boxes before it costs as much as comparing some hundred of them.
 CHUNK = 2048
@@ -121,7 +122,8 @@ def _ranks(scores: Array, valid: Array) -> tuple[Array, Array]:
     Scores of -inf, and NaN after them, come last. They have ranks of their own, so that every finite score keeps its
     place. `top_k` puts 0.0 before -0.0, and here they are equal.
     """
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)  # exactly
     ranked = valid & (scores > -jnp.inf)
     ranks = jnp.where(ranked, jnp.where(scores == 0, 0, scores), -jnp.inf)
     last = jnp.where(jnp.isnan(scores), 0, 1).astype(scores.dtype)
