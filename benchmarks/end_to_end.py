@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py [--out FILE.json] [--minutes 8] [--goals | --others] [--only WORD ...]
         [--skip WORD ...] [--tiny] [--no_compile]
+    python benchmarks/end_to_end.py --cpu [--out FILE.json] [--only WORD ...] [--rounds 7] [--tiny]   # on_cpu.py
 
 ResNet-50-FPN and ResNet-101-C4, 800 x 1333 and 600 x 1000 pixels, batches of 8 and 1, bfloat16 and float32. Both sides
 of a case run in one process and take turns: ours (with the GPU kernels where they can run, and in plain JAX), and
@@ -123,8 +124,15 @@ class Prepared(NamedTuple):
     loss: float | None
 
 
-def prepare_ours(case: Case, batches: list[Batch], implementation: choice.Implementation, *, tiny: bool) -> Prepared:
-    config = model_config(case, tiny=tiny)
+def prepare_ours(
+    case: Case,
+    batches: list[Batch],
+    implementation: choice.Implementation,
+    *,
+    tiny: bool,
+    config: ModelConfig | None = None,
+) -> Prepared:
+    config = config or model_config(case, tiny=tiny)
     model = create_detector(config, tuple(f"class {i}" for i in range(1, 91)), seed=0)
     device = jax.local_devices()[0]
     before = (device.memory_stats() or {}).get("bytes_in_use", 0)
@@ -163,7 +171,9 @@ def prepare_ours(case: Case, batches: list[Batch], implementation: choice.Implem
     return Prepared(measure.Side(calls, measure.block), seconds, peak, kernels, loss)
 
 
-def prepare_torchvision(case: Case, batches: list[Batch], *, compiled: bool, tiny: bool) -> Prepared:
+def prepare_torchvision(
+    case: Case, batches: list[Batch], *, compiled: bool, tiny: bool, config: ModelConfig | None = None
+) -> Prepared:
     import torchvision_detectors as theirs
 
     torch, device = theirs.torch, measure.torch_device()
@@ -172,7 +182,7 @@ def prepare_torchvision(case: Case, batches: list[Batch], *, compiled: bool, tin
     if cuda:
         cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = True  # one shape, so the fastest algorithm is found once
-    model = theirs.create(model_config(case, tiny=tiny), 90).train(case.task == "training")
+    model = theirs.create(config or model_config(case, tiny=tiny), 90).train(case.task == "training")
     layout = torch.channels_last if compiled else torch.contiguous_format
     if compiled:
         theirs.compile_parts(model)
@@ -327,4 +337,8 @@ SUITE = suite.Suite(
 )
 
 if __name__ == "__main__":
+    if "--cpu" in sys.argv:
+        import on_cpu
+
+        sys.exit(on_cpu.main())
     sys.exit(suite.run(SUITE))

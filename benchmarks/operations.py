@@ -124,6 +124,29 @@ def clustered_boxes(
     return np.clip(boxes, low, high).astype(np.float32)
 
 
+def even_boxes(rng: np.random.Generator, batch: int, count: int, image_hw: tuple[int, int]) -> np.ndarray:
+    """Returns [batch, count, 4] boxes of all sizes anywhere in an image: most survive NMS."""
+    return clustered_boxes(rng, batch, count, image_hw, per_object=1)
+
+
+def boxes_on_objects(
+    rng: np.random.Generator, batch: int, count: int, image_hw: tuple[int, int], per_object: int = 20
+) -> np.ndarray:
+    """Returns [batch, count, 4] boxes around objects and none elsewhere, as a trained RPN has them: most are
+    suppressed."""
+    height, width = image_hw
+    objects = max(count // per_object, 1)
+    side = np.exp(rng.uniform(np.log(24.0), np.log(0.5 * height), (batch, objects, 2)))
+    centre = rng.uniform(0.1, 0.9, (batch, objects, 2)) * (width, height)
+    of = rng.integers(0, objects, (batch, count))[..., None]
+    side, centre = np.take_along_axis(side, of, 1), np.take_along_axis(centre, of, 1)
+    centre = centre + rng.normal(0.0, 0.05, centre.shape) * side
+    side = side * np.exp(rng.normal(0.0, 0.08, side.shape))
+    boxes = np.concatenate([centre - side / 2, centre + side / 2], axis=-1)
+    low, high = (0, 0, 1, 1), (width - 1, height - 1, width, height)
+    return np.clip(boxes, low, high).astype(np.float32)
+
+
 def kept_differently(ours: tuple, theirs: list) -> float:
     """Returns the fraction of all kept boxes that only one side kept, for the image where it is largest."""
     indices, valid = (np.asarray(x) for x in ours)
@@ -134,12 +157,12 @@ def kept_differently(ours: tuple, theirs: list) -> float:
     return max(parts)
 
 
-def nms_case(*, tiny: bool, batch: int, goal: float) -> Operation:
+def nms_case(*, tiny: bool, batch: int, goal: float | None, boxes: Callable = clustered_boxes) -> Operation:
     count, keep = (300, 50) if tiny else (12_000, 2000)
     threshold = 0.7
 
     def draw(rng):
-        return clustered_boxes(rng, batch, count, (600, 1000)), rng.random((batch, count), np.float32)
+        return boxes(rng, batch, count, (600, 1000)), rng.random((batch, count), np.float32)
 
     def ours(implementation):
         one = functools.partial(nms, iou_threshold=threshold, max_output=keep, implementation=implementation)
@@ -172,9 +195,11 @@ def nms_case(*, tiny: bool, batch: int, goal: float) -> Operation:
     )
 
 
-def class_nms_case(*, tiny: bool) -> Operation:
-    batch, classes, per_class, keep = (2, 5, 40, 20) if tiny else (8, 90, 1000, 100)
-    count, threshold = classes * per_class, 0.5
+def class_nms_case(*, tiny: bool, batch: int = 8, passing: float = 1.0, goal: float | None = 10.0) -> Operation:
+    """NMS within each class, of the part `passing` of the boxes whose score passes a threshold."""
+    classes, per_class, keep = (5, 40, 20) if tiny else (90, 1000, 100)
+    batch = min(batch, 2) if tiny else batch
+    count, threshold, lowest = classes * per_class, 0.5, 1.0 - passing
 
     def draw(rng):
         labels = np.tile(np.arange(1, classes + 1, dtype=np.int32), (batch, per_class))
@@ -184,14 +209,17 @@ def class_nms_case(*, tiny: bool) -> Operation:
         options = dict(iou_threshold=threshold, max_output=keep, implementation=implementation)
 
         def one(boxes, scores, labels):
-            return nms(boxes, scores, jnp.ones(scores.shape, bool), groups=labels, **options)
+            return nms(boxes, scores, scores >= lowest, groups=labels, **options)
 
         return on_device(jax.vmap(one))
 
     def theirs(torch, torchvision):
         def each(boxes, scores, labels):
-            images = zip(boxes, scores, labels, strict=True)
-            return [torchvision.ops.batched_nms(*image, threshold)[:keep] for image in images]
+            kept = []
+            for image in zip(boxes, scores, labels, strict=True):
+                passed = torch.where(image[1] >= lowest)[0]
+                kept.append(passed[torchvision.ops.batched_nms(*(x[passed] for x in image), threshold)[:keep]])
+            return kept
 
         return eager_and_compiled(torch, each)
 
@@ -205,7 +233,7 @@ def class_nms_case(*, tiny: bool) -> Operation:
         "float32",
         batch * (25 * count + 5 * keep),
         16 * batch * pairs,
-        goal=10.0,
+        goal=goal,
     )
 
 
@@ -595,4 +623,12 @@ def operations(*, tiny: bool) -> dict[str, Callable[[], Operation]]:
         "sort 90000, batch 8": case(sort_case, tiny=tiny, count=90_000),
         "decode, clip, filter, 8 x 268k anchors": case(decode_case, tiny=tiny),
         "anchor assignment, 8 x 268k x 100": case(assignment_case, tiny=tiny),
+        **{
+            f"nms 12000 to 2000, {name}, batch {batch}": case(
+                nms_case, tiny=tiny, batch=2 if tiny and batch > 1 else batch, goal=None, boxes=boxes
+            )
+            for name, boxes in (("even boxes", even_boxes), ("boxes on objects", boxes_on_objects))
+            for batch in (1, 8)
+        },
+        "nms per class, 8 x 90 x 1000, one in 20 passes": case(class_nms_case, tiny=tiny, passing=0.049, goal=None),
     }

@@ -51,7 +51,7 @@ def test_every_operation_is_timed_without_torchvision_and_the_report_says_so(tmp
     assert report["torchvision"] == "absent: ImportError: planted"
     assert report["ceilings"]["bytes_per_second"] > 0
     assert report["float32_products"]["jax"]
-    assert len(report["cases"]) == 20
+    assert len(report["cases"]) == 25
     goals = {name: case["goal"] for name, case in report["cases"].items()}
     assert goals["nms 12000 to 2000, batch 1"] == 3 and goals["nms 12000 to 2000, batch 8"] == 8
     assert goals["nms per class, 8 x 90 x 1000"] == 10 and goals["rpn, 5 levels, batch 8, detection"] == 5
@@ -76,6 +76,66 @@ def test_detection_and_training_of_a_whole_model_are_timed(tmp_path):
         assert side["images_per_second"] > 0 and side["compile_seconds"] > 0 and side["finite"], name
         assert (side["first_loss"] is not None) == name.endswith("training")
         assert (side["kernels_compiled"] or 0) > 10 or name.endswith("training")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [("finetune", "training"), ("finetune", "predict"), ("resnet50_fpn",), ("roi_align", "512")]
+)
+def test_a_cpu_is_measured_with_its_load(tmp_path, words):
+    done, report = benchmark("end_to_end.py", "--cpu", "--tiny", "--only", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["torchvision"] == "absent: ImportError: planted" and report["cores"] >= 1
+    assert report["cases"]
+    for name, case in report["cases"].items():
+        assert case["times_ms"]["ours"]["fastest_ms"] <= case["times_ms"]["ours"]["ms"], name
+        assert case["times_as_fast"] is None and len(case["load"]) == 2
+
+
+def test_the_cases_of_a_cpu_have_the_goals_of_the_comparison_with_torchvision(importable):
+    import on_cpu
+
+    goals = {name: goal for name, (goal, _) in on_cpu.cases(tiny=False).items()}
+    assert goals["resnet50_fpn 600x800 batch 1 float32 detection"] == pytest.approx(1 / 0.6)
+    assert goals["resnet50_fpn 600x800 batch 1 float32 training"] == pytest.approx(1 / 0.9)
+    assert goals["finetune 240x320 batch 4 float32 training"] == goals["finetune 480x640 pixels, predict"] == 1.2
+    assert len(goals) == 12
+
+
+def test_a_case_of_a_cpu_has_the_ratio_of_each_round_and_fails_where_results_differ(importable, monkeypatch, tmp_path):
+    import measure
+    import on_cpu
+
+    rounds = iter([(10.0, 20.0), (20.0, 30.0), (10.0, 50.0)])
+
+    def interleaved(sides, effort, turn):
+        assert effort.rounds == 1 and list(sides) == ["torchvision", "ours"]
+        ours, theirs = next(rounds)
+        return {"ours": measure.Times(ours, 0, 0, 0), "torchvision": measure.Times(theirs, 0, 0, 0)}, {}
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    monkeypatch.setattr(measure, "environment", dict)
+    sides = {"torchvision": None, "ours": None}
+    listed = {"one": (2.0, lambda: (sides, 0.5, 0.1)), "other": (None, lambda: 1 / 0)}
+    monkeypatch.setattr(on_cpu, "cases", lambda tiny: listed)
+    assert on_cpu.main(["--rounds", "3", "--out", str(tmp_path / "report.json")]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())["cases"]
+    assert report["one"]["times_as_fast"] == 2.0 and report["one"]["times_as_fast_from_to"] == [1.5, 5.0]
+    assert report["one"]["times_ms"]["ours"]["ms"] == 10.0 and report["one"]["agrees"] is False
+    assert report["other"] == {"error": "ZeroDivisionError: division by zero"}
+
+
+def test_boxes_on_objects_are_suppressed_and_even_boxes_survive(importable):
+    import operations
+
+    from fasterrcnn_jax.ops.suppression import nms
+
+    scores = np.random.default_rng(1).random(12_000, np.float32)
+    kept = []
+    for draw in (operations.boxes_on_objects, operations.even_boxes):
+        boxes = draw(np.random.default_rng(0), 1, 12_000, (600, 1000))[0]
+        kept.append(int(nms(boxes, scores, iou_threshold=0.7, max_output=2000).valid.sum()))
+    assert 1200 < kept[0] < 1800 and kept[1] == 2000
 
 
 def test_cases_with_goals_come_first_and_the_first_cases_cover_every_kind(importable):

@@ -7,8 +7,10 @@ Both implementations of `nms` keep this contract:
 - the first `max_output` kept indices are returned, with their validity; padding has index 0.
 """
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,6 +20,7 @@ from fasterrcnn_jax.config.model import SoftNms
 from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.kernels import nms as kernel
 from fasterrcnn_jax.kernels.choice import Implementation
+from fasterrcnn_jax.ops import suppression_on_cpu
 from fasterrcnn_jax.ops.boxes import pairwise_iou
 from fasterrcnn_jax.ops.inputs import AnyArray, box_array, one_per_box, real_array, validity, whole_numbers
 
@@ -85,18 +88,17 @@ def nms(
     if boxes.shape[0] == 0:
         return Kept(jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool))
     boxes, scores = lax.stop_gradient((boxes, scores))
-    index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
-    _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
-    sorted_boxes = boxes[order], groups[order], valid.sum(dtype=jnp.int32)
     threshold = _rounded_down(iou_threshold)
     unsupported = kernel.unsupported(len(boxes), max_output)
     if choice.choose("nms", implementation, unsupported=unsupported, check=_kernel_differs) == "mosaic":
+        order, sorted_boxes = _sorted(boxes, scores, valid, groups)
         batch_of_one = (x[None] for x in sorted_boxes)
         kept, count = (x[0] for x in kernel.keep_first(threshold, max_output)(*batch_of_one))
+        indices = order[kept]
     else:
-        kept, count = _keep(*sorted_boxes, threshold, max_output)
+        indices, count = _plain(boxes, scores, valid, groups, threshold, max_output)
     is_kept = jnp.arange(max_output) < count
-    return Kept(jnp.where(is_kept, order[kept], 0), is_kept)
+    return Kept(jnp.where(is_kept, indices, 0), is_kept)
 
 
 def _kernel_differs() -> str | None:
@@ -169,6 +171,48 @@ def _check_limits(iou_threshold: float, max_output: int | None) -> None:
 def _rounded_down(threshold: float) -> np.float32:
     nearest = np.float32(threshold)
     return nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(0.0))
+
+
+def _sorted(
+    boxes: Float[Array, "n 4"], scores: Float[Array, "n"], valid: Bool[Array, "n"], groups: Int[Array, "n"]
+) -> tuple[Int[Array, "n"], tuple[Float[Array, "n 4"], Int[Array, "n"], Int[Array, ""]]]:
+    """Returns the order in which boxes are visited, and the boxes and groups in this order and the number of valid."""
+    index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
+    _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
+    return order, (boxes[order], groups[order], valid.sum(dtype=jnp.int32))
+
+
+# Compiled once for each threshold, number and shape, also where `nms` is called outside of `jax.jit`.
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _plain(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, "n"],
+    valid: Bool[Array, "n"],
+    groups: Int[Array, "n"],
+    threshold: np.float32,
+    max_output: int,
+) -> tuple[Int[Array, "{max_output}"], Int[Array, ""]]:
+    """Returns the indices of the kept boxes and their number, on the device that the program is compiled for."""
+    return lax.platform_dependent(
+        *(boxes, scores, valid, groups),
+        cpu=suppression_on_cpu.keep_first(threshold, max_output),
+        default=functools.partial(_keep_first, threshold=threshold, max_output=max_output),
+    )
+
+
+def _keep_first(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, "n"],
+    valid: Bool[Array, "n"],
+    groups: Int[Array, "n"],
+    *,
+    threshold: np.float32,
+    max_output: int,
+) -> tuple[Int[Array, "{max_output}"], Int[Array, ""]]:
+    """Returns the indices of the kept boxes and their number. It has few launches, for GPUs."""
+    order, sorted_boxes = _sorted(boxes, scores, valid, groups)
+    kept, count = _keep(*sorted_boxes, threshold, max_output)
+    return order[kept], count
 
 
 def _keep(
