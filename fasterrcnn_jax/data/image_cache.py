@@ -15,12 +15,15 @@ logger = logging.getLogger(__name__)
 Reader = Callable[[ImageRecord], UInt8[ndarray, "h w 3"]]
 
 
-def caching_reader(megabytes: int) -> Reader:
+def caching_reader(megabytes: int, *, fast: bool = False) -> Reader:
     """Returns a version of `record_pixels` that keeps decoded images, up to `megabytes` (2^20 bytes each).
 
     The cached arrays are read-only. The first images stay in the cache: an epoch reads every image once in a new
     order, so replacing an image would only mean decoding another one again. Mirrored copies of a record share one
     image. The reader can be called from several threads.
+
+    Args:
+      fast: as in `record_pixels`.
     """
     limit = megabytes * 2**20
     kept, lock = {}, threading.Lock()
@@ -31,7 +34,7 @@ def caching_reader(megabytes: int) -> Reader:
         key = record.path, record.upright
         if key in kept:
             return kept[key]
-        pixels = record_pixels(record)
+        pixels = record_pixels(record, fast=fast)
         with lock:
             if key not in kept and held + pixels.nbytes <= limit:
                 pixels.flags.writeable = False

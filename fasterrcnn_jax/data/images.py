@@ -30,6 +30,7 @@ from PIL import (
 from PIL.ImageFile import ImageFile as Opened
 
 from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.data import fast_input
 from fasterrcnn_jax.data.records import ImageRecord, StoredImage
 from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.regular_files import check_regular
@@ -156,9 +157,11 @@ def read_image(
         return _pixels(image, path, upright)
 
 
-def record_pixels(record: ImageRecord) -> UInt8[np.ndarray, "h w 3"]:
+def record_pixels(record: ImageRecord, *, fast: bool = False) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the pixels that the boxes of `record` refer to.
 
+    Args:
+      fast: decode JPEG with simplejpeg, which gives the same pixels.
     Raises:
       InputError: as in `read_image`, or the file now has another size than in the record, to which its boxes refer.
     """
@@ -167,7 +170,7 @@ def record_pixels(record: ImageRecord) -> UInt8[np.ndarray, "h w 3"]:
         now = _shown_hw(image, record.upright)
         if now != record.image_hw:
             raise _changed(record.path, record.image_hw, now)
-        return _pixels(image, record.path, record.upright)
+        return _pixels(image, record.path, record.upright, fast=fast)
 
 
 def _shown_hw(image: Opened, upright: bool) -> tuple[int, int]:
@@ -175,7 +178,7 @@ def _shown_hw(image: Opened, upright: bool) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, "h w 3"]:
+def _pixels(image: Opened, path: ImageFile, upright: bool, *, fast: bool = False) -> UInt8[np.ndarray, "h w 3"]:
     # Read before the pixels: a PNG can have an orientation after its pixels, which `image_size` does not see.
     turn = _TURNS.get(_orientation(image)) if upright else None
     passes = min(MAX_SCANS, MAX_SCANNED_PIXELS // (image.width * image.height))
@@ -184,6 +187,25 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
             f"{path}: the image is refused because more than {passes} scans pass over its {image.width} x "
             f"{image.height} pixels; convert it to a JPEG with fewer scans"
         )
+    pixels = _jpeg_pixels(image) if fast and image.format == "JPEG" else None
+    if pixels is None:
+        pixels = _pillow_pixels(image, path)
+    image.close()  # gives its memory back
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _jpeg_pixels(image: Opened) -> UInt8[np.ndarray, "h w 3"] | None:
+    """Returns the pixels that simplejpeg decodes; None: it refuses the file, or Pillow converts other colours."""
+    if image.mode not in ("L", "RGB"):
+        return None
+    assert image.fp is not None, "the image is open"
+    image.fp.seek(0)
+    pixels = fast_input.decoded_jpeg(image.fp.read())
+    # A file can hold several images, of which Pillow opens the first.
+    return pixels if pixels is not None and pixels.shape[:2] == (image.height, image.width) else None
+
+
+def _pillow_pixels(image: Opened, path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     image.load()
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     # In parts, because each conversion is a copy of its part.
@@ -196,8 +218,7 @@ def _pixels(image: Opened, path: ImageFile, upright: bool) -> UInt8[np.ndarray, 
     for top, box in parts.items():
         part = image.crop(box)
         pixels[top : top + rows] = _grey16_to_8(np.asarray(part), path, shift) if is_16 else _rgb(part, path)
-    image.close()  # gives its memory back
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+    return pixels
 
 
 # Pixels that are converted at once.

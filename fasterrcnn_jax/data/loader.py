@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from fasterrcnn_jax.config import DataConfig, ImageConfig
 from fasterrcnn_jax.data.augment import distort_colours, draw_placement, place_boxes
 from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_window, cropped_hw
+from fasterrcnn_jax.data.fast_input import check_installed
 from fasterrcnn_jax.data.image_cache import caching_reader
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_of
@@ -110,9 +111,13 @@ def training_batches(
       batch_size: number of images over all processes.
       process: (index, count): the batches contain only the rows of this process; count must divide batch_size.
       proposals: stored proposals of every image by its id; they are transformed together with the image.
+    Raises:
+      InputError: `data.fast` needs a package that is not installed.
     """
     source = TrainingSource(dataset, data, image, batch_size=batch_size, seed=seed, steps=steps)
-    read = caching_reader(data.cache_mb)
+    if data.fast:
+        check_installed()
+    read = caching_reader(data.cache_mb, fast=data.fast)
 
     def load(element: tuple[int, BatchPlan]) -> Batch:
         epoch, plan = element
@@ -123,7 +128,8 @@ def training_batches(
             return training_example(record, read(record), data, image, plan.canvas, stream=stream, proposals=stored)
 
         slots = _most(proposals)
-        return assemble(rows_of(plan, *process), image, example, max_boxes=data.max_boxes, max_proposals=slots)
+        rows = rows_of(plan, *process)
+        return assemble(rows, image, example, max_boxes=data.max_boxes, max_proposals=slots, fast=data.fast)
 
     return _in_threads(source, load, data.threads)
 
@@ -253,6 +259,7 @@ def assemble(
     *,
     max_boxes: int,
     max_proposals: int | None = None,
+    fast: bool = False,
 ) -> Batch:
     """Returns the planned batch as NumPy arrays; the images of invalid rows are zeros.
 
@@ -260,6 +267,7 @@ def assemble(
       example: function from the index of an image to its example.
       max_boxes: ground-truth slots per image.
       max_proposals: slots for stored proposals per image; None: the examples have no stored proposals.
+      fast: as in `transforms.draw`.
     """
     size = len(plan.image_index)
     images = np.zeros((size, *plan.canvas, 3), image.pixel_dtype)
@@ -293,7 +301,7 @@ def assemble(
             place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
             found = found.moved(found.pixels, place)
         pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
-        draw(images[row], pixels, image, placement)
+        draw(images[row], pixels, image, placement, fast=fast)
         batch.image_hw[row], batch.scale[row] = (
             placement.shown(plan.canvas),
             placement.scale(pixels.shape[:2]),

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.data import fast_input
+from fasterrcnn_jax.data.fast_input import MOST_PIXELS
 from fasterrcnn_jax.data.records import Dataset
 
 
@@ -80,17 +82,23 @@ def draw(
     image: UInt8[np.ndarray, "h w 3"],
     config: ImageConfig,
     placement: Placement,
+    *,
+    fast: bool = False,
 ) -> None:
     """Draws an image onto the empty canvas `pixels`, in `config.channel_order`, the order of mean and std.
 
     A float32 canvas gets normalised values; a uint8 canvas gets rounded values, which the network normalises.
+
+    Args:
+      fast: resize with OpenCV.
     """
     channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     height, width = placement.shown(pixels.shape[:2])
     # Repeated to the length of an image row, because NumPy is slow on a last axis of three elements.
     mean, std = np.tile(mean, width), np.tile(std, width)
-    for rows, block in _resized(image, placement, (height, width), channels):
+    resize = _resized_by_opencv if fast and image.shape[0] * image.shape[1] <= MOST_PIXELS else _resized
+    for rows, block in resize(image, placement, (height, width), channels):
         values = block.reshape(len(block), -1)
         if pixels.dtype == np.uint8:
             np.rint(values, out=values)
@@ -123,6 +131,21 @@ def _resized(
         # Only the rows of a block are converted, because an image can have 100 million pixels.
         lines = _blend(source[top[rows]].astype(np.float32), source[bottom[rows]].astype(np.float32), down[rows])
         yield rows, _blend(lines.take(left, 1), lines.take(right, 1), across).reshape(-1, shown[1], 3)
+
+
+def _resized_by_opencv(
+    image: UInt8[np.ndarray, "h w 3"],
+    placement: Placement,
+    shown: tuple[int, int],
+    channels: tuple[int, int, int],
+) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
+    """Yields the same as `_resized`, in the same blocks."""
+    (top, left), (height, width) = placement.origin, shown
+    whole = fast_input.resized(image, placement.size)[top : top + height, left : left + width]
+    for start in range(0, height, _ROWS):
+        rows = slice(start, min(start + _ROWS, height))
+        # A copy, in which the caller computes.
+        yield rows, np.ascontiguousarray(whole[rows][..., channels])
 
 
 def _samples(
