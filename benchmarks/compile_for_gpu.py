@@ -18,6 +18,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -75,6 +76,7 @@ class Row(NamedTuple):
     scatters: int
     workspace: int
     peak_memory: int
+    traffic: dict[str, int]  # bytes read and written, by kind of launch
     seconds: float  # of compilation
 
 
@@ -185,6 +187,39 @@ def launched(hlo: str) -> list[str]:
     return found
 
 
+# Bits of a value.
+_BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
+
+
+def _bytes_of(shape: str) -> int:
+    """Returns the size of `f32[8,4]{1,0}`, or of all parts of a tuple of such shapes."""
+    parts = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    return sum(_BITS.get(kind, 0) * math.prod(int(n) for n in sides.split(",") if n) for kind, sides in parts) // 8
+
+
+def traffic(hlo: str) -> dict[str, int]:
+    """Returns the bytes that the launches of an optimised program read and write, by kind, and those of all.
+
+    Every operand and result counts whole and once: an upper bound of a gather's bytes, and the bytes of a loop's body
+    once. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and `other`.
+    """
+    shape = r"(?:\(.*?\)|\S+)"
+    sizes = {
+        name: _bytes_of(of) for name, of in re.findall(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({shape}) [a-z]", hlo, re.MULTILINE)
+    }
+    found = dict.fromkeys(("all", "convolution", "elementwise", "other"), 0)
+    for launch in launched(hlo):
+        name, operands = re.search(rf"%?([\w.-]+) = {shape} [a-z][\w-]*\((.*?)\)", launch).groups()
+        size = sizes[name] + sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
+        if re.search(r'custom_call_target="__(cudnn\$conv|cublas)|gemm', launch):
+            kind = "convolution"
+        else:
+            kind = "elementwise" if "kind=kLoop" in launch else "other"
+        found[kind] += size
+        found["all"] += size
+    return found
+
+
 class Program(NamedTuple):
     name: str
     function: Callable
@@ -269,14 +304,20 @@ def whole_programs(mesh) -> Iterator[Program]:
     from fasterrcnn_jax.models.faster_rcnn import detect
 
     for name, config, classes, canvas, batch_sizes in (
+        ("small", families.resnet_fpn(18), 20, (256, 320), (2,)),
         ("resnet101-c4", families.resnet_c4(101), 20, (608, 1008), (1, 8)),
         ("resnet50-fpn", families.resnet_fpn(50), 90, (800, 1344), (8,)),
     ):
         class_names = tuple(f"class{k}" for k in range(1, classes + 1))
-        model = nnx.eval_shape(lambda config=config, names=class_names: create_detector(config, names, seed=0))
+        for size, dtype in itertools.product(batch_sizes, ("float32", "bfloat16")):
+            typed = replace(config, compute_dtype=dtype)
+            model = nnx.eval_shape(lambda config=typed, names=class_names: create_detector(config, names, seed=0))
+            batch = batch_of(size, canvas)
+            suffix = ", bfloat16" if dtype == "bfloat16" else ""
+            inputs = (model, batch.images, batch.image_hw, batch.scale)
+            yield Program(f"detect {name} batch {size}{suffix}", detect, inputs)
         for size in batch_sizes:
             batch = batch_of(size, canvas)
-            yield Program(f"detect {name} batch {size}", detect, (model, batch.images, batch.image_hw, batch.scale))
             yield train_step(f"train step {name} batch {size}", config, class_names, batch, mesh)
         # What each means of saving memory saves, and all of them together.
         remat = replace(config, backbone=replace(config.backbone, remat=True))
@@ -404,6 +445,7 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
             scatters=len(re.findall(r" scatter\(", hlo)),
             workspace=memory.temp_size_in_bytes,
             peak_memory=memory.peak_memory_in_bytes,
+            traffic=traffic(hlo),
             seconds=round(seconds, 1),
         )
 
