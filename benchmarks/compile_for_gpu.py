@@ -77,6 +77,8 @@ class Row(NamedTuple):
     workspace: int
     peak_memory: int
     traffic: dict[str, int]  # bytes read and written, by kind of launch
+    has_float64: bool
+    calls_host: bool
     seconds: float  # of compilation
 
 
@@ -205,7 +207,8 @@ def traffic(hlo: str) -> dict[str, int]:
     """
     shape = r"(?:\(.*?\)|\S+)"
     sizes = {
-        name: _bytes_of(of) for name, of in re.findall(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({shape}) [a-z]", hlo, re.MULTILINE)
+        name: _bytes_of(of)
+        for name, of in re.findall(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({shape}) [a-z]", hlo, re.MULTILINE)
     }
     found = dict.fromkeys(("all", "convolution", "elementwise", "other"), 0)
     for launch in launched(hlo):
@@ -448,6 +451,8 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
             workspace=memory.temp_size_in_bytes,
             peak_memory=memory.peak_memory_in_bytes,
             traffic=traffic(hlo),
+            has_float64="f64[" in hlo,
+            calls_host="callback" in hlo,
             seconds=round(seconds, 1),
         )
 
