@@ -205,8 +205,8 @@ def test_launches_are_counted_inside_loops_and_not_inside_fusions(script):
 
 def test_every_launch_counts_the_bytes_of_its_operands_and_results(script):
     found = script.traffic(HLO)
-    # The fusion reads s32[] and writes pred[]; the other four read and write f32[8]; one sort also writes u8[4], and the
-    # copy also reads s32[].
+    # The fusion reads s32[] and writes pred[]; the other four read and write f32[8]; one sort also writes u8[4], and
+    # the copy also reads s32[].
     assert found == {"all": 5 + 4 * 64 + 8, "convolution": 0, "elementwise": 5, "other": 4 * 64 + 8}
 
 
