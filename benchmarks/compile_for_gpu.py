@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch_counts import launched, launches_of
+from launch_counts import launched, launches_of, traffic
 
 # A checkout need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,6 +78,9 @@ class Row(NamedTuple):
     scatters: int
     workspace: int
     peak_memory: int
+    traffic: dict[str, int]  # bytes read and written, by kind of launch
+    has_float64: bool
+    calls_host: bool
     seconds: float  # of compilation
 
 
@@ -237,15 +240,23 @@ def whole_programs(mesh) -> Iterator[Program]:
     from fasterrcnn_jax.models.faster_rcnn import detect
 
     for name, config, classes, canvas, batch_sizes in (
+        ("small", families.resnet_fpn(18), 20, (256, 320), (2,)),
         ("resnet101-c4", families.resnet_c4(101), 20, (608, 1008), (1, 8)),
         ("resnet50-fpn", families.resnet_fpn(50), 90, (800, 1344), (8,)),
     ):
         class_names = tuple(f"class{k}" for k in range(1, classes + 1))
-        model = nnx.eval_shape(lambda config=config, names=class_names: create_detector(config, names, seed=0))
+        for size, dtype in itertools.product(batch_sizes, ("float32", "bfloat16")):
+            typed = replace(config, compute_dtype=dtype)
+            model = nnx.eval_shape(lambda config=typed, names=class_names: create_detector(config, names, seed=0))
+            batch = batch_of(size, canvas)
+            suffix = ", bfloat16" if dtype == "bfloat16" else ""
+            inputs = (model, batch.images, batch.image_hw, batch.scale)
+            yield Program(f"detect {name} batch {size}{suffix}", detect, inputs)
         for size in batch_sizes:
             batch = batch_of(size, canvas)
-            yield Program(f"detect {name} batch {size}", detect, (model, batch.images, batch.image_hw, batch.scale))
             yield train_step(f"train step {name} batch {size}", config, class_names, batch, mesh)
+        if name == "small":
+            continue
         # What each means of saving memory saves, and all of them together.
         remat = replace(config, backbone=replace(config.backbone, remat=True))
         bfloat16 = replace(config, compute_dtype="bfloat16")
@@ -372,6 +383,9 @@ def compile_all(folder: Path, words: list[str]) -> dict[str, Any]:
             scatters=len(re.findall(r" scatter\(", hlo)),
             workspace=memory.temp_size_in_bytes,
             peak_memory=memory.peak_memory_in_bytes,
+            traffic=traffic(hlo),
+            has_float64="f64[" in hlo,
+            calls_host="callback" in hlo,
             seconds=round(seconds, 1),
         )
 

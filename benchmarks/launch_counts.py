@@ -1,4 +1,4 @@
-"""Counts the kernels that a program launches which XLA has optimised for a GPU."""
+"""Counts the kernels that a program launches which XLA has optimised for a GPU, and the bytes that they move."""
 
 import math
 import re
@@ -79,3 +79,35 @@ def sort_passes(length: int, row_bytes: int) -> int:
     tile_stages = int(math.log2(min(TILE, TILE_BYTES // row_bytes)))
     beyond = max(max(length - 1, 0).bit_length() - tile_stages, 0)
     return 1 + sum(passes + 1 for passes in range(1, beyond + 1))
+
+
+# Bits of a value.
+_BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
+
+
+def _bytes_of(shape: str) -> int:
+    """Returns the size of `f32[8,4]{1,0}`, or of all parts of a tuple of such shapes."""
+    parts = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    return sum(_BITS.get(kind, 0) * math.prod(int(n) for n in sides.split(",") if n) for kind, sides in parts) // 8
+
+
+def traffic(hlo: str) -> dict[str, int]:
+    """Returns the bytes that the launches of an optimised program read and write, by kind, and those of all.
+
+    Every operand and result counts whole and once: an upper bound of a gather's bytes, and the bytes of a loop's body
+    once. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and `other`.
+    """
+    shape = r"(?:\(.*?\)|\S+)"
+    results = re.findall(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({shape}) [a-z]", hlo, re.MULTILINE)
+    sizes = {name: _bytes_of(result) for name, result in results}
+    found = dict.fromkeys(("all", "convolution", "elementwise", "other"), 0)
+    for launch in launched(hlo):
+        name, operands = re.search(rf"%?([\w.-]+) = {shape} [a-z][\w-]*\((.*?)\)", launch).groups()
+        size = sizes[name] + sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
+        if re.search(r'custom_call_target="__(cudnn\$conv|cublas)|gemm', launch):
+            kind = "convolution"
+        else:
+            kind = "elementwise" if "kind=kLoop" in launch else "other"
+        found[kind] += size
+        found["all"] += size
+    return found

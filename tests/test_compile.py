@@ -53,6 +53,14 @@ PROGRAMS = {
 }
 
 
+# By version of JAX: bytes that all launches read and write, those of XLA's elementwise launches (MB), and launches.
+TRAFFIC = {
+    "detect small batch 2, bfloat16": {"0.11": (490, 30, 150), "0.12": (490, 30, 150)},
+    "detect resnet50-fpn batch 8, bfloat16": {"0.11": (16_000, 1_500, 280), "0.12": (16_000, 1_500, 280)},
+    "train step resnet50-fpn batch 8, bfloat16": {"0.11": (49_000, 0, 0), "0.12": (49_000, 0, 0)},
+}
+
+
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("compile_for_gpu", SCRIPT)
@@ -119,6 +127,36 @@ def test_whole_programs_hold_the_kernels_and_keep_to_their_launches_and_memory(p
     assert row["mosaic_launches"] == mosaic_launches
     assert row["launches"] <= launches
     assert row["peak_memory"] <= peak * GB
+
+
+@pytest.fixture(scope="module")
+def small(script, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compiled") / "small.json"
+    return compiled(script, out, "detect small batch 2, bfloat16")
+
+
+def check_traffic(script, name, row):
+    version = ".".join(importlib.metadata.version("jax").split(".")[:2])
+    if version not in TRAFFIC[name]:
+        pytest.skip(f"no numbers of JAX {version}")
+    everything, elementwise, launches = TRAFFIC[name][version]
+    assert row["traffic"]["all"] <= everything * MB
+    assert row["traffic"]["elementwise"] <= elementwise * MB
+    assert row["launches"] <= launches
+    assert not row["has_float64"] and not row["calls_host"]
+
+
+@pytest.mark.aot
+def test_a_small_detection_moves_no_more_bytes_than_it_must(script, small):
+    (name,) = small
+    check_traffic(script, name, small[name])
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TRAFFIC if "small" not in name])
+def test_a_whole_program_moves_no_more_bytes_than_it_must(script, programs, name):
+    check_traffic(script, name, programs[name])
 
 
 HLO = """
@@ -201,6 +239,25 @@ def test_other_instructions_launch_one_kernel(script):
     assert [script.launches_of(line) for line in script.launched(HLO)] == [1] * 5
     large = HLO.replace("%sort.2 = f32[8]{0} sort", "%sort.2 = f32[12000]{0} sort")
     assert sum(map(script.launches_of, script.launched(large))) == 4 + 6
+
+
+def test_every_launch_counts_the_bytes_of_its_operands_and_results(script):
+    found = script.traffic(HLO)
+    # The fusion reads s32[] and writes pred[]; the other four read and write f32[8]; one sort also writes u8[4], and
+    # the copy also reads s32[].
+    assert found == {"all": 5 + 4 * 64 + 8, "convolution": 0, "elementwise": 5, "other": 4 * 64 + 8}
+
+
+def test_products_are_told_from_other_launches(script):
+    hlo = """
+ENTRY %main (x: f32[8]) -> bf16[2,4] {
+  %x = bf16[2,4]{1,0} parameter(0)
+  %conv = (bf16[2,4]{1,0}, u8[8]{0}) custom-call(%x), custom_call_target="__cudnn$convBiasActivationForward"
+  %part = bf16[2,4]{1,0} get-tuple-element(%conv), index=0
+  ROOT %gemm_fusion_dot = bf16[2,4]{1,0} fusion(%part), kind=kCustom, calls=%c, op_name="dot"
+}
+"""
+    assert script.traffic(hlo) == {"all": 72, "convolution": 72, "elementwise": 0, "other": 0}
 
 
 def test_the_assemblers_report_is_read_and_removed(script, tmp_path):

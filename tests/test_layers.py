@@ -1,9 +1,11 @@
 """Layers and backbones: they follow their definitions, and masked padding does not change their results."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from jax import lax
 
@@ -20,11 +22,14 @@ from fasterrcnn_jax.models.heads import RpnHead
 from fasterrcnn_jax.models.layers import (
     EPSILON,
     Conv,
+    DepthwiseConv,
     FrozenBatchNorm,
     GroupNorm,
     Linear,
+    conv_norm,
     dropout,
     max_pool,
+    relu,
     valid_mask,
 )
 from fasterrcnn_jax.models.resnet import (
@@ -103,6 +108,107 @@ def test_linear_is_a_matrix_product_plus_bias():
     x = normal(2, 4, 5)
     expected = np.einsum("abi,io->abo", x, linear.kernel[...]) + np.asarray(linear.bias[...])
     np.testing.assert_allclose(linear(x), expected, atol=1e-5)
+
+
+def measured(norm, channels):
+    """Returns a normalisation with other statistics than those of its start."""
+    for i, part in enumerate((norm.scale, norm.bias, norm.mean)):
+        part[...] = normal(channels, seed=i)
+    norm.var[...] = 0.5 + jnp.abs(normal(channels, seed=3))
+    return norm
+
+
+LAYERS_BEFORE_NORMS = {
+    "3 x 3": lambda: Conv(3, 4, 3, stride=2, bias=True, std=0.5, rng=rng()),
+    "1 x 1": lambda: Conv(3, 4, 1, stride=2, rng=rng()),
+    "depthwise": lambda: DepthwiseConv(3, 3, stride=2, rng=rng()),
+}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("name", LAYERS_BEFORE_NORMS)
+def test_fixed_statistics_inside_of_the_filters_change_the_rounding_alone(name, dtype, tolerance):
+    conv = LAYERS_BEFORE_NORMS[name]()
+    norm = measured(FrozenBatchNorm(conv.kernel.shape[-1]), conv.kernel.shape[-1])
+    if getattr(conv, "bias", None) is not None:
+        conv.bias[...] = normal(4, seed=4)
+    x, valid = normal(2, 9, 8, 3).astype(dtype), valid_mask(jnp.array([[9.0, 4.0], [5.0, 8.0]]), (5, 4), 2)
+    graphdef, state = nnx.split(conv)
+
+    def both(state):
+        def run(state, x):
+            return conv_norm(nnx.merge(graphdef, state), norm, x, valid)
+
+        y, pull = jax.vjp(run, state, x)
+        return y, *jax.tree.leaves(pull(jnp.ones_like(y)))
+
+    apart = both(state)
+    with tiny.layers_of_a_gpu():
+        together = both(state)
+    for mine, expected in zip(together, apart, strict=True):
+        assert mine.dtype == expected.dtype
+        expected = np.asarray(expected, np.float32)
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float32), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+        )
+
+
+def test_a_map_is_not_touched_again_after_the_bias():
+    """On a GPU, normalisation and bias are no passes over the map of their own: the program has one addition to it."""
+    conv, norm = Conv(3, 4, 3, rng=rng()), measured(FrozenBatchNorm(4), 4)
+    x = normal(1, 6, 8, 3).astype(jnp.bfloat16)
+
+    def passes():
+        program = jax.make_jaxpr(lambda x: conv_norm(conv, norm, x))(x)
+        return [eqn.primitive.name for eqn in equations(program.jaxpr) if eqn.outvars[0].aval.shape == (1, 6, 8, 4)]
+
+    assert len(passes()) > 3
+    with tiny.layers_of_a_gpu():
+        assert [name for name in passes() if "custom_vjp" not in name] == ["conv_general_dilated", "add"]
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def test_the_gradient_of_a_bias_is_a_float32_sum_over_all_cells():
+    """One image of 64 x 64 cells: a sum of ones in bfloat16 stops at 256."""
+    linear = Linear(2, 3, std=1.0, rng=rng())
+    graphdef, state = nnx.split(linear)
+    x = normal(64 * 64, 2).astype(jnp.bfloat16)
+
+    def total(state):
+        return nnx.merge(graphdef, state)(x).astype(jnp.float32).sum()
+
+    with tiny.layers_of_a_gpu():
+        bias = jax.grad(total)(state)["bias"][...]
+    assert bias.dtype == jnp.float32
+    np.testing.assert_array_equal(bias, 64 * 64)
+
+
+def test_relu_and_its_derivatives_are_those_of_jax():
+    x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf, -jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(relu(x), jax.nn.relu(x))
+    for derivative in (jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]):
+        ours, theirs = (derivative(lambda x, f=f: (f(x) * jnp.arange(8.0)).sum())(x) for f in (relu, jax.nn.relu))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_predictions_of_the_rpn_are_the_same_from_one_convolution():
+    head = RpnHead(tiny.MODEL, 8, rng=rng())
+    for conv in (head.objectness, head.deltas):
+        conv.bias[...] = normal(conv.bias.shape[0])
+    levels = (normal(2, 5, 6, 8), normal(2, 3, 3, 8))
+    apart = head(levels)
+    with tiny.layers_of_a_gpu():
+        together = head(levels)
+        names = [eqn.primitive.name for eqn in equations(jax.make_jaxpr(head)(levels).jaxpr)]
+    assert names.count("conv_general_dilated") == 2 * len(levels)  # one for the hidden map, one for the predictions
+    for mine, expected in zip(together, apart, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
 
 
 def group_norm(channels):

@@ -6,6 +6,7 @@ each level to 300), so that nothing is random. In class logits, torch's own floa
 up to 2e-4. The tolerances, 3e-4 for scores and 0.03 pixels for boxes, were given before the comparison.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import reference_weights
 import safetensors.numpy
+import tiny
 from fidelity import compare
 from flax import nnx
 
@@ -36,22 +38,34 @@ ALL = 10**9  # nothing is left to a draw
 IMAGES = 2
 
 
-# COCO's number of classes in every run of the suite; VOC's, which takes as long, with the slow tests.
-@pytest.fixture(scope="module", params=[91, pytest.param(21, marks=pytest.mark.slow)])
+# COCO's number of classes in every run of the suite; the others, which take as long each, with the slow tests.
+CASES = {
+    "91": (91, False),
+    "21": (21, False),
+    "91, layers of a GPU": (91, True),
+}
+
+
+@pytest.fixture(
+    scope="module", params=["91", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])]
+)
 def case(request, tmp_path_factory):
     """Returns (name, golden numbers, model)."""
-    golden = np.load(Path(__file__).parent / "golden" / f"model_tv_r50fpn_{request.param}.npz")
+    classes, on_gpu = CASES[request.param]
+    golden = np.load(Path(__file__).parent / "golden" / f"model_tv_r50fpn_{classes}.npz")
     path = tmp_path_factory.mktemp("weights") / "fasterrcnn_resnet50_fpn.safetensors"
     safetensors.numpy.save_file(reference_weights.rule_weights(golden), path)
     config = resnet_fpn(50)
     image = dataclasses.replace(
         config.image, short_side=192, long_side=400, canvases=((256, 288), (288, 256), (416, 416))
     )
-    names = tuple(f"class{k}" for k in range(1, request.param))
+    names = tuple(f"class{k}" for k in range(1, classes))
     # The recorded gradients are those of all stages.
     config = dataclasses.replace(config, image=image, backbone=dataclasses.replace(config.backbone, fixed_stages=0))
     model = Detector(config, names, rng=np.random.default_rng(0))
-    yield f"ResNet-50-FPN, {request.param} classes", golden, load_weights(model, path)
+    name = f"ResNet-50-FPN, {classes} classes" + (", layers of a GPU" if on_gpu else "")
+    with tiny.layers_of_a_gpu() if on_gpu else contextlib.nullcontext():
+        yield name, golden, load_weights(model, path)
     jax.clear_caches()  # compiled programs keep the weights in memory
 
 

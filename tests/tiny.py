@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import logging
 import re
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from fasterrcnn_jax.config import (
@@ -28,7 +30,9 @@ from fasterrcnn_jax.config import (
 from fasterrcnn_jax.config.families import IMAGENET_RGB
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.data.records import Dataset, ImageRecord, box_areas
+from fasterrcnn_jax.models import layers
 from fasterrcnn_jax.models.detector import Detector
+from fasterrcnn_jax.ops import convolution
 
 CLASS_NAMES = ("ring", "disc")
 IMAGE = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)), **IMAGENET_RGB)
@@ -78,6 +82,15 @@ def restored_logging():
         logging.getLogger(name).setLevel(level)
     logging.getLogger().handlers[:] = handlers
     jax.config.update("jax_compilation_cache_dir", cache)
+
+
+@contextlib.contextmanager
+def layers_of_a_gpu():
+    """Traces convolutions and normalisation as for a GPU; everything else stays as it is on this device."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (layers, convolution):
+            patch.setattr(module, "choice", types.SimpleNamespace(device=lambda: ("cuda", (9, 0))))
+        yield
 
 
 def quick_model(weights=None):

@@ -21,6 +21,7 @@ from fasterrcnn_jax.models.layers import (
     DepthwiseConv,
     FrozenBatchNorm,
     Valid,
+    conv_norm,
     first_std,
     run_stage,
     valid_mask,
@@ -105,9 +106,9 @@ class Block(nnx.Module):
     ) -> Float[Array, "b h2 w2 d"]:
         y = x
         if self.expand is not None and self.expand_norm is not None:
-            y = jax.nn.relu6(self.expand_norm(self.expand(y), valid_in))
-        y = jax.nn.relu6(self.depthwise_norm(self.depthwise(y), valid_out))
-        y = self.project_norm(self.project(y), valid_out)
+            y = jax.nn.relu6(conv_norm(self.expand, self.expand_norm, y, valid_in))
+        y = jax.nn.relu6(conv_norm(self.depthwise, self.depthwise_norm, y, valid_out))
+        y = conv_norm(self.project, self.project_norm, y, valid_out)
         return x + y if self.adds else y
 
 
@@ -159,7 +160,7 @@ class EfficientNet(nnx.Module):
                 return None
             return valid_mask(image_hw, (-(-height // stride), -(-width // stride)), stride)
 
-        x = jax.nn.relu6(self.stem_norm(self.stem(images), valid(2)))
+        x = jax.nn.relu6(conv_norm(self.stem, self.stem_norm, images, valid(2)))
         maps = []
         for number, stage in enumerate(self.stages):
             stride = 2 * 2**number

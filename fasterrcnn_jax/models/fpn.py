@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import FpnConfig
-from fasterrcnn_jax.models.layers import NORMS, Conv
+from fasterrcnn_jax.models.layers import NORMS, Conv, conv_norm
 
 
 class Fpn(nnx.Module):
@@ -53,7 +53,7 @@ class Fpn(nnx.Module):
           valids: the mask of each map, as from `level_masks`; None if padding is not masked.
         """
         laterals = [
-            norm(conv(x), valid)
+            conv_norm(conv, norm, x, valid)
             for conv, norm, x, valid in zip(self.lateral, self.lateral_norms, maps, valids, strict=True)
         ]
         for i in range(len(laterals) - 2, -1, -1):
@@ -61,7 +61,7 @@ class Fpn(nnx.Module):
             # Border cells contain image content, so what is upsampled into padding does not depend on the canvas.
             laterals[i] = laterals[i] + coarser
         levels = [
-            norm(conv(x), valid)
+            conv_norm(conv, norm, x, valid)
             for conv, norm, x, valid in zip(self.output, self.output_norms, laterals, valids, strict=True)
         ]
         return *levels, levels[-1][:, ::2, ::2]

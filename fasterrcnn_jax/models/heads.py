@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
-from fasterrcnn_jax.models.layers import NORMS, BatchNorm, Conv, Linear, dropout
+from fasterrcnn_jax.models.layers import NORMS, BatchNorm, Conv, Linear, conv_joined, conv_norm, dropout, regroups, relu
 from fasterrcnn_jax.ops.anchors import anchors_per_cell
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
@@ -24,7 +24,7 @@ def _unchanged(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 # By `rpn.activation`.
-ACTIVATIONS = {"relu": jax.nn.relu, "none": _unchanged}
+ACTIVATIONS = {"relu": relu, "none": _unchanged}
 
 
 class RpnHead(nnx.Module):
@@ -64,9 +64,16 @@ class RpnHead(nnx.Module):
             for conv in self.convs:
                 x = self.activation(conv(x))
                 x = x if valid is None else x * valid.astype(x.dtype)
-            objectness.append(self.objectness(x).reshape(batch, -1))
-            deltas.append(self.deltas(x).reshape(batch, -1, 4))
+            logits, offsets = self._predictions(x)
+            objectness.append(logits.reshape(batch, -1))
+            deltas.append(offsets.reshape(batch, -1, 4))
         return jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1)
+
+    def _predictions(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w a"], Float[Array, "b h w d"]]:
+        if not regroups():
+            return self.objectness(x), self.deltas(x)
+        # The map is read once, and so is its gradient.
+        return conv_joined(self.objectness, self.deltas, x)
 
 
 class FcTail(nnx.Module):
@@ -94,10 +101,10 @@ class FcTail(nnx.Module):
         x = pooled.reshape(-1, *pooled.shape[2:])
         valid = region_masks(roi_valid, x.shape[1])
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.relu(norm(conv(x), valid))
+            x = relu(conv_norm(conv, norm, x, valid))
         x = x.reshape(*pooled.shape[:2], -1)
         for number, layer in enumerate(self.fcs):
-            x = jax.nn.relu(layer(x))
+            x = relu(layer(x))
             if dropout_keys is not None and self.rate > 0.0:
                 x = jax.vmap(self._dropped, in_axes=(0, 0, None))(dropout_keys, x, number)
         return x

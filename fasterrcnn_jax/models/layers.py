@@ -8,6 +8,9 @@ mask, a normalisation layer excludes padding from its statistics and returns zer
 
 Layers compute in the type of their input, float32 or bfloat16. Weights stay float32 and are rounded when they are
 used; sums, biases and normalisation are float32, and their results are rounded.
+
+On other devices than CPUs, fixed normalisation goes into the filters before it, and biases are added in the type of the
+input (`regroups`): the libraries of a GPU then add bias and residual and apply the ReLU inside of the convolution.
 """
 
 import math
@@ -21,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8, UInt32
 
 from fasterrcnn_jax.config import ImageConfig, ModelConfig
+from fasterrcnn_jax.kernels import choice
 from fasterrcnn_jax.ops.anchors import strides_of
 from fasterrcnn_jax.ops.convolution import Padding, convolve
 from fasterrcnn_jax.ops.depthwise import depthwise_conv, same_padding
@@ -64,6 +68,28 @@ def first_std(size: int, out_channels: int, image: ImageConfig) -> float:
     return he_std(size, out_channels) * float(np.mean(image.std)) / PIXEL_SPREAD
 
 
+def regroups() -> bool:
+    """Returns whether layers regroup their sums for a GPU; depends on JAX's default device while tracing.
+
+    On a CPU it brings nothing: detection and training took 1.01 and 1.02 times as long (docs/decisions/0018).
+    """
+    return choice.device()[0] != "cpu"
+
+
+@jax.custom_jvp
+def relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Returns `max(x, 0)`. The backward pass reads the result, so that nothing but the result need be stored."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(
+    primals: tuple[Float[Array, "*b"]], tangents: tuple[Float[Array, "*b"]]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    y = relu(*primals)
+    return y, jnp.where(y > 0, tangents[0], jnp.zeros_like(y))
+
+
 class Conv(nnx.Module):
     """k x k convolution; with `predicts` the result is float32 for any type of input.
 
@@ -93,9 +119,22 @@ class Conv(nnx.Module):
         self.predicts = predicts
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        kernel, dtype = self.kernel[...].astype(x.dtype), _result_type(self, x)
+        return self.biased(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+    def scaled(
+        self, x: Float[Array, "b h w c"], factor: Float[Array, "d"], shift: Float[Array, "d"]
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Returns the result times `factor` plus `shift`, both of them inside of the filters and the bias."""
+        bias = shift if self.bias is None else shift + factor * self.bias[...]
+        return self.biased(x, self.kernel[...] * factor.reshape(1, 1, 1, -1), bias)
+
+    def biased(
+        self, x: Float[Array, "b h w c"], kernel: Float[Array, "k k c d"], bias: Float[Array, "d"] | None
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Returns the convolution with other filters and another bias of the same size."""
+        kernel, dtype = kernel.astype(x.dtype), _result_type(self, x)
         y = convolve(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
-        return y if self.bias is None else _add_bias(self.bias[...], y)
+        return y if bias is None else _add_bias(bias, y)
 
     def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:
         size = self.kernel.shape[0]
@@ -114,6 +153,13 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return depthwise_conv(x, self.kernel[...], stride=self.stride)
+
+    def scaled(
+        self, x: Float[Array, "b h w c"], factor: Float[Array, "c"], shift: Float[Array, "c"]
+    ) -> Float[Array, "b h2 w2 c"]:
+        """Returns the result times `factor` plus `shift`, the factor inside of the filters."""
+        y = depthwise_conv(x, self.kernel[...] * factor.reshape(1, 1, 1, -1), stride=self.stride)
+        return _add_bias(shift, y)
 
 
 class Linear(nnx.Module):
@@ -185,10 +231,17 @@ class FrozenBatchNorm(nnx.Module):
         self.var = Constant(jnp.ones(channels))
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Valid = None) -> Float[Array, "b h w c"]:
-        factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
         centred = x.astype(jnp.float32) - _per_channel(self.mean[...], x)
-        y = centred * _per_channel(factor, x) + _per_channel(self.bias[...], x)
+        y = centred * _per_channel(self._factor(), x) + _per_channel(self.bias[...], x)
         return (y if valid is None else y * valid).astype(x.dtype)
+
+    def factor_and_shift(self) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+        """Returns the affine map of each channel: the result is `factor * x + shift`."""
+        factor = self._factor()
+        return factor, self.bias[...] - self.mean[...] * factor
+
+    def _factor(self) -> Float[Array, "c"]:
+        return self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
 
 
 class BatchNorm(nnx.Module):
@@ -250,8 +303,50 @@ def _result_type(layer: Conv | Linear, x: Array) -> jnp.dtype:
 
 
 def _add_bias(bias: Float[Array, "c"], y: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    if regroups():
+        return _add_rounded_bias(bias, y)
     # In float32, so that the bias' gradient, a sum over all cells, is float32 too.
     return (y.astype(jnp.float32) + _per_channel(bias, y)).astype(y.dtype)
+
+
+@jax.custom_vjp
+def _add_rounded_bias(bias: Float[Array, "c"], y: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    """Returns `y` plus the bias in the type of `y`; the bias' gradient, a sum over all cells, is float32."""
+    return y + _per_channel(bias.astype(y.dtype), y)
+
+
+def _add_rounded_bias_forward(bias: Array, y: Array) -> tuple[Array, None]:
+    return _add_rounded_bias(bias, y), None
+
+
+def _add_rounded_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient.astype(jnp.float32).sum(axis=tuple(range(gradient.ndim - 1))), gradient
+
+
+_add_rounded_bias.defvjp(_add_rounded_bias_forward, _add_rounded_bias_backward)
+
+
+def conv_norm(
+    conv: Conv | DepthwiseConv,
+    norm: nnx.Module,
+    x: Float[Array, "b h w c"],
+    valid: Float[Array, "b h2 w2 1"] | None = None,
+) -> Float[Array, "b h2 w2 d"]:
+    """Returns `norm(conv(x), valid)`; `regroups` decides whether fixed statistics go into the filters and the bias."""
+    if not (isinstance(norm, FrozenBatchNorm) and regroups()):
+        return norm(conv(x), valid)
+    y = conv.scaled(x, *norm.factor_and_shift())
+    return y if valid is None else y * valid.astype(y.dtype)
+
+
+def conv_joined(
+    first: Conv, second: Conv, x: Float[Array, "b h w c"]
+) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d2"]]:
+    """Returns `first(x), second(x)`, of two convolutions with bias and of equal size and stride, as one convolution."""
+    kernel = jnp.concatenate([first.kernel[...], second.kernel[...]], axis=-1)
+    y = first.biased(x, kernel, jnp.concatenate([first.bias[...], second.bias[...]]))
+    channels = first.kernel.shape[-1]
+    return y[..., :channels], y[..., channels:]
 
 
 class Masked(nnx.Module):

@@ -6,7 +6,6 @@ region; this is the C4 detector. With a pyramid, all four stages run on the imag
 
 import math
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -17,8 +16,10 @@ from fasterrcnn_jax.models.layers import (
     NORMS,
     Conv,
     Valid,
+    conv_norm,
     first_std,
     max_pool,
+    relu,
     run_stage,
     valid_mask,
 )
@@ -71,17 +72,15 @@ class Block(nnx.Module):
         valid_in: Float[Array, "b h w 1"] | None = None,
         valid_out: Float[Array, "b h2 w2 1"] | None = None,
     ) -> Float[Array, "b h2 w2 d"]:
-        y = x
+        y, strided = x, False
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = conv(y)
-            # Before the strided convolution, the map still has the size of the input.
-            unstrided = valid_in is not None and y.shape[1:3] == valid_in.shape[1:3]
-            y = norm(y, valid_in if unstrided else valid_out)
+            strided = strided or conv.stride > 1
+            y = conv_norm(conv, norm, y, valid_out if strided else valid_in)
             if i < len(self.convs) - 1:
-                y = jax.nn.relu(y)
+                y = relu(y)
         if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(x), valid_out)
-        return jax.nn.relu(x + y)
+            x = conv_norm(self.shortcut, self.shortcut_norm, x, valid_out)
+        return relu(x + y)
 
 
 class Stage(nnx.Module):
@@ -134,7 +133,7 @@ class ResNet(nnx.Module):
                 return None
             return valid_mask(image_hw, (-(-height // stride), -(-width // stride)), stride)
 
-        x = jax.nn.relu(self.stem_norm(self.stem(images), valid(2)))
+        x = relu(conv_norm(self.stem, self.stem_norm, images, valid(2)))
         x = max_pool(x, size=3, padding=STEM_POOL_PADDING[self.config.stem_pool])
         inside = valid(4)
         if inside is not None:

@@ -4,7 +4,6 @@ The thirteen convolutions, without the last pooling, make the shared feature map
 region (`models/heads.py`). With batch normalisation it is the network that torchvision calls vgg16_bn.
 """
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -13,8 +12,10 @@ from fasterrcnn_jax.config import BackboneConfig, ImageConfig
 from fasterrcnn_jax.models.layers import (
     NORMS,
     Conv,
+    conv_norm,
     first_std,
     max_pool,
+    relu,
     run_stage,
     sides_of,
     valid_mask,
@@ -54,7 +55,7 @@ class Stage(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], valid: Float[Array, "b h w 1"] | None) -> Float[Array, "b h w d"]:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.relu(norm(conv(x), valid))
+            x = relu(conv_norm(conv, norm, x, valid))
         return x
 
 

@@ -28,16 +28,15 @@ def convolve(
 ) -> Float[Array, "b h2 w2 d"]:
     """Returns the convolution in type `dtype`; sums are float32.
 
-    On a CPU and on large maps the gradient of a filter of stride 1 is a sum of matrix products over blocks of rows.
-    Filters of 1 x 1 are a matrix product.
+    On a CPU and on large maps the gradient of a filter of stride 1 is a sum of matrix products over blocks of rows,
+    and filters of 1 x 1 are a matrix product. On other devices both are convolutions, into which the library of a GPU
+    takes bias, residual and ReLU; gradients have the type of `x` where the result is wider.
     """
+    if choice.device()[0] != "cpu":
+        return (by_xla if x.dtype == dtype else _wider)(x, kernel, stride, padding, dtype)
     if kernel.shape[:2] == (1, 1):
-        x = x[:, ::stride, ::stride]
-        if choice.device()[0] == "cpu":
-            return _pointwise(x, kernel[0, 0], jnp.dtype(dtype))
-        return jnp.matmul(x, kernel[0, 0], preferred_element_type=dtype)
-    cells = x.shape[1] * x.shape[2]
-    if choice.device()[0] == "cpu" and stride == 1 and kernel.shape[0] > 1 and cells >= FEWEST_CELLS:
+        return _pointwise(x[:, ::stride, ::stride], kernel[0, 0], jnp.dtype(dtype))
+    if stride == 1 and x.shape[1] * x.shape[2] >= FEWEST_CELLS:
         return _by_blocks(x, kernel, padding, jnp.dtype(dtype))
     return by_xla(x, kernel, stride, padding, dtype)
 
@@ -54,6 +53,34 @@ def by_xla(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=dtype,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _wider(x: Array, kernel: Array, stride: int, padding: Padding, dtype: DTypeLike) -> Array:
+    """Returns float32 for bfloat16; by itself JAX would convert the gradient's inputs to float32.
+
+    A convolution of a GPU's library would convert the input; a product of matrices does not.
+    """
+    if kernel.shape[:2] == (1, 1):
+        return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], preferred_element_type=dtype)
+    return by_xla(x, kernel, stride, padding, dtype)
+
+
+def _wider_forward(
+    x: Array, kernel: Array, stride: int, padding: Padding, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array]]:
+    return _wider(x, kernel, stride, padding, dtype), (x, kernel)
+
+
+def _wider_backward(
+    stride: int, padding: Padding, dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = kept
+    _, gradients = jax.vjp(lambda x, kernel: by_xla(x, kernel, stride, padding, x.dtype), x, kernel)
+    return gradients(gradient.astype(x.dtype))
+
+
+_wider.defvjp(_wider_forward, _wider_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
