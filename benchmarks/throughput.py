@@ -3,10 +3,11 @@
     python benchmarks/throughput.py --data FOLDER [--split train] [--out FILE.json]
 
 FOLDER is in VOC layout. Our sides are the loader of train.py, with float32 images and with uint8 images that are
-normalised on the device, and both once more with `data.fast` where its packages are installed. Their side is a PyTorch DataLoader with the same decoder, the same batches and the same
-operations in the order of torchvision's detectors: normalise, then resize without antialias. All sides use one thread
-and one core and take turns. Their images are compared first; if they differ, the script exits with status 1. The
-report has the seconds of the clock and the seconds of the core, which do not count other work of the machine.
+normalised on the device, and both once more with `data.fast` where its packages are installed. Their side is a PyTorch
+DataLoader with our default decoder, the same batches and the same operations in the order of torchvision's detectors:
+normalise, then resize without antialias. All sides use one thread and one core and take turns. Their images are
+compared first; if they differ, the script exits with status 1. The report has the seconds of the clock and the seconds
+of the core, which do not count other work of the machine.
 """
 
 import argparse
