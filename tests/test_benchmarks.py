@@ -533,6 +533,27 @@ def test_the_throughput_of_the_loader_is_measured_without_torchvision(tmp_path):
         assert side["images_per_second"] > 0 and side["images_per_core_second"] > 0 and "times_as_fast" not in side
 
 
+@pytest.mark.slow
+def test_growth_is_measured_for_each_quantity(tmp_path):
+    done, report = benchmark("growth.py", "--tiny", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["program"], row["grows"]): row for row in report["growth"]}
+    area = "area of the image, by its side"
+    programs = {(program, grows) for program in ("detection", "training step") for grows in (area, "classes")}
+    assert set(rows) == programs | {("check", "boxes")}
+    for row in rows.values():
+        assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in row["points"])
+        assert np.isfinite([row["exponent_of_time"], row["exponent_of_memory"]]).all()
+    # Twice the area is at least 1.3 times the memory.
+    assert rows["training step", area]["exponent_of_memory"] > 0.4
+
+
+def test_the_exponent_is_the_slope_over_the_last_points(importable):
+    import growth
+
+    assert growth.exponent([1, 2, 4, 8], [7, 5, 20, 80]) == pytest.approx(2.0)
+
+
 def test_throughput_is_compared_round_by_round_in_seconds_of_the_core(importable):
     import throughput
 
