@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ class Prepared(NamedTuple):
     side: measure.Side
     compile_seconds: float
     peak_bytes: int | None
-    kernels_compiled: int | None
+    kernels_compiled: int | str | None
     loss: float | None
 
 
@@ -144,7 +144,7 @@ def prepare_ours(
         arguments = [(model, batch.images, batch.image_hw, batch.scale) for batch in on_device]
         compiled = jitted.lower(*arguments[0]).compile()
         seconds = time.perf_counter() - start
-        kernels = measure.compiled_kernels(compiled.as_text())
+        kernels = _said(measure.compiled_kernels, compiled.as_text())
         calls = [functools.partial(compiled, *each) for each in arguments]
         measure.block(calls[0]())
     else:
@@ -276,7 +276,9 @@ def measure_case(
     result = figures(times, failed_later)
     for side, found in result["sides"].items():
         turn(side)
-        found["kernels_launched"] = _profiled(prepared[side].side)
+        found["kernels_launched"] = _said(
+            measure.profiled_kernels, prepared[side].side.calls[0], prepared[side].side.wait
+        )
     return result
 
 
@@ -292,9 +294,10 @@ def _of_side(case: Case, prepared: Prepared, times: measure.Times) -> dict:
     }
 
 
-def _profiled(side: measure.Side) -> int | str | None:
+def _said(count: Callable[..., int | None], *arguments: Any) -> int | str | None:
+    """Returns a count, or why there is none: no time is lost because something cannot be counted."""
     try:
-        return measure.profiled_kernels(side.calls[0], side.wait)
+        return count(*arguments)
     except Exception as error:
         return one_line(error)
 
