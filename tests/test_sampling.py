@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracles import arrays
 from scipy import stats
 
+from fasterrcnn_jax.ops import sampling
 from fasterrcnn_jax.ops.sampling import sample
 
 N = 20
@@ -81,6 +82,35 @@ def test_every_subset_is_equally_likely():
         _, counts = np.unique(np.sort(indices[:, columns], axis=1), axis=0, return_counts=True)
         assert len(counts) == subsets
         assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("way", [sampling._lowest_by_sort, sampling._lowest_by_top_k])
+@pytest.mark.parametrize("few", [-1, 0, 1])
+def test_on_every_device_a_sample_holds_the_lowest_draws_of_a_kind(way, few):
+    """Many draws share their upper 24 bits, and some are equal: then the lower position comes first."""
+    generator, size = np.random.default_rng(0), 50
+    labels = generator.integers(-1, 2, 2000).astype(np.int32)
+    labels[np.flatnonzero(labels == few)[size // 2 :]] = -1 if few != -1 else 0
+    draws = (generator.integers(0, 200, 2000) * 256 + generator.integers(0, 50, 2000)).astype(np.uint32)
+    assert 4 < np.bincount(draws >> 8).max() < 30
+    for kind, found in zip((1, 0), jax.jit(functools.partial(way, size=size))(draws, labels), strict=True):
+        of_kind = np.flatnonzero(labels == kind)
+        expected = of_kind[np.lexsort((of_kind, draws[of_kind]))][:size]
+        assert len(expected) == (size // 2 if kind == few else size)
+        np.testing.assert_array_equal(found[: len(expected)], expected)
+
+
+def test_a_key_draws_the_sample_that_it_drew_in_earlier_versions():
+    labels = np.random.default_rng(3).integers(-1, 2, 500).astype(np.int32)
+    labels[labels == 1] = np.where(np.arange((labels == 1).sum()) % 8, -1, 1)
+    order = np.argsort(np.asarray(jax.random.bits(key(4), labels.shape)), kind="stable")
+    foreground, background = (order[labels[order] == kind] for kind in (1, 0))
+    expected = [*foreground[:20], *background[: 100 - min(len(foreground), 20)]]
+    assert 10 < len(foreground) < 30
+    found = jitted(key(4), labels, size=100, fg_fraction=0.2)
+    assert drawn(found) == expected and found.valid.all()
+    few = jitted(key(4), np.where(labels == 1, 1, -1), size=100, fg_fraction=1.0)
+    assert drawn(few) == foreground.tolist() and not few.indices[len(foreground) :].any()
 
 
 def test_order_within_a_kind_is_random():

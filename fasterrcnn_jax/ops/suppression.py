@@ -178,8 +178,23 @@ def _sorted(
 ) -> tuple[Int[Array, "n"], tuple[Float[Array, "n 4"], Int[Array, "n"], Int[Array, ""]]]:
     """Returns the order in which boxes are visited, and the boxes and groups in this order and the number of valid."""
     index = jnp.arange(boxes.shape[0], dtype=jnp.int32)
-    _, _, order = lax.sort((~valid, -scores, index), num_keys=2, is_stable=True)
+    _, order = lax.sort((_visiting_keys(scores, valid), index), num_keys=1, is_stable=True)
     return order, (boxes[order], groups[order], valid.sum(dtype=jnp.int32))
+
+
+def _visiting_keys(scores: Float[Array, "n"], valid: Bool[Array, "n"]) -> Int[Array, "n"]:
+    """Returns whole numbers that ascend from the best score to the lowest, then NaN, then invalid boxes.
+
+    A sort by one key has two operands; with a key for the validity it has three, which costs a GPU registers.
+    """
+    if scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)  # exactly
+    descending = jnp.where(jnp.isnan(scores), jnp.nan, jnp.where(scores == 0, 0, -scores))
+    kind = jnp.int32 if scores.dtype.itemsize == 4 else jnp.int64
+    largest = jnp.iinfo(kind).max
+    bits = lax.bitcast_convert_type(descending, kind)
+    # The bits of negative values descend; those of NaN are above infinity's and below the largest.
+    return jnp.where(valid, jnp.where(bits < 0, bits ^ largest, bits), largest)
 
 
 # Compiled once for each threshold, number and shape, also where `nms` is called outside of `jax.jit`.

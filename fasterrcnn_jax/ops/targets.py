@@ -68,7 +68,8 @@ def anchor_targets(
     )
     labels = jnp.where(anchor_valid, matches.labels, IGNORED)
     chosen = sample(key, labels, size=config.anchors_per_image, fg_fraction=config.fg_fraction)
-    keep = jnp.zeros(labels.shape, bool).at[chosen.indices].set(chosen.valid)
+    kept = jnp.where(chosen.valid, chosen.indices, labels.shape[0])
+    keep = jnp.zeros(labels.shape, bool).at[kept].set(True, mode="drop")
     foreground = labels == FOREGROUND
     matched = ground_truth.boxes[matches.matched_gt_indices]
     return AnchorTargets(
