@@ -56,8 +56,12 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
     one after another: mapped loops would do the work of the slowest image for all.
     """
 
+    def keep_of_one(problem: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        boxes, scores, valid, groups = problem
+        return _keep(boxes, scores, valid, groups, threshold, max_output)
+
     def one_by_one(*problems: Array) -> tuple[Array, Array]:
-        return lax.map(lambda problem: _keep(*problem, threshold, max_output), problems)
+        return lax.map(keep_of_one, problems)
 
     folded = fold_mapped_axes(one_by_one)
 
