@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from fasterrcnn_jax.ops.convolution import FEWEST_CELLS, by_xla, convolve
 
@@ -106,3 +107,30 @@ def test_the_gradient_maps_over_more_axes():
         return jax.vmap(jax.grad(loss), in_axes=(None, 0))(kernel, x)
 
     np.testing.assert_allclose(of(convolve), of(by_xla), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("size, padding", [(1, ((0, 0), (0, 0))), (3, HALF)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("of_x", "of_y"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_the_convolution_for_a_gpu_and_its_gradients_are_those_of_xla(size, padding, stride, of_x, of_y):
+    x, kernel = drawn((2, 7, 6, 3), of_x, 0), drawn((size, size, 3, 5), of_x, 1)
+
+    def of(function, x, kernel, dtype):
+        def run(x, kernel):
+            return function(x, kernel, stride=stride, padding=padding, dtype=dtype)
+
+        y, pull = jax.vjp(run, x, kernel)
+        return y, *pull(drawn(y.shape, y.dtype, 2))
+
+    with tiny.layers_of_a_gpu():
+        ours = of(convolve, x, kernel, of_y)
+        program = str(jax.make_jaxpr(lambda x, kernel: of(convolve, x, kernel, of_y))(x, kernel))
+    exact = of(by_xla, x.astype("float32"), kernel.astype("float32"), "float32")
+    for mine, expected, dtype in zip(ours, exact, (of_y, of_x, of_x), strict=True):
+        assert mine.dtype == dtype
+        tolerance = 1e-5 if of_x == "float32" else 2e-2
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float32), expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max())
+        )
+    # A map in float32 would be one that was converted.
+    assert of_x == "float32" or "f32[2,7,6,3]" not in program

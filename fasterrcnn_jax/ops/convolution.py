@@ -33,7 +33,8 @@ def convolve(
     takes bias, residual and ReLU; gradients have the type of `x` where the result is wider.
     """
     if choice.device()[0] != "cpu":
-        return (by_xla if x.dtype == dtype else _wider)(x, kernel, stride, padding, dtype)
+        is_plain = x.dtype == dtype and kernel.shape[:2] != (1, 1)
+        return (by_xla if is_plain else _by_products)(x, kernel, stride, padding, jnp.dtype(dtype))
     if kernel.shape[:2] == (1, 1):
         return _pointwise(x[:, ::stride, ::stride], kernel[0, 0], jnp.dtype(dtype))
     if stride == 1 and x.shape[1] * x.shape[2] >= FEWEST_CELLS:
@@ -56,31 +57,35 @@ def by_xla(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _wider(x: Array, kernel: Array, stride: int, padding: Padding, dtype: DTypeLike) -> Array:
-    """Returns float32 for bfloat16; by itself JAX would convert the gradient's inputs to float32.
+def _by_products(x: Array, kernel: Array, stride: int, padding: Padding, dtype: DTypeLike) -> Array:
+    """Returns the convolution of a 1 x 1 filter, or float32 for bfloat16; the gradients have the type of `x`.
 
-    A convolution of a GPU's library would convert the input; a product of matrices does not.
+    By itself JAX would convert the inputs of the gradients to float32, and the library of a GPU the input of a
+    convolution with a wider result; a product of matrices does not.
     """
-    if kernel.shape[:2] == (1, 1):
+    if kernel.shape[:2] == (1, 1) and x.dtype != dtype:
         return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], preferred_element_type=dtype)
     return by_xla(x, kernel, stride, padding, dtype)
 
 
-def _wider_forward(
+def _by_products_forward(
     x: Array, kernel: Array, stride: int, padding: Padding, dtype: DTypeLike
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _wider(x, kernel, stride, padding, dtype), (x, kernel)
+    return _by_products(x, kernel, stride, padding, dtype), (x, kernel)
 
 
-def _wider_backward(
+def _by_products_backward(
     stride: int, padding: Padding, dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    x, kernel = kept
-    _, gradients = jax.vjp(lambda x, kernel: by_xla(x, kernel, stride, padding, x.dtype), x, kernel)
-    return gradients(gradient.astype(x.dtype))
+    def same(x: Array, kernel: Array) -> Array:
+        if kernel.shape[:2] == (1, 1):
+            return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], preferred_element_type=x.dtype)
+        return by_xla(x, kernel, stride, padding, x.dtype)
+
+    return jax.vjp(same, *kept)[1](gradient.astype(kept[0].dtype))
 
 
-_wider.defvjp(_wider_forward, _wider_backward)
+_by_products.defvjp(_by_products_forward, _by_products_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
