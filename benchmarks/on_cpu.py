@@ -52,7 +52,8 @@ def finetune_model(*, tiny: bool) -> ModelConfig:
     model = load_config(FINETUNE).model
     short, long = (48, 64) if tiny else SIDES
     canvas = (-(-short // 32) * 32, -(-long // 32) * 32)
-    model = replace(model, image=replace(model.image, short_side=short, long_side=long, canvases=(canvas,)))
+    canvases = (canvas, canvas[::-1])
+    model = replace(model, image=replace(model.image, short_side=short, long_side=long, canvases=canvases))
     if not tiny:
         return model
     return replace(

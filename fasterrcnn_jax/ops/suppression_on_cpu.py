@@ -41,7 +41,7 @@ class _Boxes(NamedTuple):
         return _Boxes(*(lax.dynamic_update_slice_in_dim(x, part, start, axis=-1) for x, part in pairs))
 
     def first(self, chosen: Bool[Array, "n"]) -> "_Boxes":
-        """Returns the chosen boxes first, in their order; what follows them does not count."""
+        """Returns the chosen boxes first, in their order; copies of the first of all boxes follow."""
         size = chosen.shape[0]
         slot = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, size)
         order = jnp.zeros(size, jnp.int32).at[slot].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
@@ -160,27 +160,26 @@ def _without_suppressed(
 
     def drop_by_slice(carry):
         start, candidates, alive = carry
-        candidates, alive = _drop(candidates, 0, alive, kept.at(start, block), count - start, threshold)
+        candidates, alive = _drop(candidates, 0, alive, kept.at(start, block), threshold)
         return start + block, candidates, alive
 
     _, candidates, alive = lax.while_loop(unfinished, drop_by_slice, (jnp.int32(0), candidates, alive))
     return candidates, alive
 
 
-def _drop(
-    candidates: _Boxes, start: int, end: Array, others: _Boxes, num_others: Array, threshold: np.float32
-) -> tuple[_Boxes, Array]:
-    """Returns the candidates from `start` to `end` that none of the first `num_others` boxes suppresses, and their
-    number."""
-    size, block = candidates.groups.shape[0], others.groups.shape[0]
+def _drop(candidates: _Boxes, start: int, end: Array, others: _Boxes, threshold: np.float32) -> tuple[_Boxes, Array]:
+    """Returns the candidates from `start` to `end` that no other box suppresses, and their number.
+
+    What follows the kept boxes of a slice changes nothing: it is empty, or repeats the first box of a block.
+    """
+    size = candidates.groups.shape[0]
     rows = min(ROWS, size)
-    compared = (jnp.arange(block) < num_others)[None]
 
     def compare_rows(carry):
         row, survives = carry
         # The last rows may be some that were compared before.
         row = jnp.minimum(row, size - rows)
-        dropped = (_suppressed(candidates.at(row, rows), others, threshold) & compared).any(axis=-1)
+        dropped = _suppressed(candidates.at(row, rows), others, threshold).any(axis=-1)
         return row + rows, lax.dynamic_update_slice_in_dim(survives, ~dropped, row, axis=0)
 
     begin = jnp.int32(start // rows * rows), jnp.zeros(size, bool)
@@ -216,8 +215,9 @@ def _decide(
 
         keep, _ = lax.while_loop(lambda state: state[1], pass_once, (waiting, jnp.bool_(True)))
         boxes, found = boxes.first(keep), keep.sum(dtype=jnp.int32)
-        candidates, alive = _drop(candidates, block, alive, boxes, found, threshold)
-        # What follows the found boxes is overwritten by the next block.
+        candidates, alive = _drop(candidates, block, alive, boxes, threshold)
+        # The first box of a block is kept: no kept box suppresses it. Its copies follow the found boxes, and the next
+        # block overwrites them.
         return candidates, alive, count + found, kept.with_block(boxes, count)
 
     _, _, count, kept = lax.while_loop(unfinished, decide_block, (candidates, alive, count, kept))
