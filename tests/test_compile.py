@@ -56,9 +56,9 @@ PROGRAMS = {
 
 # By version of JAX: bytes that all launches read and write, those of XLA's elementwise launches (MB), and launches.
 TRAFFIC = {
-    "detect small batch 2, bfloat16": {"0.11": (490, 30, 150), "0.12": (490, 30, 150)},
-    "detect resnet50-fpn batch 8, bfloat16": {"0.11": (16_000, 1_500, 280), "0.12": (16_000, 1_500, 280)},
-    "train step resnet50-fpn batch 8, bfloat16": {"0.11": (49_000, 0, 0), "0.12": (49_000, 0, 0)},
+    "detect small batch 2, bfloat16": {"0.11": (490, 30, 165), "0.12": (490, 30, 165)},
+    "detect resnet50-fpn batch 8, bfloat16": {"0.11": (16_000, 1_500, 325), "0.12": (16_000, 1_500, 325)},
+    "train step resnet50-fpn batch 8, bfloat16": {"0.12": (49_000, 8_000, 1_000)},
 }
 
 
