@@ -56,7 +56,7 @@ for stage in "${stages[@]}"; do
     arguments=(--tiny --out "$folder/results" --data "$data")
     variables=("PATH=$folder/bin" "HOME=$HOME" "PYTEST_ADDOPTS=-p no:cacheprovider -k choice"
         # The machine may be busy, and compilation is most of the work.
-        STAGE_SECONDS=3600 JAX_DISABLE_MOST_OPTIMIZATIONS=1)
+        STAGE_SECONDS=3600 JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1)
     imports="the machine's and the wheels"
     if [[ $BLOCKED == *" $stage "* ]]; then
         variables+=("PYTHONPATH=$root/benchmarks/rehearsal")

@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
             list(results),
             Path(folder) / "journal",
             seconds=60.0 * arguments.limit,
-            silence=seconds + 300,
+            # The first step of a canvas compiles, and so does its detection.
+            silence=max(seconds + 300, 30.0 * arguments.limit),
             each_alone=True,
             done=done,
             kept=kept,
