@@ -343,6 +343,7 @@ def conv_joined(
     first: Conv, second: Conv, x: Float[Array, "b h w c"]
 ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d2"]]:
     """Returns `first(x), second(x)`, of two convolutions with bias and of equal size and stride, as one convolution."""
+    assert first.bias is not None and second.bias is not None, "both have a bias"
     kernel = jnp.concatenate([first.kernel[...], second.kernel[...]], axis=-1)
     y = first.biased(x, kernel, jnp.concatenate([first.bias[...], second.bias[...]]))
     channels = first.kernel.shape[-1]
