@@ -44,7 +44,7 @@ config = Config(
         # Scale jitter and photometric distortion gave no higher AP on 114 images and 240 steps: docs/training.md.
     ),
     model=ModelConfig(
-        image=ImageConfig(short_side=320, long_side=320, canvases="auto", antialias=True, **EFFICIENTNET_RGB),
+        image=ImageConfig(short_side=320, long_side=320, canvases="auto", **EFFICIENTNET_RGB),
         backbone=BackboneConfig(name="efficientnet_lite0", fixed_stages=0, mask_padding=True),
         # Fewer channels train faster on a CPU.
         fpn=FpnConfig(channels=96),

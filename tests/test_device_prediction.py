@@ -99,12 +99,9 @@ def test_sizes_with_a_side_that_comes_out_whole_are_not_a_pixel_short():
     assert [max(size) for size in found.tolist()] == [1333] * 3
 
 
-@pytest.mark.parametrize(
-    "order, dtype, antialias",
-    [("rgb", "float32", False), ("bgr", "float32", False), ("rgb", "uint8", False), ("bgr", "float32", True)],
-)
-def test_pixels_on_the_device_equal_those_of_the_host(order, dtype, antialias):
-    config = dataclasses.replace(tiny.IMAGE, channel_order=order, pixel_dtype=dtype, antialias=antialias)
+@pytest.mark.parametrize("order, dtype", [("rgb", "float32"), ("bgr", "float32"), ("rgb", "uint8")])
+def test_pixels_on_the_device_equal_those_of_the_host(order, dtype):
+    config = dataclasses.replace(tiny.IMAGE, channel_order=order, pixel_dtype=dtype)
     unit = 1.0 if dtype == "uint8" else GREY_LEVELS / np.asarray(config.std)
     for image in IMAGES:
         expected = preprocess(image, config)

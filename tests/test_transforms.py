@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from tiny import rectangle_image
 
 from fasterrcnn_jax.config import ImageConfig
@@ -130,53 +129,6 @@ def test_resize_has_the_bits_of_the_plain_formula(height, width, new_height, new
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     size = new_height, new_width
     np.testing.assert_array_equal(resize_bilinear(image, size), plain_resize(image, size))
-
-
-def drawn(image, placement, canvas, **options):
-    """Returns the grey levels on a canvas, without normalisation."""
-    pixels = np.zeros((*canvas, 3), np.float32)
-    config = dataclasses.replace(SMALL, channel_order="rgb", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **options)
-    draw(pixels, image, config, placement)
-    return pixels
-
-
-SMALLER = [((90, 70), (40, 31)), ((300, 410), (61, 96)), ((41, 200), (64, 50)), ((64, 96), (64, 95)), ((7, 9), (1, 1))]
-
-
-@pytest.mark.parametrize("before, after", SMALLER)
-def test_antialiasing_is_that_of_pillow_and_of_jax(before, after):
-    image = np.random.default_rng(2).integers(0, 256, (*before, 3), dtype=np.uint8)
-    found = drawn(image, Placement(after), after, antialias=True)
-    planes = [Image.fromarray(np.float32(image[..., channel])) for channel in range(3)]
-    theirs = [np.asarray(plane.resize(after[::-1], Image.Resampling.BILINEAR)) for plane in planes]
-    np.testing.assert_allclose(found, np.stack(theirs, axis=-1), atol=1e-2)
-    np.testing.assert_allclose(
-        found, jax.image.resize(jnp.float32(image), (*after, 3), "bilinear", antialias=True), atol=1e-2
-    )
-    plain = drawn(image, Placement(after), after)
-    assert np.abs(found - plain).max() > 1.0
-
-
-def test_antialiasing_changes_nothing_where_an_image_becomes_larger():
-    image = np.random.default_rng(3).integers(0, 256, (30, 41, 3), dtype=np.uint8)
-    for size in ((64, 90), (30, 41)):
-        expected = drawn(image, Placement(size), (64, 96))
-        np.testing.assert_array_equal(drawn(image, Placement(size), (64, 96), antialias=True), expected)
-
-
-def test_a_part_of_an_antialiased_image_is_that_of_the_whole():
-    image = np.random.default_rng(4).integers(0, 256, (250, 330, 3), dtype=np.uint8)
-    whole = drawn(image, Placement((120, 170)), (120, 170), antialias=True)
-    part = drawn(image, Placement((120, 170), (33, 50)), (64, 96), antialias=True)
-    np.testing.assert_allclose(part, whole[33:97, 50:146], atol=1e-3)
-
-
-def test_fine_stripes_become_grey_with_antialiasing_and_stay_stripes_without():
-    """Every third column is white. Two samples of each pixel miss some of them."""
-    image = np.zeros((30, 300, 3), np.uint8)
-    image[:, ::3] = 255
-    smooth, plain = (drawn(image, Placement((10, 60)), (10, 60), antialias=antialias) for antialias in (True, False))
-    assert np.ptp(smooth[:, 2:-2]) < 30 < 100 < np.ptp(plain)
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])

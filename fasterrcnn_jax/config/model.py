@@ -29,9 +29,6 @@ class ImageConfig:
     stays below short_side"""
     size_rounding: Literal["nearest", "down"] = "nearest"
     """how resized side lengths are rounded to whole pixels; torchvision rounds down"""
-    antialias: bool = False
-    """make images smaller by weighted means of all their pixels, as Pillow does; False: each pixel comes from the four
-    nearest ones, as in the reference code bases, and an image that becomes less than half as large loses the others"""
     canvases: tuple[tuple[int, int], ...] | Auto = ((608, 800), (800, 608), (608, 1008), (1008, 608))
     """sizes (height, width) of the padded network input; each image is put on the smallest canvas that holds it; the
     network is compiled once per canvas; auto: at most three that fit the images of the data set, and one that holds

@@ -1,7 +1,7 @@
 """Resizes decoded images and draws them onto canvases, with NumPy on the host.
 
-The resize is bilinear in float with half-pixel centres. By default it has no antialiasing, as in the reference code
-bases; `model.image.antialias` adds it. For uint8 canvases the result of the same resize is rounded.
+The resize is bilinear in float with half-pixel centres and without antialiasing, as in the reference code bases.
+For uint8 canvases the result of the same resize is rounded.
 """
 
 import math
@@ -16,7 +16,6 @@ from fasterrcnn_jax.config.checks import fitted
 from fasterrcnn_jax.data import fast_input
 from fasterrcnn_jax.data.fast_input import MOST_PIXELS
 from fasterrcnn_jax.data.records import Dataset
-from fasterrcnn_jax.ops.interpolation import triangle_weights
 
 
 def network_size(image_hw: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
@@ -98,13 +97,7 @@ def draw(
     height, width = placement.shown(pixels.shape[:2])
     # Repeated to the length of an image row, because NumPy is slow on a last axis of three elements.
     mean, std = np.tile(mean, width), np.tile(std, width)
-    becomes_smaller = placement.size[0] < image.shape[0] or placement.size[1] < image.shape[1]
-    if config.antialias and becomes_smaller:
-        resize = _resized_by_means
-    elif fast and image.shape[0] * image.shape[1] <= MOST_PIXELS:
-        resize = _resized_by_opencv
-    else:
-        resize = _resized
+    resize = _resized_by_opencv if fast and image.shape[0] * image.shape[1] <= MOST_PIXELS else _resized
     for rows, block in resize(image, placement, (height, width), channels):
         values = block.reshape(len(block), -1)
         if pixels.dtype == np.uint8:
@@ -138,26 +131,6 @@ def _resized(
         # Only the rows of a block are converted, because an image can have 100 million pixels.
         lines = _blend(source[top[rows]].astype(np.float32), source[bottom[rows]].astype(np.float32), down[rows])
         yield rows, _blend(lines.take(left, 1), lines.take(right, 1), across).reshape(-1, shown[1], 3)
-
-
-def _resized_by_means(
-    image: UInt8[np.ndarray, "h w 3"],
-    placement: Placement,
-    shown: tuple[int, int],
-    channels: tuple[int, int, int],
-) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
-    """Yields as `_resized` does; every pixel is a weighted mean, with the weights of `triangle_weights`."""
-    height, width = image.shape[:2]
-    down = triangle_weights(np, height, placement.size[0], placement.origin[0] + np.arange(shown[0]), height)
-    across = triangle_weights(np, width, placement.size[1], placement.origin[1] + np.arange(shown[1]), width)
-    for start in range(0, shown[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, shown[0]))
-        # Only the rows of the image that a block needs are converted and multiplied.
-        needed = np.flatnonzero(down[rows].any(axis=0))
-        read = slice(needed[0], needed[-1] + 1)
-        lines = down[rows, read] @ image[read].reshape(-1, 3 * width).astype(np.float32)
-        planes = lines.reshape(-1, width, 3).transpose(2, 0, 1)[list(channels)]
-        yield rows, np.ascontiguousarray((planes @ across.T).transpose(1, 2, 0))
 
 
 def _resized_by_opencv(

@@ -9,7 +9,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from fasterrcnn_jax.config import ImageConfig
-from fasterrcnn_jax.ops.interpolation import triangle_weights
 
 
 def resized_onto_canvas(
@@ -22,9 +21,8 @@ def resized_onto_canvas(
 ) -> tuple[Float[Array, "H W 3"] | UInt8[Array, "H W 3"], Float[Array, "2"], Float[Array, "2"]]:
     """Returns the canvas with the resized image and zeros elsewhere, the image's size on it, and the scale.
 
-    The resize is bilinear with half-pixel centres, with antialiasing if `config.antialias`; it is differentiable with
-    respect to `pixels`. A float32 canvas holds normalised values. A uint8 canvas holds rounded values, which have no
-    gradient.
+    The resize is bilinear with half-pixel centres and without antialiasing; it is differentiable with respect to
+    `pixels`. A float32 canvas holds normalised values. A uint8 canvas holds rounded values, which have no gradient.
 
     Args:
       pixels: RGB, values in 0..255; the image is in the upper left corner, and the rest is never read.
@@ -45,8 +43,10 @@ def resized_onto_canvas(
     is_empty = jnp.any(size < 1)
     image_hw = jnp.clip(size, 1, np.array((height, width), size.dtype))
     network_hw = traced_network_size(image_hw, config, canvas)
-    resize = _by_means if config.antialias else _by_neighbours
-    values = resize(pixels, image_hw, network_hw, canvas)
+    top, bottom, down = _samples(image_hw[0], network_hw[0], canvas[0])
+    left, right, across = _samples(image_hw[1], network_hw[1], canvas[1])
+    rows = _blend(_floats(_taken(pixels, top, 0)), _floats(_taken(pixels, bottom, 0)), down[:, None, None])
+    values = _blend(_taken(rows, left, 1), _taken(rows, right, 1), across[None, :, None])
     if config.channel_order == "bgr":
         values = values[..., ::-1]
     shown = _within(network_hw[0], canvas[0])[:, None] & _within(network_hw[1], canvas[1])[None, :] & ~is_empty
@@ -61,31 +61,6 @@ def resized_onto_canvas(
     shown_hw = network_hw.astype(jnp.float32)
     scale = jnp.where(is_empty, 1.0, shown_hw / image_hw.astype(jnp.float32))
     return drawn, jnp.where(is_empty, 0.0, shown_hw), scale
-
-
-def _by_neighbours(
-    pixels: Shaped[Array, "h w 3"], image_hw: Int[Array, "2"], network_hw: Int[Array, "2"], canvas: tuple[int, int]
-) -> Float[Array, "H W 3"]:
-    top, bottom, down = _samples(image_hw[0], network_hw[0], canvas[0])
-    left, right, across = _samples(image_hw[1], network_hw[1], canvas[1])
-    rows = _blend(_floats(_taken(pixels, top, 0)), _floats(_taken(pixels, bottom, 0)), down[:, None, None])
-    return _blend(_taken(rows, left, 1), _taken(rows, right, 1), across[None, :, None])
-
-
-def _by_means(
-    pixels: Shaped[Array, "h w 3"], image_hw: Int[Array, "2"], network_hw: Int[Array, "2"], canvas: tuple[int, int]
-) -> Float[Array, "H W 3"]:
-    """Returns the resized image as two products of matrices. What is beyond the image in `pixels` is not read."""
-    down, across = (
-        triangle_weights(jnp, image_hw[axis], network_hw[axis], jnp.arange(canvas[axis]), pixels.shape[axis])
-        for axis in (0, 1)
-    )
-    inside = _within(image_hw[0], pixels.shape[0])[:, None] & _within(image_hw[1], pixels.shape[1])[None]
-    # Zero times NaN would be NaN.
-    values = jnp.where(inside[..., None], _floats(pixels), 0.0)
-    # In full precision: TF32 would round grey levels.
-    rows = jnp.einsum("yh,hwc->ywc", down, values, precision=lax.Precision.HIGHEST)
-    return jnp.einsum("xw,ywc->yxc", across, rows, precision=lax.Precision.HIGHEST)
 
 
 def traced_network_size(
