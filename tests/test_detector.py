@@ -451,7 +451,10 @@ def test_anchors_end_at_the_border_of_their_own_image(random_weights):
 
 
 def test_heads_start_with_the_stds_of_the_reference():
-    """The std is 0.01, and 0.001 for the deltas of the box head; one objectness logit is the difference of two."""
+    """The std is 0.01, and 0.001 for the deltas of the box head; one objectness logit is the difference of two.
+
+    The fully connected layers before them start as those of torchvision, with PyTorch's std for n inputs, 1 / sqrt(3 n).
+    """
     rpn = RpnHead(dataclasses.replace(CONFIG, rpn=RpnConfig(channels=256)), 32, rng=np.random.default_rng(0))
     head = BoxHead(CONFIG, 32, 200, rng=np.random.default_rng(0))
     layers = [
@@ -460,6 +463,8 @@ def test_heads_start_with_the_stds_of_the_reference():
         (rpn.deltas, 0.01),
         (head.class_logits, 0.01),
         (head.deltas, 0.001),
+        (head.tail.fcs[0], (3 * 32 * CONFIG.roi_features.output_size**2) ** -0.5),
+        (head.tail.fcs[1], (3 * CONFIG.box_head.channels) ** -0.5),
     ]
     for layer, std in layers:
         assert float(jnp.std(layer.kernel[...])) == pytest.approx(std, rel=0.05)
