@@ -101,33 +101,23 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
-AS_A_USER_COMPILES = "--xla_cpu_use_fusion_emitters=true"
+# Between two forms of one program. XLA fuses them differently, by rules that an untaken branch in Python can change.
+ROUNDING = {"boxes": 1e-3, "scores": 1e-5}
 
 
-def test_bits_where_programs_are_compiled_as_for_a_user():
-    """The flag of conftest.py, which makes the suite quick, rounds two forms of one program differently."""
-    if "--xla_cpu_use_fusion_emitters=false" not in os.environ["XLA_FLAGS"]:
-        pytest.skip("this process has no such flag, and runs the tests below")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gives_the_bits"]
-    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": AS_A_USER_COMPILES}, capture_output=True, text=True)
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+def assert_equal_but_for_rounding(found, expected):
+    assert set(found) == {"boxes", "scores", "labels", "valid"} and found["valid"].sum() > 6
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=0, atol=ROUNDING.get(name, 0), err_msg=name)
 
 
-bits = pytest.mark.skipif(
-    "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"],
-    reason="the test above runs it in a process without this flag",
-)
-
-
-@bits
-def test_the_loaded_program_gives_the_bits_of_the_function_that_was_exported(model, three):
+def test_the_loaded_program_finds_what_the_function_finds_that_was_exported(model, three):
     (pixels, sizes), found = three
     run = jax.jit(detection_of_weights(model, LANDSCAPE))
-    assert_same_bits(found, run(jax.tree.leaves(model), pixels, sizes))
+    assert_equal_but_for_rounding(found, run(jax.tree.leaves(model), pixels, sizes))
 
 
-@bits
-def test_the_loaded_program_gives_the_bits_of_detect_on_the_same_canvas_pixels(model, three):
+def test_the_loaded_program_finds_what_detect_finds_on_the_same_canvas_pixels(model, three):
     (pixels, sizes), found = three
 
     @jax.jit
@@ -139,7 +129,7 @@ def test_the_loaded_program_gives_the_bits_of_detect_on_the_same_canvas_pixels(m
     boxes = np.asarray(expected.boxes) * np.tile(1 / np.asarray(arguments[2])[:, None, ::-1], 2)
     boxes = np.clip(boxes, 0, np.tile(sizes[:, None, ::-1].astype(np.float32), 2))
     valid = np.asarray(expected.valid)
-    assert_same_bits(
+    assert_equal_but_for_rounding(
         found,
         {
             "boxes": np.where(valid[..., None], boxes, 0),

@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.stem for path in BENCHMARKS.glob("*.py")}
 # torchvision, which they are compared with, brings Pillow. These scripts read images.
-OF_IMAGES = {"full_size", "throughput", "train_minutes"}
+OF_IMAGES = {"full_size", "on_cpu", "throughput", "train_minutes"}
 # Compares with torchvision and is imported where it is.
 OF_TORCHVISION = {"torchvision_detectors"}
 

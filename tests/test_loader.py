@@ -150,9 +150,9 @@ def reads(monkeypatch):
     """Counts how often each file is decoded."""
     counts, read = Counter(), image_cache.record_pixels
 
-    def counting(record):
+    def counting(record, **options):
         counts[record.path.name] += 1
-        return read(record)
+        return read(record, **options)
 
     monkeypatch.setattr(image_cache, "record_pixels", counting)
     return counts
