@@ -329,14 +329,30 @@ def test_cases_that_are_not_reached_in_time_are_named(isolated):
     assert results["at the end"]["at"] == "third" and results["at the end"]["failed"] == {}
 
 
-def test_a_case_that_is_cut_keeps_its_figures_and_is_a_fault(isolated):
+def test_a_case_that_is_cut_keeps_its_figures_and_is_a_fault(tmp_path, importable, monkeypatch):
+    """The time ends when the case has figures of all sides, however long the machine takes to start a process."""
+    import isolated
     import suite
 
-    results = isolated("at the end with figures", "later", seconds=3.0)
+    script, results, passed = tmp_path / "child.py", {}, [0.0]
+    script.write_text(textwrap.dedent(CHILD).format(benchmarks=str(BENCHMARKS)))
+
+    def kept(case, result, environment):
+        results[case] = result
+        passed[0] = 1e6 if "third" in result["sides"] else 0.0
+
+    def done(case, result, environment):
+        results[case] = result
+
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr(isolated, "time", clock)
+    options = dict(seconds=3600.0, silence=3600.0, each_alone=False, done=done, kept=kept)
+    cases = ["at the end with figures", "later"]
+    isolated.run_isolated([sys.executable, str(script)], cases, tmp_path / "journal", **options)
     cut = results["at the end with figures"]
     assert list(cut["sides"]) == ["first", "second", "third"] and "error" not in cut
     assert cut["cut"] == "no time left" and cut["at"] == "third"
-    assert suite.faults_of(results) == dict.fromkeys(results, "no time left")
+    assert suite.faults_of(results) == dict.fromkeys(cases, "no time left")
 
 
 def test_cases_share_a_process_unless_each_has_its_own(isolated):
