@@ -127,7 +127,7 @@ def their_trainer(config: Config) -> Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm or math.inf)
         optimizer.step()
-        return lambda: float(loss)
+        return lambda: float(loss.detach())
 
     def detect(dataset):
         model.eval()
