@@ -453,7 +453,7 @@ def test_anchors_end_at_the_border_of_their_own_image(random_weights):
 def test_heads_start_with_the_stds_of_the_reference():
     """The std is 0.01, and 0.001 for the deltas of the box head; one objectness logit is the difference of two.
 
-    The fully connected layers before them start as those of torchvision, with PyTorch's std for n inputs, 1 / sqrt(3 n).
+    The fully connected layers before them start as in torchvision, with the std 1 / sqrt(3 n) for n inputs.
     """
     rpn = RpnHead(dataclasses.replace(CONFIG, rpn=RpnConfig(channels=256)), 32, rng=np.random.default_rng(0))
     head = BoxHead(CONFIG, 32, 200, rng=np.random.default_rng(0))
