@@ -88,6 +88,15 @@ def test_times_progress_and_paths_are_removed_from_outputs(tmp_path):
     assert found["execution_count"] == 1 and found["metadata"] == {}
 
 
+def test_the_class_of_a_detection_is_no_kind_of_output():
+    def printed(text):
+        stream = {"output_type": "stream", "name": "stdout", "text": text}
+        return structure({"cells": [{"cell_type": "code", "outputs": [stream]}]})
+
+    assert printed("0.png 240 x 192\ncross 0.28 [8, 110, 101, 166]\n") == printed("1.png\ndisc 0.30 [1, 2, 3, 4]\n")
+    assert printed("cross 0.28 [8, 110]\n") != printed("cross            48     0.132\n")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the Jupyter client
 def test_it_runs_and_gives_the_stored_kinds_of_outputs(stored, tmp_path, monkeypatch):

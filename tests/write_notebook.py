@@ -89,12 +89,16 @@ def digest_of_code(notebook: dict) -> str:
 
 
 def structure(notebook: dict) -> list[list[str]]:
-    """Returns the kinds of the outputs of each code cell, and the first words of their lines: no number of them."""
+    """Returns the kinds of the outputs of each code cell, and the first words of their lines: no number of them.
+
+    Which classes a detector finds depends on the rounding of the machine: a line of a detection is only that.
+    """
     cells = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             kinds = [" ".join(sorted(output.get("data", [output["output_type"]]))) for output in cell["outputs"]]
-            words = re.findall(r"^[a-z]\w+", _text(cell), re.MULTILINE)
+            text = re.sub(r"^\w+ (?=\d\.\d+ \[)", "detection ", _text(cell), flags=re.MULTILINE)
+            words = re.findall(r"^[a-z]\w+", text, re.MULTILINE)
             cells.append(kinds + sorted(set(words)))
     return cells
 
