@@ -138,9 +138,9 @@ def small(script, tmp_path_factory):
 
 def check_traffic(script, name, row):
     version = ".".join(importlib.metadata.version("jax").split(".")[:2])
-    if version not in TRAFFIC[name]:
-        pytest.skip(f"no numbers of JAX {version}")
-    everything, elementwise, launches = TRAFFIC[name][version]
+    # A version without numbers of its own must keep to those of the newest that has some.
+    newest = max(TRAFFIC[name], key=lambda known: int(known.split(".")[1]))
+    everything, elementwise, launches = TRAFFIC[name].get(version, TRAFFIC[name][newest])
     assert row["traffic"]["all"] <= everything * MB
     assert row["traffic"]["elementwise"] <= elementwise * MB
     assert row["launches"] <= launches
