@@ -76,9 +76,9 @@ def _backward(stride: int, kept: tuple[Array, Array], gradient: Array) -> tuple[
         borders.append((before, side + size - 1 - before - ((cells - 1) * stride + 1), stride - 1))
     spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *borders, (0, 0, 0)))
     mirrored = kernel[::-1, ::-1].astype(x.dtype)
-    # One image after the other: over a whole batch, XLA computes the sum inside the transposition for the next matrix
-    # product, which takes longer on a CPU (docs/decisions/0015).
-    of_x = lax.map(lambda image: _products(image[None], mirrored, sides, 1)[0], spread)
+    # Without the barrier XLA computes the sum inside the transposition for the next matrix product, which takes longer
+    # on a CPU. A loop over the images also avoids this, but fills its result with zeros first (docs/decisions/0015).
+    of_x = lax.optimization_barrier(_products(spread, mirrored, sides, 1))
     return of_x.astype(x.dtype), _of_kernel(x, gradient, size, stride).astype(kernel.dtype)
 
 
