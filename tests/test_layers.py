@@ -30,6 +30,7 @@ from fasterrcnn_jax.models.layers import (
     dropout,
     max_pool,
     relu,
+    relu6,
     valid_mask,
 )
 from fasterrcnn_jax.models.resnet import (
@@ -187,6 +188,15 @@ def test_the_gradient_of_a_bias_is_a_float32_sum_over_all_cells():
         bias = jax.grad(total)(state)["bias"][...]
     assert bias.dtype == jnp.float32
     np.testing.assert_array_equal(bias, 64 * 64)
+
+
+def test_relu6_is_clipped_and_its_derivative_is_1_between_0_and_6():
+    """PyTorch's derivative is 0 at both ends."""
+    x = jnp.asarray([-1.0, 0.0, 0.5, 3.0, 6.0, 7.0])
+    np.testing.assert_array_equal(relu6(x), jax.nn.relu6(x))
+    for derivative in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_array_equal(jnp.diag(derivative(relu6)(x)), [0, 0, 1, 1, 0, 0])
+    assert relu6(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_relu_and_its_derivatives_are_those_of_jax():

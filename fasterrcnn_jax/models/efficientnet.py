@@ -8,7 +8,6 @@ every network of the family. The blocks are those of MobileNetV2, Sandler et al.
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -23,6 +22,7 @@ from fasterrcnn_jax.models.layers import (
     Valid,
     conv_norm,
     first_std,
+    relu6,
     run_stage,
     valid_mask,
 )
@@ -106,8 +106,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "b h2 w2 d"]:
         y = x
         if self.expand is not None and self.expand_norm is not None:
-            y = jax.nn.relu6(conv_norm(self.expand, self.expand_norm, y, valid_in))
-        y = jax.nn.relu6(conv_norm(self.depthwise, self.depthwise_norm, y, valid_out))
+            y = relu6(conv_norm(self.expand, self.expand_norm, y, valid_in))
+        y = relu6(conv_norm(self.depthwise, self.depthwise_norm, y, valid_out))
         y = conv_norm(self.project, self.project_norm, y, valid_out)
         return x + y if self.adds else y
 
@@ -160,7 +160,7 @@ class EfficientNet(nnx.Module):
                 return None
             return valid_mask(image_hw, (-(-height // stride), -(-width // stride)), stride)
 
-        x = jax.nn.relu6(conv_norm(self.stem, self.stem_norm, images, valid(2)))
+        x = relu6(conv_norm(self.stem, self.stem_norm, images, valid(2)))
         maps = []
         for number, stage in enumerate(self.stages):
             stride = 2 * 2**number

@@ -90,6 +90,20 @@ def _relu_jvp(
     return y, jnp.where(y > 0, tangents[0], jnp.zeros_like(y))
 
 
+@jax.custom_jvp
+def relu6(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Returns `min(max(x, 0), 6)`. The backward pass reads the result alone, as that of `relu` does."""
+    return lax.clamp(jnp.zeros((), x.dtype), x, jnp.asarray(6, x.dtype))
+
+
+@relu6.defjvp
+def _relu6_jvp(
+    primals: tuple[Float[Array, "*b"]], tangents: tuple[Float[Array, "*b"]]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    y = relu6(*primals)
+    return y, jnp.where((y > 0) & (y < 6), tangents[0], jnp.zeros_like(y))
+
+
 class Conv(nnx.Module):
     """k x k convolution; with `predicts` the result is float32 for any type of input.
 
