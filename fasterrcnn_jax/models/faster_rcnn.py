@@ -91,7 +91,7 @@ def losses_for_targets(
       dropout_keys: one key per image; None: no dropout.
     """
     return _losses(
-        batch_rpn_losses(model.config, rpn, anchor_targets),
+        batch_rpn_losses(model, features, rpn, anchor_targets),
         batch_box_losses(model, features, rois, dropout_keys, implementation),
     )
 
@@ -116,7 +116,7 @@ def rpn_training_losses(
     features = _training_features(model, batch)
     rpn = rpn_output(model, features, batch.image_hw, batch.image_valid)
     targets = batch_anchor_targets(model.config, keys.anchors, rpn, ground_truth, canvas=_canvas(batch))
-    return _summed(_losses(batch_rpn_losses(model.config, rpn, targets), StageLosses.none(len(batch.images))))
+    return _summed(_losses(batch_rpn_losses(model, features, rpn, targets), StageLosses.none(len(batch.images))))
 
 
 def box_training_losses(

@@ -4,17 +4,18 @@ Ren et al. 2015 (arXiv:1506.01497), section 3.1; He et al. 2015 (arXiv:1512.0338
 """
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from fasterrcnn_jax.config import ModelConfig
 from fasterrcnn_jax.models.layers import NORMS, BatchNorm, Conv, Linear, conv_joined, conv_norm, dropout, regroups, relu
 from fasterrcnn_jax.ops.anchors import anchors_per_cell
+from fasterrcnn_jax.ops.neighbourhoods import cells_around
 
 Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
 
@@ -68,6 +69,33 @@ class RpnHead(nnx.Module):
             objectness.append(logits.reshape(batch, -1))
             deltas.append(offsets.reshape(batch, -1, 4))
         return jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1)
+
+    def at_anchors(
+        self,
+        levels: tuple[Float[Array, "b _ _ c"], ...],
+        anchors: Int[Array, "b s"],
+        valids: tuple[Float[Array, "b _ _ 1"] | None, ...] | None = None,
+    ) -> tuple[Float[Array, "b s"], Float[Array, "b s 4"]]:
+        """Returns what the call returns for some of the anchors, computed from the cells around them.
+
+        The gradient is that of these anchors, and costs as much as they are many: the gradient of the call is computed
+        for every cell, although a loss of 256 anchors leaves almost all of it zero.
+
+        Args:
+          anchors: positions in the order of `anchors_of`.
+        """
+        per_cell = self.objectness.kernel.shape[-1]
+        cells, radius = anchors // per_cell, len(self.convs)
+        x, mask = cells_around(levels, cells, radius=radius)
+        mask = mask[..., None].astype(x.dtype)
+        if valids is not None and valids[0] is not None:
+            mask = cells_around(cast("tuple[Array, ...]", valids), cells, radius=radius)[0].astype(x.dtype)
+        for conv in self.convs:
+            mask = mask[:, :, 1:-1, 1:-1]
+            x = self.activation(conv.inside(x)) * mask
+        logits, offsets = (y.reshape(*anchors.shape, per_cell, -1) for y in self._predictions(x[:, :, 0]))
+        one = jax.nn.one_hot(anchors % per_cell, per_cell, dtype=logits.dtype)[..., None]
+        return (logits * one).sum(axis=(-2, -1)), (offsets * one).sum(axis=-2)
 
     def _predictions(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w a"], Float[Array, "b h w d"]]:
         if not regroups():

@@ -150,6 +150,18 @@ class Conv(nnx.Module):
         y = convolve(x, kernel, stride=self.stride, padding=self._zeros(x), dtype=dtype)
         return y if bias is None else _add_bias(bias, y)
 
+    def inside(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b h2 w2 d"]:
+        """Returns the convolution where the filter lies inside of the map: without padding, with stride 1.
+
+        It is a product of matrices, for small maps: on those of the filter's size there is one product for all maps.
+        """
+        size, _, channels, outputs = self.kernel.shape
+        rows, columns = x.shape[-3] - size + 1, x.shape[-2] - size + 1
+        shifted = [x[..., j : j + rows, k : k + columns, :] for j in range(size) for k in range(size)]
+        kernel = self.kernel[...].reshape(-1, outputs).astype(x.dtype)
+        y = jnp.matmul(jnp.concatenate(shifted, axis=-1), kernel, preferred_element_type=_result_type(self, x))
+        return y if self.bias is None else _add_bias(self.bias[...], y)
+
     def _zeros(self, x: Float[Array, "b h w c"]) -> Padding:
         size = self.kernel.shape[0]
         if self.padding == "half":

@@ -21,7 +21,9 @@ from fasterrcnn_jax.ops.anchors import (
     check_border,
 )
 from fasterrcnn_jax.ops.losses import StageLosses, rpn_losses
+from fasterrcnn_jax.ops.matching import IGNORED
 from fasterrcnn_jax.ops.proposals import propose
+from fasterrcnn_jax.ops.selection import first_positions
 from fasterrcnn_jax.ops.targets import anchor_targets
 from fasterrcnn_jax.structures import AnchorTargets, GroundTruth, Proposals
 
@@ -119,10 +121,28 @@ def batch_proposals(
     return jax.vmap(per_image)(rpn.objectness, rpn.deltas, rpn.anchor_valid, rpn.image_hw, scale)
 
 
-def batch_rpn_losses(config: ModelConfig, rpn: RpnOutput, targets: AnchorTargets) -> StageLosses:
-    """Returns the two losses of the RPN for each image; eq. 1."""
+def batch_rpn_losses(model: Detector, features: Features, rpn: RpnOutput, targets: AnchorTargets) -> StageLosses:
+    """Returns the two losses of the RPN for each image; eq. 1.
+
+    The losses of the sampled anchors are computed from the features around them, so that the gradient costs as much as
+    they are many. With `loss.rpn_box_anchors` "all_positives" every prediction in `rpn` may count.
+
+    Args:
+      targets: at most `rpn.anchors_per_image` anchors of an image have a label; with more, the losses are NaN.
+    """
+    config = model.config
 
     def per_image(objectness, deltas, targets, num_locations):
         return rpn_losses(objectness, deltas, targets, num_locations, config=config.loss)
 
-    return jax.vmap(per_image)(rpn.objectness, rpn.deltas, targets, rpn.num_locations)
+    if config.loss.rpn_box_anchors == "all_positives":
+        return jax.vmap(per_image)(rpn.objectness, rpn.deltas, targets, rpn.num_locations)
+    size = min(config.rpn.anchors_per_image, targets.labels.shape[1])
+    sampled = targets.labels >= 0
+    anchors, valid = jax.vmap(lambda chosen: first_positions(chosen, size))(sampled)
+    predictions = model.rpn_head.at_anchors(features, anchors, level_masks(config, features, rpn.image_hw))
+    targets = jax.tree.map(lambda x: jax.vmap(lambda of_image, here: of_image[here])(x, anchors), targets)
+    targets = targets._replace(labels=jnp.where(valid, targets.labels, IGNORED))
+    losses = jax.vmap(per_image)(*predictions, targets, rpn.num_locations)
+    complete = sampled.sum(axis=1) <= size
+    return jax.tree.map(lambda x: jnp.where(complete, x, jnp.nan), losses)

@@ -1,0 +1,84 @@
+"""Positions found by counting equal those found by sorting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fasterrcnn_jax.ops import selection
+from fasterrcnn_jax.ops.selection import first_positions, lowest_positions
+
+LARGEST = 2**32 - 1
+
+jitted_first = functools.partial(jax.jit, static_argnums=1)(first_positions)
+jitted_lowest = functools.partial(jax.jit, static_argnums=1)(lowest_positions)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 127, 128, 129, 1000, 5000])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_first_positions_are_those_of_the_first_chosen_entries(length, share):
+    chosen = np.random.default_rng(0).random(length) < share
+    for size in (1, 5, length):
+        positions, valid = map(np.asarray, jitted_first(chosen, size))
+        expected = np.flatnonzero(chosen)[:size]
+        np.testing.assert_array_equal(valid, np.arange(size) < len(expected))
+        np.testing.assert_array_equal(positions, np.pad(expected, (0, size - len(expected))))
+
+
+def expected_lowest(keys, size):
+    order = np.argsort(keys, kind="stable")[:size]
+    threshold = keys[order[-1]]
+    return np.concatenate([np.sort(order[keys[order] < threshold]), np.sort(order[keys[order] == threshold])])
+
+
+LISTS = st.lists(
+    st.tuples(
+        st.integers(1, 3000),
+        st.sampled_from([1, 3, 50, 2**32]),  # different keys
+        st.floats(0.0, 1.0),  # share of the list that is taken
+        st.integers(0, 99),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(LISTS)
+def test_lowest_positions_are_those_of_a_sort(drawn):
+    lists, sizes = [], []
+    for length, kinds, share, seed in drawn:
+        lists.append(jnp.asarray(np.random.default_rng(seed).integers(0, kinds, length, np.uint32)))
+        sizes.append(max(1, round(share * length)))
+    for keys, size, found in zip(lists, sizes, lowest_positions(lists, sizes), strict=True):
+        np.testing.assert_array_equal(found, expected_lowest(np.asarray(keys), size))
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**31 - 1, 2**31, LARGEST - 1, LARGEST])
+def test_of_equal_entries_those_at_the_front_are_taken(key):
+    """The largest key is also that of the padding behind a list."""
+    keys = np.full(1500, key, np.uint32)
+    np.testing.assert_array_equal(jitted_lowest((keys, keys[:7]), (40, 7))[0], np.arange(40))
+
+
+def test_lists_of_a_batch_do_not_meet():
+    keys = np.random.default_rng(1).integers(0, 2**32, (3, 2000), np.uint32)
+    found = jax.vmap(lambda one: lowest_positions([one], [100])[0])(keys)
+    for row, positions in zip(keys, found, strict=True):
+        np.testing.assert_array_equal(positions, expected_lowest(row, 100))
+
+
+def test_nothing_is_sorted():
+    keys = jnp.zeros(5000, jnp.uint32)
+    program = str(jax.make_jaxpr(lambda keys: lowest_positions([keys], [100]))(keys))
+    assert "sort[" not in program and "top_k[" not in program
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_the_bits_of_a_step_do_not_change_the_result(monkeypatch, bits):
+    keys = np.random.default_rng(2).integers(0, 2**32, 3000, np.uint32)
+    monkeypatch.setattr(selection, "STEP_BITS", bits)
+    np.testing.assert_array_equal(lowest_positions([jnp.asarray(keys)], [77])[0], expected_lowest(keys, 77))
