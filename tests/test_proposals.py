@@ -9,6 +9,7 @@ import oracles
 import pytest
 
 from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
+from fasterrcnn_jax.ops import proposals, selection
 from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.ops.proposals import propose
 
@@ -268,3 +269,24 @@ def test_small_boxes_are_dropped_before_or_after_the_best_are_taken():
         np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3)
         counts[when] = int(valid.sum())
     assert counts["first"] == 10 and 0 < counts["after_top_n"] <= 5
+
+
+@pytest.mark.parametrize("level_sizes", [None, (200, 70, 18)])
+@pytest.mark.parametrize("seed", range(3))
+def test_selection_by_counting_finds_the_same_proposals(monkeypatch, seed, level_sizes):
+    """On a GPU; with few different logits, the order of equal ones decides."""
+    objectness, deltas = rpn_outputs(seed)
+    objectness = np.round(objectness)
+    options = dict(config=CONFIG, coder=BoxCoderConfig(), level_sizes=level_sizes)
+
+    def found():
+        return jax.jit(functools.partial(propose, **options))(objectness, deltas, ANCHORS, IN_PICTURE, IMAGE_HW, SCALE)
+
+    wanted = found()
+
+    def counted(scores, lengths, sizes):
+        return selection.lowest_positions(selection._descending_keys(scores), lengths, sizes)
+
+    monkeypatch.setattr(proposals, "best_positions", counted)
+    for one, other in zip(found(), wanted, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from fasterrcnn_jax.ops import sampling
 from fasterrcnn_jax.ops.sampling import sample
 
 N = 20
+WAYS = ("_lowest_by_sort", "_lowest_by_top_k", "_lowest_by_counting")
 jitted = functools.partial(jax.jit, static_argnames=("size", "fg_fraction"))(sample)
 sample_6 = functools.partial(jitted, size=6, fg_fraction=0.5)
 
@@ -84,7 +86,7 @@ def test_every_subset_is_equally_likely():
         assert stats.chisquare(counts).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("way", [sampling._lowest_by_sort, sampling._lowest_by_top_k])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("few", [-1, 0, 1])
 def test_on_every_device_a_sample_holds_the_lowest_draws_of_a_kind(way, few):
     """Many draws share their upper 24 bits, and some are equal: then the lower position comes first."""
@@ -93,7 +95,8 @@ def test_on_every_device_a_sample_holds_the_lowest_draws_of_a_kind(way, few):
     labels[np.flatnonzero(labels == few)[size // 2 :]] = -1 if few != -1 else 0
     draws = (generator.integers(0, 200, 2000) * 256 + generator.integers(0, 50, 2000)).astype(np.uint32)
     assert 4 < np.bincount(draws >> 8).max() < 30
-    for kind, found in zip((1, 0), jax.jit(functools.partial(way, size=size))(draws, labels), strict=True):
+    method = jax.jit(functools.partial(getattr(sampling, way), size=size))
+    for kind, found in zip((1, 0), method(draws, labels), strict=True):
         of_kind = np.flatnonzero(labels == kind)
         expected = of_kind[np.lexsort((of_kind, draws[of_kind]))][:size]
         assert len(expected) == (size // 2 if kind == few else size)
@@ -142,3 +145,21 @@ def test_ignored_positions_at_the_end_change_nothing():
 def test_fraction_outside_0_to_1_is_an_error(fg_fraction):
     with pytest.raises(ValueError, match=str(fg_fraction)):
         sample(key(0), jnp.zeros(3, jnp.int32), size=2, fg_fraction=fg_fraction)
+
+
+def test_on_a_gpu_many_draws_are_counted_and_few_are_sorted():
+    for length, sorted_shape in ((sampling.selection.LONG, "2x20"), (100, "100")):
+        draws, labels = jnp.zeros(length, jnp.uint32), jnp.zeros(length, jnp.int32)
+        traced = jax.jit(functools.partial(sampling._lowest, size=20)).trace(draws, labels)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        found = re.findall(r"\}\) : \(tensor<([\dx]+)xu?i32>, tensor<[\dx]+xu?i32>", program)
+        assert found == [sorted_shape]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_largest_draw_comes_before_entries_of_no_kind(monkeypatch, way):
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape: jnp.full(shape, 2**32 - 1, jnp.uint32))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **_: getattr(sampling, way)(*arrays, size=4))
+    labels = np.int32([-1, -1, 0, -1, 1, 0])
+    with jax.disable_jit():
+        assert drawn(sample(key(0), labels, size=4, fg_fraction=0.5)) == [4, 2, 5]

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasterrcnn_jax.ops import selection
-from fasterrcnn_jax.ops.selection import first_positions, lowest_positions
+from fasterrcnn_jax.ops.selection import best_positions, first_positions, lowest_positions
 
 LARGEST = 2**32 - 1
 
 jitted_first = functools.partial(jax.jit, static_argnums=1)(first_positions)
-jitted_lowest = functools.partial(jax.jit, static_argnums=1)(lowest_positions)
+jitted_lowest = functools.partial(jax.jit, static_argnums=(1, 2))(lowest_positions)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 127, 128, 129, 1000, 5000])
@@ -51,34 +51,75 @@ LISTS = st.lists(
 def test_lowest_positions_are_those_of_a_sort(drawn):
     lists, sizes = [], []
     for length, kinds, share, seed in drawn:
-        lists.append(jnp.asarray(np.random.default_rng(seed).integers(0, kinds, length, np.uint32)))
+        lists.append(np.random.default_rng(seed).integers(0, kinds, length, np.uint32))
         sizes.append(max(1, round(share * length)))
-    for keys, size, found in zip(lists, sizes, lowest_positions(lists, sizes), strict=True):
-        np.testing.assert_array_equal(found, expected_lowest(np.asarray(keys), size))
+    lengths = [len(keys) for keys in lists]
+    found = lowest_positions(jnp.asarray(np.concatenate(lists)), lengths, sizes)
+    starts = np.cumsum([0, *lengths])[:-1]
+    expected = [start + expected_lowest(keys, size) for start, keys, size in zip(starts, lists, sizes, strict=True)]
+    np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**31 - 1, 2**31, LARGEST - 1, LARGEST])
 def test_of_equal_entries_those_at_the_front_are_taken(key):
     """The largest key is also that of the padding behind a list."""
-    keys = np.full(1500, key, np.uint32)
-    np.testing.assert_array_equal(jitted_lowest((keys, keys[:7]), (40, 7))[0], np.arange(40))
+    keys = np.full(1500 + 7, key, np.uint32)
+    expected = np.concatenate([np.arange(40), 1500 + np.arange(7)])
+    np.testing.assert_array_equal(jitted_lowest(keys, (1500, 7), (40, 7)), expected)
 
 
 def test_lists_of_a_batch_do_not_meet():
     keys = np.random.default_rng(1).integers(0, 2**32, (3, 2000), np.uint32)
-    found = jax.vmap(lambda one: lowest_positions([one], [100])[0])(keys)
+    found = jax.vmap(lambda one: lowest_positions(one, [2000], [100]))(keys)
     for row, positions in zip(keys, found, strict=True):
         np.testing.assert_array_equal(positions, expected_lowest(row, 100))
 
 
 def test_nothing_is_sorted():
     keys = jnp.zeros(5000, jnp.uint32)
-    program = str(jax.make_jaxpr(lambda keys: lowest_positions([keys], [100]))(keys))
+    program = str(jax.make_jaxpr(lambda keys: lowest_positions(keys, [5000], [100]))(keys))
     assert "sort[" not in program and "top_k[" not in program
 
 
-@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("bits", [(1,) * 32, (2, 8, 8, 8, 6)], ids=str)
 def test_the_bits_of_a_step_do_not_change_the_result(monkeypatch, bits):
     keys = np.random.default_rng(2).integers(0, 2**32, 3000, np.uint32)
     monkeypatch.setattr(selection, "STEP_BITS", bits)
-    np.testing.assert_array_equal(lowest_positions([jnp.asarray(keys)], [77])[0], expected_lowest(keys, 77))
+    np.testing.assert_array_equal(lowest_positions(jnp.asarray(keys), [3000], [77]), expected_lowest(keys, 77))
+
+
+def expected_best(scores, lengths, sizes):
+    """Returns the positions by a stable sort; 0.0 comes before -0.0, as in a top-k."""
+    found, start = [], 0
+    for length, size in zip(lengths, sizes, strict=True):
+        part = scores[start : start + length]
+        order = sorted(range(length), key=lambda i, part=part: (-part[i], np.signbit(part[i]), i))[:size]
+        found.append(start + np.sort(order))
+        start += length
+    return found
+
+
+@pytest.mark.parametrize("method", ["top-k", "counting"])
+def test_best_positions_of_lists_are_those_of_their_highest_scores(method):
+    rng = np.random.default_rng(3)
+    lengths, sizes = (20_000, 1500, 30), (700, 1500, 11)
+    scores = rng.choice(np.float32([-np.inf, -2.5, -0.0, 0.0, 1e-30, 3.0]), sum(lengths))
+    scores[: lengths[0]] = np.where(rng.random(lengths[0]) < 0.5, rng.standard_normal(lengths[0]), scores[: lengths[0]])
+    if method == "counting":
+        found = lowest_positions(selection._descending_keys(jnp.asarray(scores)), lengths, sizes)
+    else:
+        found = best_positions(jnp.asarray(scores), lengths, sizes)
+    for of_list, expected in zip(
+        np.split(found, np.cumsum(sizes)[:-1]), expected_best(scores, lengths, sizes), strict=True
+    ):
+        np.testing.assert_array_equal(np.sort(of_list), expected)
+        for value in np.unique(scores[of_list]):
+            assert (np.diff(of_list[scores[of_list] == value]) > 0).all() or value == 0
+
+
+def test_a_program_for_a_gpu_counts_where_a_list_is_long():
+    """A short list is sorted in fewer launches than it takes to count."""
+    for length, sorts in ((selection.LONG, 0), (selection.LONG - 1, 1)):
+        traced = jax.jit(lambda scores, length=length: best_positions(scores, [length], [7])).trace(jnp.zeros(length))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert program.count("top_k") == sorts

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -9,6 +10,7 @@ from fasterrcnn_jax.config import BoxCoderConfig, ProposalConfig
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.ops.box_coder import decode
 from fasterrcnn_jax.ops.boxes import clip, larger_than
+from fasterrcnn_jax.ops.selection import best_positions
 from fasterrcnn_jax.ops.suppression import nms
 from fasterrcnn_jax.structures import Proposals
 
@@ -46,13 +48,11 @@ def propose(
     valid = anchor_valid & large
     # Logits have the same order as probabilities, without the ties of saturated sigmoids.
     ranked = jnp.where(valid if config.drop_small == "first" else anchor_valid, objectness, -jnp.inf)
-    best, groups, start = [], [], 0
-    for level, size in enumerate(level_sizes or (len(anchors),)):
-        top_n = min(config.pre_nms_top_n, size)
-        best.append(start + lax.top_k(ranked[start : start + size], top_n)[1])
-        groups.append(jnp.full(top_n, level, jnp.int32))
-        start += size
-    top = jnp.concatenate(best)
+    sizes = level_sizes or (len(anchors),)
+    numbers = [min(config.pre_nms_top_n, size) for size in sizes]
+    # NMS sorts what it gets, so that here the order counts only where scores are equal.
+    top = best_positions(ranked, sizes, numbers)
+    groups = jnp.asarray(np.repeat(np.arange(len(sizes), dtype=np.int32), numbers))
     boxes, logits, valid = boxes[top], ranked[top], valid[top]
     kept, kept_valid = nms(
         boxes,
@@ -60,7 +60,7 @@ def propose(
         valid,
         iou_threshold=config.nms_threshold,
         max_output=config.post_nms_top_n,
-        groups=None if len(best) == 1 else jnp.concatenate(groups),
+        groups=None if len(sizes) == 1 else groups,
         implementation=implementation,
     )
     return Proposals(

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
 
+from fasterrcnn_jax.ops import selection
 from fasterrcnn_jax.ops.inputs import AnyArray
 from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND
 
@@ -79,14 +81,28 @@ def _lowest(
 
     If there are fewer of a kind, other positions follow.
     """
-    by_sort, by_top_k = (functools.partial(method, size=size) for method in (_lowest_by_sort, _lowest_by_top_k))
-    return lax.platform_dependent(draws, labels, cpu=by_top_k, default=by_sort)
+    # Entries of another kind get the largest key, which no draw has.
+    draws = jnp.minimum(draws, selection.LARGEST - np.uint32(1))
+    elsewhere = _lowest_by_counting if labels.shape[0] >= selection.LONG else _lowest_by_sort
+    by_top_k, otherwise = (functools.partial(method, size=size) for method in (_lowest_by_top_k, elsewhere))
+    return lax.platform_dependent(draws, labels, cpu=by_top_k, default=otherwise)
+
+
+def _lowest_by_counting(
+    draws: UInt32[Array, "n"], labels: Int[Array, "n"], *, size: int
+) -> tuple[Int[Array, "{size}"], Int[Array, "{size}"]]:
+    """Counts, and sorts only what is drawn: on a GPU a sort of all draws is some dozen launches."""
+    length = labels.shape[0]
+    keys = jnp.concatenate([jnp.where(labels == kind, draws, selection.LARGEST) for kind in (FOREGROUND, BACKGROUND)])
+    found = selection.lowest_positions(keys, (length, length), (size, size)).reshape(2, size)
+    foreground, background = lax.sort((keys[found], found), num_keys=2)[1]
+    return foreground, background - length
 
 
 def _lowest_by_sort(
     draws: UInt32[Array, "n"], labels: Int[Array, "n"], *, size: int
 ) -> tuple[Int[Array, "{size}"], Int[Array, "{size}"]]:
-    """One sort: on a GPU a sort of n draws is some dozen launches."""
+    """One sort, which takes a GPU few launches if there are few draws."""
     kinds = jnp.where(labels == FOREGROUND, 0, jnp.where(labels == BACKGROUND, 1, 2))
     position = jnp.arange(labels.shape[0], dtype=jnp.int32)
     order = lax.sort((kinds, draws, position), num_keys=2, is_stable=True)[2]

@@ -4,22 +4,25 @@ A GPU sorts n entries in some dozen launches, and it launches them again for eve
 launches that depends neither on n nor on the number of lists.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 # Entries of a word, and words whose entries are counted together.
 WORD, BLOCK_WORDS = 32, 4
 BLOCK = WORD * BLOCK_WORDS
 # Entries that one sum compares with the thresholds of a step.
 ROW = 1024
-# Bits of a threshold that one step decides. It counts the entries below 2^4 - 1 candidates: with more bits there are
-# fewer launches and more comparisons.
-STEP_BITS = 4
+# Bits of a threshold that each step decides. A step of 7 bits counts the entries below 2^7 - 1 candidates: it saves a
+# launch, and compares twice as many numbers.
+STEP_BITS = (7, 7, 6, 6, 6)
 LARGEST = np.uint32(2**32 - 1)
+# A GPU sorts shorter lists in less launches than it takes to count.
+LONG = 2**14
 
 
 def first_positions(chosen: Bool[Array, "n"], size: int) -> tuple[Int[Array, "{size}"], Bool[Array, "{size}"]]:
@@ -33,50 +36,98 @@ def first_positions(chosen: Bool[Array, "n"], size: int) -> tuple[Int[Array, "{s
     return jnp.where(valid, _position_of_rank(words, rank), 0), valid
 
 
-def lowest_positions(lists: Sequence[UInt32[Array, "_"]], sizes: Sequence[int]) -> list[Int[Array, "_"]]:
-    """Returns the positions of the lowest entries of each list, `sizes` of them; of equal entries those at the front.
+def best_positions(
+    scores: Float[Array, "n"], lengths: Sequence[int], sizes: Sequence[int]
+) -> Int[Array, "{sum(sizes)}"]:
+    """Returns the positions of the highest scores of each list, list after list; of equal scores those at the front.
 
-    Entries below the threshold of their list come first, then entries equal to it, both by ascending position.
+    Where positions have equal scores, the one at the front is also first in the result. Otherwise the order depends on
+    the device: by score on a CPU, whose top-k is one pass, by position elsewhere.
 
     Args:
-      sizes: for each list at least 1 and at most its length.
+      scores: of all lists, one list after the other.
+      lengths: the number of scores in each list.
+      sizes: the number of positions from each list, at least 1 and at most its length.
     """
-    padded = [jnp.pad(keys, (0, -keys.shape[0] % ROW), constant_values=LARGEST) for keys in lists]
-    rows = np.array([keys.shape[0] // ROW for keys in padded])
-    starts = np.concatenate([[0], np.cumsum(rows)[:-1]]) * ROW
-    keys = jnp.concatenate(padded).reshape(-1, ROW)
-    list_of_row = np.repeat(np.arange(len(lists)), rows)
-    threshold = _thresholds(keys, list_of_row, np.asarray(sizes))
-    threshold = threshold[list_of_row][:, None]
-    below, equal = (keys < threshold).reshape(-1), (keys == threshold).reshape(-1)
-    # The number of entries before each list, and of those below the threshold of a list.
-    words, words_of_equal = _words(below), _words(equal)
-    found = []
-    for kind in (words, words_of_equal):
-        of_rows = lax.population_count(kind).reshape(-1, ROW // WORD).sum(axis=1, dtype=jnp.int32)
-        of_lists = jnp.stack([part.sum(dtype=jnp.int32) for part in jnp.split(of_rows, np.cumsum(rows)[:-1])])
-        found.append((kind, of_lists, jnp.cumsum(of_lists, dtype=jnp.int32) - of_lists))
-    (words, num_below, below_before), (words_of_equal, _, equal_before) = found
+    by_top_k = functools.partial(_by_top_k, lengths=lengths, sizes=sizes)
+    if max(lengths) < LONG:
+        return by_top_k(scores)
+
+    def by_counting(scores: Array) -> Array:
+        return lowest_positions(_descending_keys(scores), lengths, sizes)
+
+    return lax.platform_dependent(scores, cpu=by_top_k, default=by_counting)
+
+
+def _by_top_k(scores: Float[Array, "n"], *, lengths: Sequence[int], sizes: Sequence[int]) -> Int[Array, "k"]:
+    found, start = [], 0
+    for length, size in zip(lengths, sizes, strict=True):
+        found.append(start + lax.top_k(scores[start : start + length], size)[1])
+        start += length
+    return jnp.concatenate(found)
+
+
+def _descending_keys(scores: Float[Array, "n"]) -> UInt32[Array, "n"]:
+    """Returns keys that ascend from the highest score to the lowest, in the total order of a top-k: 0.0 before -0.0."""
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    ascending = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
+    return lax.bitcast_convert_type(ascending ^ jnp.int32(2**31 - 1), jnp.uint32)
+
+
+def lowest_positions(
+    keys: UInt32[Array, "n"], lengths: Sequence[int], sizes: Sequence[int]
+) -> Int[Array, "{sum(sizes)}"]:
+    """Returns the positions of the lowest keys of each list, list after list; of equal keys those at the front.
+
+    Keys below the threshold of their list come first, then keys equal to it, both by ascending position. The arguments
+    are the same as in `best_positions`.
+    """
+    starts, rows = np.cumsum((0, *lengths))[:-1], np.array([-(-length // ROW) for length in lengths])
+    moved = (np.cumsum(rows) - rows) * ROW - starts
+    keys = _in_rows(keys, lengths, rows, moved)
+    list_of_row = np.repeat(np.arange(len(lengths)), rows)
+    threshold = _thresholds(keys, list_of_row, np.asarray(sizes))[list_of_row][:, None]
+    # Entries below their threshold, then those equal to it, as two parts of one long list.
+    words = _words(jnp.stack([keys < threshold, keys == threshold]).reshape(-1))
+    of_rows = lax.population_count(words).reshape(-1, ROW // WORD).sum(axis=1, dtype=jnp.int32)
+    is_before = np.tile(list_of_row, 2)[None] < np.arange(len(lengths))[:, None]
+    second = np.repeat([False, True], len(list_of_row))[None]
+    # For each list: the entries below a threshold before the list, in the list, and all entries before the equal ones
+    # of the list.
+    is_own = np.tile(list_of_row, 2)[None] == np.arange(len(lengths))[:, None]
+    counted = jnp.asarray(np.stack([is_before & ~second, is_own & ~second, is_before | ~second]))
+    before, below, before_equal = jnp.where(counted, of_rows[None, None], 0).sum(axis=2, dtype=jnp.int32)
     rank = jnp.concatenate([jnp.arange(size, dtype=jnp.int32) for size in sizes])
-    list_of_slot = np.repeat(np.arange(len(lists)), sizes)
-    is_below = rank < num_below[list_of_slot]
-    first = _position_of_rank(words, rank + below_before[list_of_slot])
-    later = _position_of_rank(words_of_equal, rank - num_below[list_of_slot] + equal_before[list_of_slot])
-    positions = jnp.where(is_below, first, later) - jnp.asarray(starts, jnp.int32)[list_of_slot]
-    return jnp.split(positions, np.cumsum(sizes)[:-1])
+    of_slot = np.repeat(np.arange(len(sizes)), sizes)
+    is_below = rank < below[of_slot]
+    position = _position_of_rank(words, rank + jnp.where(is_below, before[of_slot], (before_equal - below)[of_slot]))
+    return position - jnp.asarray(moved, jnp.int32)[of_slot] - jnp.where(is_below, 0, keys.size)
+
+
+def _in_rows(
+    keys: UInt32[Array, "n"], lengths: Sequence[int], rows: np.ndarray, moved: np.ndarray
+) -> UInt32[Array, "r w"]:
+    """Returns the lists with the largest keys behind each of them, up to whole rows."""
+    list_of_row = np.repeat(np.arange(len(lengths)), rows)
+    first = (np.arange(rows.sum()) * ROW - moved[list_of_row]).astype(np.int32)
+    left = (np.cumsum(lengths)[list_of_row] - first).astype(np.int32)
+    column = jnp.arange(ROW, dtype=jnp.int32)[None]
+    inside = column < jnp.asarray(left)[:, None]
+    return jnp.where(inside, keys[jnp.where(inside, jnp.asarray(first)[:, None] + column, 0)], LARGEST)
 
 
 def _thresholds(keys: UInt32[Array, "r w"], list_of_row: np.ndarray, sizes: np.ndarray) -> UInt32[Array, "l"]:
     """Returns for each list the entry that is its `sizes`-th lowest, decided from the highest bits down."""
     in_list = jnp.asarray(list_of_row[None] == np.arange(len(sizes))[:, None])
-    digits = jnp.arange(1, 2**STEP_BITS, dtype=jnp.uint32)
-    threshold = jnp.zeros(len(sizes), jnp.uint32)
-    for shift in range(32 - STEP_BITS, -1, -STEP_BITS):
-        candidates = threshold[:, None] + (digits << np.uint32(shift))[None]
+    threshold, undecided = jnp.zeros(len(sizes), jnp.uint32), 32
+    for bits in STEP_BITS:
+        undecided -= bits
+        digits = jnp.arange(1, 2**bits, dtype=jnp.uint32) << np.uint32(undecided)
+        candidates = threshold[:, None] + digits[None]
         below = (keys[:, None, :] < candidates[list_of_row][:, :, None]).sum(axis=2, dtype=jnp.int32)
         below = jnp.where(in_list[:, :, None], below[None], 0).sum(axis=1, dtype=jnp.int32)
         digit = (below < jnp.asarray(sizes, jnp.int32)[:, None]).sum(axis=1, dtype=jnp.uint32)
-        threshold += digit << np.uint32(shift)
+        threshold += digit << np.uint32(undecided)
     return threshold
 
 
