@@ -4,11 +4,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
 from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
+from fasterrcnn_jax.ops import postprocessing
 from fasterrcnn_jax.ops.postprocessing import postprocess
 from fasterrcnn_jax.structures import Proposals
 
@@ -216,3 +218,41 @@ def test_background_deltas_are_never_read():
     deltas[:, 0] = np.nan
     for a, b in zip(clean, run(logits, deltas, proposals), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2])
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("soft", [None, "gaussian"])
+def test_classes_that_cannot_reach_the_threshold_change_nothing(monkeypatch, threshold, agnostic, soft):
+    """Of scores whose sum is 1, fewer than 1 / threshold are above the threshold."""
+    generator = np.random.default_rng(0)
+    _, _, proposals = head_outputs(0)
+    classes = 45
+    # Many scores of a region are equal, and as many as possible are just above the threshold.
+    logits = generator.choice(np.float32([-9, 3, 3.1]), (P, classes + 1), p=(0.6, 0.3, 0.1))
+    logits[:6, 1:] = -30.0
+    logits[:6, 1 : int(1 / threshold)] = 2.0
+    deltas = generator.normal(0, 1, (P, 1 if agnostic else classes + 1, 4)).astype(np.float32)
+    config = dataclasses.replace(CONFIG, score_threshold=threshold, soft_nms=soft)
+
+    def found():
+        options = dict(means=MEANS, stds=STDS, coder=BoxCoderConfig(), config=config)
+        return jax.jit(functools.partial(postprocess, **options))(logits, deltas, proposals, IMAGE_HW)
+
+    few = found()
+    sizes = []
+    monkeypatch.setattr(postprocessing, "_most_above", lambda threshold: sizes.append(threshold) or 1000)
+    for one, other in zip(few, found(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert sizes == [threshold] and few.valid.sum() > 5
+
+
+def test_only_classes_that_can_reach_the_threshold_are_decoded():
+    _, _, proposals = head_outputs(0)
+    logits, deltas = np.zeros((P, 401), np.float32), np.zeros((P, 401, 4), np.float32)
+    for threshold, boxes in ((0.1, 11 * P), (0.001, 400 * P), (0.0, 400 * P)):
+        config = dataclasses.replace(CONFIG, score_threshold=threshold)
+        options = dict(means=MEANS, stds=STDS, coder=BoxCoderConfig(), config=config)
+        given = jax.tree.map(jnp.asarray, (logits, deltas, proposals, IMAGE_HW))
+        program = str(jax.make_jaxpr(functools.partial(postprocess, **options))(*given))
+        assert f"f32[{boxes},4]" in program and (f"f32[{400 * P},4]" in program) == (boxes == 400 * P)

@@ -1,7 +1,10 @@
 """Turns box-head outputs into the detections of one image. Fast R-CNN (arXiv:1504.08083), section 2.4."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from fasterrcnn_jax.config import BoxCoderConfig, PostprocessConfig
@@ -33,8 +36,15 @@ def postprocess(
       deltas: one set per class, background first, or one set for all classes; normalised by `means` and `stds`.
     """
     num_classes = class_logits.shape[-1] - 1
-    scores = jax.nn.softmax(class_logits)[:, 1:].reshape(-1)
+    scores = jax.nn.softmax(class_logits)[:, 1:]
+    classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32)[None], scores.shape)
     of_class = deltas if deltas.shape[1] == 1 else deltas[:, 1:]
+    above = _most_above(config.score_threshold)
+    if above < num_classes:
+        # The others are below the threshold: their boxes need not be decoded and sorted.
+        scores, classes = lax.top_k(scores, above)
+        if deltas.shape[1] > 1:
+            of_class = jnp.take_along_axis(of_class, classes[..., None], axis=1)
     offset = coder.far_corner_offset
     boxes = decode(
         of_class,
@@ -44,10 +54,10 @@ def postprocess(
         max_log_scale=coder.max_log_scale,
         far_corner_offset=offset,
     )
-    boxes = jnp.broadcast_to(boxes, (boxes.shape[0], num_classes, 4)).reshape(-1, 4)
+    boxes = jnp.broadcast_to(boxes, (*scores.shape, 4)).reshape(-1, 4)
     boxes = clip(boxes, image_hw, far_corner_offset=offset)
-    labels = jnp.tile(jnp.arange(1, num_classes + 1, dtype=jnp.int32), proposals.valid.shape[0])
-    valid = jnp.repeat(proposals.valid, num_classes)
+    valid = jnp.repeat(proposals.valid, scores.shape[1])
+    scores, labels = scores.reshape(-1), 1 + classes.reshape(-1)
     valid &= (scores > config.score_threshold) & (min_side(boxes) > 0.0)
     if config.soft_nms is None:
         kept, kept_valid = batched_nms(
@@ -78,3 +88,8 @@ def postprocess(
         jnp.where(kept_valid, labels[kept], 0),
         kept_valid,
     )
+
+
+def _most_above(threshold: float) -> int:
+    """Returns how many of some scores whose sum is 1 can be above the threshold, and one more for rounding."""
+    return int(1.0 / threshold) + 1 if threshold > 0.0 else sys.maxsize
