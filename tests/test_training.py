@@ -24,6 +24,7 @@ from fasterrcnn_jax.training.optimizer import (
 )
 from fasterrcnn_jax.training.state import StepMetrics, merge
 from fasterrcnn_jax.training.step import (
+    _norm,
     create_state,
     data_parallel,
     make_train_step,
@@ -433,3 +434,9 @@ def test_states_of_one_seed_are_the_same_and_of_another_differ(random_weights):
     keys = [create_state(model, create_optimizer(TRAIN), seed=seed)[1].key for seed in (0, 0, 1)]
     np.testing.assert_array_equal(keys[0], keys[1])
     assert np.any(keys[0] != keys[2])
+
+
+def test_the_norm_of_many_arrays_is_the_root_of_the_sum_of_all_squares():
+    arrays = {"a": jnp.arange(24.0).reshape(2, 3, 4), "b": [jnp.float32(7), jnp.zeros(0)], "c": -jnp.ones(3)}
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(arrays)])
+    assert float(_norm(arrays)) == pytest.approx(np.linalg.norm(flat), rel=1e-6)
