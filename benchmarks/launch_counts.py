@@ -18,7 +18,8 @@ _SILENT = {
 def launched(hlo: str) -> list[str]:
     """Returns the instructions of an optimised program that launch kernels or copy, each once, as `opcode line`.
 
-    XLA may write a sort as a fusion that holds nothing else: then the sort is returned.
+    XLA may write a sort as a fusion that holds nothing else: then the sort is returned. A fusion that ends with a
+    scatter has the opcode scatter.
     """
     computations: dict[str, list[str]] = {}
     entry = body = None
@@ -44,7 +45,8 @@ def launched(hlo: str) -> list[str]:
             elif opcode == "fusion":
                 inside = computations.get(re.search(r"calls=%?([\w.-]+)", line)[1], [])
                 sorts = [each for each in inside if _opcode(each) == "sort"]
-                found += [f"sort {each}" for each in sorts] or [f"fusion {line}"]
+                kind = "scatter" if inside and _opcode(inside[-1]) == "scatter" else "fusion"
+                found += [f"sort {each}" for each in sorts] or [f"{kind} {line}"]
             elif opcode not in _SILENT:
                 found.append(f"{opcode} {line}")
     return found
@@ -95,16 +97,19 @@ def traffic(hlo: str) -> dict[str, int]:
     """Returns the bytes that the launches of an optimised program read and write, by kind, and those of all.
 
     Every operand and result counts whole and once: an upper bound of a gather's bytes, and the bytes of a loop's body
-    once. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and `other`.
+    once. A scatter writes into its first operand: it reads its other operands, and moves as many bytes again in and out
+    of the array. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and
+    `other`.
     """
     shape = r"(?:\(.*?\)|\S+)"
     results = re.findall(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({shape}) [a-z]", hlo, re.MULTILINE)
     sizes = {name: _bytes_of(result) for name, result in results}
     found = dict.fromkeys(("all", "convolution", "elementwise", "other"), 0)
     for launch in launched(hlo):
-        name, operands = re.search(rf"%?([\w.-]+) = {shape} [a-z][\w-]*\((.*?)\)", launch).groups()
-        size = sizes[name] + sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
-        if re.search(r'custom_call_target="__(cudnn\$conv|cublas)|gemm', launch):
+        name, listed = re.search(rf"%?([\w.-]+) = {shape} [a-z][\w-]*\((.*?)\)", launch).groups()
+        operands = [sizes[operand] for operand in re.findall(r"%([\w.-]+)", listed)]
+        size = 3 * sum(operands[1:]) if launch.startswith("scatter ") else sizes[name] + sum(operands)
+        if "gemm" in name or re.search(r'custom_call_target="__(cudnn\$conv|cublas)', launch):
             kind = "convolution"
         else:
             kind = "elementwise" if "kind=kLoop" in launch else "other"

@@ -261,6 +261,35 @@ ENTRY %main (x: f32[8]) -> bf16[2,4] {
     assert script.traffic(hlo) == {"all": 72, "convolution": 72, "elementwise": 0, "other": 0}
 
 
+def test_the_reader_of_a_product_is_elementwise(script):
+    hlo = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %gemm_fusion_dot.1 = f32[8]{0} parameter(0)
+  ROOT %loop_add_fusion = f32[8]{0} fusion(%gemm_fusion_dot.1), kind=kLoop, calls=%c, op_name="add"
+}
+"""
+    assert script.traffic(hlo) == {"all": 64, "convolution": 0, "elementwise": 64, "other": 0}
+
+
+def test_a_scatter_moves_what_it_writes_and_not_the_whole_array(script):
+    hlo = """
+%fused_scatter (p: f32[1000], q: s32[2], r: f32[2]) -> f32[1000] {
+  %p = f32[1000]{0} parameter(0)
+  %q = s32[2]{0} parameter(1)
+  %r = f32[2]{0} parameter(2)
+  ROOT %scatter.1 = f32[1000]{0} scatter(%p, %q, %r), to_apply=%add
+}
+
+ENTRY %main (x: f32[1000], y: s32[2], z: f32[2]) -> f32[1000] {
+  %x = f32[1000]{0} parameter(0)
+  %y = s32[2]{0} parameter(1)
+  %z = f32[2]{0} parameter(2)
+  ROOT %input_scatter_fusion = f32[1000]{0} fusion(%x, %y, %z), kind=kInput, calls=%fused_scatter
+}
+"""
+    assert script.traffic(hlo) == {"all": 48, "convolution": 0, "elementwise": 0, "other": 48}
+
+
 def test_the_assemblers_report_is_read_and_removed(script, tmp_path):
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "1").write_text(

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from fasterrcnn_jax.kernels import choice
+
 from fasterrcnn_jax.ops import neighbourhoods
 from fasterrcnn_jax.ops.neighbourhoods import cells_around
 

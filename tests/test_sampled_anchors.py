@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-
 from fasterrcnn_jax.kernels import choice
+
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.layers import level_masks
 from fasterrcnn_jax.models.rpn import batch_rpn_losses, rpn_output
