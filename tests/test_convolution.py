@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fasterrcnn_jax.kernels import choice
 
 from fasterrcnn_jax.ops.convolution import FEWEST_CELLS, by_xla, convolve
 
@@ -134,3 +135,18 @@ def test_the_convolution_for_a_gpu_and_its_gradients_are_those_of_xla(size, padd
         )
     # A map in float32 would be one that was converted.
     assert of_x == "float32" or "f32[2,7,6,3]" not in program
+
+
+def test_on_a_gpu_a_stride_stays_out_of_the_matrix_products_of_a_gradient(monkeypatch):
+    """XLA of JAX 0.11.2 aborts the process where it takes the stride into the product (`pytest -m aot` compiles it)."""
+    monkeypatch.setattr(choice, "device", lambda: ("cuda", choice.HOPPER))
+    x, kernel = jnp.ones((1, 8, 6, 4), jnp.bfloat16), jnp.ones((1, 1, 4, 5), jnp.bfloat16)
+
+    def gradient(stride):
+        def of(x, kernel):
+            options = dict(stride=stride, padding=((0, 0), (0, 0)), dtype=jnp.bfloat16)
+            return convolve(x, kernel, **options).astype(jnp.float32).sum()
+
+        return str(jax.make_jaxpr(jax.grad(of, argnums=(0, 1)))(x, kernel))
+
+    assert "optimization_barrier" in gradient(2) and "optimization_barrier" not in gradient(1)

@@ -79,7 +79,9 @@ def _by_products_backward(
 ) -> tuple[Array, Array]:
     def same(x: Array, kernel: Array) -> Array:
         if kernel.shape[:2] == (1, 1):
-            return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], preferred_element_type=x.dtype)
+            # XLA of JAX 0.11.2 would take the stride into the matrix product for a GPU, and abort the process.
+            taken = lax.optimization_barrier(x[:, ::stride, ::stride]) if stride > 1 else x
+            return jnp.matmul(taken, kernel[0, 0], preferred_element_type=x.dtype)
         return by_xla(x, kernel, stride, padding, x.dtype)
 
     return jax.vjp(same, *kept)[1](gradient.astype(kept[0].dtype))
