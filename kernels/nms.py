@@ -4,7 +4,7 @@ Bit mask and sweep: many blocks write, one bit per pair, which boxes suppress ea
 reads the bits, a tile of boxes at a time. Kept list: one block per problem compares each tile of boxes with every box
 kept so far and needs no workspace. Both designs visit the boxes in the given order and stop when enough are kept.
 
-If k of n boxes are kept, the mask compares n^2 / 2 to n^2 pairs, spread over the whole device, and the list compares
+If k of n boxes are kept, the mask compares n^2 / 2 pairs, spread over the whole device, and the list compares
 up to n * k / 2 pairs on one multiprocessor. So the mask is for few large problems, the list for many problems.
 """
 
@@ -93,7 +93,7 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
         groups = jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))
         if masked:
             diagonal = _diagonal(planes, groups, num_valid, threshold)
-            mask = _mask(_by_word(planes), _by_word(groups), num_valid, threshold)
+            mask = _mask(planes, groups, num_valid, threshold)
             return _sweep(mask, diagonal, num_valid, max_output)
         return _kept_list(planes, groups, num_valid, threshold, max_output)
 
@@ -150,16 +150,12 @@ def _ratio_exceeds(numerator: jax.Array, denominator: jax.Array, threshold: np.f
     return (rest > half_ulp * denominator) & (numerator > jnp.float32(0))
 
 
-def _by_word(x: jax.Array) -> jax.Array:
-    """Returns `x` [... n] as [... 32 n/32]: the boxes at the same bit of neighbouring words become neighbours."""
-    return x.reshape(*x.shape[:-1], -1, WORD).swapaxes(-1, -2)
-
-
 def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
-    """Returns bits [p n w] for boxes [5 p 32 w] and their groups.
+    """Returns bits [p n w] for boxes [5 p n] and their groups.
 
-    Bit j of word c in row i tells whether boxes i and 32 c + j suppress each other. Chunks of columns that end before
-    the row, and chunks without a valid box, are not written.
+    A chunk of columns is 32 tiles of 128 boxes, and fills 128 words of a row. Bit j of the chunk's word t tells whether
+    the row and box t of tile j suppress each other, so a block can leave out whole tiles: the bits of tiles up to the
+    row's own one, and of tiles without a valid box, are zero. Chunks that hold nothing else are not written.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -168,33 +164,36 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
 
     def nms_mask(planes, groups, num_valid, mask):
         problem, block, chunk = (lax.axis_index(name) for name in ("problem", "rows", "chunk"))
-        first, count = block * MASK_ROWS, num_valid[problem]
+        first, count, begin = block * MASK_ROWS, num_valid[problem], chunk * CHUNK
 
-        @pl.when((first < count) & (chunk * CHUNK < count) & (first < (chunk + 1) * CHUNK))
+        @pl.when((first < count) & (begin < count) & (first < begin + CHUNK))
         def _():
-            words = pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)
-            word, bit = lax.div(first, jnp.int32(WORD)), lax.rem(first, jnp.int32(WORD))
             rows = range(MASK_ROWS)
-            boxes = [[planes[c, problem, bit + i, word] for c in range(5)] for i in rows]
-            box_groups = [groups[problem, bit + i, word] for i in rows]
+            boxes = [[planes[c, problem, first + i] for c in range(5)] for i in rows]
+            box_groups = [groups[problem, first + i] for i in rows]
 
             def compare(j, found):
-                others = [planes[c, problem, j, words] for c in range(5)]
-                other_groups = groups[problem, j, words]
+                columns = pl.ds(pl.multiple_of(begin + j * THREADS, THREADS), THREADS)
+                others = [planes[c, problem, columns] for c in range(5)]
+                other_groups = groups[problem, columns]
                 one = lax.shift_left(jnp.int32(1), j)
                 hits = [suppresses(boxes[i], box_groups[i], others, other_groups, threshold) for i in rows]
                 return tuple(found[i] | jnp.where(hits[i], one, jnp.int32(0)) for i in rows)
 
             none = plgpu.layout_cast(jnp.zeros(THREADS, jnp.int32), per_thread)
-            found = lax.fori_loop(0, WORD, compare, (none,) * MASK_ROWS)
+            # The diagonal decides inside of the rows' own tile.
+            after_own = lax.div(jnp.maximum(first - begin + THREADS, 0), jnp.int32(THREADS))
+            tiles = jnp.minimum(lax.div(count - begin + (THREADS - 1), jnp.int32(THREADS)), WORD)
+            found = lax.fori_loop(after_own, tiles, compare, (none,) * MASK_ROWS)
+            words = pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)
             for i in rows:
                 mask[problem, first + i, words] = found[i]
 
-    _, problems, _, words = planes.shape
+    _, problems, n = planes.shape
     return mosaic.kernel(
         nms_mask,
-        out_type=jax.ShapeDtypeStruct((problems, words * WORD, words), jnp.int32),
-        grid=(problems, words * WORD // MASK_ROWS, words // THREADS),
+        out_type=jax.ShapeDtypeStruct((problems, n, n // WORD), jnp.int32),
+        grid=(problems, n // MASK_ROWS, n // CHUNK),
         grid_names=("problem", "rows", "chunk"),
     )(planes, groups, num_valid)
 
@@ -240,8 +239,10 @@ def _diagonal(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, thresh
 
 def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_output: int) -> tuple[jax.Array, jax.Array]:
     """Returns the result of `keep_first`: positions [p k] and count [p]."""
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    per_thread = plgpu.Layout.WG_STRIDED((SWEEP_TILE,), vec_size=1)
     bits_layout = plgpu.Layout.WG_STRIDED((TILE_WORDS * SWEEP_TILE,), vec_size=TILE_WORDS)
 
     def nms_sweep(mask, diagonal, num_valid, positions, counts, removed, bits, kept):
@@ -251,6 +252,16 @@ def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_outpu
         per_load = next(size for size in (4, 2, 1) if words % (size * THREADS) == 0)
         layout = plgpu.Layout.WG_STRIDED((words,), vec_size=per_load)
         removed[...] = plgpu.layout_cast(jnp.zeros(words, jnp.int32), layout)
+
+        def dead_of(tile):
+            """Returns the removed boxes of a tile as words of 32 boxes; the mask has one bit in each of 128 words."""
+            chunk, number = lax.div(tile, jnp.int32(WORD)), lax.rem(tile, jnp.int32(WORD))
+            words = removed[pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)]
+            box = plgpu.broadcasted_iota(jnp.int32, (SWEEP_TILE,), 0, layout=per_thread)
+            words = plgpu.layout_cast(words, per_thread)
+            bit = lax.shift_left(lax.shift_right_logical(words, number) & 1, lax.rem(box, jnp.int32(WORD)))
+            of_word = lax.div(box, jnp.int32(WORD))
+            return [jnp.where(of_word == word, bit, 0).sum() for word in range(TILE_WORDS)]
 
         def unfinished(state):
             tile, count, _ = state
@@ -262,7 +273,7 @@ def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_outpu
             bits[...] = tile_bits
             # The next tile's bits are read long before they are needed.
             next_bits = diagonal[problem, jnp.minimum(tile + 1, tiles - 1), :]
-            dead = [removed[tile * TILE_WORDS + word] for word in range(TILE_WORDS)]
+            dead = dead_of(tile)
             found = jnp.int32(0)
             for word in range(TILE_WORDS):
                 real = jnp.clip(num_boxes - first - word * WORD, 0, WORD)

@@ -113,6 +113,33 @@ def test_at_their_own_sizes_both_designs_equal_the_greedy_loop(design, monkeypat
 
 @mosaic.needs_mosaic
 @pytest.mark.parametrize(
+    ("number", "num_valid", "max_output", "num_groups"),
+    [
+        (300, 290, 300, None),  # three tiles, the last one not full
+        (300, 300, 50, 3),  # ends in the first tile
+        (700, 520, 700, 2),  # ends before the last tile
+        pytest.param(4300, 4250, 4300, None, marks=pytest.mark.slow),  # two chunks
+    ],
+)
+def test_the_mask_decides_over_tiles_as_plain_jax_does(number, num_valid, max_output, num_groups, monkeypatch):
+    generator = np.random.default_rng(number)
+    boxes, scores, _ = scattered(generator, (number,), 10 * number**0.6)
+    valid = generator.permutation(np.arange(number) < num_valid)
+    groups = None if num_groups is None else generator.integers(0, num_groups, number).astype(np.int32)
+    run = functools.partial(nms, boxes, scores, valid, groups=groups, iou_threshold=0.6, max_output=max_output)
+    expected, is_expected = run(implementation="xla")
+    mosaic.interpret(monkeypatch, detect_races=number < 1000)
+    monkeypatch.setattr(kernel, "design", lambda *sizes: "mask")
+    kernel.keep_first.cache_clear()
+    kept, is_kept = jax.jit(lambda: run(implementation="mosaic"))()
+    kernel.keep_first.cache_clear()
+    np.testing.assert_array_equal(is_kept, is_expected)
+    np.testing.assert_array_equal(kept, expected)
+    assert is_kept.sum() > 128 or max_output < 128
+
+
+@mosaic.needs_mosaic
+@pytest.mark.parametrize(
     ("sizes", "max_output", "results"),
     [
         (
