@@ -56,9 +56,9 @@ PROGRAMS = {
 
 # By version of JAX: bytes that all launches read and write, those of XLA's elementwise launches (MB), and launches.
 TRAFFIC = {
-    "detect small batch 2, bfloat16": {"0.11": (490, 30, 165), "0.12": (490, 30, 165)},
-    "detect resnet50-fpn batch 8, bfloat16": {"0.11": (16_000, 1_500, 325), "0.12": (16_000, 1_500, 325)},
-    "train step resnet50-fpn batch 8, bfloat16": {"0.12": (49_000, 8_000, 1_000)},
+    "detect small batch 2, bfloat16": {"0.11": (490, 50, 160), "0.12": (490, 50, 160)},
+    "detect resnet50-fpn batch 8, bfloat16": {"0.11": (16_000, 1_500, 282), "0.12": (16_000, 1_500, 282)},
+    "train step resnet50-fpn batch 8, bfloat16": {"0.11": (46_000, 13_800, 820), "0.12": (46_000, 13_800, 820)},
 }
 
 

@@ -123,8 +123,9 @@ def _thresholds(keys: UInt32[Array, "r w"], list_of_row: np.ndarray, sizes: np.n
     for bits in STEP_BITS:
         undecided -= bits
         digits = jnp.arange(1, 2**bits, dtype=jnp.uint32) << np.uint32(undecided)
-        candidates = threshold[:, None] + digits[None]
-        below = (keys[:, None, :] < candidates[list_of_row][:, :, None]).sum(axis=2, dtype=jnp.int32)
+        # At first the candidates of all lists are the same.
+        candidates = digits[None] if undecided + bits == 32 else (threshold[:, None] + digits[None])[list_of_row]
+        below = (keys[:, None, :] < candidates[:, :, None]).sum(axis=2, dtype=jnp.int32)
         below = jnp.where(in_list[:, :, None], below[None], 0).sum(axis=1, dtype=jnp.int32)
         digit = (below < jnp.asarray(sizes, jnp.int32)[:, None]).sum(axis=1, dtype=jnp.uint32)
         threshold += digit << np.uint32(undecided)
@@ -145,13 +146,14 @@ def _position_of_rank(words: Int[Array, "w"], rank: Int[Array, "r"]) -> Int[Arra
     block = (ends[None, :] <= rank[:, None]).sum(axis=1, dtype=jnp.int32)
     block = jnp.minimum(block, counts.shape[0] - 1)
     rank -= ends[block] - counts[block]
-    position, word = block * BLOCK, words[block * BLOCK_WORDS]
+    of_block = words.reshape(-1, BLOCK_WORDS)[block]
+    position, word = block * BLOCK, of_block[:, 0]
     for step in range(1, BLOCK_WORDS):
         behind = lax.population_count(word)
         goes_on = rank >= behind
         rank = jnp.where(goes_on, rank - behind, rank)
         position = jnp.where(goes_on, block * BLOCK + step * WORD, position)
-        word = jnp.where(goes_on, words[block * BLOCK_WORDS + step], word)
+        word = jnp.where(goes_on, of_block[:, step], word)
     # The bit in the word, by halves.
     for half in (16, 8, 4, 2, 1):
         lower = word & jnp.int32(2**half - 1)
