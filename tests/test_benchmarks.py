@@ -549,6 +549,45 @@ def test_the_throughput_of_the_loader_is_measured_without_torchvision(tmp_path):
         assert side["images_per_second"] > 0 and side["images_per_core_second"] > 0 and "times_as_fast" not in side
 
 
+def test_the_stages_of_a_training_step_are_timed(tmp_path):
+    words = ("resnet50_fpn", "float32", "training")
+    done, report = benchmark("stages.py", "--tiny", "--calls", 1, "--only", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (times,) = report["milliseconds"].values()
+    stages = {name.rpartition(" ")[0] for name in times}
+    # A scope that the library no longer has would be time of another stage.
+    assert {"backbone", "fpn", "rpn_head", "rpn_losses", "roi_features", "box_head", "optimizer", "nms"} <= stages
+    assert times["backbone forward"] > 0 and times["backbone backward"] > 0 and "rpn_head backward" not in times
+    known = sum(time for name, time in times.items() if not name.startswith("other"))
+    assert known > 0.8 * sum(times.values())
+
+
+def test_an_operation_belongs_to_the_inner_scope_and_loops_are_left_out(importable):
+    import stages
+
+    assert stages.stage_of("jit(step)/jvp(backbone)/conv") == ("backbone", "forward")
+    assert stages.stage_of("jit(step)/transpose(jvp(fpn))/add") == ("fpn", "backward")
+    assert stages.stage_of("jit(detect)/vmap(proposals)/nms/sort") == ("nms", "forward")
+    assert stages.stage_of("jit(step)/nmse/add") == ("other", "forward")
+    program = """
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%c, metadata={op_name="jit(f)/fpn/add"}
+  %while.2 = (s32[], f32[8]{0}) while(%t), body=%b, metadata={op_name="jit(f)/nms/while"}
+"""
+    names = stages.names_of(program)
+    assert names == {"fusion.1": "jit(f)/fpn/add"}
+    events = [
+        {"ph": "X", "dur": 3000, "args": {"hlo_op": "fusion.1"}},
+        {"ph": "X", "dur": 9000, "args": {"hlo_op": "while.2"}},
+        {"ph": "M", "args": {}},
+    ]
+    assert stages.milliseconds(events, names, calls=2) == {("fpn", "forward"): 1.5}
+    assert stages.rows_of({("fpn", "forward"): 1.0, ("nms", "forward"): 3.0}) == [
+        ("nms", "3.0", "0.0", "75.0 %"),
+        ("fpn", "1.0", "0.0", "25.0 %"),
+        ("all", "4.0", "0.0", "100 %"),
+    ]
+
+
 @pytest.mark.slow
 def test_growth_is_measured_for_each_quantity(tmp_path):
     done, report = benchmark("growth.py", "--tiny", folder=tmp_path)

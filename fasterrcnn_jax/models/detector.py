@@ -222,8 +222,10 @@ def shared_features(model: Detector, images: Images, image_hw: Float[Array, "b 2
     """
     config = model.config
     pixels = normalised(images, image_hw, config.image)
-    maps = model.backbone(pixels.astype(config.compute_dtype), image_hw)
-    features = maps if model.neck is None else model.neck(maps, level_masks(config, maps, image_hw))
+    with jax.named_scope("backbone"):
+        maps = model.backbone(pixels.astype(config.compute_dtype), image_hw)
+    with jax.named_scope("fpn"):
+        features = maps if model.neck is None else model.neck(maps, level_masks(config, maps, image_hw))
     # If a user's own backbone returned a map with another stride, every box would be in a wrong place.
     canvas = np.array(images.shape[1:3])
     for level, stride in zip(features, strides_of(config), strict=True):

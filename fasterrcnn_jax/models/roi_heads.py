@@ -37,6 +37,7 @@ def rois_per_image(config: ModelConfig, batch_size: int) -> int:
     return sampling.rois_per_batch // batch_size
 
 
+@jax.named_scope("roi_targets")
 def sample_rois(
     config: ModelConfig,
     keys: ImageKeys,
@@ -60,6 +61,7 @@ def sample_rois(
     return jax.vmap(per_image)(keys, proposals, ground_truth)
 
 
+@jax.named_scope("roi_features")
 def batch_roi_features(
     model: Detector, features: Features, boxes: Float[Array, "b r 4"], implementation: Implementation = None
 ) -> Float[Array, "b r s s c"]:
@@ -98,12 +100,14 @@ def batch_box_losses(
     norm = config.backbone.norm if config.fpn is None else config.fpn.norm
     # Slots without a RoI must not enter the statistics of batch normalisation.
     roi_valid = rois.valid if norm == "batch" else None
-    class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys, roi_valid=roi_valid)
+    with jax.named_scope("box_head"):
+        class_logits, box_deltas = model.box_head(pooled, dropout_keys=dropout_keys, roi_valid=roi_valid)
 
     def per_image(class_logits, box_deltas, rois):
         return box_losses(class_logits, box_deltas, rois, config=config.loss)
 
-    return jax.vmap(per_image)(class_logits, box_deltas, rois)
+    with jax.named_scope("box_losses"):
+        return jax.vmap(per_image)(class_logits, box_deltas, rois)
 
 
 def detections_in_regions(
@@ -121,7 +125,8 @@ def detections_in_regions(
     """
     config = model.config
     pooled = batch_roi_features(model, features, proposals.boxes, implementation)
-    class_logits, box_deltas = model.box_head(pooled)
+    with jax.named_scope("box_head"):
+        class_logits, box_deltas = model.box_head(pooled)
 
     def per_image(class_logits, box_deltas, proposals, image_hw):
         return postprocess(
@@ -136,4 +141,5 @@ def detections_in_regions(
             implementation=implementation,
         )
 
-    return jax.vmap(per_image)(class_logits, box_deltas, proposals, image_hw)
+    with jax.named_scope("postprocess"):
+        return jax.vmap(per_image)(class_logits, box_deltas, proposals, image_hw)

@@ -45,6 +45,7 @@ class RpnOutput(NamedTuple):
         return self.anchor_valid.sum(axis=1) // self.grid.per_cell
 
 
+@jax.named_scope("rpn_head")
 def rpn_output(
     model: Detector,
     features: Features,
@@ -65,6 +66,7 @@ def rpn_output(
     return RpnOutput(grid, objectness, deltas, anchor_valid, image_hw)
 
 
+@jax.named_scope("anchor_targets")
 def batch_anchor_targets(
     config: ModelConfig,
     keys: ImageKeys,
@@ -89,6 +91,7 @@ def batch_anchor_targets(
     return jax.vmap(per_image)(keys, rpn.anchor_valid, rpn.image_hw, ground_truth)
 
 
+@jax.named_scope("proposals")
 def batch_proposals(
     config: ModelConfig,
     rpn: RpnOutput,
@@ -121,6 +124,7 @@ def batch_proposals(
     return jax.vmap(per_image)(rpn.objectness, rpn.deltas, rpn.anchor_valid, rpn.image_hw, scale)
 
 
+@jax.named_scope("rpn_losses")
 def batch_rpn_losses(model: Detector, features: Features, rpn: RpnOutput, targets: AnchorTargets) -> StageLosses:
     """Returns the two losses of the RPN for each image; eq. 1.
 

@@ -7,6 +7,7 @@ launches that depends neither on n nor on the number of lists.
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -36,6 +37,7 @@ def first_positions(chosen: Bool[Array, "n"], size: int) -> tuple[Int[Array, "{s
     return jnp.where(valid, _position_of_rank(words, rank), 0), valid
 
 
+@jax.named_scope("top_k")
 def best_positions(
     scores: Float[Array, "n"], lengths: Sequence[int], sizes: Sequence[int]
 ) -> Int[Array, "{sum(sizes)}"]:

@@ -44,6 +44,7 @@ class SoftKept(NamedTuple):
     valid: Bool[Array, "k"]  # False: padding
 
 
+@jax.named_scope("nms")
 def nms(
     boxes: Real[AnyArray, "n 4"],
     scores: Real[AnyArray, "n"],

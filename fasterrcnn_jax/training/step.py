@@ -119,8 +119,9 @@ def make_train_step(
         gradients, (terms, rpn_foreground, box_foreground) = lax.psum(summed, axis_name)
         gradients, terms = jax.tree.map(lambda x: x / accumulate, (gradients, terms))
         moved, fixed = split_moved(state.params, parts)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
-        moved: PyTree = optax.apply_updates(moved, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
+            moved: PyTree = optax.apply_updates(moved, updates)
         params = nnx.merge_state(moved, fixed)
         averaged = state.averaged
         if averaged is not None:
