@@ -97,8 +97,8 @@ def traffic(hlo: str) -> dict[str, int]:
     """Returns the bytes that the launches of an optimised program read and write, by kind, and those of all.
 
     Every operand and result counts whole and once: an upper bound of a gather's bytes, and the bytes of a loop's body
-    once. A scatter writes into its first operand: it reads its other operands, and moves as many bytes again in and out
-    of the array. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and
+    once. A scatter into its first operand reads the other operands, and moves as many bytes again in and out of the
+    array. The kinds are `convolution` (products of matrices included), `elementwise` (XLA's loop fusions), and
     `other`.
     """
     shape = r"(?:\(.*?\)|\S+)"
@@ -108,7 +108,8 @@ def traffic(hlo: str) -> dict[str, int]:
     for launch in launched(hlo):
         name, listed = re.search(rf"%?([\w.-]+) = {shape} [a-z][\w-]*\((.*?)\)", launch).groups()
         operands = [sizes[operand] for operand in re.findall(r"%([\w.-]+)", listed)]
-        size = 3 * sum(operands[1:]) if launch.startswith("scatter ") else sizes[name] + sum(operands)
+        in_place = launch.startswith("scatter ") and operands[0] == sizes[name]
+        size = 3 * sum(operands[1:]) if in_place else sizes[name] + sum(operands)
         if "gemm" in name or re.search(r'custom_call_target="__(cudnn\$conv|cublas)', launch):
             kind = "convolution"
         else:

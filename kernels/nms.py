@@ -46,11 +46,12 @@ Box = jax.Array | list[jax.Array]
 def design(problems: int, boxes: int, max_output: int) -> Literal["mask", "list"]:
     """Returns the faster design for these static sizes.
 
-    All multiprocessors share the mask's p * n^2 pairs (n rounded up to whole chunks); the list's n * k / 2 pairs of a
-    problem keep one multiprocessor about half busy. So the mask is faster while p * n <= 128 * k. It is used for 1 or
-    8 images of 12,000 boxes with 2,000 kept, and of the 8,768 boxes of five pyramid levels with 1,000 kept. The list
-    is used for many problems (8 images x 90 classes of 1,000 boxes) and if few of many boxes are kept (100 of the
-    90,000 boxes of all classes, where a mask would take 1 GB per image).
+    All multiprocessors share the mask's p * n^2 / 2 pairs; the list's n * k / 2 pairs of a problem keep one
+    multiprocessor about half busy. The mask is used while p * n <= 128 * k, n rounded up to whole chunks: a limit from
+    when it compared twice as many pairs, kept until a GPU has timed both. It is used for 1 or 8 images of 12,000 boxes
+    with 2,000 kept, and of the 8,768 boxes of five pyramid levels with 1,000 kept. The list is used for many problems
+    (8 images x 90 classes of 1,000 boxes) and if few of many boxes are kept (100 of the 90,000 boxes of all classes,
+    where a mask would take 1 GB per image).
     """
     n = boxes + -boxes % CHUNK
     fits = n <= MOST_MASKED and problems * n * n // 8 <= MOST_MASK_BYTES
@@ -155,7 +156,8 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
 
     A chunk of columns is 32 tiles of 128 boxes, and fills 128 words of a row. Bit j of the chunk's word t tells whether
     the row and box t of tile j suppress each other, so a block can leave out whole tiles: the bits of tiles up to the
-    row's own one, and of tiles without a valid box, are zero. Chunks that hold nothing else are not written.
+    row's own one, and of tiles without a valid box, are zero. Chunks before the row's own and chunks without a valid
+    box are not written.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -181,7 +183,7 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
                 return tuple(found[i] | jnp.where(hits[i], one, jnp.int32(0)) for i in rows)
 
             none = plgpu.layout_cast(jnp.zeros(THREADS, jnp.int32), per_thread)
-            # The diagonal decides inside of the rows' own tile.
+            # `_diagonal` covers the rows' own tile.
             after_own = lax.div(jnp.maximum(first - begin + THREADS, 0), jnp.int32(THREADS))
             tiles = jnp.minimum(lax.div(count - begin + (THREADS - 1), jnp.int32(THREADS)), WORD)
             found = lax.fori_loop(after_own, tiles, compare, (none,) * MASK_ROWS)
@@ -254,7 +256,10 @@ def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_outpu
         removed[...] = plgpu.layout_cast(jnp.zeros(words, jnp.int32), layout)
 
         def dead_of(tile):
-            """Returns the removed boxes of a tile as words of 32 boxes; the mask has one bit in each of 128 words."""
+            """Returns the removed boxes of a tile as four words of 32 bits.
+
+            In `removed`, each box of a tile has a word of its own, and the tile is the bit.
+            """
             chunk, number = lax.div(tile, jnp.int32(WORD)), lax.rem(tile, jnp.int32(WORD))
             words = removed[pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)]
             box = plgpu.broadcasted_iota(jnp.int32, (SWEEP_TILE,), 0, layout=per_thread)

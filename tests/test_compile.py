@@ -261,7 +261,7 @@ ENTRY %main (x: f32[8]) -> bf16[2,4] {
     assert script.traffic(hlo) == {"all": 72, "convolution": 72, "elementwise": 0, "other": 0}
 
 
-def test_the_reader_of_a_product_is_elementwise(script):
+def test_a_fusion_that_reads_a_matrix_product_is_elementwise(script):
     hlo = """
 ENTRY %main (x: f32[8]) -> f32[8] {
   %gemm_fusion_dot.1 = f32[8]{0} parameter(0)

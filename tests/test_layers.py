@@ -192,10 +192,10 @@ def test_the_gradient_of_a_bias_is_a_float32_sum_over_all_cells():
 
 def test_relu6_is_clipped_and_its_derivative_is_1_between_0_and_6():
     """PyTorch's derivative is 0 at both ends."""
-    x = jnp.asarray([-1.0, 0.0, 0.5, 3.0, 6.0, 7.0])
+    x = jnp.asarray([-1.0, 0.0, 0.5, 3.0, 6.0, 7.0, jnp.inf, -jnp.inf, jnp.nan])
     np.testing.assert_array_equal(relu6(x), jax.nn.relu6(x))
     for derivative in (jax.jacfwd, jax.jacrev):
-        np.testing.assert_array_equal(jnp.diag(derivative(relu6)(x)), [0, 0, 1, 1, 0, 0])
+        np.testing.assert_array_equal(jnp.diag(derivative(relu6)(x)), [0, 0, 1, 1, 0, 0, 0, 0, 0])
     assert relu6(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 

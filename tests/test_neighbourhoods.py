@@ -26,7 +26,7 @@ def some_cells(seed=1):
 
 
 def expected(levels, cells, radius):
-    """Returns the windows of the padded maps, and those of padded ones."""
+    """Returns the windows of the padded maps, and which of their cells are on the map."""
     side = 2 * radius + 1
     values, inside = [], []
     for image, of_image in enumerate(np.asarray(cells)):
@@ -83,23 +83,31 @@ def window_sum(levels, cells, cotangent, image, radius):
     return total
 
 
-def test_no_addition_on_a_gpu_meets_another():
+def test_on_a_gpu_no_two_additions_at_once_have_the_same_index():
     """Atomic additions to one address end in any order, and two runs would have other bits."""
     cells = np.repeat(np.int32([8, 8, 9, 15, 0, 34]), 3)
-
-    def one(flat):
-        indices = cells[:, None] + np.int32([-1, 0, 1])[None]
-        on_map = (indices >= 0) & (indices < 35)
-        return neighbourhoods.added_without_collisions(35, *map(jnp.asarray, (indices, on_map, cells)), flat)
-
+    indices = cells[:, None] + np.int32([-1, 0, 1])[None]
+    given = [jnp.asarray(x) for x in (indices, (indices >= 0) & (indices < 35), cells)]
+    for at_once in np.asarray(neighbourhoods.indices_at_once(35, *given)):
+        assert len(np.unique(at_once)) == len(at_once)
     values = jnp.asarray(np.random.default_rng(3).standard_normal((18, 3, 2), np.float32))
-    scatters = [
-        equation for equation in jax.make_jaxpr(one)(values).eqns if equation.primitive.name.startswith("scatter")
-    ]
+    program = jax.make_jaxpr(lambda values: neighbourhoods.added_without_collisions(35, *given, values))(values)
+    scatters = [equation for equation in program.eqns if equation.primitive.name.startswith("scatter")]
     assert len(scatters) == 3 and all(equation.params["unique_indices"] for equation in scatters)
     wanted = np.zeros((35, 2), np.float32)
     for cell, of_cell in zip(cells, values, strict=True):
         for k, value in zip((-1, 0, 1), of_cell, strict=True):
             if 0 <= cell + k < 35:
                 wanted[cell + k] += value
-    np.testing.assert_allclose(one(values), wanted, atol=1e-5)
+    np.testing.assert_allclose(neighbourhoods.added_without_collisions(35, *given, values), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", [("cpu", None), ("cuda", choice.HOPPER)])
+def test_many_gradients_of_a_cell_are_added_in_float32(monkeypatch, device):
+    """In bfloat16 a sum of ones would stop growing at 256."""
+    monkeypatch.setattr(choice, "device", lambda: device)
+    cells = jnp.full((1, 600), 9, jnp.int32)
+    levels = (jnp.ones((1, 5, 7, 2), jnp.bfloat16),)
+    values, pull = jax.vjp(lambda levels: cells_around(levels, cells, radius=0)[0], levels)
+    ((gradient,),) = pull(jnp.ones_like(values))
+    assert gradient.dtype == jnp.bfloat16 and gradient[0, 1, 2].tolist() == [600.0, 600.0]

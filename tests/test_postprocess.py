@@ -250,7 +250,7 @@ def test_classes_that_cannot_reach_the_threshold_change_nothing(monkeypatch, thr
 def test_only_classes_that_can_reach_the_threshold_are_decoded():
     _, _, proposals = head_outputs(0)
     logits, deltas = np.zeros((P, 401), np.float32), np.zeros((P, 401, 4), np.float32)
-    for threshold, boxes in ((0.1, 11 * P), (0.001, 400 * P), (0.0, 400 * P)):
+    for threshold, boxes in ((0.1, 11 * P), (0.001, 400 * P), (1e-310, 400 * P), (0.0, 400 * P)):
         config = dataclasses.replace(CONFIG, score_threshold=threshold)
         options = dict(means=MEANS, stds=STDS, coder=BoxCoderConfig(), config=config)
         given = jax.tree.map(jnp.asarray, (logits, deltas, proposals, IMAGE_HW))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from fasterrcnn_jax.kernels import choice
 
+from fasterrcnn_jax.models import rpn as rpn_module
 from fasterrcnn_jax.models.detector import Detector
 from fasterrcnn_jax.models.layers import level_masks
 from fasterrcnn_jax.models.rpn import batch_rpn_losses, rpn_output
@@ -17,7 +18,7 @@ from fasterrcnn_jax.ops.losses import rpn_losses
 from fasterrcnn_jax.structures import AnchorTargets
 
 IMAGE_HW = jnp.asarray([[64.0, 96.0], [40.0, 50.0]])
-# Of no other array in the detector, so that a program names it only where a map of the RPN is.
+# No other array has this number of channels, so a program shows it only in maps of the RPN.
 CHANNELS = 13
 
 
@@ -50,7 +51,7 @@ def some_targets(rpn, count=23, seed=1):
     rng, shape = np.random.default_rng(seed), rpn.objectness.shape
     labels, foreground = np.full(shape, -1, np.int32), np.zeros(shape, bool)
     for row, valid in enumerate(np.asarray(rpn.anchor_valid)):
-        # Fewer in the second image, and the first anchor, whose number stands in the padding behind them.
+        # Fewer in the second image. Anchor 0 is labelled too, because padding also has position 0.
         chosen = rng.choice(np.flatnonzero(valid), count - 10 * row, replace=False)
         labels[row, chosen] = np.arange(count - 10 * row) % 3 == 0
         labels[row, 0] = 0
@@ -92,6 +93,7 @@ CASES = [
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_losses_and_gradient_are_those_of_all_predictions(monkeypatch, random_weights, case, device):
+    monkeypatch.setattr(rpn_module, "_sampled_is_cheaper", lambda *_: True)
     model = detector(random_weights, **case)
     features = some_features(model)
     targets = some_targets(rpn_output(model, features, IMAGE_HW))
@@ -129,6 +131,22 @@ def test_the_backward_pass_holds_no_map_of_the_rpn(random_weights):
 
     assert maps_in_backward_pass(of_all_predictions)
     assert set(maps_in_backward_pass(of_sampled)) <= {f"f32[2,24,1,{CHANNELS}]"}
+
+
+def test_all_predictions_are_read_where_this_is_less_work(random_weights):
+    """Around an anchor, three convolutions are computed for 25, 9 and 1 cells."""
+    cheaper = rpn_module._sampled_is_cheaper
+    assert [cheaper(256, convs, 2394) for convs in (1, 2, 3, 8, 64)] == [True, True, False, False, False]
+    assert cheaper(256, 3, 89_523) and cheaper(256, 1, 257) and not cheaper(256, 1, 256)
+    model = detector(random_weights, convs=5)
+    features = some_features(model)
+    rpn = rpn_output(model, features, IMAGE_HW)
+    gradient = jax.grad(
+        lambda objectness: total(
+            batch_rpn_losses(model, features, rpn._replace(objectness=objectness), some_targets(rpn))
+        )
+    )(rpn.objectness)
+    assert np.any(gradient)
 
 
 def test_more_labels_than_anchors_per_image_make_the_losses_nan(random_weights):

@@ -68,7 +68,7 @@ def test_of_equal_entries_those_at_the_front_are_taken(key):
     np.testing.assert_array_equal(jitted_lowest(keys, (1500, 7), (40, 7)), expected)
 
 
-def test_lists_of_a_batch_do_not_meet():
+def test_the_lists_of_a_batch_are_separate():
     keys = np.random.default_rng(1).integers(0, 2**32, (3, 2000), np.uint32)
     found = jax.vmap(lambda one: lowest_positions(one, [2000], [100]))(keys)
     for row, positions in zip(keys, found, strict=True):
@@ -123,3 +123,12 @@ def test_a_program_for_a_gpu_counts_where_a_list_is_long():
         traced = jax.jit(lambda scores, length=length: best_positions(scores, [length], [7])).trace(jnp.zeros(length))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert program.count("top_k") == sorts
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_scores_of_16_bits_are_taken_in_long_lists(dtype):
+    scores = jnp.asarray(np.random.default_rng(4).standard_normal(selection.LONG), dtype)
+    found = jax.jit(lambda scores: best_positions(scores, (selection.LONG,), (9,)))(scores)
+    assert np.sort(scores[found]).tolist() == np.sort(scores)[-9:].tolist()
+    counted = lowest_positions(selection._descending_keys(scores), (selection.LONG,), (9,))
+    assert sorted(counted.tolist()) == sorted(found.tolist())

@@ -88,6 +88,8 @@ def losses_for_targets(
     """Returns the four losses of each image for given targets; the second half of `training_losses`.
 
     Args:
+      anchor_targets: at most `config.rpn.anchors_per_image` anchors of an image have a label; with more, the RPN losses
+        of the image are NaN.
       dropout_keys: one key per image; None: no dropout.
     """
     return _losses(

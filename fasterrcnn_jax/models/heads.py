@@ -76,10 +76,10 @@ class RpnHead(nnx.Module):
         anchors: Int[Array, "b s"],
         valids: tuple[Float[Array, "b _ _ 1"] | None, ...] | None = None,
     ) -> tuple[Float[Array, "b s"], Float[Array, "b s 4"]]:
-        """Returns what the call returns for some of the anchors, computed from the cells around them.
+        """Returns the objectness and deltas of the given anchors, computed from the cells around them.
 
-        The gradient is that of these anchors, and costs as much as they are many: the gradient of the call is computed
-        for every cell, although a loss of 256 anchors leaves almost all of it zero.
+        The cost of the gradient grows with the number of anchors. The gradient of the call is computed for every cell,
+        although it is zero almost everywhere.
 
         Args:
           anchors: positions in the order of `anchors_of`.

@@ -92,7 +92,7 @@ def _relu_jvp(
 
 @jax.custom_jvp
 def relu6(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Returns `min(max(x, 0), 6)`. The backward pass reads the result alone, as that of `relu` does."""
+    """Returns `min(max(x, 0), 6)`. The backward pass reads only the result, as in `relu`."""
     return lax.clamp(jnp.zeros((), x.dtype), x, jnp.asarray(6, x.dtype))
 
 
@@ -151,9 +151,9 @@ class Conv(nnx.Module):
         return y if bias is None else _add_bias(bias, y)
 
     def inside(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b h2 w2 d"]:
-        """Returns the convolution where the filter lies inside of the map: without padding, with stride 1.
+        """Returns the convolution without padding and with stride 1.
 
-        It is a product of matrices, for small maps: on those of the filter's size there is one product for all maps.
+        It is one matrix product, for small maps: each cell is copied up to k x k times.
         """
         size, _, channels, outputs = self.kernel.shape
         rows, columns = x.shape[-3] - size + 1, x.shape[-2] - size + 1

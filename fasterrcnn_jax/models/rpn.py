@@ -128,25 +128,38 @@ def batch_proposals(
 def batch_rpn_losses(model: Detector, features: Features, rpn: RpnOutput, targets: AnchorTargets) -> StageLosses:
     """Returns the two losses of the RPN for each image; eq. 1.
 
-    The losses of the sampled anchors are computed from the features around them, so that the gradient costs as much as
-    they are many. With `loss.rpn_box_anchors` "all_positives" every prediction in `rpn` may count.
+    The losses are computed from the features around the sampled anchors, so the cost of the gradient grows with their
+    number. With `loss.rpn_box_anchors` "all_positives", and where many convolutions or small maps make it cheaper, the
+    losses read all predictions in `rpn`.
 
     Args:
-      targets: at most `rpn.anchors_per_image` anchors of an image have a label; with more, the losses are NaN.
+      targets: at most `model.config.rpn.anchors_per_image` anchors of an image have a label; with more, the losses of
+        the image are NaN.
     """
     config = model.config
 
     def per_image(objectness, deltas, targets, num_locations):
         return rpn_losses(objectness, deltas, targets, num_locations, config=config.loss)
 
-    if config.loss.rpn_box_anchors == "all_positives":
-        return jax.vmap(per_image)(rpn.objectness, rpn.deltas, targets, rpn.num_locations)
     size = min(config.rpn.anchors_per_image, targets.labels.shape[1])
     sampled = targets.labels >= 0
+    complete = sampled.sum(axis=1) <= size
+    cells = rpn.grid.anchors.shape[0] // rpn.grid.per_cell
+    if config.loss.rpn_box_anchors == "all_positives" or not _sampled_is_cheaper(size, config.rpn.convs, cells):
+        losses = jax.vmap(per_image)(rpn.objectness, rpn.deltas, targets, rpn.num_locations)
+        return jax.tree.map(lambda x: jnp.where(complete, x, jnp.nan), losses)
     anchors, valid = jax.vmap(lambda chosen: first_positions(chosen, size))(sampled)
     predictions = model.rpn_head.at_anchors(features, anchors, level_masks(config, features, rpn.image_hw))
     targets = jax.tree.map(lambda x: jax.vmap(lambda of_image, here: of_image[here])(x, anchors), targets)
     targets = targets._replace(labels=jnp.where(valid, targets.labels, IGNORED))
     losses = jax.vmap(per_image)(*predictions, targets, rpn.num_locations)
-    complete = sampled.sum(axis=1) <= size
     return jax.tree.map(lambda x: jnp.where(complete, x, jnp.nan), losses)
+
+
+def _sampled_is_cheaper(anchors: int, convs: int, cells: int) -> bool:
+    """Returns whether the predictions of the anchors take less work than those of all cells.
+
+    The first of n convolutions is computed for (2n - 1)^2 cells around an anchor, the last one for the anchor's own
+    cell.
+    """
+    return anchors * sum((2 * number + 1) ** 2 for number in range(convs)) < convs * cells

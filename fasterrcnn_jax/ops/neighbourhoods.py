@@ -1,4 +1,4 @@
-"""The cells around some cells of a pyramid, with a gradient that is written cell by cell."""
+"""Takes the cells around given cells of a pyramid; the gradient is added to these cells alone."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,11 @@ def cells_around(
 ) -> tuple[Float[Array, "b s k k c"], Bool[Array, "b s k k"]]:
     """Returns the k x k cells around each of the given cells, and which of them are on the map; k = 2 `radius` + 1.
 
-    Neighbours beyond the border of the map are zeros. The gradient has the same bits in every run, on a GPU too.
+    Neighbours beyond the border of the map are zeros. The gradient has the same bits in every run, also on a GPU if it
+    is JAX's default device.
 
     Args:
-      cells: they count the cells of all levels in sequence, row by row.
+      cells: numbers of cells, counted through all levels, row by row.
     """
     sides = [(level.shape[1], level.shape[2]) for level in levels]
     heights, widths = (jnp.asarray(side, jnp.int32) for side in zip(*sides, strict=True))
@@ -52,14 +53,14 @@ Residuals = tuple[Array, Array, Array, Array]
 
 
 def _take_forward(flat: Array, indices: Array, on_map: Array, centres: Array) -> tuple[Array, Residuals]:
-    # An empty array carries the static length of the list.
+    # The empty array is kept for its static length.
     return _take(flat, indices, on_map, centres), (flat[:, :0], indices, on_map, centres)
 
 
 def _take_backward(residuals: Residuals, gradient: Float[Array, "s k c"]) -> tuple[Array, None, None, None]:
-    empty, *where = residuals
+    empty, indices, on_map, centres = residuals
     add = added_at_once if choice.device()[0] == "cpu" else added_without_collisions
-    return add(empty.shape[0], *where, gradient), None, None, None
+    return add(empty.shape[0], indices, on_map, centres, gradient), None, None, None
 
 
 _take.defvjp(_take_forward, _take_backward)
@@ -68,29 +69,39 @@ _take.defvjp(_take_forward, _take_backward)
 def added_at_once(
     length: int, indices: Int[Array, "s k"], on_map: Bool[Array, "s k"], centres: Int[Array, "s"], values: Array
 ) -> Float[Array, "n c"]:
-    """Returns a list of `length` sums of the values [s k c] that belong to each index."""
+    """Returns `length` sums: at each index, the float32 sum of the values [s k c] that belong to it, in their type."""
     del centres
-    zeros = jnp.zeros((length, values.shape[-1]), values.dtype)
-    return zeros.at[jnp.where(on_map, indices, length)].add(values, mode="drop")
+    zeros = jnp.zeros((length, values.shape[-1]), jnp.float32)
+    total = zeros.at[jnp.where(on_map, indices, length)].add(values.astype(jnp.float32), mode="drop")
+    return total.astype(values.dtype)
 
 
 def added_without_collisions(
     length: int, indices: Int[Array, "s k"], on_map: Bool[Array, "s k"], centres: Int[Array, "s"], values: Array
 ) -> Float[Array, "n c"]:
-    """Returns the same as `added_at_once`, by additions of which no two go to the same index.
+    """Returns the sums of `added_at_once`, but no two of its additions have the same index at once.
 
-    A GPU adds to one index in any order, and its sum has other bits in the next run. Here a matrix product adds the
-    values of equal neighbourhoods. Then each of the k neighbours has an addition of its own, because different cells
-    have different left neighbours, and so on.
+    A GPU performs additions to one index in any order, so the bits of the sum change from run to run. Here a matrix
+    product first adds the values of equal cells, in float32. Then there is one addition for each of the k neighbours:
+    different cells have different left neighbours, and so on. These k additions have the type of the values.
     """
-    samples, neighbours = indices.shape
-    same = centres[:, None] == centres[None, :]
-    position = jnp.arange(samples, dtype=jnp.int32)
-    is_first = jnp.argmax(same, axis=1) == position
-    values = jnp.einsum("st,tkc->skc", same.astype(values.dtype), values, precision=lax.Precision.HIGHEST)
+    same = (centres[:, None] == centres[None, :]).astype(jnp.float32)
+    summed = jnp.einsum("st,tkc->skc", same, values.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    summed = summed.astype(values.dtype)
     total = jnp.zeros((length, values.shape[-1]), values.dtype)
-    for k in range(neighbours):
-        # Those that are dropped have indices of their own, too: equal ones would break the promise of the addition.
-        index = jnp.where(on_map[:, k] & is_first, indices[:, k], length + position)
-        total = total.at[index].add(values[:, k], mode="drop", unique_indices=True)
+    for k, index in enumerate(indices_at_once(length, indices, on_map, centres)):
+        total = total.at[index].add(summed[:, k], mode="drop", unique_indices=True)
     return total
+
+
+def indices_at_once(
+    length: int, indices: Int[Array, "s k"], on_map: Bool[Array, "s k"], centres: Int[Array, "s"]
+) -> list[Int[Array, "s"]]:
+    """Returns the indices of k additions, in each of which every index is another; those from `length` on are dropped.
+
+    Of equal cells, only the first has an index.
+    """
+    position = jnp.arange(centres.shape[0], dtype=jnp.int32)
+    is_first = jnp.argmax(centres[:, None] == centres[None, :], axis=1) == position
+    # Dropped values get different indices too, because `unique_indices` promises that no two are equal.
+    return [jnp.where(on_map[:, k] & is_first, indices[:, k], length + position) for k in range(indices.shape[1])]

@@ -36,12 +36,12 @@ def postprocess(
       deltas: one set per class, background first, or one set for all classes; normalised by `means` and `stds`.
     """
     num_classes = class_logits.shape[-1] - 1
-    scores = jax.nn.softmax(class_logits)[:, 1:]
+    scores = jax.nn.softmax(class_logits.astype(jnp.float32))[:, 1:]
     classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32)[None], scores.shape)
     of_class = deltas if deltas.shape[1] == 1 else deltas[:, 1:]
     above = _most_above(config.score_threshold)
     if above < num_classes:
-        # The others are below the threshold: their boxes need not be decoded and sorted.
+        # The other scores cannot be above the threshold: their boxes are not decoded or sorted.
         scores, classes = lax.top_k(scores, above)
         if deltas.shape[1] > 1:
             of_class = jnp.take_along_axis(of_class, classes[..., None], axis=1)
@@ -91,5 +91,6 @@ def postprocess(
 
 
 def _most_above(threshold: float) -> int:
-    """Returns how many of some scores whose sum is 1 can be above the threshold, and one more for rounding."""
-    return int(1.0 / threshold) + 1 if threshold > 0.0 else sys.maxsize
+    """Returns how many scores can be above the threshold if their sum is 1, plus one for rounding."""
+    # For lower thresholds one would not be enough.
+    return int(1.0 / threshold) + 1 if threshold >= 1e-4 else sys.maxsize

@@ -50,7 +50,7 @@ def propose(
     ranked = jnp.where(valid if config.drop_small == "first" else anchor_valid, objectness, -jnp.inf)
     sizes = level_sizes or (len(anchors),)
     numbers = [min(config.pre_nms_top_n, size) for size in sizes]
-    # NMS sorts what it gets, so that here the order counts only where scores are equal.
+    # NMS sorts its input, so the order here matters only among equal scores.
     top = best_positions(ranked, sizes, numbers)
     groups = jnp.asarray(np.repeat(np.arange(len(sizes), dtype=np.int32), numbers))
     boxes, logits, valid = boxes[top], ranked[top], valid[top]

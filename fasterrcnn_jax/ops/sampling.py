@@ -81,7 +81,7 @@ def _lowest(
 
     If there are fewer of a kind, other positions follow.
     """
-    # Entries of another kind get the largest key, which no draw has.
+    # Entries of another kind get the largest key, so no draw may have it.
     draws = jnp.minimum(draws, selection.LARGEST - np.uint32(1))
     elsewhere = _lowest_by_counting if labels.shape[0] >= selection.LONG else _lowest_by_sort
     by_top_k, otherwise = (functools.partial(method, size=size) for method in (_lowest_by_top_k, elsewhere))
@@ -91,7 +91,7 @@ def _lowest(
 def _lowest_by_counting(
     draws: UInt32[Array, "n"], labels: Int[Array, "n"], *, size: int
 ) -> tuple[Int[Array, "{size}"], Int[Array, "{size}"]]:
-    """Counts, and sorts only what is drawn: on a GPU a sort of all draws is some dozen launches."""
+    """Counts, and sorts only the draws that are taken: sorting all draws takes a GPU dozens of launches."""
     length = labels.shape[0]
     keys = jnp.concatenate([jnp.where(labels == kind, draws, selection.LARGEST) for kind in (FOREGROUND, BACKGROUND)])
     found = selection.lowest_positions(keys, (length, length), (size, size)).reshape(2, size)
@@ -102,7 +102,7 @@ def _lowest_by_counting(
 def _lowest_by_sort(
     draws: UInt32[Array, "n"], labels: Int[Array, "n"], *, size: int
 ) -> tuple[Int[Array, "{size}"], Int[Array, "{size}"]]:
-    """One sort, which takes a GPU few launches if there are few draws."""
+    """One sort: of few draws it takes a GPU few launches."""
     kinds = jnp.where(labels == FOREGROUND, 0, jnp.where(labels == BACKGROUND, 1, 2))
     position = jnp.arange(labels.shape[0], dtype=jnp.int32)
     order = lax.sort((kinds, draws, position), num_keys=2, is_stable=True)[2]

@@ -1,7 +1,7 @@
 """Positions of a fixed number of entries of long lists, found by counting instead of sorting.
 
-A GPU sorts n entries in some dozen launches, and it launches them again for every list. Counting takes a number of
-launches that depends neither on n nor on the number of lists.
+A GPU needs dozens of launches to sort a long list, and as many again for each further list. With counting, the number
+of launches hardly depends on the lengths or on the number of lists.
 """
 
 import functools
@@ -13,21 +13,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-# Entries of a word, and words whose entries are counted together.
+# Entries in a word, and words in a block.
 WORD, BLOCK_WORDS = 32, 4
 BLOCK = WORD * BLOCK_WORDS
 # Entries that one sum compares with the thresholds of a step.
 ROW = 1024
-# Bits of a threshold that each step decides. A step of 7 bits counts the entries below 2^7 - 1 candidates: it saves a
-# launch, and compares twice as many numbers.
+# Bits of the threshold that each step decides. A step of b bits compares each entry with 2^b - 1 candidates: larger
+# steps are fewer launches and more comparisons.
 STEP_BITS = (7, 7, 6, 6, 6)
 LARGEST = np.uint32(2**32 - 1)
-# A GPU sorts shorter lists in less launches than it takes to count.
+# Below this length a GPU needs fewer launches to sort than to count.
 LONG = 2**14
 
 
 def first_positions(chosen: Bool[Array, "n"], size: int) -> tuple[Int[Array, "{size}"], Bool[Array, "{size}"]]:
-    """Returns the ascending positions of the first `size` chosen entries, and which of these positions are entries.
+    """Returns the positions of the first `size` chosen entries, ascending, and which of them are valid.
 
     Padding has position 0.
     """
@@ -43,8 +43,8 @@ def best_positions(
 ) -> Int[Array, "{sum(sizes)}"]:
     """Returns the positions of the highest scores of each list, list after list; of equal scores those at the front.
 
-    Where positions have equal scores, the one at the front is also first in the result. Otherwise the order depends on
-    the device: by score on a CPU, whose top-k is one pass, by position elsewhere.
+    Equal scores are in the order of their positions, except 0.0 and -0.0. The order of other scores depends on the
+    device and on the lengths: do not rely on it.
 
     Args:
       scores: of all lists, one list after the other.
@@ -71,7 +71,7 @@ def _by_top_k(scores: Float[Array, "n"], *, lengths: Sequence[int], sizes: Seque
 
 def _descending_keys(scores: Float[Array, "n"]) -> UInt32[Array, "n"]:
     """Returns keys that ascend from the highest score to the lowest, in the total order of a top-k: 0.0 before -0.0."""
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
     ascending = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
     return lax.bitcast_convert_type(ascending ^ jnp.int32(2**31 - 1), jnp.uint32)
 
@@ -82,7 +82,7 @@ def lowest_positions(
     """Returns the positions of the lowest keys of each list, list after list; of equal keys those at the front.
 
     Keys below the threshold of their list come first, then keys equal to it, both by ascending position. The arguments
-    are the same as in `best_positions`.
+    are those of `best_positions`.
     """
     starts, rows = np.cumsum((0, *lengths))[:-1], np.array([-(-length // ROW) for length in lengths])
     moved = (np.cumsum(rows) - rows) * ROW - starts
@@ -94,8 +94,8 @@ def lowest_positions(
     of_rows = lax.population_count(words).reshape(-1, ROW // WORD).sum(axis=1, dtype=jnp.int32)
     is_before = np.tile(list_of_row, 2)[None] < np.arange(len(lengths))[:, None]
     second = np.repeat([False, True], len(list_of_row))[None]
-    # For each list: the entries below a threshold before the list, in the list, and all entries before the equal ones
-    # of the list.
+    # Three counts for each list: entries below their threshold in earlier lists; those in the list; all entries that
+    # come before the list's equal ones.
     is_own = np.tile(list_of_row, 2)[None] == np.arange(len(lengths))[:, None]
     counted = jnp.asarray(np.stack([is_before & ~second, is_own & ~second, is_before | ~second]))
     before, below, before_equal = jnp.where(counted, of_rows[None, None], 0).sum(axis=2, dtype=jnp.int32)
@@ -109,7 +109,7 @@ def lowest_positions(
 def _in_rows(
     keys: UInt32[Array, "n"], lengths: Sequence[int], rows: np.ndarray, moved: np.ndarray
 ) -> UInt32[Array, "r w"]:
-    """Returns the lists with the largest keys behind each of them, up to whole rows."""
+    """Returns the lists in whole rows. The largest key fills the end of each list's last row."""
     list_of_row = np.repeat(np.arange(len(lengths)), rows)
     first = (np.arange(rows.sum()) * ROW - moved[list_of_row]).astype(np.int32)
     left = (np.cumsum(lengths)[list_of_row] - first).astype(np.int32)

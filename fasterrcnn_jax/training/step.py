@@ -150,8 +150,8 @@ def make_train_step(
 def _norm(arrays: PyTree) -> Float[Array, ""]:
     """Returns the root of the sum of all squares.
 
-    The sums over the last axes are added once for all arrays: on a GPU, a sum of each array to a scalar would take two
-    launches, or two hundred for the two norms of a ResNet-50.
+    Each array is summed over its last axis; then one sum adds the results of all arrays. A sum of each array to a
+    scalar would take a GPU two launches: two hundred for the two norms of a ResNet-50.
     """
     rows = [jnp.square(jnp.atleast_1d(x)).sum(axis=-1).reshape(-1) for x in jax.tree.leaves(arrays)]
     # Without the barrier XLA would sum each array by itself again.
