@@ -26,8 +26,9 @@ CHUNK = WORD * THREADS
 # Rows of the mask that one block computes each time it reads the columns, and rows that the sweep reads at once. Larger
 # values hide more latency and take more registers.
 MASK_ROWS, SWEPT_ROWS = 8, 16
-# Boxes decided at a time. The list has four per thread, because independent comparisons hide each other's latency.
-SWEEP_TILE, LIST_TILE = 128, 512
+# Boxes decided at a time. The sweep has one per thread, as the mask has columns. The list has four per thread, because
+# independent comparisons hide each other's latency.
+SWEEP_TILE, LIST_TILE = THREADS, 512
 TILE_WORDS = SWEEP_TILE // WORD
 # The sweep holds SWEPT_ROWS rows in registers, 8 words of each row per thread.
 MOST_MASKED = 8 * CHUNK
