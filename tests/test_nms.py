@@ -24,7 +24,8 @@ SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
 STATIC = ("iou_threshold", "max_output", "implementation")
 jitted_nms = jax.jit(nms, static_argnames=STATIC)
 
-# Sizes are so small that a few dozen boxes fill several tiles of both designs, and 640 boxes several chunks of the mask.
+# Sizes are so small that a few dozen boxes fill several tiles of both designs, and 640 boxes fill several chunks of the
+# mask.
 SHRUNK = dict(THREADS=16, WORD=8, CHUNK=128, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16)
 
 
