@@ -83,6 +83,7 @@ class RpnHead(nnx.Module):
 
         Args:
           anchors: positions in the order of `anchors_of`.
+          valids: as in the call.
         """
         per_cell = self.objectness.kernel.shape[-1]
         cells, radius = anchors // per_cell, len(self.convs)

@@ -133,6 +133,7 @@ def batch_rpn_losses(model: Detector, features: Features, rpn: RpnOutput, target
     losses read all predictions in `rpn`.
 
     Args:
+      features: the maps that `rpn` was computed from.
       targets: at most `model.config.rpn.anchors_per_image` anchors of an image have a label; with more, the losses of
         the image are NaN.
     """
