@@ -1,11 +1,12 @@
 """RoIAlign for Mosaic GPU: one launch for all images and levels, and a gradient that is gathered, not scattered.
 
 The mean of samples on a regular grid is separable: the weight of a cell in a bin is the weight of its row times the
-weight of its column. XLA writes these weights, and the range of cells of each bin along an axis, to small tables.
-Forward: one block per region and block of channels sums the cells of every bin. Backward: one block per tile of cells
-and block of channels visits the regions that overlap its tile in ascending order, sums the gradients of their bins in
-the tile, and writes each gradient once. There are no atomic additions, so two runs give the same bits. Sums are
-float32 for every feature type.
+weight of its column. XLA writes these weights to tables. If every bin has the same number of samples, the table of the
+forward pass lists the cells beside the samples of a bin; the other tables have all cells along an axis, and the range
+of cells of each bin. Forward: one block per region and block of channels sums the cells of every bin. Backward: one
+block per tile of cells and block of channels visits the regions that overlap its tile in ascending order, sums the
+gradients of their bins in the tile, and writes each gradient once. There are no atomic additions, so two runs give the
+same bits. Sums are float32 for every feature type.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,41 +51,28 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
     problems, *_, channels = features[0].shape
     _, regions, _, bins = grid.bin_start.shape
     block = mosaic.channel_block(channels)
-    weights = _weights(grid, [(level.shape[1], level.shape[2]) for level in features], sampling_ratio)
-    first, end = _cells_of_bins(weights)
+    sizes = [(level.shape[1], level.shape[2]) for level in features]
+    if sampling_ratio:
+        sum_of_bin, tables = _sum_of_taps, _taps(grid, sizes, sampling_ratio)
+    else:
+        weights = _weights(grid, sizes, sampling_ratio)
+        sum_of_bin, tables = _sum_of_range, (*_cells_of_bins(weights), weights)
 
     def roi_align_forward(*refs):
-        *maps, level, first, end, weights, pooled = refs
+        maps, (level, *tables, pooled) = refs[: len(sizes)], refs[len(sizes) :]
         n, r = lax.axis_index("problem"), lax.axis_index("region")
         c = pl.ds(pl.multiple_of(lax.axis_index("channels") * block, block), block)
 
-        def pool(cells):
+        def pool(cells, width):
             @pl.loop(0, bins)
             def _(p):
-                first_row, end_row = first[n, r, 1, p], end[n, r, 1, p]
-
                 @pl.loop(0, bins)
                 def _(q):
-                    first_column, end_column = first[n, r, 0, q], end[n, r, 0, q]
-
-                    def columns(i, total):
-                        k = [first_column + i * AT_ONCE + near for near in range(AT_ONCE)]
-                        # The weights after a bin's last cell are zero.
-                        weights_x = [weights[n, r, 0, q, k_] for k_ in k]
-                        k = [jnp.minimum(k_, cells.shape[2] - 1) for k_ in k]
-
-                        def row(j, total):
-                            values = [cells[n, j, k_, c].astype(jnp.float32) for k_ in k]
-                            row_sum = sum(w * value for w, value in zip(weights_x, values, strict=True))
-                            return total + weights[n, r, 1, p, j] * row_sum
-
-                        return lax.fori_loop(first_row, end_row, row, total)
-
-                    total = lax.fori_loop(0, pl.cdiv(end_column - first_column, AT_ONCE), columns, _zeros(block))
+                    total = sum_of_bin(lambda k: cells[n, k, c].astype(jnp.float32), width, tables, (n, r, p, q), block)
                     pooled[n, r, p, q, c] = total.astype(pooled.dtype)
 
-        for number, cells in enumerate(maps):
-            pl.when(level[n, r] == number)(lambda cells=cells: pool(cells))
+        for number, (cells, (_, width)) in enumerate(zip(maps, sizes, strict=True)):
+            pl.when(level[n, r] == number)(lambda cells=cells, width=width: pool(cells, width))
 
     pooled = _kernel(
         roi_align_forward,
@@ -92,8 +80,53 @@ def forward(features: tuple[jax.Array, ...], grid: SampleGrid, *, sampling_ratio
         # The last axis may have 2^31 - 1 blocks, the others 65,535.
         grid=(channels // block, problems, regions),
         grid_names=("channels", "problem", "region"),
-    )(*features, grid.level, first, end, weights)
+    )(*(level.reshape(problems, -1, channels) for level in features), grid.level, *tables)
     return pooled[..., :given]
+
+
+def _sum_of_taps(cell: Callable, width: int, tables: Sequence, place: tuple, block: int) -> jax.Array:
+    """Returns the weighted sum of the cells of bin `place` (n, r, p, q); `cell` loads one by its place in the map."""
+    cells, weights = tables
+    n, r, p, q = place
+    taps = cells.shape[-1]
+    at_once = next(count for count in range(AT_ONCE, 0, -1) if taps % count == 0)
+
+    def rows(j, total):
+        def columns(k, total):
+            i = [k * at_once + near for near in range(at_once)]
+            in_row = [(cells[n, r, 0, q, i_], weights[n, r, 0, q, i_]) for i_ in i]
+            for near in range(at_once):
+                row, weight = (table[n, r, 1, p, j * at_once + near] for table in tables)
+                row_sum = sum(weight_x * cell(row * width + column) for column, weight_x in in_row)
+                total += weight * row_sum
+            return total
+
+        return lax.fori_loop(0, taps // at_once, columns, total)
+
+    return lax.fori_loop(0, taps // at_once, rows, _zeros(block))
+
+
+def _sum_of_range(cell: Callable, width: int, tables: Sequence, place: tuple, block: int) -> jax.Array:
+    """Does what `_sum_of_taps` does, for bins that have all cells from a first to a last one."""
+    from jax.experimental import pallas as pl
+
+    first, end, weights = tables
+    n, r, p, q = place
+    first_column, end_column = first[n, r, 0, q], end[n, r, 0, q]
+
+    def columns(i, total):
+        k = [first_column + i * AT_ONCE + near for near in range(AT_ONCE)]
+        # The weights after a bin's last cell are zero.
+        weights_x = [weights[n, r, 0, q, k_] for k_ in k]
+        k = [jnp.minimum(k_, width - 1) for k_ in k]
+
+        def row(j, total):
+            row_sum = sum(w * cell(j * width + k_) for w, k_ in zip(weights_x, k, strict=True))
+            return total + weights[n, r, 1, p, j] * row_sum
+
+        return lax.fori_loop(first[n, r, 1, p], end[n, r, 1, p], row, total)
+
+    return lax.fori_loop(0, pl.cdiv(end_column - first_column, AT_ONCE), columns, _zeros(block))
 
 
 def backward(
@@ -206,6 +239,22 @@ def _weights(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: 
         distance = jnp.abs(jnp.clip(points, 0.0, sizes - 1.0) - cells)
         total += jnp.where(counted, jnp.maximum(1.0 - distance, 0.0), 0.0)
     return total / jnp.maximum(samples, 1.0)
+
+
+def _taps(grid: SampleGrid, maps: Sequence[tuple[int, int]], sampling_ratio: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the two cells beside every sample of a bin along each axis, and their weights, both [n r 2 s 2 i].
+
+    A cell beside several samples is listed several times.
+    """
+    last = jnp.array([(width - 1, height - 1) for height, width in maps], jnp.float32)[grid.level][..., None, None]
+    samples = jnp.arange(sampling_ratio, dtype=jnp.float32)[None, None, None, None]
+    points = grid.bin_start[..., None] + (samples + 0.5) * grid.step[..., None, None]
+    counted = (points >= -1.0) & (points <= last + 1.0)
+    points = jnp.clip(jnp.where(counted, points, 0.0), 0.0, last)
+    before = jnp.floor(points)
+    part, share = points - before, jnp.where(counted, 1.0 / sampling_ratio, 0.0)
+    cells = jnp.concatenate([before, jnp.minimum(before + 1.0, last)], axis=-1).astype(jnp.int32)
+    return cells, jnp.concatenate([share * (1.0 - part), share * part], axis=-1)
 
 
 def _cells_of_bins(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
