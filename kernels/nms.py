@@ -9,8 +9,8 @@ up to n * k / 2 pairs on one multiprocessor. So the mask is for few large proble
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ MOST_LISTED = 9000
 SHARED_ALIGNMENT, SHARED_OF_REDUCTIONS = 1024, 2048
 # An H200 has 132 multiprocessors, an H100 at most 132. With this many problems the list, too, uses the whole device.
 MULTIPROCESSORS = 128
+
+# Two larger areas could have an infinite sum.
+LARGEST_AREA = 1e38
 
 # Boxes from `with_area`: x1, y1, x2, y2 and area, along the first axis or one by one.
 Box = jax.Array | list[jax.Array]
@@ -73,26 +76,27 @@ def unsupported(boxes: int, max_output: int) -> str | None:
 
 
 def shared_memory(slots: int) -> int:
-    """Returns the bytes of shared memory that the kept list with so many slots takes."""
+    """Returns the bytes of shared memory that the kept list with so many slots and groups takes."""
     arrays = (5 * 4 * slots, 4 * slots)
     return sum(size + -size % SHARED_ALIGNMENT for size in arrays) + SHARED_OF_REDUCTIONS
 
 
 @functools.cache
 def keep_first(threshold: np.float32, max_output: int) -> Callable:
-    """Returns the launch (boxes [p n 4], groups [p n], num_valid [p]) -> (positions [p k], count [p]).
+    """Returns the launch (boxes [p n 4], groups [p n] or None, num_valid [p]) -> (positions [p k], count [p]).
 
     The boxes are float32 and sorted by descending score, valid ones first. The first `count` of the `k` positions
     are the ascending positions of the kept boxes; the others are not written. Boxes of different groups never
-    suppress each other.
+    suppress each other. Without groups, a comparison takes two instructions less.
     """
 
-    def launch(boxes: jax.Array, groups: jax.Array, num_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        problems, n = groups.shape
+    def launch(boxes: jax.Array, groups: jax.Array | None, num_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        problems, n, _ = boxes.shape
         masked = design(problems, n, max_output) == "mask"
         padding = -n % (CHUNK if masked else LIST_TILE)
-        planes = jnp.pad(with_area(boxes), ((0, 0), (0, 0), (0, padding)))
-        groups = jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))
+        planes = with_area(jnp.pad(boxes, ((0, 0), (0, padding), (0, 0))))
+        if groups is not None:
+            groups = jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))
         if masked:
             diagonal = _diagonal(planes, groups, num_valid, threshold)
             mask = _mask(planes, groups, num_valid, threshold)
@@ -103,56 +107,69 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
 
 
 def with_area(boxes: jax.Array) -> jax.Array:
-    """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4]."""
-    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    # `suppresses` tells why there is a maximum.
-    area = jnp.maximum(area, jnp.finfo(jnp.float32).min)
-    return jnp.concatenate([jnp.moveaxis(boxes, -1, 0), area[None]])
+    """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4].
+
+    A box whose area is not positive and at most LARGEST_AREA, or not a number, becomes zeros: it overlaps no box.
+    """
+    x1, y1, x2, y2 = (boxes[..., k] for k in range(4))
+    area = (x2 - x1) * (y2 - y1)
+    overlaps = (area > 0.0) & (area <= LARGEST_AREA)
+    # `margin` tells why there is a choice between the area and the union.
+    return jnp.stack([jnp.where(overlaps, plane, jnp.float32(0)) for plane in (x1, y1, x2, y2, area)])
 
 
-def suppresses(box: Box, group: jax.Array, other: Box, other_group: jax.Array, threshold: np.float32) -> jax.Array:
-    """Returns where float32 `intersection / union > threshold` and the groups are equal.
-
-    Every operation must be rounded separately. Compilers fuse a product and a sum into one operation that rounds only
-    once; a maximum between each area and the union prevents this.
+def suppresses(
+    box: Box, group: jax.Array | None, other: Box, other_group: jax.Array | None, threshold: np.float32
+) -> jax.Array:
+    """Returns where float32 `intersection / union > threshold` and the groups are equal; None: all are equal.
 
     Args:
       box: x1, y1, x2, y2 and area, from `with_area`; `other` likewise.
     """
+    return margin(box, group, other, other_group, threshold) < 0
+
+
+def margin(
+    box: Box, group: jax.Array | None, other: Box, other_group: jax.Array | None, threshold: np.float32
+) -> jax.Array:
+    """Returns a float32 that is negative where `suppresses` is True, and elsewhere has the sign bit of a positive one.
+
+    Every operation must be rounded separately. Compilers fuse a product and a sum into one operation that rounds only
+    once; a choice or a maximum between each area and the union prevents this.
+    """
     x1, y1, x2, y2, area = box
     other_x1, other_y1, other_x2, other_y2, other_area = other
     width = jnp.maximum(jnp.minimum(x2, other_x2) - jnp.maximum(x1, other_x1), jnp.float32(0))
+    if group is not None:
+        width = jnp.where(group == other_group, width, jnp.float32(0))
     height = jnp.minimum(y2, other_y2) - jnp.maximum(y1, other_y1)
     # The maximum is taken of the product instead of the height: it is the one that prevents the fusion.
     intersection = jnp.maximum(width * height, jnp.float32(0))
-    union = area + other_area - intersection
-    return _ratio_exceeds(intersection, union, threshold) & (group == other_group)
+    return ratio_margin(intersection, area + other_area - intersection, threshold)
 
 
-def _ratio_exceeds(numerator: jax.Array, denominator: jax.Array, threshold: np.float32) -> jax.Array:
-    """Returns `numerator / denominator > threshold` as with a correctly rounded division, without dividing.
+def ratio_margin(numerator: jax.Array, denominator: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns a number that is negative exactly where the rounded `numerator / denominator > threshold`, never -0.0.
 
-    XLA and Mosaic divide on GPUs with an error of up to 2 ulp. The correctly rounded quotient is larger than the
-    threshold t if the exact quotient exceeds t + ulp / 2. That bound has 25 bits, so no quotient of two 24-bit numbers
-    equals it, and numerator > (t + ulp / 2) * denominator decides if it is computed exactly. It is: t and the
-    denominator are split into halves of 12 bits, their four products are exact, and subtracting the products in this
-    order does not round while the sign is undecided.
+    XLA and Mosaic divide on GPUs with an error of up to 2 ulp, so this does not divide. The correctly rounded quotient
+    is larger than the threshold t if the exact quotient exceeds t + ulp / 2. That bound has 25 bits, so no quotient of
+    two 24-bit numbers equals it, and (t + ulp / 2) * denominator - numerator < 0 decides if its sign is exact. It is:
+    the bound is the sum of two signed numbers of 12 bits, the denominator of two of 12 bits, their four products are
+    exact, and adding the products in this order does not round while the sign is undecided.
 
-    The result is exact for denominators from 1e-25 to 1e38. It is False for NaN and for a numerator of 0, which boxes
-    with a negative area have.
+    The sign is exact for denominators from 1e-25 to LARGEST_AREA, and for a numerator of 0. NaN gives NaN.
     """
-    t = np.float32(threshold)
-    t_high = (t.view(np.int32) & np.int32(-4096)).view(np.float32)
-    t_low = t - t_high
-    half_ulp = (np.nextafter(t, np.float32(2)) - t) / np.float32(2)
+    bound = np.float64(threshold) + (np.nextafter(threshold, np.float32(2)) - np.float64(threshold)) / 2
+    mantissa, exponent = np.frexp(bound)
+    bound_high = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
+    t_high, t_low = np.float32(bound_high), np.float32(bound - bound_high)
     bits = lax.bitcast_convert_type(denominator, jnp.int32) & jnp.int32(-4096)
     high = lax.bitcast_convert_type(bits, jnp.float32)
     low = denominator - high
-    rest = numerator - t_high * high - t_high * low - t_low * high - t_low * low
-    return (rest > half_ulp * denominator) & (numerator > jnp.float32(0))
+    return t_high * high - numerator + t_high * low + t_low * high + t_low * low
 
 
-def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
+def _mask(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
     """Returns bits [p n w] for boxes [5 p n] and their groups.
 
     A chunk of columns is 32 tiles of 128 boxes, and fills 128 words of a row. Bit j of the chunk's word t tells whether
@@ -165,7 +182,8 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
 
     per_thread = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
-    def nms_mask(planes, groups, num_valid, mask):
+    def nms_mask(planes, num_valid, *refs):
+        *groups, mask = refs
         problem, block, chunk = (lax.axis_index(name) for name in ("problem", "rows", "chunk"))
         first, count, begin = block * MASK_ROWS, num_valid[problem], chunk * CHUNK
 
@@ -173,24 +191,28 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
         def _():
             rows = range(MASK_ROWS)
             boxes = [[planes[c, problem, first + i] for c in range(5)] for i in rows]
-            box_groups = [groups[problem, first + i] for i in rows]
+            box_groups = [_group(groups, problem, first + i) for i in rows]
 
-            def compare(j, found):
-                columns = pl.ds(pl.multiple_of(begin + j * THREADS, THREADS), THREADS)
+            def compare(step, found):
+                # From the last tile to the first, because each step moves the bits of those before it.
+                columns = pl.ds(pl.multiple_of(begin + (tiles - 1 - step) * THREADS, THREADS), THREADS)
                 others = [planes[c, problem, columns] for c in range(5)]
-                other_groups = groups[problem, columns]
-                one = lax.shift_left(jnp.int32(1), j)
-                hits = [suppresses(boxes[i], box_groups[i], others, other_groups, threshold) for i in rows]
-                return tuple(found[i] | jnp.where(hits[i], one, jnp.int32(0)) for i in rows)
+                other_groups = _group(groups, problem, columns)
+                margins = [margin(boxes[i], box_groups[i], others, other_groups, threshold) for i in rows]
+                # The sign bit of the margin goes into the word in one instruction.
+                signs = [lax.shift_right_logical(lax.bitcast_convert_type(each, jnp.int32), 31) for each in margins]
+                return tuple(lax.shift_left(found[i], 1) | signs[i] for i in rows)
 
             none = plgpu.layout_cast(jnp.zeros(THREADS, jnp.int32), per_thread)
             # `_diagonal` covers the rows' own tile.
             after_own = lax.div(jnp.maximum(first - begin + THREADS, 0), jnp.int32(THREADS))
             tiles = jnp.minimum(lax.div(count - begin + (THREADS - 1), jnp.int32(THREADS)), WORD)
-            found = lax.fori_loop(after_own, tiles, compare, (none,) * MASK_ROWS)
+            found = lax.fori_loop(0, jnp.maximum(tiles - after_own, 0), compare, (none,) * MASK_ROWS)
+            # The result of shifting an int32 by 32 is undefined; then no tile was compared.
+            before = jnp.minimum(after_own, WORD - 1)
             words = pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)
             for i in rows:
-                mask[problem, first + i, words] = found[i]
+                mask[problem, first + i, words] = lax.shift_left(found[i], before)
 
     _, problems, n = planes.shape
     return mosaic.kernel(
@@ -198,10 +220,10 @@ def _mask(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold:
         out_type=jax.ShapeDtypeStruct((problems, n, n // WORD), jnp.int32),
         grid=(problems, n // MASK_ROWS, n // CHUNK),
         grid_names=("problem", "rows", "chunk"),
-    )(planes, groups, num_valid)
+    )(planes, num_valid, *_given(groups))
 
 
-def _diagonal(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
+def _diagonal(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
     """Returns the bits [p t 512] that decide each of t tiles, for boxes [5 p n] and their groups.
 
     Bit j of word 128 c + i of a tile of 128 tells whether its boxes i and 32 c + j suppress each other.
@@ -211,7 +233,8 @@ def _diagonal(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, thresh
 
     per_thread = plgpu.Layout.WG_STRIDED((SWEEP_TILE,), vec_size=1)
 
-    def nms_diagonal(planes, groups, num_valid, diagonal):
+    def nms_diagonal(planes, num_valid, *refs):
+        *groups, diagonal = refs
         problem, tile, word = (lax.axis_index(name) for name in ("problem", "tile", "word"))
         first = tile * SWEEP_TILE
 
@@ -219,25 +242,25 @@ def _diagonal(planes: jax.Array, groups: jax.Array, num_valid: jax.Array, thresh
         def _():
             rows = pl.ds(pl.multiple_of(first, SWEEP_TILE), SWEEP_TILE)
             boxes = [planes[c, problem, rows] for c in range(5)]
-            box_groups = groups[problem, rows]
+            box_groups = _group(groups, problem, rows)
 
             def compare(j, found):
                 column = first + word * WORD + j
                 other = [planes[c, problem, column] for c in range(5)]
-                hit = suppresses(other, groups[problem, column], boxes, box_groups, threshold)
+                hit = suppresses(other, _group(groups, problem, column), boxes, box_groups, threshold)
                 return found | jnp.where(hit, lax.shift_left(jnp.int32(1), j), jnp.int32(0))
 
             none = plgpu.layout_cast(jnp.zeros(SWEEP_TILE, jnp.int32), per_thread)
             place = pl.ds(pl.multiple_of(word * SWEEP_TILE, SWEEP_TILE), SWEEP_TILE)
             diagonal[problem, tile, place] = lax.fori_loop(0, WORD, compare, none)
 
-    problems, n = groups.shape
+    _, problems, n = planes.shape
     return mosaic.kernel(
         nms_diagonal,
         out_type=jax.ShapeDtypeStruct((problems, n // SWEEP_TILE, TILE_WORDS * SWEEP_TILE), jnp.int32),
         grid=(problems, n // SWEEP_TILE, TILE_WORDS),
         grid_names=("problem", "tile", "word"),
-    )(planes, groups, num_valid)
+    )(planes, num_valid, *_given(groups))
 
 
 def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_output: int) -> tuple[jax.Array, jax.Array]:
@@ -333,7 +356,7 @@ def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_outpu
 
 
 def _kept_list(
-    planes: jax.Array, groups: jax.Array, num_valid: jax.Array, threshold: np.float32, max_output: int
+    planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32, max_output: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the result of `keep_first`: positions [p k] and count [p]."""
     from jax.experimental import pallas as pl
@@ -341,7 +364,11 @@ def _kept_list(
 
     layout = plgpu.Layout.WG_STRIDED((LIST_TILE,), vec_size=LIST_TILE // THREADS)
 
-    def nms_kept_list(planes, groups, num_valid, positions, counts, listed, listed_groups):
+    def nms_kept_list(planes, num_valid, *refs):
+        if groups is None:
+            of_boxes, (positions, counts, listed), of_listed = [], refs, []
+        else:
+            of_boxes, (positions, counts, listed), of_listed = refs[:1], refs[1:4], refs[4:]
         problem = lax.axis_index("problem")
         num_boxes = num_valid[problem]
 
@@ -354,7 +381,7 @@ def _kept_list(
             first = tile * LIST_TILE
             columns = pl.ds(pl.multiple_of(first, LIST_TILE), LIST_TILE)
             boxes = [planes[c, problem, columns] for c in range(5)]
-            box_groups = groups[problem, columns]
+            box_groups = _group(of_boxes, problem, columns)
             offsets = plgpu.broadcasted_iota(jnp.int32, (LIST_TILE,), 0, layout=layout)
             # Alive boxes have numbers that fall from the first box of the tile on, dead boxes have 0: the maximum is
             # the next box to keep.
@@ -364,7 +391,7 @@ def _kept_list(
                 # Two comparisons at a time hide the latency of shared memory; a repeated last one removes nothing new.
                 for k in (2 * step, jnp.minimum(2 * step + 1, count - 1)):
                     other = [listed[c, k] for c in range(5)]
-                    hit = suppresses(other, listed_groups[k], boxes, box_groups, threshold)
+                    hit = suppresses(other, _group(of_listed, k), boxes, box_groups, threshold)
                     alive = jnp.where(hit, jnp.int32(0), alive)
                 return alive
 
@@ -377,10 +404,11 @@ def _kept_list(
             def keep_next(state):
                 alive, best, count = state
                 position = first + LIST_TILE - best
-                box, group = [planes[c, problem, position] for c in range(5)], groups[problem, position]
+                box, group = [planes[c, problem, position] for c in range(5)], _group(of_boxes, problem, position)
                 for c in range(5):
                     listed[c, count] = box[c]
-                listed_groups[count] = group
+                for numbers in of_listed:
+                    numbers[count] = group
                 positions[problem, count] = position
                 hit = suppresses(box, group, boxes, box_groups, threshold)
                 alive = jnp.where(hit | (alive == best), jnp.int32(0), alive)
@@ -398,8 +426,17 @@ def _kept_list(
         out_type=_outputs(problems, max_output),
         grid=(problems,),
         grid_names=("problem",),
-        scratch_types=[plgpu.SMEM((5, slots), jnp.float32), plgpu.SMEM((slots,), jnp.int32)],
-    )(planes, groups, num_valid)
+        scratch_types=[plgpu.SMEM((5, slots), jnp.float32), *(plgpu.SMEM((slots,), jnp.int32) for _ in _given(groups))],
+    )(planes, num_valid, *_given(groups))
+
+
+def _given(groups: jax.Array | None) -> list[jax.Array]:
+    return [] if groups is None else [groups]
+
+
+def _group(groups: Sequence, *place: Any) -> jax.Array | None:
+    """Returns the groups at a place of the one reference, or None if there is none."""
+    return groups[0][place] if groups else None
 
 
 def _outputs(problems: int, max_output: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

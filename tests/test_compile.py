@@ -24,7 +24,7 @@ KERNELS = {
     "nms proposals 8": (3, 112, 164),
     "nms levels 8": (3, 112, 164),
     "nms classes 8": (1, 96, 32),
-    "nms classes 8 x 90": (1, 96, 24),
+    "nms classes 8 x 90": (1, 96, 28),
     "roi_align fpn float32 forward": (1, 96, 2),
     "roi_align fpn float32 gradient": (1, 128, 92),
     "roi_align fpn bfloat16 forward": (1, 96, 2),

@@ -83,6 +83,7 @@ def nms(
       ValueError: an array has another shape, `iou_threshold` is not in (0, 1], `max_output` is not positive, or
         `implementation` has an unknown value.
     """
+    one_group = groups is None
     boxes, scores, valid, groups = _inputs(boxes, scores, valid, groups)
     _check_limits(iou_threshold, max_output)
     max_output = boxes.shape[0] if max_output is None else max_output
@@ -92,8 +93,8 @@ def nms(
     threshold = _rounded_down(iou_threshold)
     unsupported = kernel.unsupported(len(boxes), max_output)
     if choice.choose("nms", implementation, unsupported=unsupported, check=_kernel_differs) == "mosaic":
-        order, sorted_boxes = _sorted(boxes, scores, valid, groups)
-        batch_of_one = (x[None] for x in sorted_boxes)
+        order, (boxes, groups, num_valid) = _sorted(boxes, scores, valid, groups)
+        batch_of_one = boxes[None], None if one_group else groups[None], num_valid[None]
         kept, count = (x[0] for x in kernel.keep_first(threshold, max_output)(*batch_of_one))
         indices = order[kept]
     else:
