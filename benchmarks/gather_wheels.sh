@@ -8,7 +8,7 @@
 # PYTHON     the interpreter whose pip downloads; default: python3
 set -euo pipefail
 
-WHEELS=(grain array_record portpicker typeguard beartype pycocotools tensorboardX tyro docstring_parser)
+WHEELS=(typeguard beartype pycocotools tensorboardX tyro docstring_parser)
 
 [[ -n ${1:-} ]] || {
     echo "usage: benchmarks/gather_wheels.sh FOLDER [PYTHON_VERSION]" >&2

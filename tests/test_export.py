@@ -151,9 +151,7 @@ np.savez(sys.argv[4], **detector(batch["pixels"], batch["sizes"]))
 print(*sorted({name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names))
 """
 # Our other dependencies, and the package itself. SciPy, opt_einsum and ml_dtypes are JAX's.
-OTHERS = (
-    "fasterrcnn_jax flax grain jaxtyping optax orbax PIL pycocotools safetensors tensorboardX tqdm typeguard tyro yaml"
-)
+OTHERS = "fasterrcnn_jax flax jaxtyping optax orbax PIL pycocotools safetensors tensorboardX tqdm typeguard tyro yaml"
 
 
 def numbers(path):

@@ -188,7 +188,7 @@ def test_type_checkers_see_every_public_name(package):
         package.nmss  # noqa: B018
 
 
-HEAVY = ("faster_coco_eval", "grain", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")
+HEAVY = ("faster_coco_eval", "optax", "orbax", "pycocotools", "tensorboardX", "tyro")
 # Notes each heavy module that a module of ours imports: Flax itself imports optax.
 FRESH = """
 import builtins, json, sys

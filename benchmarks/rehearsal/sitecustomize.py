@@ -13,8 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"flax", "jax", "jaxlib", "jaxtyping", "numpy", "optax", "torch", "torchvision"}
 LACKED = {
-    *("array_record", "beartype", "docstring_parser", "grain", "orbax", "portpicker", "pycocotools", "tensorboardX"),
-    *("typeguard", "tyro"),
+    *("array_record", "beartype", "docstring_parser", "orbax", "pycocotools", "tensorboardX", "typeguard", "tyro"),
 }
 OWN = {"fasterrcnn_jax", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 

@@ -1,12 +1,12 @@
 """Makes batches from records. Threads decode and resize the images ahead of the device.
 
-Grain runs the threads and keeps the position: `iterator.get_state()` after a step and `set_state` in a
-new process give the same next batch.
+The iterators keep their position: `iterator.get_state()` after a step and `set_state` in a new process give the same
+next batch.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -18,6 +18,7 @@ from fasterrcnn_jax.data.fast_input import check_installed
 from fasterrcnn_jax.data.image_cache import caching_reader
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_of
+from fasterrcnn_jax.data.read_ahead import ReadAhead
 from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord
 from fasterrcnn_jax.data.transforms import (
     Placement,
@@ -28,11 +29,8 @@ from fasterrcnn_jax.data.transforms import (
     network_size,
     scale_boxes,
 )
-from fasterrcnn_jax.errors import InputError, quoted
+from fasterrcnn_jax.errors import InputError
 from fasterrcnn_jax.structures import Batch, GroundTruth, Proposals
-
-if TYPE_CHECKING:
-    import grain
 
 # Decoding threads in evaluation; training has `data.threads`.
 THREADS = 2
@@ -101,7 +99,7 @@ def training_batches(
     steps: int,
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
-) -> "grain.DatasetIterator":
+) -> ReadAhead[Any, Batch]:
     """Returns an iterator over the `steps` batches of a run.
 
     Its position depends neither on the process nor on the number of processes.
@@ -134,7 +132,7 @@ def training_batches(
     return _in_threads(source, load, data.threads)
 
 
-def set_position(batches: "grain.DatasetIterator", position: Any, where: str) -> None:
+def set_position(batches: ReadAhead[Any, Batch], position: Any, where: str) -> None:
     """Continues at a position that `get_state` returned.
 
     Args:
@@ -143,11 +141,8 @@ def set_position(batches: "grain.DatasetIterator", position: Any, where: str) ->
       InputError: it is no position in these batches.
     """
     try:
-        # Grain accepts True and 1.5.
-        if type(position["next_index"]) is not int:
-            raise TypeError(f"next_index must be an integer, got {quoted(position['next_index'])}")
         batches.set_state(position)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{where}: the stored position of the data does not belong to this run ({type(error).__name__}: {error}); "
             "choose another --run"
@@ -162,7 +157,7 @@ def evaluation_batches(
     process: tuple[int, int] = (0, 1),
     proposals: Mapping[str, ImageProposals] | None = None,
     mirrored: bool = False,
-) -> "grain.DatasetIterator":
+) -> ReadAhead[Any, Batch]:
     """Returns an iterator over batches with every image once, uncropped; the batches have no ground truth.
 
     Args:
@@ -193,12 +188,9 @@ def _most(proposals: Mapping[str, ImageProposals] | None) -> int | None:
 
 def _in_threads(
     source: Sequence[BatchPlan] | TrainingSource, load: Callable[[Any], Batch], threads: int
-) -> "grain.DatasetIterator":
-    import grain
-
+) -> ReadAhead[Any, Batch]:
     # At least as many batches ahead as threads, so that no thread is idle.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(BATCHES_AHEAD, threads))
-    return iter(grain.MapDataset.source(source).map(load).to_iter_dataset(options))
+    return ReadAhead(source, load, threads=threads, ahead=max(BATCHES_AHEAD, threads))
 
 
 def training_example(

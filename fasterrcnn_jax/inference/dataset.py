@@ -142,7 +142,8 @@ def _over_dataset(
             found = find(model, batch, devices)
             for row in np.flatnonzero(batch.image_valid).tolist():
                 position = int(batch.image_index[row])
-                results[position] = to_original(found, row, batch.scale[row], dataset.records[position].image_hw)
+                scale = np.asarray(batch.scale[row])
+                results[position] = to_original(found, row, scale, dataset.records[position].image_hw)
             bar.update(int(batch.image_valid.sum()))
     return gathered(results)
 

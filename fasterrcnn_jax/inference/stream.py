@@ -6,7 +6,7 @@ Nothing accumulates: at any time there are a few decoded images per thread and o
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fasterrcnn_jax.config.checks import fitted
+from fasterrcnn_jax.data.read_ahead import in_threads
 from fasterrcnn_jax.data.records import ImageDetections
 from fasterrcnn_jax.data.transforms import canvas_for, flip_pixels, to_canvas
 from fasterrcnn_jax.errors import InputError
@@ -28,7 +29,6 @@ from fasterrcnn_jax.models.faster_rcnn import detect
 from fasterrcnn_jax.processes import replicate
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Pixels = UInt8[np.ndarray, "h w 3"]
 
 # An unfinished batch runs when so many batches have run since it began: results keep the order of the images, and no
@@ -277,21 +277,6 @@ def detect_stream(
         for canvas in list(batches):
             run(canvas)
         yield from finished()
-
-
-def in_threads(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[tuple[Item, Result]]:
-    """Yields each item with the result of `function`, in order; at most `ahead` + 1 items are in work at a time."""
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
 
 
 def core_count() -> int:

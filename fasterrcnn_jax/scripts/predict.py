@@ -30,6 +30,7 @@ from fasterrcnn_jax.config import Config, DataConfig
 from fasterrcnn_jax.config.text import to_json
 from fasterrcnn_jax.data.given_files import GivenFile, list_given
 from fasterrcnn_jax.data.images import read_image
+from fasterrcnn_jax.data.read_ahead import in_threads
 from fasterrcnn_jax.data.records import ImageDetections, joined_names
 from fasterrcnn_jax.data.video import read_frames
 from fasterrcnn_jax.errors import InputError
@@ -44,7 +45,6 @@ from fasterrcnn_jax.inference.stream import (
     Unreadable,
     core_count,
     detect_stream,
-    in_threads,
 )
 from fasterrcnn_jax.inference.tiling import TILED_MAX_PIXELS
 from fasterrcnn_jax.printing import print_lines, printable, progress_bar
