@@ -82,6 +82,22 @@ def test_a_training_returns_its_metrics_its_best_model_and_its_folder(folder, tr
     assert len(found.scores) == len(found.boxes)
 
 
+def test_an_epoch_compiles_the_step_once_for_each_canvas(tmp_path, caplog):
+    """The images have both orientations. Two epochs compile two steps, and nothing after both were met."""
+    tiny.write_voc(tmp_path / "voc", train=16, test=2)
+    tiny.write_config(tmp_path / "mine.py", tiny.config(tmp_path, steps=10, batch_size=4, evaluate_every=0))
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
+        result = train(tmp_path, tmp_path / "run")
+    compiled = [
+        record.getMessage() for record in caplog.records if "compiling the training step" in record.getMessage()
+    ]
+    share = 4 // jax.local_device_count()
+    expected = [f"({share}, 64, 96, 3)", f"({share}, 96, 64, 3)"]
+    assert sorted(message.split("images ")[1] for message in compiled) == expected
+    counts = [line["compilations"] for line in lines_of(result.folder, "gradient_norm")]
+    assert counts[4:] == [counts[4]] * 6
+
+
 def test_a_training_leaves_the_handlers_of_signals_and_the_log_as_they_were(trained):
     assert trained.before == trained.after
 
