@@ -20,11 +20,11 @@ MB, GB = 1e6, 1e9
 # Launches of our kernels, registers per thread of the largest kernel, workspace in MB. The workspace of a gradient
 # includes what the forward pass stores for it.
 KERNELS = {
-    "nms proposals 1": (3, 112, 21),
-    "nms proposals 8": (3, 112, 164),
-    "nms levels 8": (3, 112, 164),
-    "nms classes 8": (1, 96, 32),
-    "nms classes 8 x 90": (1, 96, 28),
+    "nms proposals 1": (3, 96, 21),
+    "nms proposals 8": (3, 96, 164),
+    "nms levels 8": (3, 96, 164),
+    "nms classes 8": (1, 80, 28),
+    "nms classes 8 x 90": (1, 80, 28),
     "roi_align fpn float32 forward": (1, 96, 2),
     "roi_align fpn float32 gradient": (1, 128, 92),
     "roi_align fpn bfloat16 forward": (1, 96, 2),
