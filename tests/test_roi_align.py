@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from oracles import arrays
 
+from fasterrcnn_jax.ops import roi_alignment
 from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -102,6 +103,22 @@ PYRAMID_BOXES = np.float32(
 ) + np.float32(0.125)  # no sample is on the edge of the counted range, where rounding would decide
 PYRAMID_LEVELS = np.int32([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]])
 PYRAMID_BOXES[1, 5, 3] = np.inf
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("block", [1, 4, 12])
+def test_on_a_cpu_blocks_of_any_size_give_the_same_features(block, sampling_ratio, monkeypatch):
+    """A level ends in the middle of a block, and so does the list of regions."""
+    options = dict(strides=STRIDES, output_size=3, sampling_ratio=sampling_ratio)
+    align = jax.vmap(functools.partial(roi_align, **options))
+    monkeypatch.setattr(roi_alignment, "BLOCK_BYTES", block * 4 * 9 * 128)
+    roi_alignment._forward.cache_clear()
+    found = jax.jit(align)(PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS)
+    roi_alignment._forward.cache_clear()
+    for image in range(2):
+        maps = [level[image] for level in PYRAMID]
+        expected = oracles.roi_align(maps, PYRAMID_BOXES[image], PYRAMID_LEVELS[image], aligned=True, **options)
+        np.testing.assert_allclose(found[image], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -33,6 +33,8 @@ from fasterrcnn_jax.ops.inputs import (
 # Number of regions of one image that are computed at once. Between the two products each region holds a row of the
 # whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
 REGIONS_AT_ONCE = 128
+# Size of the features, in float32, that a CPU computes at once: they fit into the cache of a core.
+BLOCK_BYTES = 2**20
 
 
 def roi_align(
@@ -316,7 +318,17 @@ def _lead(arrays: PyTree) -> PyTree:
 def _forward(sampling_ratio: int, implementation: Implementation, unroll: bool) -> Callable:
     if implementation == "mosaic":
         return fold_mapped_axes(functools.partial(kernel.forward, sampling_ratio=sampling_ratio))
-    return fold_mapped_axes(functools.partial(_forward_by_taking, sampling_ratio=sampling_ratio, unroll=unroll))
+    at_once = functools.partial(_forward_by_taking, sampling_ratio=sampling_ratio, unroll=unroll)
+    in_blocks = functools.partial(_forward_in_blocks, sampling_ratio=sampling_ratio)
+
+    def forward(features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid) -> Float[Array, "n r s s c"]:
+        cells, _, _, bins = sum(level[..., 0].size for level in features), *grid.bin_start.shape[1:]
+        joined = len(features) > 1 and cells > grid.level.size * bins**2
+        if sampling_ratio and not joined:
+            return at_once(features, grid)
+        return lax.platform_dependent(features, grid, cpu=in_blocks, default=at_once)
+
+    return fold_mapped_axes(forward)
 
 
 @functools.cache
@@ -342,6 +354,54 @@ def _forward_by_taking(
     # If the number of samples is static, the unrolled loop becomes one kernel on a GPU.
     pooled = _over_samples(grid, maps, sampling_ratio, add, pooled, unroll=unroll)
     return pooled.astype(cells.dtype)
+
+
+def _forward_in_blocks(
+    features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid, *, sampling_ratio: int
+) -> Float[Array, "n r s s c"]:
+    """Does what `_forward_by_taking` does, with few regions at a time, level by level.
+
+    The maps of a pyramid are not joined, which takes a CPU longer than taking the cells of 512 regions. The features of
+    few regions stay in its cache, and adaptive regions take as many samples as the largest of a block, not of all.
+    """
+    problems, regions, _, bins = grid.bin_start.shape
+    count, channels, dtype = problems * regions, features[0].shape[3], features[0].dtype
+    block = min(max(BLOCK_BYTES // (4 * bins**2 * channels), 1), count)
+    image = jnp.repeat(jnp.arange(problems, dtype=jnp.int32), regions)
+    level = grid.level.reshape(count)
+    order = jnp.argsort(level, stable=True).astype(jnp.int32)
+    # The last block of a level goes on with regions of the next level, and after the last level with padding. Their
+    # features are dropped.
+    order = jnp.pad(order, (0, block))
+
+    def pool_level(cells: Float[Array, "n h w c"], first: Array, end: Array, pooled: Array) -> Array:
+        _, height, width, _ = cells.shape
+        flat = cells.reshape(-1, channels)
+
+        def pool_block(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            start, pooled = state
+            places = lax.dynamic_slice_in_dim(order, start, block)
+            part = SampleGrid(*(x.reshape(count, *x.shape[2:])[places][None] for x in grid))
+            begins = (image[places] * (height * width))[None, :, None, None]
+
+            def add(corners: list[tuple[Array, Array]], total: Array) -> Array:
+                for index, weight in corners:
+                    total += weight[..., None] * flat[begins + index].astype(jnp.float32)
+                return total
+
+            total = jnp.zeros((1, block, bins, bins, channels))
+            part = part._replace(level=jnp.zeros_like(part.level))
+            total = _over_samples(part, [(height, width)], sampling_ratio, add, total, unroll=sampling_ratio > 0)
+            places = jnp.where(start + jnp.arange(block) < end, places, count)
+            return start + block, pooled.at[places].set(total[0].astype(dtype), mode="drop")
+
+        return lax.while_loop(lambda state: state[0] < end, pool_block, (first, pooled))[1]
+
+    pooled, first = jnp.zeros((count, bins, bins, channels), dtype), jnp.int32(0)
+    for number, cells in enumerate(features):
+        end = (level <= number).sum(dtype=jnp.int32)
+        pooled, first = pool_level(cells, first, end, pooled), end
+    return pooled.reshape(problems, regions, bins, bins, channels)
 
 
 def _backward_by_adding(
