@@ -33,15 +33,13 @@ TILE_WORDS = SWEEP_TILE // WORD
 # The sweep holds SWEPT_ROWS rows in registers, 8 words of each row per thread.
 MOST_MASKED = 8 * CHUNK
 MOST_MASK_BYTES = 1 << 28
-# Each kept box takes six numbers in the shared memory of a block, 227 KiB on Hopper.
+# Each kept box takes five numbers, and a sixth with groups, in the shared memory of a block: 227 KiB on Hopper. The
+# limits always count six.
 MOST_LISTED = 9000
 # Mosaic starts each array in shared memory at a multiple of this, and adds an array for its reductions.
 SHARED_ALIGNMENT, SHARED_OF_REDUCTIONS = 1024, 2048
 # An H200 has 132 multiprocessors, an H100 at most 132. With this many problems the list, too, uses the whole device.
 MULTIPROCESSORS = 128
-
-# Two larger areas could have an infinite sum.
-LARGEST_AREA = 1e38
 
 # Boxes from `with_area`: x1, y1, x2, y2 and area, along the first axis or one by one.
 Box = jax.Array | list[jax.Array]
@@ -76,7 +74,7 @@ def unsupported(boxes: int, max_output: int) -> str | None:
 
 
 def shared_memory(slots: int) -> int:
-    """Returns the bytes of shared memory that the kept list with so many slots and groups takes."""
+    """Returns the bytes of shared memory that the kept list with so many slots takes, including their groups."""
     arrays = (5 * 4 * slots, 4 * slots)
     return sum(size + -size % SHARED_ALIGNMENT for size in arrays) + SHARED_OF_REDUCTIONS
 
@@ -87,7 +85,7 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
 
     The boxes are float32 and sorted by descending score, valid ones first. The first `count` of the `k` positions
     are the ascending positions of the kept boxes; the others are not written. Boxes of different groups never
-    suppress each other. Without groups, a comparison takes two instructions less.
+    suppress each other.
     """
 
     def launch(boxes: jax.Array, groups: jax.Array | None, num_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,12 +107,12 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
 def with_area(boxes: jax.Array) -> jax.Array:
     """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4].
 
-    A box whose area is not positive and at most LARGEST_AREA, or not a number, becomes zeros: it overlaps no box.
+    A box becomes zeros, and so overlaps no box, unless its area is positive and finite.
     """
     x1, y1, x2, y2 = (boxes[..., k] for k in range(4))
     area = (x2 - x1) * (y2 - y1)
-    overlaps = (area > 0.0) & (area <= LARGEST_AREA)
-    # `margin` tells why there is a choice between the area and the union.
+    overlaps = (area > 0.0) & (area < jnp.inf)
+    # `margin` tells why there is a `where` between the area and the union.
     return jnp.stack([jnp.where(overlaps, plane, jnp.float32(0)) for plane in (x1, y1, x2, y2, area)])
 
 
@@ -132,10 +130,12 @@ def suppresses(
 def margin(
     box: Box, group: jax.Array | None, other: Box, other_group: jax.Array | None, threshold: np.float32
 ) -> jax.Array:
-    """Returns a float32 that is negative where `suppresses` is True, and elsewhere has the sign bit of a positive one.
+    """Returns a float32 that is negative where `suppresses` is True, and elsewhere has a sign bit of 0.
+
+    It is NaN if the union is not finite, for corners about 1e19 apart; an NVIDIA GPU gives NaN a sign bit of 0, too.
 
     Every operation must be rounded separately. Compilers fuse a product and a sum into one operation that rounds only
-    once; a choice or a maximum between each area and the union prevents this.
+    once; a `where` or a maximum between each area and the union prevents this.
     """
     x1, y1, x2, y2, area = box
     other_x1, other_y1, other_x2, other_y2, other_area = other
@@ -157,7 +157,8 @@ def ratio_margin(numerator: jax.Array, denominator: jax.Array, threshold: np.flo
     the bound is the sum of two signed numbers of 12 bits, the denominator of two of 12 bits, their four products are
     exact, and adding the products in this order does not round while the sign is undecided.
 
-    The sign is exact for denominators from 1e-25 to LARGEST_AREA, and for a numerator of 0. NaN gives NaN.
+    The sign is exact for thresholds from 1e-3 and finite denominators from 1e-25, and for a numerator of 0. NaN gives
+    NaN.
     """
     bound = np.float64(threshold) + (np.nextafter(threshold, np.float32(2)) - np.float64(threshold)) / 2
     mantissa, exponent = np.frexp(bound)
@@ -194,7 +195,7 @@ def _mask(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, thr
             box_groups = [_group(groups, problem, first + i) for i in rows]
 
             def compare(step, found):
-                # From the last tile to the first, because each step moves the bits of those before it.
+                # Each step shifts the bits found so far, so the last tile comes first.
                 columns = pl.ds(pl.multiple_of(begin + (tiles - 1 - step) * THREADS, THREADS), THREADS)
                 others = [planes[c, problem, columns] for c in range(5)]
                 other_groups = _group(groups, problem, columns)

@@ -2,11 +2,11 @@
 
 The mean of samples on a regular grid is separable: the weight of a cell in a bin is the weight of its row times the
 weight of its column. XLA writes these weights to tables. If every bin has the same number of samples, the table of the
-forward pass lists the cells beside the samples of a bin; the other tables have all cells along an axis, and the range
-of cells of each bin. Forward: one block per region and block of channels sums the cells of every bin. Backward: one
-block per tile of cells and block of channels visits the regions that overlap its tile in ascending order, sums the
-gradients of their bins in the tile, and writes each gradient once. There are no atomic additions, so two runs give the
-same bits. Sums are float32 for every feature type.
+forward pass lists the cells beside the samples of a bin; the other tables hold the weights of all cells along an axis,
+and the range of cells of each bin. Forward: one block per region and block of channels sums the cells of every bin.
+Backward: one block per tile of cells and block of channels visits the regions that overlap its tile in ascending order,
+sums the gradients of their bins in the tile, and writes each gradient once. There are no atomic additions, so two runs
+give the same bits. Sums are float32 for every feature type.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from jax import lax
 # Cells per side of a tile in the backward pass: 16 sums of up to 4 channels per thread. Larger tiles would visit each
 # region less often but leave registers for fewer blocks, and other blocks are what hides the latency of loads.
 TILE = 4
-# Cells (forward) or bins (backward) of a row that are loaded at once.
+# Cells (forward; with taps, in as many rows) or bins (backward) of a row that are loaded at once.
 AT_ONCE = 4
 # If a bin takes several adaptive samples, they are more than half a cell apart: at most four are between the two
 # neighbours of a cell; one more at each end allows for rounding.
@@ -107,7 +107,7 @@ def _sum_of_taps(cell: Callable, width: int, tables: Sequence, place: tuple, blo
 
 
 def _sum_of_range(cell: Callable, width: int, tables: Sequence, place: tuple, block: int) -> jax.Array:
-    """Does what `_sum_of_taps` does, for bins that have all cells from a first to a last one."""
+    """Returns the same sum from the weights of all cells, from a bin's first cell to its last."""
     from jax.experimental import pallas as pl
 
     first, end, weights = tables

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from fasterrcnn_jax.ops.suppression import nms
 
 f32 = np.float32
-THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
+THRESHOLDS = (1e-3, 0.05, 0.3, 0.5, 0.7, 1.0)
 OPTIONS = dict(iou_threshold=0.5, max_output=6)
 
 
@@ -77,14 +77,32 @@ def test_the_sign_of_an_empty_overlap_is_positive():
         assert not np.signbit(kernel.ratio_margin(*jnp.asarray(pairs).T, rounded_down(threshold))).any()
 
 
-def test_boxes_that_overlap_nothing_become_zeros():
+def test_boxes_without_a_positive_finite_area_become_zeros():
     nan, inf = np.nan, np.inf
     nothing = [
         *((nan, 0, 9, 9), (0, nan, 9, 9), (0, 0, inf, 9), (-inf, 0, 9, 9), (-inf, 2, inf, 2), (inf, 0, inf, 9)),
         *((9, 0, 0, 9), (0, 9, 9, 0), (3, 3, 3, 9), (3, 3, 3, 3), (0, 0, 2e19, 2e19)),
     ]
     assert not kernel.with_area(jnp.asarray(f32(nothing))).any()
-    np.testing.assert_array_equal(kernel.with_area(jnp.asarray(f32([(1, 2, 4, 6)])))[:, 0], [1, 2, 4, 6, 12])
+    others = f32([(1, 2, 4, 6), (4, 6, 1, 2), (0, 0, 1.1e19, 1.1e19)])
+    np.testing.assert_array_equal(kernel.with_area(jnp.asarray(others))[:4].T, others)
+
+
+def test_boxes_of_nearly_infinite_area_suppress_each_other():
+    boxes = f32([(0, 0, 1.1e19, 1.1e19)] * 2)
+    assert nms(boxes, f32([0.9, 0.8]), iou_threshold=0.5)[1].tolist() == [True, False]
+
+
+def test_the_sign_of_the_margin_is_that_of_the_overlap():
+    """Also apart along one axis or both, in other groups, and empty, where a product of sides is -0.0 or positive."""
+    boxes = f32([(0, 0, 4, 4), (1, 1, 4, 4), (9, 0, 12, 4), (0, 9, 4, 12), (9, 9, 12, 12), (4, 4, 8, 8), (8, 8, 5, 5)])
+    planes = kernel.with_area(jnp.asarray(boxes))
+    for groups in (None, jnp.zeros(7, jnp.int32), jnp.arange(7)):
+        rows, columns = (None, None) if groups is None else (groups[:, None], groups[None])
+        found = np.signbit(kernel.margin(planes[:, :, None], rows, planes[:, None], columns, f32(0.3)))
+        expected = np.diag([True] * 6 + [False])
+        expected[0, 1] = expected[1, 0] = groups is None or groups[0] == groups[1]
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -253,19 +271,20 @@ def test_the_shared_memory_of_the_kept_list_is_what_mosaic_reserves(monkeypatch,
 
 
 @mosaic.needs_mosaic
-def test_without_groups_the_kernels_read_none(monkeypatch):
-    """Each pair then takes three instructions less, and each kept box less shared memory."""
+def test_without_groups_the_kernels_have_no_groups_argument(monkeypatch):
+    """Each pair then takes three instructions fewer, and each kept box less shared memory."""
     mosaic.pretend(monkeypatch)
     groups = jax.ShapeDtypeStruct((30,), jnp.int32)
-    for max_output, padded in ((32, kernel.CHUNK), (1, kernel.LIST_TILE)):  # both designs
+    # The mask has two kernels that compare boxes, the list has one.
+    for max_output, padded, compare in ((32, kernel.CHUNK, 2), (1, kernel.LIST_TILE, 1)):
 
         def run(boxes, scores, valid, groups=None, max_output=max_output):
             return nms(boxes, scores, valid, groups=groups, iou_threshold=0.5, max_output=max_output)
 
         without, given = (launches(mosaic.lowered_for_cuda(run, *inputs(), *more)) for more in ((), (groups,)))
         arguments = f"tensor<5x1x{padded}xf32>, tensor<1xi32>"
-        assert any(f"({arguments}, tensor<1x{padded}xi32>)" in line for line in given)
-        assert any(f"({arguments})" in line for line in without)
+        assert sum(f"({arguments}, tensor<1x{padded}xi32>)" in line for line in given) == compare
+        assert sum(f"({arguments})" in line for line in without) == compare
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -356,7 +375,8 @@ def test_on_a_gpu_the_kernel_equals_the_loop_and_repeats_its_bits(name):
     options = dict(iou_threshold=threshold, max_output=max_output)
 
     def run(boxes, scores, valid, groups):
-        return nms(boxes, scores, valid, groups=groups, **options, implementation="mosaic")
+        given = None if num_groups == 1 else groups
+        return nms(boxes, scores, valid, groups=given, **options, implementation="mosaic")
 
     for _ in shape[:-1]:
         run = jax.vmap(run)

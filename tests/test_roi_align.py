@@ -342,6 +342,7 @@ def pull_back_over_levels(align, features, boxes, levels, cotangent):
     "sampling_ratio, aligned, dtype, channels",
     [
         (2, True, jnp.float32, 128),
+        (1, False, jnp.float32, 128),
         (0, False, jnp.float32, 96),
         (3, False, jnp.bfloat16, 128),
         (0, True, jnp.bfloat16, 128),

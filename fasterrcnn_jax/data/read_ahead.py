@@ -1,7 +1,6 @@
-"""Calls a function on the items of a sequence in threads, in order and ahead of the one that asks for the results."""
+"""Calls a function on the items of a sequence in threads, ahead of the consumer, and returns the results in order."""
 
 import functools
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ Result = TypeVar("Result")
 
 @runtime_checkable
 class Items(Protocol[ItemOf]):
-    """A sequence, or as much of one as `ReadAhead` needs."""
+    """What `ReadAhead` needs of a sequence: a length, and items by their number."""
 
     def __len__(self) -> int: ...
 
@@ -26,22 +25,31 @@ class Items(Protocol[ItemOf]):
 def in_threads(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yields each item with the result of `function`, in order; at most `ahead` + 1 items are in work at a time."""
+    """Yields each item with the result of `function`, in order; at most `ahead` + 1 items are in work at a time.
+
+    An exception of `function` is raised in the place of its result. After it, or if the caller stops early, the items
+    that no thread has begun are cancelled.
+    """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > ahead:
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 class ReadAhead(Iterator[Result], Generic[Item, Result]):
     """Iterates over `load(item)` for every item of `source`, and can tell and set its position.
 
-    At most `ahead` + 1 items are in work at a time. An error of `load` is raised where the item is asked for.
+    At most `ahead` + 1 items are in work at a time. An exception of `load` is raised by the `next` that returns its
+    item, and by every `next` after it, because the position stays. For one consumer thread.
     """
 
     def __init__(self, source: Items[Item], load: Callable[[Item], Result], *, threads: int, ahead: int):
@@ -50,13 +58,17 @@ class ReadAhead(Iterator[Result], Generic[Item, Result]):
         self._load = functools.partial(_load, source, load)
         self._results: Iterator[tuple[int, Result]] | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-        # Whoever stops early does not wait for the items that no thread has begun.
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def __next__(self) -> Result:
         if self._results is None:
             self._results = in_threads(self._pool, self._load, range(self._next, self._length), self._ahead)
-        _, result = next(self._results)
+        try:
+            _, result = next(self._results)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._results = None  # the next call tries the same item again
+            raise
         self._next += 1
         return result
 

@@ -106,16 +106,17 @@ def nms(
 def _kernel_differs() -> str | None:
     """Returns how the kernel's results differ from those of plain JAX for a few boxes, in both of its designs."""
     rng = np.random.default_rng(0)
-    corners = rng.uniform(0.0, 40.0, (64, 2))
-    boxes = np.concatenate([corners, corners + rng.uniform(4.0, 30.0, (64, 2))], axis=1).astype(np.float32)
-    scores, valid, groups = rng.random(64, np.float32), rng.random(64) < 0.9, rng.integers(0, 2, 64).astype(np.int32)
-    for max_output in (64, 8):
-        kept = [
-            nms(boxes, scores, valid, iou_threshold=0.5, max_output=max_output, groups=groups, implementation=one)
-            for one in ("mosaic", "xla")
-        ]
-        if not all(np.array_equal(*each) for each in zip(*kept, strict=True)):
-            return f"the kernel keeps other boxes than plain JAX if it may keep {max_output} of 64"
+    # The mask has tiles of 128 boxes, and compares the boxes of different tiles in a kernel of its own.
+    count = 300
+    corners = rng.uniform(0.0, 80.0, (count, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(4.0, 30.0, (count, 2))], axis=1).astype(np.float32)
+    scores, valid = rng.random(count, np.float32), rng.random(count) < 0.9
+    for max_output in (count, 8):
+        for groups in (None, rng.integers(0, 2, count).astype(np.int32)):
+            options: dict[str, Any] = dict(iou_threshold=0.5, max_output=max_output, groups=groups)
+            kept = [nms(boxes, scores, valid, implementation=one, **options) for one in ("mosaic", "xla")]
+            if not all(np.array_equal(*each) for each in zip(*kept, strict=True)):
+                return f"the kernel keeps other boxes than plain JAX if it may keep {max_output} of {count}"
     return None
 
 
