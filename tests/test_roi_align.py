@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from oracles import arrays
 
-from fasterrcnn_jax.ops import roi_alignment
+from fasterrcnn_jax.ops import roi_alignment, roi_alignment_on_cpu
 from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -107,18 +107,25 @@ PYRAMID_BOXES[1, 5, 3] = np.inf
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("block", [1, 4, 12])
-def test_on_a_cpu_blocks_of_any_size_give_the_same_features(block, sampling_ratio, monkeypatch):
+def test_on_a_cpu_blocks_of_any_size_give_the_same_features_and_gradient(block, sampling_ratio, monkeypatch):
     """A level ends in the middle of a block, and so does the list of regions."""
     options = dict(strides=STRIDES, output_size=3, sampling_ratio=sampling_ratio)
     align = jax.vmap(functools.partial(roi_align, **options))
-    monkeypatch.setattr(roi_alignment, "BLOCK_BYTES", block * 4 * 9 * 128)
-    roi_alignment._forward.cache_clear()
-    found = jax.jit(align)(PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS)
-    roi_alignment._forward.cache_clear()
+    cotangent = np.random.default_rng(5).normal(size=(2, 6, 3, 3, 128)).astype(np.float32)
+    caches = roi_alignment._forward.cache_clear, roi_alignment._backward.cache_clear
+    monkeypatch.setattr(roi_alignment_on_cpu, "BLOCK_BYTES", block * 4 * 9 * 128)
+    for clear in caches:
+        clear()
+    pooled, gradients = pull_back_over_levels(align, PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS, cotangent)
+    for clear in caches:
+        clear()
     for image in range(2):
-        maps = [level[image] for level in PYRAMID]
-        expected = oracles.roi_align(maps, PYRAMID_BOXES[image], PYRAMID_LEVELS[image], aligned=True, **options)
-        np.testing.assert_allclose(found[image], expected, atol=1e-5)
+        boxes, levels = PYRAMID_BOXES[image], PYRAMID_LEVELS[image]
+        expected = oracles.roi_align([level[image] for level in PYRAMID], boxes, levels, aligned=True, **options)
+        np.testing.assert_allclose(pooled[image], expected, atol=1e-5)
+        expected = oracles.roi_align_gradient(cotangent[image], SIZES, boxes, levels, aligned=True, **options)
+        for gradient, of_level in zip(gradients, expected):
+            np.testing.assert_allclose(gradient[image], of_level, atol=1e-4)
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree, Real
 
 from fasterrcnn_jax.kernels import choice
@@ -20,6 +19,8 @@ from fasterrcnn_jax.kernels import roi_align as kernel
 from fasterrcnn_jax.kernels.batching import fold_mapped_axes
 from fasterrcnn_jax.kernels.choice import Implementation
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
+from fasterrcnn_jax.ops import roi_alignment_on_cpu
+from fasterrcnn_jax.ops.bilinear_samples import over_samples
 from fasterrcnn_jax.ops.boxes import area
 from fasterrcnn_jax.ops.inputs import (
     AnyArray,
@@ -33,8 +34,6 @@ from fasterrcnn_jax.ops.inputs import (
 # Number of regions of one image that are computed at once. Between the two products each region holds a row of the
 # whole map per bin: 1.8 MB for 7 bins and rows of 63 cells x 1024 channels.
 REGIONS_AT_ONCE = 128
-# Size of the features, in float32, that a CPU computes at once: they fit into the cache of a core.
-BLOCK_BYTES = 2**20
 
 
 def roi_align(
@@ -319,12 +318,13 @@ def _forward(sampling_ratio: int, implementation: Implementation, unroll: bool) 
     if implementation == "mosaic":
         return fold_mapped_axes(functools.partial(kernel.forward, sampling_ratio=sampling_ratio))
     at_once = functools.partial(_forward_by_taking, sampling_ratio=sampling_ratio, unroll=unroll)
-    in_blocks = functools.partial(_forward_in_blocks, sampling_ratio=sampling_ratio)
+    in_blocks = functools.partial(roi_alignment_on_cpu.forward, sampling_ratio=sampling_ratio)
 
     def forward(features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid) -> Float[Array, "n r s s c"]:
-        cells, _, _, bins = sum(level[..., 0].size for level in features), *grid.bin_start.shape[1:]
-        joined = len(features) > 1 and cells > grid.level.size * bins**2
-        if sampling_ratio and not joined:
+        _, regions, _, bins = grid.bin_start.shape
+        # To join small maps takes less time than the loop over blocks, and a single map is not joined.
+        cells = sum(level.shape[1] * level.shape[2] for level in features) if len(features) > 1 else 0
+        if sampling_ratio and cells <= regions * bins**2:
             return at_once(features, grid)
         return lax.platform_dependent(features, grid, cpu=in_blocks, default=at_once)
 
@@ -333,8 +333,13 @@ def _forward(sampling_ratio: int, implementation: Implementation, unroll: bool) 
 
 @functools.cache
 def _backward(maps: tuple[tuple[int, int], ...], sampling_ratio: int, implementation: Implementation) -> Callable:
-    backward = kernel.backward if implementation == "mosaic" else _backward_by_adding
-    return fold_mapped_axes(functools.partial(backward, maps=maps, sampling_ratio=sampling_ratio))
+    options: dict[str, Any] = dict(maps=maps, sampling_ratio=sampling_ratio)
+    if implementation == "mosaic":
+        return fold_mapped_axes(functools.partial(kernel.backward, **options))
+    at_once, in_blocks = (
+        functools.partial(one, **options) for one in (_backward_by_adding, roi_alignment_on_cpu.backward)
+    )
+    return fold_mapped_axes(functools.partial(lax.platform_dependent, cpu=in_blocks, default=at_once))
 
 
 def _forward_by_taking(
@@ -352,56 +357,8 @@ def _forward_by_taking(
     pooled = jnp.zeros((problems, regions, bins, bins, cells.shape[1]))
     maps = [(level.shape[1], level.shape[2]) for level in features]
     # If the number of samples is static, the unrolled loop becomes one kernel on a GPU.
-    pooled = _over_samples(grid, maps, sampling_ratio, add, pooled, unroll=unroll)
+    pooled = over_samples(grid, maps, sampling_ratio, add, pooled, unroll=unroll)
     return pooled.astype(cells.dtype)
-
-
-def _forward_in_blocks(
-    features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid, *, sampling_ratio: int
-) -> Float[Array, "n r s s c"]:
-    """Does what `_forward_by_taking` does, with few regions at a time, level by level.
-
-    The maps of a pyramid are not joined, which takes a CPU longer than taking the cells of 512 regions. The features of
-    few regions stay in its cache, and adaptive regions take as many samples as the largest of a block, not of all.
-    """
-    problems, regions, _, bins = grid.bin_start.shape
-    count, channels, dtype = problems * regions, features[0].shape[3], features[0].dtype
-    block = min(max(BLOCK_BYTES // (4 * bins**2 * channels), 1), count)
-    image = jnp.repeat(jnp.arange(problems, dtype=jnp.int32), regions)
-    level = grid.level.reshape(count)
-    order = jnp.argsort(level, stable=True).astype(jnp.int32)
-    # The last block of a level goes on with regions of the next level, and after the last level with padding. Their
-    # features are dropped.
-    order = jnp.pad(order, (0, block))
-
-    def pool_level(cells: Float[Array, "n h w c"], first: Array, end: Array, pooled: Array) -> Array:
-        _, height, width, _ = cells.shape
-        flat = cells.reshape(-1, channels)
-
-        def pool_block(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            start, pooled = state
-            places = lax.dynamic_slice_in_dim(order, start, block)
-            part = SampleGrid(*(x.reshape(count, *x.shape[2:])[places][None] for x in grid))
-            begins = (image[places] * (height * width))[None, :, None, None]
-
-            def add(corners: list[tuple[Array, Array]], total: Array) -> Array:
-                for index, weight in corners:
-                    total += weight[..., None] * flat[begins + index].astype(jnp.float32)
-                return total
-
-            total = jnp.zeros((1, block, bins, bins, channels))
-            part = part._replace(level=jnp.zeros_like(part.level))
-            total = _over_samples(part, [(height, width)], sampling_ratio, add, total, unroll=sampling_ratio > 0)
-            places = jnp.where(start + jnp.arange(block) < end, places, count)
-            return start + block, pooled.at[places].set(total[0].astype(dtype), mode="drop")
-
-        return lax.while_loop(lambda state: state[0] < end, pool_block, (first, pooled))[1]
-
-    pooled, first = jnp.zeros((count, bins, bins, channels), dtype), jnp.int32(0)
-    for number, cells in enumerate(features):
-        end = (level <= number).sum(dtype=jnp.int32)
-        pooled, first = pool_level(cells, first, end, pooled), end
-    return pooled.reshape(problems, regions, bins, bins, channels)
 
 
 def _backward_by_adding(
@@ -424,59 +381,6 @@ def _backward_by_adding(
 
     ends = np.cumsum([height * width for height, width in maps])
     gradient = jnp.zeros((problems * ends[-1], channels))
-    gradient = _over_samples(grid, maps, sampling_ratio, add, gradient).astype(dtype)
+    gradient = over_samples(grid, maps, sampling_ratio, add, gradient).astype(dtype)
     levels = jnp.split(gradient.reshape(problems, -1, channels), ends[:-1], axis=1)
     return tuple(level.reshape(problems, *cells, channels) for level, cells in zip(levels, maps, strict=True))
-
-
-def _over_samples(
-    grid: SampleGrid,
-    maps: Sequence[tuple[int, int]],
-    sampling_ratio: int,
-    add: Callable[[list[tuple[Array, Array]], Array], Array],
-    total: Array,
-    *,
-    unroll: bool = False,
-) -> Array:
-    """Returns `total` after `add` was called for each sample of a bin with the cells around this sample.
-
-    Args:
-      add: takes a list of (index, weight), both [n r s s], and the total; returns the new total. An index counts the
-        cells of all levels of all images in sequence.
-    """
-    most = jnp.max(grid.samples, axis=(0, 1), initial=0.0).astype(jnp.int32)
-    columns, rows = (sampling_ratio, sampling_ratio) if sampling_ratio else most
-    heights, widths = np.array(maps, np.int32).T
-    ends = np.cumsum(heights * widths, dtype=np.int32)
-    images = ends[-1] * jnp.arange(grid.level.shape[0], dtype=jnp.int32)
-    begins = images[:, None] + jnp.asarray(ends - heights * widths)[grid.level]
-    heights, widths = jnp.asarray(heights)[grid.level], jnp.asarray(widths)[grid.level]
-
-    def body(i, total):
-        neighbours_x = _neighbours(grid, 0, i % columns, widths)
-        neighbours_y = _neighbours(grid, 1, i // columns, heights)
-        corners = []
-        for j, weight_y in neighbours_y:
-            for k, weight_x in neighbours_x:
-                index = begins[..., None, None] + j[..., None] * widths[..., None, None] + k[..., None, :]
-                corners.append((index, weight_y[..., None] * weight_x[..., None, :]))
-        return add(corners, total)
-
-    # The loop takes one sample at a time, so the number of samples needs no bound.
-    return lax.fori_loop(0, rows * columns, body, total, unroll=unroll)
-
-
-def _neighbours(
-    grid: SampleGrid, axis: int, sample: ArrayLike, sizes: Int[Array, "n r"]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Returns, along one axis, the cells [n r s] before and after one sample of every bin, with their weights."""
-    sample = jnp.float32(sample)
-    samples, step = grid.samples[..., axis, None], grid.step[..., axis, None]
-    last = (sizes[..., None] - 1).astype(jnp.float32)
-    points = grid.bin_start[..., axis, :] + (sample + 0.5) * step
-    counted = (points >= -1.0) & (points <= last + 1.0) & (sample < samples)
-    points = jnp.clip(jnp.where(counted, points, 0.0), 0.0, last)
-    before = jnp.floor(points)
-    behind = jnp.minimum(before + 1.0, last)
-    part, share = points - before, jnp.where(counted, 1.0 / jnp.maximum(samples, 1.0), 0.0)
-    return (before.astype(jnp.int32), share * (1.0 - part)), (behind.astype(jnp.int32), share * part)
