@@ -172,8 +172,15 @@ def prepare_ours(
 
 
 def prepare_torchvision(
-    case: Case, batches: list[Batch], *, compiled: bool, tiny: bool, config: ModelConfig | None = None
+    case: Case,
+    batches: list[Batch],
+    *,
+    compiled: bool,
+    tiny: bool,
+    config: ModelConfig | None = None,
+    build: Callable[[], Any] | None = None,
 ) -> Prepared:
+    """Prepares the detector that `build` returns; without it, torchvision's with the parts of `config` or the case."""
     import torchvision_detectors as theirs
 
     torch, device = theirs.torch, measure.torch_device()
@@ -182,7 +189,8 @@ def prepare_torchvision(
     if cuda:
         cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = True  # one shape, so the fastest algorithm is found once
-    model = theirs.create(config or model_config(case, tiny=tiny), 90).train(case.task == "training")
+    model = build() if build else theirs.create(config or model_config(case, tiny=tiny), 90)
+    model.train(case.task == "training")
     layout = torch.channels_last if compiled else torch.contiguous_format
     if compiled:
         theirs.compile_parts(model)

@@ -1,6 +1,6 @@
 """`end_to_end.py --cpu`: ours and torchvision's in one process, in turns, with the load of the machine.
 
-    python benchmarks/end_to_end.py --cpu [--out FILE.json] [--only WORD ...] [--rounds 7] [--tiny]
+    python benchmarks/end_to_end.py --cpu [--out FILE.json] [--only WORD ...] [--rounds 7] [--alone SIDE] [--tiny]
 
 Whole detectors: detection and training step of ResNet-50-FPN on 600 x 800 pixels, batch 1; the detector of
 configs/finetune.py against torchvision's `FasterRCNN` on the same backbone in the same sizes, and against
@@ -10,16 +10,18 @@ includes resize and normalisation on both sides; the other whole cases start fro
 
 Both sides run in each round. A ratio is torchvision's time by ours; reported are the median over the rounds, the
 smallest and the largest. Figures of a machine on which other programs run say little, so the report has the load before
-and after each case.
+and after each case. `--alone ours` or `--alone torchvision` runs one side of one case and reports the peak memory of
+the process. Compare the reports of two runs.
 """
 
 import argparse
 import functools
 import gc
 import os
+import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,27 +70,33 @@ def finetune_model(*, tiny: bool) -> ModelConfig:
 # A builder returns the sides of a case, prepared. The figures are milliseconds of a call.
 
 
-def whole(case: Case, *, tiny: bool) -> dict[str, measure.Side]:
-    """Returns both sides of a case that starts from a preprocessed batch; torchvision's first."""
+def whole(wanted: Collection[str], case: Case, *, tiny: bool, mobilenet: bool = False) -> dict[str, measure.Side]:
+    """Returns the wanted sides of a case that starts from a preprocessed batch; torchvision's first."""
     rng = np.random.default_rng(0)
     batches = [end_to_end.draw_batch(rng, case) for _ in range(end_to_end.INPUT_SETS)]
     config = finetune_model(tiny=tiny) if case.family == "finetune" else None
     sides = {}
-    if measure.peer()[0]:
-        sides[THEIRS] = end_to_end.prepare_torchvision(case, batches, compiled=False, tiny=tiny, config=config).side
-    return sides | {OURS: end_to_end.prepare_ours(case, batches, "xla", tiny=tiny, config=config).side}
+    if THEIRS in wanted and measure.peer()[0]:
+        options: dict[str, Any] = dict(compiled=False, tiny=tiny, config=config)
+        if mobilenet:
+            import torchvision_detectors as theirs
+
+            options["build"] = functools.partial(theirs.mobilenet, CLASSES, case.image_hw)
+        sides[THEIRS] = end_to_end.prepare_torchvision(case, batches, **options).side
+    if OURS in wanted:
+        sides[OURS] = end_to_end.prepare_ours(case, batches, "xla", tiny=tiny, config=config).side
+    return sides
 
 
-def prediction(*, tiny: bool, mobilenet: bool) -> dict[str, measure.Side]:
-    """Returns both sides of the way from an image of uint8 pixels to boxes in its pixels."""
+def prediction(wanted: Collection[str], *, tiny: bool, mobilenet: bool) -> dict[str, measure.Side]:
+    """Returns the wanted sides of the way from an image of uint8 pixels to boxes in its pixels."""
     config = finetune_model(tiny=tiny)
     image_hw = (96, 128) if tiny else (480, 640)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (*image_hw, 3), dtype=np.uint8) for _ in range(end_to_end.INPUT_SETS)]
     names = tuple(f"class {i}" for i in range(1, CLASSES + 1))
-    model = create_detector(config, names, seed=0)
     sides = {}
-    if measure.peer()[0]:
+    if THEIRS in wanted and measure.peer()[0]:
         import torchvision_detectors as theirs
 
         torch, sizes = theirs.torch, (config.image.short_side, config.image.long_side)
@@ -103,36 +111,48 @@ def prediction(*, tiny: bool, mobilenet: bool) -> dict[str, measure.Side]:
                 return their_model([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
 
         sides[THEIRS] = measure.Side([functools.partial(detect, image) for image in images], measure.torch_wait)
-    # A `Prediction` is in NumPy, so nothing is waited for.
-    return sides | {OURS: measure.Side([functools.partial(predict, model, image) for image in images], lambda _: None)}
+    if OURS in wanted:
+        model = create_detector(config, names, seed=0)
+        # A `Prediction` is in NumPy, so nothing is waited for.
+        sides[OURS] = measure.Side([functools.partial(predict, model, image) for image in images], lambda _: None)
+    return sides
 
 
-def operation(build: Callable[[], Operation]) -> tuple[dict[str, measure.Side], float | None, float]:
-    """Returns both sides of an operation, how far the results are apart, and how far they may be."""
+def operation(
+    wanted: Collection[str], build: Callable[[], Operation]
+) -> tuple[dict[str, measure.Side], float | None, float]:
+    """Returns the wanted sides of an operation, how far the results are apart, and how far they may be."""
     case = build()
     rng = np.random.default_rng(0)
     inputs = [case.draw(rng) for _ in range(2)]
     builders, waits = {}, {OURS: measure.block, THEIRS: measure.torch_wait}
     torch, torchvision = measure.peer()
-    if torch:
+    if THEIRS in wanted and torch:
         sides = case.theirs(torch, torchvision)
         builders[THEIRS] = next(build for name, build in sides.items() if "eager" in name)
-    builders[OURS] = case.ours("xla")
+    if OURS in wanted:
+        builders[OURS] = case.ours("xla")
     calls = {side: [build(*arrays) for arrays in inputs] for side, build in builders.items()}
-    apart = case.difference(calls[OURS][0](), calls[THEIRS][0]()) if torch else None
+    apart = case.difference(calls[OURS][0](), calls[THEIRS][0]()) if len(calls) == 2 else None
     return {side: measure.Side(calls[side], waits[side]) for side in calls}, apart, case.limit
 
 
-def cases(*, tiny: bool) -> dict[str, tuple[float | None, Callable[[], Any]]]:
-    """Returns (goal, builder of the sides) by name. A goal is how many times as fast as torchvision ours should be."""
+def cases(*, tiny: bool) -> dict[str, tuple[float | None, Callable[[Collection[str]], Any]]]:
+    """Returns (goal, builder of the wanted sides) by name. A goal is how many times as fast as torchvision ours should
+    be.
+    """
     large, small = ((60, 90), (48, 64)) if tiny else ((600, 800), SIDES)
     batch = 2 if tiny else 4
-    listed: dict[str, tuple[float | None, Callable[[], Any]]] = {}
+    listed: dict[str, tuple[float | None, Callable[[Collection[str]], Any]]] = {}
     for task, goal in (("detection", 1 / 0.6), ("training", 1 / 0.9)):
         case = Case("resnet50_fpn", large, 1, "float32", task)
-        listed[str(case)] = goal, functools.partial(whole, case, tiny=tiny)
+        listed[str(case)] = goal, functools.partial(whole, case=case, tiny=tiny)
     case = Case("finetune", small, batch, "float32", "training")
-    listed[str(case)] = 1.2, functools.partial(whole, case, tiny=tiny)
+    listed[str(case)] = 1.2, functools.partial(whole, case=case, tiny=tiny)
+    listed[f"{case}, MobileNetV3-Large-320-FPN beside it"] = (
+        None,
+        functools.partial(whole, case=case, tiny=tiny, mobilenet=True),
+    )
     listed["finetune 480x640 pixels, predict"] = 1.2, functools.partial(prediction, tiny=tiny, mobilenet=False)
     listed["finetune 480x640 pixels, predict, MobileNetV3-Large-320-FPN beside it"] = (
         None,
@@ -154,14 +174,21 @@ def cases(*, tiny: bool) -> dict[str, tuple[float | None, Callable[[], Any]]]:
         ("roi_align 128, C=1024, 14x14, forward", 1 / 0.25, one(align, maps=c4, backward=False, goal=None)),
         ("roi_align 128, C=1024, 14x14, backward", 1 / 0.3, one(align, maps=c4, backward=True, goal=None)),
     ):
-        listed[name] = goal, functools.partial(operation, build)
+        listed[name] = goal, functools.partial(operation, build=build)
     return listed
 
 
-def measured(goal: float | None, build: Callable[[], Any], effort: measure.Effort | None, *, tiny: bool) -> dict:
+def measured(
+    goal: float | None,
+    build: Callable[[Collection[str]], Any],
+    effort: measure.Effort | None,
+    *,
+    wanted: Collection[str] = (OURS, THEIRS),
+    tiny: bool,
+) -> dict:
     """Returns the figures of one case."""
     before = os.getloadavg()[0]
-    built = build()
+    built = build(wanted)
     sides, apart, limit = built if isinstance(built, tuple) else (built, None, 0.0)
     default = OPERATION if isinstance(built, tuple) else WHOLE
     effort = measure.QUICK if tiny else default._replace(rounds=effort.rounds) if effort else default
@@ -173,7 +200,7 @@ def measured(goal: float | None, build: Callable[[], Any], effort: measure.Effor
             raise RuntimeError(str(failed))
         for side, found in times.items():
             runs[side].append(found.ms)
-    ratios = [theirs / ours for ours, theirs in zip(runs[OURS], runs.get(THEIRS, []), strict=False)]
+    ratios = [theirs / ours for ours, theirs in zip(runs.get(OURS, []), runs.get(THEIRS, []), strict=False)]
     return {
         "times_ms": {
             side: {"ms": statistics.median(ms), "fastest_ms": min(ms), "slowest_ms": max(ms)}
@@ -185,6 +212,8 @@ def measured(goal: float | None, build: Callable[[], Any], effort: measure.Effor
         "load": [before, os.getloadavg()[0]],
         "difference": apart,
         "agrees": None if apart is None else apart <= limit,
+        # The largest memory of the process so far; Linux counts it in KiB.
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 if len(wanted) == 1 else None,
     }
 
 
@@ -209,21 +238,31 @@ def main(argv: list[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="WORD", help="only cases with every WORD in their name"
     )
     parser.add_argument("--rounds", type=int, help="rounds of every case, in which the sides take turns")
+    parser.add_argument("--alone", choices=(OURS, THEIRS), help="run one side, and report the memory of the process")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes for a quick test; the times mean nothing")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # before anything asks for a device
     listed = cases(tiny=arguments.tiny)
     chosen = {name: case for name, case in listed.items() if all(word in name for word in arguments.only)}
+    if " ".join(arguments.only) in listed:  # a whole name can be part of another one
+        chosen = {name: listed[name] for name in [" ".join(arguments.only)]}
     if not chosen:
         parser.error(f"no case has all of {arguments.only} in its name; there are: {', '.join(listed)}")
+    if arguments.alone and len(chosen) > 1:
+        parser.error(f"--alone takes one case: name it with --only; {len(chosen)} were named")
+    if arguments.alone == THEIRS and not measure.peer()[0]:
+        parser.error("torchvision is not installed")
     effort = WHOLE._replace(rounds=arguments.rounds) if arguments.rounds else None
+    wanted = (arguments.alone,) if arguments.alone else (OURS, THEIRS)
     results, environment = {}, measure.environment() | {"cores": len(os.sched_getaffinity(0))}
     for name, (goal, build) in chosen.items():
         try:
-            results[name] = measured(goal, build, effort, tiny=arguments.tiny)
+            results[name] = measured(goal, build, effort, wanted=wanted, tiny=arguments.tiny)
         except Exception as error:
             results[name] = {"error": one_line(error)}
         print("  ".join(str(cell) for cell in row(name, results[name]) if cell is not None), flush=True)
+        if peak := results[name].get("peak_memory_mb"):
+            print(f"the process held at most {peak:,.0f} MB", flush=True)
         measure.write_report(arguments.out, {"tiny": arguments.tiny, **environment, "cases": results})
         # The sides of a case hold models and compiled programs.
         gc.collect()

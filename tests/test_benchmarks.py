@@ -99,7 +99,7 @@ def test_the_cases_of_a_cpu_have_the_goals_of_the_comparison_with_torchvision(im
     assert goals["resnet50_fpn 600x800 batch 1 float32 detection"] == pytest.approx(1 / 0.6)
     assert goals["resnet50_fpn 600x800 batch 1 float32 training"] == pytest.approx(1 / 0.9)
     assert goals["finetune 240x320 batch 4 float32 training"] == goals["finetune 480x640 pixels, predict"] == 1.2
-    assert len(goals) == 12
+    assert len(goals) == 13
 
 
 def test_a_case_of_a_cpu_has_the_ratio_of_each_round_and_fails_where_results_differ(importable, monkeypatch, tmp_path):
@@ -116,13 +116,30 @@ def test_a_case_of_a_cpu_has_the_ratio_of_each_round_and_fails_where_results_dif
     monkeypatch.setattr(measure, "interleaved", interleaved)
     monkeypatch.setattr(measure, "environment", dict)
     sides = {"torchvision": None, "ours": None}
-    listed = {"one": (2.0, lambda: (sides, 0.5, 0.1)), "other": (None, lambda: 1 / 0)}
+    listed = {"one": (2.0, lambda wanted: (sides, 0.5, 0.1)), "other": (None, lambda wanted: 1 / 0)}
     monkeypatch.setattr(on_cpu, "cases", lambda tiny: listed)
     assert on_cpu.main(["--rounds", "3", "--out", str(tmp_path / "report.json")]) == 1
     report = json.loads((tmp_path / "report.json").read_text())["cases"]
     assert report["one"]["times_as_fast"] == 2.0 and report["one"]["times_as_fast_from_to"] == [1.5, 5.0]
     assert report["one"]["times_ms"]["ours"]["ms"] == 10.0 and report["one"]["agrees"] is False
     assert report["other"] == {"error": "ZeroDivisionError: division by zero"}
+    assert report["one"]["peak_memory_mb"] is None  # the peak of a process that ran both sides belongs to neither
+
+
+def test_one_side_alone_reports_the_memory_of_its_process(importable, monkeypatch, tmp_path, capsys):
+    import measure
+    import on_cpu
+
+    def build(wanted):
+        assert list(wanted) == ["ours"]
+        return {"ours": measure.Side([lambda: None], lambda _: None)}
+
+    monkeypatch.setattr(measure, "environment", dict)
+    monkeypatch.setattr(on_cpu, "cases", lambda tiny: {"one": (None, build)})
+    assert on_cpu.main(["--rounds", "1", "--alone", "ours", "--out", str(tmp_path / "report.json")]) == 0
+    (case,) = json.loads((tmp_path / "report.json").read_text())["cases"].values()
+    assert 50 < case["peak_memory_mb"] < 100_000
+    assert f"the process held at most {case['peak_memory_mb']:,.0f} MB" in capsys.readouterr().out
 
 
 def test_boxes_on_objects_are_suppressed_and_even_boxes_survive(importable):

@@ -19,7 +19,7 @@ MB, GB = 1e6, 1e9
 
 # Launches of our kernels, registers per thread of the largest kernel, workspace in MB. The workspace of a gradient
 # includes what the forward pass stores for it. That of `nms classes 8 x 90` has the boxes twice, padded and as planes:
-# to pad the planes instead takes a launch more.
+# padding the planes instead would take one more launch.
 KERNELS = {
     "nms proposals 1": (3, 96, 21),
     "nms proposals 8": (3, 96, 164),

@@ -63,19 +63,35 @@ def test_a_new_position_cancels_the_items_that_no_thread_has_begun():
 
 
 def test_a_dropped_iterator_cancels_what_no_thread_has_begun():
-    begun = []
+    permits, begun = threading.Semaphore(1), []
 
     def load(number):
         begun.append(number)
-        time.sleep(0.2)
+        assert permits.acquire(timeout=10)
         return number
 
     results = read(load, threads=1)
     next(results)
     del results
     gc.collect()
-    time.sleep(1.0)
-    assert len(begun) <= 2
+    permits.release(10)
+    time.sleep(0.5)
+    assert begun in ([100], [100, 101])
+
+
+def test_an_item_that_fails_once_is_loaded_again():
+    failures = [OSError("once")]
+
+    def load(number):
+        if number == 103 and failures:
+            raise failures.pop()
+        return number
+
+    results = read(load)
+    found = [next(results) for _ in range(3)]
+    with pytest.raises(OSError, match="once"):
+        next(results)
+    assert found + list(results) == list(NUMBERS)
 
 
 def test_the_number_of_items_in_work_is_bounded():
@@ -89,7 +105,10 @@ def test_the_number_of_items_in_work_is_bounded():
     for consumed in range(1, 11):
         next(results)
         assert len(loaded) <= consumed + 4
-    time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while len(loaded) < 14 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert len(loaded) == 10 + 4
 
 
@@ -97,3 +116,5 @@ def test_the_number_of_items_in_work_is_bounded():
 def test_what_is_no_position_is_refused(position):
     with pytest.raises((TypeError, ValueError), match="next_index must be"):
         read().set_state({"next_index": position})
+    with pytest.raises(KeyError):
+        read().set_state({})

@@ -15,6 +15,7 @@ import pytest
 from fidelity import compare
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 from jax.sharding import Mesh, PartitionSpec
 from oracles import arrays
 
@@ -105,20 +106,38 @@ PYRAMID_LEVELS = np.int32([[0, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]])
 PYRAMID_BOXES[1, 5, 3] = np.inf
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """Notes which loops over blocks are traced, and sets how many regions of 3 x 3 x 128 a block has."""
+    caches, traced = (roi_alignment._forward, roi_alignment._backward), set()
+    of_the_library = roi_alignment_on_cpu._over_blocks
+
+    def noted(grid, maps, channels, visit, total):
+        traced.add(visit.__name__)
+        return of_the_library(grid, maps, channels, visit, total)
+
+    def of_size(regions):
+        monkeypatch.setattr(roi_alignment_on_cpu, "BLOCK_BYTES", regions * 4 * 9 * 128)
+        return traced
+
+    monkeypatch.setattr(roi_alignment_on_cpu, "_over_blocks", noted)
+    for cached in caches:
+        cached.cache_clear()
+    yield of_size
+    for cached in caches:
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("block", [1, 4, 12])
-def test_on_a_cpu_blocks_of_any_size_give_the_same_features_and_gradient(block, sampling_ratio, monkeypatch):
-    """A level ends in the middle of a block, and so does the list of regions."""
+def test_on_a_cpu_blocks_of_any_size_give_the_same_features_and_gradient(block, sampling_ratio, blocks):
+    """One region in a block, blocks that a level or an image ends inside, and one block for all regions of an image."""
+    traced = blocks(block)
     options = dict(strides=STRIDES, output_size=3, sampling_ratio=sampling_ratio)
-    align = jax.vmap(functools.partial(roi_align, **options))
+    align = jax.vmap(functools.partial(roi_align, **options, implementation="xla"))
     cotangent = np.random.default_rng(5).normal(size=(2, 6, 3, 3, 128)).astype(np.float32)
-    caches = roi_alignment._forward.cache_clear, roi_alignment._backward.cache_clear
-    monkeypatch.setattr(roi_alignment_on_cpu, "BLOCK_BYTES", block * 4 * 9 * 128)
-    for clear in caches:
-        clear()
     pooled, gradients = pull_back_over_levels(align, PYRAMID, PYRAMID_BOXES, PYRAMID_LEVELS, cotangent)
-    for clear in caches:
-        clear()
+    assert traced == {"pool", "add_block"}
     for image in range(2):
         boxes, levels = PYRAMID_BOXES[image], PYRAMID_LEVELS[image]
         expected = oracles.roi_align([level[image] for level in PYRAMID], boxes, levels, aligned=True, **options)
@@ -126,6 +145,23 @@ def test_on_a_cpu_blocks_of_any_size_give_the_same_features_and_gradient(block, 
         expected = oracles.roi_align_gradient(cotangent[image], SIZES, boxes, levels, aligned=True, **options)
         for gradient, of_level in zip(gradients, expected):
             np.testing.assert_allclose(gradient[image], of_level, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("maps", "sampling_ratio", "in_blocks"),
+    [
+        (((40, 50), (20, 25)), 2, True),
+        (((10, 10), (5, 5)), 2, False),  # fewer cells than 30 regions have bins
+        (((40, 50),), 2, False),
+        (((40, 50),), 0, True),
+    ],
+)
+def test_the_forward_pass_of_a_cpu_is_in_blocks_where_that_takes_less_time(maps, sampling_ratio, in_blocks, blocks):
+    traced = blocks(4)
+    features = tuple(np.zeros((*cells, 8), np.float32) for cells in maps)
+    options = dict(strides=(4, 8)[: len(maps)], output_size=3, sampling_ratio=sampling_ratio, implementation="xla")
+    jax.eval_shape(functools.partial(roi_align, **options), features, np.zeros((30, 4), np.float32))
+    assert bool(traced) == in_blocks
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -447,14 +483,32 @@ def test_mapped_twice_over_boxes_alone_it_equals_the_loop(implementation):
 
 
 @IMPLEMENTATIONS
-def test_no_regions_give_no_features_and_no_gradient(implementation):
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_no_regions_give_no_features_and_no_gradient(implementation, sampling_ratio):
     """Without regions there is no launch: plain JAX runs unless the kernel is named."""
-    options = dict(strides=STRIDES, output_size=2, sampling_ratio=0, aligned=False)
+    options = dict(strides=STRIDES, output_size=2, sampling_ratio=sampling_ratio, aligned=False)
     features = tuple(level[0] for level in PYRAMID)
     boxes, levels, cotangent = np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros((0, 2, 2, 128), np.float32)
     align = functools.partial(roi_align, **options)
     pooled, gradients = pull_back_over_levels(align, features, boxes, levels, cotangent)
     assert pooled.shape == cotangent.shape and not any(map(np.any, gradients))
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_a_program_for_any_number_of_regions_is_exported(sampling_ratio):
+    """It equals the program for this number, on a CPU too, where a known number of regions decides the blocks."""
+    options = dict(strides=STRIDES, output_size=2, sampling_ratio=sampling_ratio, implementation="xla")
+    align, features = jax.jit(functools.partial(roi_align, **options)), tuple(level[0] for level in PYRAMID)
+    count = export.symbolic_shape("r")[0]
+    shapes = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), features),
+        jax.ShapeDtypeStruct((count, 4), jnp.float32),
+        jax.ShapeDtypeStruct((count,), jnp.int32),
+    )
+    program = export.export(align)(*shapes)
+    found = program.call(features, PYRAMID_BOXES[0], PYRAMID_LEVELS[0])
+    expected = align(features, PYRAMID_BOXES[0], PYRAMID_LEVELS[0])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def grad_over_images(features, boxes, levels, **options):

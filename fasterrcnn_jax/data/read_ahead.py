@@ -48,8 +48,8 @@ def in_threads(
 class ReadAhead(Iterator[Result], Generic[Item, Result]):
     """Iterates over `load(item)` for every item of `source`, and can tell and set its position.
 
-    At most `ahead` + 1 items are in work at a time. An exception of `load` is raised by the `next` that returns its
-    item, and by every `next` after it, because the position stays. For one consumer thread.
+    At most `ahead` + 1 items are in work at a time. If `load` raises an exception, the `next` that asks for the item
+    raises it, and the position stays: another `next` loads the item again. Only one thread may call `next`.
     """
 
     def __init__(self, source: Items[Item], load: Callable[[Item], Result], *, threads: int, ahead: int):

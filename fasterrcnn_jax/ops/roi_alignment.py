@@ -322,9 +322,11 @@ def _forward(sampling_ratio: int, implementation: Implementation, unroll: bool) 
 
     def forward(features: tuple[Float[Array, "n _ _ c"], ...], grid: SampleGrid) -> Float[Array, "n r s s c"]:
         _, regions, _, bins = grid.bin_start.shape
-        # To join small maps takes less time than the loop over blocks, and a single map is not joined.
+        # With a fixed number of samples, one map, or levels with fewer cells than the regions have bins, the loop over
+        # blocks takes longer than it saves.
         cells = sum(level.shape[1] * level.shape[2] for level in features) if len(features) > 1 else 0
-        if sampling_ratio and cells <= regions * bins**2:
+        known = isinstance(regions, int)  # and no symbol of an exported program
+        if sampling_ratio and (not known or cells <= regions * bins**2):
             return at_once(features, grid)
         return lax.platform_dependent(features, grid, cpu=in_blocks, default=at_once)
 

@@ -1,7 +1,8 @@
 """RoIAlign for a CPU: few regions at a time, level by level.
 
-The maps of a pyramid are not joined, which takes a CPU longer than taking the cells of 512 regions. The results of few
-regions stay in its cache, and adaptive regions take as many samples as the largest of a block, not of all.
+The maps of a pyramid are not joined: to join those of a large image takes a CPU about as long as to take the cells of
+512 regions. The sums of a block of regions stay in the cache of the core. With adaptive sampling, a block takes as
+many samples per bin as its largest region needs.
 
 Shapes: n images (all mapped axes folded into one), r regions, s bins along a side, c channels, b regions in a block.
 """
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from fasterrcnn_jax.kernels.roi_align import SampleGrid
 from fasterrcnn_jax.ops.bilinear_samples import over_samples
 
-# Size of the features, in float32, of a block: they fit into the cache of a core.
+# Bytes of the float32 features of a block, so that they fit into the cache of a core. A larger region is a block alone.
 BLOCK_BYTES = 2**18
 
 
@@ -40,7 +41,9 @@ def forward(
             return total
 
         total = jnp.zeros((1, block.places.shape[0], bins, bins, channels))
-        total = over_samples(block.grid, [maps[block.level]], sampling_ratio, add, total, unroll=sampling_ratio > 0)
+        # Each level has a loop of its own, so only few samples are unrolled.
+        unroll = 0 < sampling_ratio <= 2
+        total = over_samples(block.grid, [maps[block.level]], sampling_ratio, add, total, unroll=unroll)
         return pooled.at[block.places].set(total[0].astype(dtype), mode="drop")
 
     pooled = jnp.zeros((problems * regions, bins, bins, channels), dtype)
@@ -87,9 +90,11 @@ class Block(NamedTuple):
     """Some regions of one image and level."""
 
     level: int
-    places: Int[Array, "b"]  # among the regions of all images; for the slots that are not used, the number of regions
+    places: Int[Array, "b"]  # numbers of the regions among those of all images; unused slots: the number of all regions
     grid: SampleGrid  # of one problem, with one level
-    first_cell: Int[Array, ""]  # number of the image's first cell among those of the level of all images
+    first_cell: Int[
+        Array, ""
+    ]  # number of the image's first cell in this level; the cells of all images are in sequence
 
 
 def _over_blocks(
@@ -101,11 +106,15 @@ def _over_blocks(
 ) -> PyTree:
     """Returns `total` after `visit` was called for each block of regions, level by level."""
     problems, regions, _, bins = grid.bin_start.shape
+    if regions == 0:
+        return total
     count = problems * regions
-    size = min(max(BLOCK_BYTES // (4 * bins**2 * channels), 1), regions)
+    size = max(BLOCK_BYTES // (4 * bins**2 * channels), 1)
+    if isinstance(regions, int):  # and no symbol of an exported program
+        size = min(size, regions)
     image = lax.broadcasted_iota(jnp.int32, (problems, regions), 0).reshape(count)
     level = grid.level.reshape(count)
-    # By level, then by image. The slice of a block can go on with regions of another image or level, or with padding.
+    # By level, then by image. The slice of a block can also have regions of the next image or level, and padding.
     order = jnp.pad(jnp.argsort(level, stable=True).astype(jnp.int32), (0, size))
     first = jnp.int32(0)
     for number, (height, width) in enumerate(maps):
@@ -117,12 +126,10 @@ def _over_blocks(
             part = SampleGrid(*(x.reshape(count, *x.shape[2:])[places][None] for x in grid))
             # No block has two images: the order in which an image's gradient is summed depends on no other image.
             of_block = (start + jnp.arange(size) < end) & (image[places] == image[places[0]])
-            block = Block(
-                number,
-                jnp.where(of_block, places, count),
-                part._replace(level=jnp.zeros_like(part.level)),
-                image[places[0]] * cells,
-            )
+            # The other slots take no samples, so that they do not decide how many an adaptive block takes.
+            samples = jnp.where(of_block[None, :, None], part.samples, 0.0)
+            part = part._replace(level=jnp.zeros_like(part.level), samples=samples)
+            block = Block(number, jnp.where(of_block, places, count), part, image[places[0]] * cells)
             return start + of_block.sum(dtype=jnp.int32), visit(block, total)
 
         _, total = lax.while_loop(lambda state, end=end: state[0] < end, step, (first, total))
