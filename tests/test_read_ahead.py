@@ -46,7 +46,8 @@ def test_the_position_is_a_number_and_can_be_set_in_the_middle():
     assert list(results) == list(NUMBERS)[21:]
 
 
-def test_a_new_position_cancels_the_items_that_no_thread_has_begun():
+def held():
+    """Returns results of one thread that are loaded with one permit each, one of them given, and the begun items."""
     permits, begun = threading.Semaphore(1), []
 
     def load(number):
@@ -54,7 +55,11 @@ def test_a_new_position_cancels_the_items_that_no_thread_has_begun():
         assert permits.acquire(timeout=10)
         return number
 
-    results = read(load, threads=1)
+    return read(load, threads=1), permits, begun
+
+
+def test_a_new_position_cancels_the_items_that_no_thread_has_begun():
+    results, permits, begun = held()
     assert next(results) == 100
     results.set_state({"next_index": 20})
     permits.release(10)
@@ -63,14 +68,7 @@ def test_a_new_position_cancels_the_items_that_no_thread_has_begun():
 
 
 def test_a_dropped_iterator_cancels_what_no_thread_has_begun():
-    permits, begun = threading.Semaphore(1), []
-
-    def load(number):
-        begun.append(number)
-        assert permits.acquire(timeout=10)
-        return number
-
-    results = read(load, threads=1)
+    results, permits, begun = held()
     next(results)
     del results
     gc.collect()
