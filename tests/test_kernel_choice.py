@@ -297,3 +297,16 @@ def test_the_device_is_the_one_that_programs_go_to(monkeypatch, version, expecte
     assert choice.device() == expected
     with jax.default_device(cpu):
         assert choice.device() == ("cpu", (0, 0))
+
+
+def test_the_check_of_nms_has_boxes_of_several_tiles_with_groups_and_without(monkeypatch):
+    """The kernels compare boxes of one tile and boxes of different tiles in different code."""
+    seen = set()
+
+    def nms(boxes, scores, valid, *, groups, **options):
+        seen.add((len(boxes) > 2 * suppression.kernel.SWEEP_TILE, groups is None))
+        return suppression.Kept(np.zeros(1, np.int32), np.ones(1, bool))
+
+    monkeypatch.setattr(suppression, "nms", nms)
+    assert suppression._kernel_differs() is None
+    assert seen == {(True, True), (True, False)}

@@ -87,14 +87,12 @@ def backward(
 
 
 class Block(NamedTuple):
-    """Some regions of one image and level."""
+    """Some regions of one image and level. Regions and cells are numbered over all images in sequence."""
 
     level: int
-    places: Int[Array, "b"]  # numbers of the regions among those of all images; unused slots: the number of all regions
-    grid: SampleGrid  # of one problem, with one level
-    first_cell: Int[
-        Array, ""
-    ]  # number of the image's first cell in this level; the cells of all images are in sequence
+    places: Int[Array, "b"]  # numbers of the regions; an unused slot has the number of all regions, which is no region
+    grid: SampleGrid  # of one image, with one level
+    first_cell: Int[Array, ""]  # number of the image's first cell in this level
 
 
 def _over_blocks(
