@@ -20,7 +20,7 @@ from fasterrcnn_jax.config.families import resnet_fpn
 from fasterrcnn_jax.ops import boxes as box_geometry
 from fasterrcnn_jax.ops.anchors import PYRAMID_STRIDES, anchors_of
 from fasterrcnn_jax.ops.box_coder import decode
-from fasterrcnn_jax.ops.matching import match
+from fasterrcnn_jax.ops.matching import match_boxes
 from fasterrcnn_jax.ops.proposals import propose
 from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.suppression import nms
@@ -554,9 +554,9 @@ def assignment_case(*, tiny: bool) -> Operation:
 
     def ours(ground_truth):
         def one(ground_truth):
-            iou = box_geometry.pairwise_iou(jnp.asarray(anchors), ground_truth)
-            valid = jnp.ones(len(ground_truth), bool)
-            return match(iou, valid, fg_iou=thresholds[0], bg_iou=(0.0, thresholds[1]), low_quality=True)
+            return match_boxes(
+                jnp.asarray(anchors), ground_truth, fg_iou=thresholds[0], bg_iou=(0.0, thresholds[1]), low_quality=True
+            )
 
         return jax.vmap(one)(ground_truth)
 

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import arrays
 
-from fasterrcnn_jax.ops.matching import match
+from fasterrcnn_jax.ops import matching
+from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.matching import match, match_boxes
 
 N, G = 12, 4
 RPN = dict(fg_iou=0.7, bg_iou=(0.0, 0.3), low_quality=True)
@@ -97,3 +99,47 @@ def test_background_overrides_a_best_box_only_with_clobber_positives(clobber_pos
 def test_thresholds_out_of_order_are_an_error(fg_iou, bg_iou):
     with pytest.raises(ValueError, match="bg_iou"):
         match(jnp.zeros((1, 1)), jnp.ones(1, bool), fg_iou=fg_iou, bg_iou=bg_iou, low_quality=False)
+
+
+# Corners on few points, so that many boxes are equal and many IoUs tie, within blocks and between them.
+corners = arrays(np.int32, (9, 2, 2), elements=st.integers(0, 4)).map(
+    lambda points: (4 * np.sort(points, axis=1)).reshape(-1, 4).astype(np.float32)
+)
+
+
+@pytest.mark.parametrize("options", [RPN, HEAD, RPN | dict(clobber_positives=True)])
+@pytest.mark.parametrize(("g", "at_once"), [(7, 16), (7, 3), (9, 1)])
+def test_match_boxes_equals_match_for_any_number_of_boxes_at_once(monkeypatch, options, g, at_once):
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 9 * at_once)
+    blocked = jax.jit(functools.partial(match_boxes, **options))
+    whole = jax.jit(
+        lambda boxes, others, valid, gt_valid: match(
+            jnp.where(valid[:, None], pairwise_iou(boxes, others), 0.0), gt_valid, **options
+        )
+    )
+
+    @given(corners, corners, arrays(bool, 9), arrays(bool, 9))
+    def check(boxes, others, valid, gt_valid):
+        arguments = boxes, others[:g], valid, gt_valid[:g]
+        for found, expected in zip(blocked(*arguments), whole(*arguments), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+    check()
+
+
+def test_match_boxes_without_objects_finds_background_only():
+    found = match_boxes(np.ones((N, 4), np.float32), np.zeros((0, 4), np.float32), **RPN)
+    assert not np.asarray(found.labels).any() and not np.asarray(found.matched_gt_indices).any()
+
+
+def test_the_memory_of_match_boxes_does_not_grow_with_the_objects(monkeypatch):
+    def memory(g):
+        shapes = [jax.ShapeDtypeStruct((rows, 4), jnp.float32) for rows in (5_000, g)]
+        return (
+            jax.jit(functools.partial(match_boxes, **RPN)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 80_000)
+    few, many = memory(16), memory(1600)
+    # The IoU of all pairs alone has 32 MB.
+    assert many < few + 1_000_000 and few < 1_000_000

@@ -7,14 +7,15 @@ of any floating-point type. The result of a selection has a fixed size with a ma
 
 Suppression: `nms`, `batched_nms`, `soft_nms`. Region features: `roi_align` (one map or a pyramid), `roi_pool`,
 `assign_levels`. Boxes: `area`, `pairwise_iou`, `clip`, `encode`, `decode`. Anchors: `cell_anchors`, `grid_anchors`.
-Targets: `match`, `sample`, `anchor_targets`, `roi_targets`. Losses: `smooth_l1`, `rpn_losses`, `box_losses`.
+Targets: `match`, `match_boxes`, `sample`, `anchor_targets`, `roi_targets`. Losses: `smooth_l1`, `rpn_losses`,
+`box_losses`.
 """
 
 from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.ops.box_coder import decode, encode
 from fasterrcnn_jax.ops.boxes import area, clip, pairwise_iou
 from fasterrcnn_jax.ops.losses import StageLosses, box_losses, rpn_losses, smooth_l1
-from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, Matches, match
+from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, Matches, match, match_boxes
 from fasterrcnn_jax.ops.roi_alignment import assign_levels, roi_align
 from fasterrcnn_jax.ops.roi_pooling import roi_pool
 from fasterrcnn_jax.ops.sampling import Sample, sample
@@ -47,6 +48,7 @@ __all__ = [
     "encode",
     "grid_anchors",
     "match",
+    "match_boxes",
     "nms",
     "pairwise_iou",
     "roi_align",

@@ -3,16 +3,30 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Real
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Real
 
-from fasterrcnn_jax.ops.inputs import AnyArray, real_array, validity
+from fasterrcnn_jax.ops.boxes import pairwise_iou
+from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity
 
 IGNORED, BACKGROUND, FOREGROUND = -1, 0, 1
+
+# Pairs whose IoU `match_boxes` holds at once: 124 ground-truth boxes for the 268,569 anchors of 800 x 1344 pixels. Each
+# further block costs ten launches on a GPU.
+PAIRS_AT_ONCE = 2**25
 
 
 class Matches(NamedTuple):
     matched_gt_indices: Int[Array, "n"]  # the ground-truth box of highest IoU; 0 if there is none
     labels: Int[Array, "n"]  # IGNORED, BACKGROUND or FOREGROUND
+
+
+class _Overlaps(NamedTuple):
+    """The highest IoU of each box with the ground-truth boxes seen so far."""
+
+    best: Float[Array, "n"]
+    index: Int[Array, "n"]  # of the first ground-truth box that has it
+    reaches: Bool[Array, "n"]  # whether the IoU with a ground-truth box is that box's highest, and above zero
 
 
 def match(
@@ -43,21 +57,89 @@ def match(
     Raises:
       ValueError: the thresholds do not satisfy 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
     """
-    bg_iou = (0.0, fg_iou) if bg_iou is None else bg_iou
-    if not 0.0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.0:
-        raise ValueError(f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1, got {bg_iou} and {fg_iou}")
+    bg_iou = _background_range(fg_iou, bg_iou)
     iou = real_array(iou, "iou")
     gt_valid = validity(gt_valid, iou.shape[1], "gt_valid")
     if iou.shape[1] == 0:
         # Without objects every box overlaps one slot of padding with IoU 0.
         iou, gt_valid = jnp.zeros((iou.shape[0], 1)), jnp.zeros(1, bool)
+    return _labelled(_overlaps(iou, gt_valid), fg_iou, bg_iou, low_quality, clobber_positives)
+
+
+def match_boxes(
+    boxes: Real[AnyArray, "n 4"],
+    gt_boxes: Real[AnyArray, "g 4"],
+    valid: Bool[AnyArray, "n"] | None = None,
+    gt_valid: Bool[AnyArray, "g"] | None = None,
+    *,
+    fg_iou: float,
+    bg_iou: tuple[float, float] | None = None,
+    low_quality: bool = False,
+    clobber_positives: bool = False,
+) -> Matches:
+    """Returns the same as `match(pairwise_iou(boxes, gt_boxes), ...)` without holding the IoU of all pairs.
+
+    It compares `PAIRS_AT_ONCE` pairs at a time, so the memory does not grow with the number of ground-truth boxes.
+
+    Examples:
+      >>> match_boxes(np.array([[0, 0, 8, 8], [20, 20, 30, 30]]), np.array([[0, 0, 8, 9]]), fg_iou=0.5)
+      Matches(matched_gt_indices=Array([0, 0], dtype=int32), labels=Array([1, 0], dtype=int32))
+
+    Args:
+      valid: False for padding among `boxes`, whose IoU counts as 0. None: there is no padding.
+    Raises:
+      TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
+      ValueError: the boxes have another shape, or the thresholds do not satisfy
+        0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
+    """
+    bg_iou = _background_range(fg_iou, bg_iou)
+    boxes, gt_boxes = box_array(boxes, one_list=True), box_array(gt_boxes, "gt_boxes", one_list=True)
+    valid, gt_valid = validity(valid, boxes.shape[0], "valid"), validity(gt_valid, gt_boxes.shape[0], "gt_valid")
+    if gt_boxes.shape[0] == 0:
+        gt_boxes, gt_valid = jnp.zeros((1, 4)), jnp.zeros(1, bool)
+    number, objects = boxes.shape[0], gt_boxes.shape[0]
+    blocks = -(-objects // max(1, PAIRS_AT_ONCE // max(1, number)))
+    # Equally many in all blocks, so that few slots are padding.
+    columns = -(-objects // blocks)
+    padding = blocks * columns - objects
+    gt_boxes = jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(blocks, columns, 4)
+    gt_valid = jnp.pad(gt_valid, (0, padding)).reshape(blocks, columns)
+
+    def widen(found: _Overlaps, block: tuple[Array, Array, Array]) -> tuple[_Overlaps, None]:
+        start, gt_boxes, gt_valid = block
+        more = _overlaps(jnp.where(valid[:, None], pairwise_iou(boxes, gt_boxes), 0.0), gt_valid)
+        # The first of several equal ones, as `argmax` does.
+        is_better = more.best > found.best
+        return _Overlaps(
+            jnp.where(is_better, more.best, found.best),
+            jnp.where(is_better, start + more.index, found.index),
+            found.reaches | more.reaches,
+        ), None
+
+    nothing = _Overlaps(jnp.full(number, -1.0), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool))
+    found, _ = lax.scan(widen, nothing, (columns * jnp.arange(blocks), gt_boxes, gt_valid))
+    return _labelled(found, fg_iou, bg_iou, low_quality, clobber_positives)
+
+
+def _background_range(fg_iou: float, bg_iou: tuple[float, float] | None) -> tuple[float, float]:
+    bg_iou = (0.0, fg_iou) if bg_iou is None else bg_iou
+    if not 0.0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.0:
+        raise ValueError(f"need 0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1, got {bg_iou} and {fg_iou}")
+    return bg_iou
+
+
+def _overlaps(iou: Float[Array, "n g"], gt_valid: Bool[Array, "g"]) -> _Overlaps:
     iou = jnp.where(gt_valid[None, :], iou, 0.0)
-    best = iou.max(axis=1)
-    background = (best >= bg_iou[0]) & (best < bg_iou[1])
-    labels = jnp.where(background, BACKGROUND, jnp.where(best >= fg_iou, FOREGROUND, IGNORED))
+    best_of_gt = iou.max(axis=0)
+    reaches = (iou == best_of_gt[None, :]) & (best_of_gt > 0.0)[None, :]
+    return _Overlaps(iou.max(axis=1), iou.argmax(axis=1).astype(jnp.int32), reaches.any(axis=1))
+
+
+def _labelled(
+    found: _Overlaps, fg_iou: float, bg_iou: tuple[float, float], low_quality: bool, clobber_positives: bool
+) -> Matches:
+    background = (found.best >= bg_iou[0]) & (found.best < bg_iou[1])
+    labels = jnp.where(background, BACKGROUND, jnp.where(found.best >= fg_iou, FOREGROUND, IGNORED))
     if low_quality:
-        best_of_gt = iou.max(axis=0)
-        reaches = (iou == best_of_gt[None, :]) & (best_of_gt > 0.0)[None, :]
-        reaches = reaches.any(axis=1) & ~(background & clobber_positives)
-        labels = jnp.where(reaches, FOREGROUND, labels)
-    return Matches(iou.argmax(axis=1).astype(jnp.int32), labels.astype(jnp.int32))
+        labels = jnp.where(found.reaches & ~(background & clobber_positives), FOREGROUND, labels)
+    return Matches(found.index, labels.astype(jnp.int32))

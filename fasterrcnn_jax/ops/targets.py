@@ -8,9 +8,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real, UInt32
 
 from fasterrcnn_jax.config import RoiSamplingConfig, RpnConfig
 from fasterrcnn_jax.ops.box_coder import ONES, ZEROS, encode
-from fasterrcnn_jax.ops.boxes import pairwise_iou
 from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity, whole_numbers
-from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, match
+from fasterrcnn_jax.ops.matching import BACKGROUND, FOREGROUND, IGNORED, match_boxes
 from fasterrcnn_jax.ops.sampling import sample
 from fasterrcnn_jax.structures import (
     AnchorTargets,
@@ -57,9 +56,10 @@ def anchor_targets(
     anchors, image_hw = box_array(anchors, "anchors", one_list=True), real_array(image_hw, "image_hw")
     anchor_valid, ground_truth = validity(anchor_valid, anchors.shape[0], "anchor_valid"), _on_device(ground_truth)
     anchor_valid = anchor_valid & within_border(anchors, image_hw, config.allowed_border)
-    iou = jnp.where(anchor_valid[:, None], pairwise_iou(anchors, ground_truth.boxes), 0.0)
-    matches = match(
-        iou,
+    matches = match_boxes(
+        anchors,
+        ground_truth.boxes,
+        anchor_valid,
         ground_truth.valid,
         fg_iou=config.fg_iou,
         bg_iou=(0.0, config.bg_iou),
@@ -104,9 +104,10 @@ def roi_targets(
     if config.add_ground_truth:
         boxes = jnp.concatenate([boxes, ground_truth.boxes])
         valid = jnp.concatenate([valid, ground_truth.valid])
-    matches = match(
-        pairwise_iou(boxes, ground_truth.boxes),
-        ground_truth.valid,
+    matches = match_boxes(
+        boxes,
+        ground_truth.boxes,
+        gt_valid=ground_truth.valid,
         fg_iou=config.fg_iou,
         bg_iou=config.bg_iou,
         # Only the RPN has this rule. It would change nothing where objects are candidates: their IoU with themselves
