@@ -9,8 +9,8 @@ up to n * k / 2 pairs on one multiprocessor. So the mask is for few large proble
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ def unsupported(boxes: int, max_output: int) -> str | None:
 
 def shared_memory(slots: int) -> int:
     """Returns the bytes of shared memory that the kept list with so many slots takes, including their groups."""
-    arrays = (5 * 4 * slots, 4 * slots)
-    return sum(size + -size % SHARED_ALIGNMENT for size in arrays) + SHARED_OF_REDUCTIONS
+    size = 6 * 4 * slots
+    return size + -size % SHARED_ALIGNMENT + SHARED_OF_REDUCTIONS
 
 
 @functools.cache
@@ -92,14 +92,16 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
         problems, n, _ = boxes.shape
         masked = design(problems, n, max_output) == "mask"
         padding = -n % (CHUNK if masked else LIST_TILE)
-        planes = with_area(jnp.pad(boxes, ((0, 0), (0, padding), (0, 0))))
+        boxes = jnp.pad(boxes, ((0, 0), (0, padding), (0, 0)))
+        planes = with_area(boxes)
         if groups is not None:
-            groups = jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))
+            # One more plane of the same array: a thread finds it at the address of the others.
+            groups = lax.bitcast_convert_type(jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding))), jnp.float32)
+            planes = jnp.concatenate([planes, groups[None]])
         if masked:
-            diagonal = _diagonal(planes, groups, num_valid, threshold)
-            mask = _mask(planes, groups, num_valid, threshold)
-            return _sweep(mask, diagonal, num_valid, max_output)
-        return _kept_list(planes, groups, num_valid, threshold, max_output)
+            diagonal = _diagonal(planes, num_valid, threshold)
+            return _sweep(_mask(planes, num_valid, threshold), diagonal, num_valid, max_output)
+        return _kept_list(planes, num_valid, threshold, max_output)
 
     return fold_mapped_axes(launch)
 
@@ -170,8 +172,8 @@ def ratio_margin(numerator: jax.Array, denominator: jax.Array, threshold: np.flo
     return t_high * high - numerator + t_high * low + t_low * high + t_low * low
 
 
-def _mask(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
-    """Returns bits [p n w] for boxes [5 p n] and their groups.
+def _mask(planes: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns bits [p n w] for planes [5 or 6 p n] of boxes.
 
     A chunk of columns is 32 tiles of 128 boxes, and fills 128 words of a row. Bit j of the chunk's word t tells whether
     the row and box t of tile j suppress each other, so a block can leave out whole tiles: the bits of tiles up to the
@@ -183,23 +185,20 @@ def _mask(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, thr
 
     per_thread = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
-    def nms_mask(planes, num_valid, *refs):
-        *groups, mask = refs
+    def nms_mask(planes, num_valid, mask):
         problem, block, chunk = (lax.axis_index(name) for name in ("problem", "rows", "chunk"))
         first, count, begin = block * MASK_ROWS, num_valid[problem], chunk * CHUNK
 
         @pl.when((first < count) & (begin < count) & (first < begin + CHUNK))
         def _():
             rows = range(MASK_ROWS)
-            boxes = [[planes[c, problem, first + i] for c in range(5)] for i in rows]
-            box_groups = [_group(groups, problem, first + i) for i in rows]
+            boxes = [[planes[c, problem, first + i] for c in range(numbers)] for i in rows]
 
             def compare(step, found):
                 # Each step shifts the bits found so far, so the last tile comes first.
                 columns = pl.ds(pl.multiple_of(begin + (tiles - 1 - step) * THREADS, THREADS), THREADS)
-                others = [planes[c, problem, columns] for c in range(5)]
-                other_groups = _group(groups, problem, columns)
-                margins = [margin(boxes[i], box_groups[i], others, other_groups, threshold) for i in rows]
+                others = [planes[c, problem, columns] for c in range(numbers)]
+                margins = [margin(*_pair(boxes[i], others), threshold) for i in rows]
                 # The sign bit of the margin goes into the word in one instruction.
                 signs = [lax.shift_right_logical(lax.bitcast_convert_type(each, jnp.int32), 31) for each in margins]
                 return tuple(lax.shift_left(found[i], 1) | signs[i] for i in rows)
@@ -215,17 +214,17 @@ def _mask(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, thr
             for i in rows:
                 mask[problem, first + i, words] = lax.shift_left(found[i], before)
 
-    _, problems, n = planes.shape
+    numbers, problems, n = planes.shape
     return mosaic.kernel(
         nms_mask,
         out_type=jax.ShapeDtypeStruct((problems, n, n // WORD), jnp.int32),
         grid=(problems, n // MASK_ROWS, n // CHUNK),
         grid_names=("problem", "rows", "chunk"),
-    )(planes, num_valid, *_given(groups))
+    )(planes, num_valid)
 
 
-def _diagonal(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
-    """Returns the bits [p t 512] that decide each of t tiles, for boxes [5 p n] and their groups.
+def _diagonal(planes: jax.Array, num_valid: jax.Array, threshold: np.float32) -> jax.Array:
+    """Returns the bits [p t 512] that decide each of t tiles, for planes [5 or 6 p n] of boxes.
 
     Bit j of word 128 c + i of a tile of 128 tells whether its boxes i and 32 c + j suppress each other.
     """
@@ -234,34 +233,32 @@ def _diagonal(planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array,
 
     per_thread = plgpu.Layout.WG_STRIDED((SWEEP_TILE,), vec_size=1)
 
-    def nms_diagonal(planes, num_valid, *refs):
-        *groups, diagonal = refs
+    def nms_diagonal(planes, num_valid, diagonal):
         problem, tile, word = (lax.axis_index(name) for name in ("problem", "tile", "word"))
         first = tile * SWEEP_TILE
 
         @pl.when(first < num_valid[problem])
         def _():
             rows = pl.ds(pl.multiple_of(first, SWEEP_TILE), SWEEP_TILE)
-            boxes = [planes[c, problem, rows] for c in range(5)]
-            box_groups = _group(groups, problem, rows)
+            boxes = [planes[c, problem, rows] for c in range(numbers)]
 
             def compare(j, found):
                 column = first + word * WORD + j
-                other = [planes[c, problem, column] for c in range(5)]
-                hit = suppresses(other, _group(groups, problem, column), boxes, box_groups, threshold)
+                other = [planes[c, problem, column] for c in range(numbers)]
+                hit = suppresses(*_pair(other, boxes), threshold)
                 return found | jnp.where(hit, lax.shift_left(jnp.int32(1), j), jnp.int32(0))
 
             none = plgpu.layout_cast(jnp.zeros(SWEEP_TILE, jnp.int32), per_thread)
             place = pl.ds(pl.multiple_of(word * SWEEP_TILE, SWEEP_TILE), SWEEP_TILE)
             diagonal[problem, tile, place] = lax.fori_loop(0, WORD, compare, none)
 
-    _, problems, n = planes.shape
+    numbers, problems, n = planes.shape
     return mosaic.kernel(
         nms_diagonal,
         out_type=jax.ShapeDtypeStruct((problems, n // SWEEP_TILE, TILE_WORDS * SWEEP_TILE), jnp.int32),
         grid=(problems, n // SWEEP_TILE, TILE_WORDS),
         grid_names=("problem", "tile", "word"),
-    )(planes, num_valid, *_given(groups))
+    )(planes, num_valid)
 
 
 def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_output: int) -> tuple[jax.Array, jax.Array]:
@@ -357,7 +354,7 @@ def _sweep(mask: jax.Array, diagonal: jax.Array, num_valid: jax.Array, max_outpu
 
 
 def _kept_list(
-    planes: jax.Array, groups: jax.Array | None, num_valid: jax.Array, threshold: np.float32, max_output: int
+    planes: jax.Array, num_valid: jax.Array, threshold: np.float32, max_output: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the result of `keep_first`: positions [p k] and count [p]."""
     from jax.experimental import pallas as pl
@@ -365,11 +362,7 @@ def _kept_list(
 
     layout = plgpu.Layout.WG_STRIDED((LIST_TILE,), vec_size=LIST_TILE // THREADS)
 
-    def nms_kept_list(planes, num_valid, *refs):
-        if groups is None:
-            of_boxes, (positions, counts, listed), of_listed = [], refs, []
-        else:
-            of_boxes, (positions, counts, listed), of_listed = refs[:1], refs[1:4], refs[4:]
+    def nms_kept_list(planes, num_valid, positions, counts, listed):
         problem = lax.axis_index("problem")
         num_boxes = num_valid[problem]
 
@@ -381,8 +374,7 @@ def _kept_list(
             tile, count = state
             first = tile * LIST_TILE
             columns = pl.ds(pl.multiple_of(first, LIST_TILE), LIST_TILE)
-            boxes = [planes[c, problem, columns] for c in range(5)]
-            box_groups = _group(of_boxes, problem, columns)
+            boxes = [planes[c, problem, columns] for c in range(numbers)]
             offsets = plgpu.broadcasted_iota(jnp.int32, (LIST_TILE,), 0, layout=layout)
             # Alive boxes have numbers that fall from the first box of the tile on, dead boxes have 0: the maximum is
             # the next box to keep.
@@ -391,8 +383,8 @@ def _kept_list(
             def compare(step, alive):
                 # Two comparisons at a time hide the latency of shared memory; a repeated last one removes nothing new.
                 for k in (2 * step, jnp.minimum(2 * step + 1, count - 1)):
-                    other = [listed[c, k] for c in range(5)]
-                    hit = suppresses(other, _group(of_listed, k), boxes, box_groups, threshold)
+                    other = [listed[c, k] for c in range(numbers)]
+                    hit = suppresses(*_pair(other, boxes), threshold)
                     alive = jnp.where(hit, jnp.int32(0), alive)
                 return alive
 
@@ -405,13 +397,11 @@ def _kept_list(
             def keep_next(state):
                 alive, best, count = state
                 position = first + LIST_TILE - best
-                box, group = [planes[c, problem, position] for c in range(5)], _group(of_boxes, problem, position)
-                for c in range(5):
+                box = [planes[c, problem, position] for c in range(numbers)]
+                for c in range(numbers):
                     listed[c, count] = box[c]
-                for numbers in of_listed:
-                    numbers[count] = group
                 positions[problem, count] = position
-                hit = suppresses(box, group, boxes, box_groups, threshold)
+                hit = suppresses(*_pair(box, boxes), threshold)
                 alive = jnp.where(hit | (alive == best), jnp.int32(0), alive)
                 return alive, alive.max(), count + 1
 
@@ -420,24 +410,27 @@ def _kept_list(
 
         _, counts[problem] = lax.while_loop(unfinished, decide_tile, (jnp.int32(0), jnp.int32(0)))
 
-    _, problems, n = planes.shape
+    numbers, problems, n = planes.shape
     slots = min(n, max_output)
     return mosaic.kernel(
         nms_kept_list,
         out_type=_outputs(problems, max_output),
         grid=(problems,),
         grid_names=("problem",),
-        scratch_types=[plgpu.SMEM((5, slots), jnp.float32), *(plgpu.SMEM((slots,), jnp.int32) for _ in _given(groups))],
-    )(planes, num_valid, *_given(groups))
+        scratch_types=[plgpu.SMEM((numbers, slots), jnp.float32)],
+    )(planes, num_valid)
 
 
-def _given(groups: jax.Array | None) -> list[jax.Array]:
-    return [] if groups is None else [groups]
-
-
-def _group(groups: Sequence, *place: Any) -> jax.Array | None:
-    """Returns the groups at a place of the one reference, or None if there is none."""
-    return groups[0][place] if groups else None
+def _pair(box: list[jax.Array], others: list[jax.Array]) -> tuple[Box, jax.Array | None, Box, jax.Array | None]:
+    """Returns the first arguments of `margin` for what the kernels read of one box and of many boxes."""
+    if len(others) == 5:
+        return box, None, others, None
+    # As numbers, the bits of a small group would be denormal, which a GPU may take for zero. Mosaic converts the bits of
+    # arrays only.
+    group, other_groups = (
+        lax.bitcast_convert_type(jnp.broadcast_to(planes[5], others[5].shape), jnp.int32) for planes in (box, others)
+    )
+    return box[:5], group, others[:5], other_groups
 
 
 def _outputs(problems: int, max_output: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
