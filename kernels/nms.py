@@ -425,8 +425,8 @@ def _pair(box: list[jax.Array], others: list[jax.Array]) -> tuple[Box, jax.Array
     """Returns the first arguments of `margin` for what the kernels read of one box and of many boxes."""
     if len(others) == 5:
         return box, None, others, None
-    # As numbers, the bits of a small group would be denormal, which a GPU may take for zero. Mosaic converts the bits of
-    # arrays only.
+    # As numbers, the bits of a small group would be denormal, which a GPU may take for zero. Mosaic converts only the
+    # bits of arrays.
     group, other_groups = (
         lax.bitcast_convert_type(jnp.broadcast_to(planes[5], others[5].shape), jnp.int32) for planes in (box, others)
     )

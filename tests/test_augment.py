@@ -1,6 +1,7 @@
 """Tests augmentation: boxes stay on painted objects to half a pixel; draws depend only on seed, epoch and image."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, ImageConfig
 from fasterrcnn_jax.data import augment as augment_module
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.augment import (
-    change_colours,
-    distort_colours,
+    colours_of,
+    draw_colours,
     draw_placement,
     place_boxes,
 )
 from fasterrcnn_jax.data.plan import BatchPlan, plan_epoch
 from fasterrcnn_jax.data.records import ImageRecord
 from fasterrcnn_jax.data.training_set import prepare_training_set
-from fasterrcnn_jax.data.transforms import Placement, canvas_for, network_size
+from fasterrcnn_jax.data.transforms import Placement, canvas_for, draw, network_size
 
 # Grey levels as they are: what is on the canvas can be looked at.
 PLAIN = ImageConfig(short_side=64, long_side=96, canvases=((64, 96), (96, 64)), mean=(0.0, 0.0, 0.0))
@@ -163,23 +164,24 @@ def test_without_augmentation_boxes_are_neither_cut_nor_dropped():
     np.testing.assert_array_equal(batch.ground_truth.boxes[0, 0], [10, 10, 11, 60])
 
 
-COLOURS = np.random.default_rng(0).integers(60, 190, (16, 16, 3), dtype=np.uint8)
+COLOURS = np.random.default_rng(0).integers(60, 190, (16, 16, 3)).astype(np.float32)
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def test_brightness_is_added_and_contrast_multiplies_and_both_end_at_the_range():
-    np.testing.assert_array_equal(change_colours(COLOURS, 20.0, 1.0, 1.0, 0.0), COLOURS + 20)
-    np.testing.assert_array_equal(change_colours(COLOURS, -100.0, 1.0, 1.0, 0.0), np.maximum(COLOURS, 100) - 100)
-    doubled = np.minimum(COLOURS.astype(int) * 2, 255)
-    np.testing.assert_array_equal(change_colours(COLOURS, 0.0, 2.0, 1.0, 0.0), doubled)
+    same = functools.partial(np.testing.assert_allclose, atol=1e-3)
+    same(colours_of(20.0, 1.0, 1.0, 0.0).change(COLOURS), COLOURS + 20)
+    same(colours_of(-100.0, 1.0, 1.0, 0.0).change(COLOURS), np.maximum(COLOURS, 100) - 100)
+    same(colours_of(0.0, 2.0, 1.0, 0.0).change(COLOURS), np.minimum(COLOURS * 2, 255))
+    same(colours_of(10.0, 0.5, 1.0, 0.0).change(COLOURS), (COLOURS + 10) / 2)
 
 
 def test_saturation_stretches_away_from_grey_and_none_leaves_the_luma():
-    luma = COLOURS @ LUMA
-    grey = change_colours(COLOURS, 0.0, 1.0, 0.0, 0.0)
-    np.testing.assert_allclose(grey, np.repeat(luma[..., None], 3, 2), atol=0.51)
-    stretched = change_colours(COLOURS, 0.0, 1.0, 1.25, 0.0)
-    np.testing.assert_allclose(stretched, luma[..., None] + 1.25 * (COLOURS - luma[..., None]), atol=0.51)
+    luma = (COLOURS @ LUMA)[..., None]
+    grey = colours_of(0.0, 1.0, 0.0, 0.0).change(COLOURS)
+    np.testing.assert_allclose(grey, np.repeat(luma, 3, 2), atol=1e-2)
+    stretched = colours_of(0.0, 1.0, 1.25, 0.0).change(COLOURS)
+    np.testing.assert_allclose(stretched, np.clip(luma + 1.25 * (COLOURS - luma), 0, 255), atol=1e-2)
 
 
 @pytest.mark.parametrize("degrees", [-18.0, 7.0, 90.0])
@@ -187,27 +189,45 @@ def test_hue_turns_colours_about_grey(degrees):
     """Luma and distance from grey do not change; a positive angle moves red towards yellow."""
     angle = np.radians(degrees)
     # Not so far from grey that a turned colour leaves the range.
-    soft = (128 + (COLOURS.astype(float) - 128) / 3).round().astype(np.uint8)
-    turned = change_colours(soft, 0.0, 1.0, 1.0, angle)
-    np.testing.assert_allclose(turned @ LUMA, soft @ LUMA, atol=0.6)
+    soft = 128 + (COLOURS - 128) / 3
+    turned = colours_of(0.0, 1.0, 1.0, angle).change(soft)
+    np.testing.assert_allclose(turned @ LUMA, soft @ LUMA, atol=1e-2)
     axes = np.array([[0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-    before, after = (pixels @ axes.T @ [1, 1j] for pixels in (soft.astype(float), turned.astype(float)))
-    np.testing.assert_allclose(after, before * np.exp(1j * angle), atol=1.0)
-    grey = np.full((2, 2, 3), 77, np.uint8)
-    np.testing.assert_array_equal(change_colours(grey, 0.0, 1.0, 1.0, angle), grey)
+    before, after = (pixels @ axes.T @ [1, 1j] for pixels in (soft, turned))
+    np.testing.assert_allclose(after, before * np.exp(1j * angle), atol=1e-2)
+    grey = np.full((2, 2, 3), 77, np.float32)
+    np.testing.assert_allclose(colours_of(0.0, 1.0, 1.0, angle).change(grey), grey, atol=1e-3)
 
 
 def test_each_colour_change_is_drawn_with_probability_one_half_from_its_range(monkeypatch):
     drawn = []
-    monkeypatch.setattr(augment_module, "change_colours", lambda pixels, *values: drawn.append(values) or pixels)
+    monkeypatch.setattr(augment_module, "colours_of", lambda *values: drawn.append(values) or colours_of(*values))
     for seed in range(1000):
-        distort_colours(COLOURS, np.random.default_rng(seed))
+        draw_colours(np.random.default_rng(seed))
     ranges = [(-32, 32), (0.5, 1.5), (0.5, 1.5), (-np.radians(18), np.radians(18))]
     for values, neutral, (low, high) in zip(np.array(drawn).T, (0, 1, 1, 0), ranges):
         assert 0.45 < (values != neutral).mean() < 0.55
         assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
     changed = np.array(drawn) != (0, 1, 1, 0)
     assert len(np.unique(changed, axis=0)) == 16  # each for itself
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_colours_of_the_resized_image_are_changed_in_rgb(order, dtype, fast):
+    if fast:
+        pytest.importorskip("cv2")
+    config = dataclasses.replace(PLAIN, channel_order=order, pixel_dtype=dtype)
+    pixels = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    colours, place = colours_of(9.0, 1.3, 0.7, 0.2), Placement((60, 80))
+    drawn, plain = np.zeros((64, 96, 3), dtype), np.zeros((64, 96, 3), np.float32)
+    draw(drawn, pixels, config, place, colours=colours, fast=fast)
+    draw(plain, pixels, dataclasses.replace(PLAIN, channel_order="rgb"), place)
+    expected = colours.change(plain[:60, :80])
+    expected = expected[..., ::-1] if order == "bgr" else expected
+    np.testing.assert_allclose(drawn[:60, :80].astype(np.float32), expected, atol=0.6 if dtype == "uint8" else 0.05)
+    assert not drawn[60:].any() and not drawn[:, 80:].any()
 
 
 def test_colours_change_and_the_boxes_and_the_padding_do_not():

@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 
 from fasterrcnn_jax.config import AugmentConfig, ImageConfig
 from fasterrcnn_jax.data.records import large_enough
-from fasterrcnn_jax.data.transforms import Placement, network_size, scale_boxes
+from fasterrcnn_jax.data.transforms import Colours, Placement, network_size, scale_boxes
 
 # Liu et al. 2016 (arXiv:1512.02325), with the ranges of their code: grey levels, factors, factors, degrees.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18.0
@@ -50,28 +50,27 @@ def place_boxes(
     return boxes, large_enough(boxes)
 
 
-def distort_colours(pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the RGB image with random brightness, contrast, saturation and hue, clipped to 0..255 at the end.
+def draw_colours(rng: np.random.Generator) -> Colours:
+    """Returns a random change of brightness, contrast, saturation and hue.
 
-    All changes are applied as one affine map of the colours. SSD changes hue and saturation in HSV and clips after
-    each step; here both changes keep the luma, and grey stays grey.
+    All changes are one affine map of the colours. SSD changes hue and saturation in HSV and clips after each step; here
+    both changes keep the luma, and grey stays grey.
     """
     drawn = rng.random(4) < 0.5
     brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if drawn[0] else 0.0
     contrast = rng.uniform(*CONTRAST) if drawn[1] else 1.0
     saturation = rng.uniform(*SATURATION) if drawn[2] else 1.0
     angle = math.radians(rng.uniform(-HUE, HUE)) if drawn[3] else 0.0
-    return change_colours(pixels, brightness, contrast, saturation, angle)
+    return colours_of(brightness, contrast, saturation, angle)
 
 
-def change_colours(
-    pixels: UInt8[np.ndarray, "h w 3"], brightness: float, contrast: float, saturation: float, angle: float
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns (pixels + brightness) * contrast, colour scaled by `saturation`, hue rotated by `angle` radians."""
+def colours_of(brightness: float, contrast: float, saturation: float, angle: float) -> Colours:
+    """Returns the change to (colour + brightness) * contrast, `saturation` times as far from grey, with another hue.
+
+    Args:
+      angle: of the hue, in radians.
+    """
     turn = saturation * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     in_yiq = np.eye(3)
     in_yiq[1:, 1:] = turn
-    mixed = contrast * np.linalg.inv(_TO_YIQ) @ in_yiq @ _TO_YIQ
-    colours = pixels.reshape(-1, 3).astype(np.float32) @ mixed.T.astype(np.float32)
-    colours += np.float32(contrast * brightness)
-    return np.rint(np.clip(colours, 0.0, 255.0)).astype(np.uint8).reshape(pixels.shape)
+    return Colours(contrast * np.linalg.inv(_TO_YIQ) @ in_yiq @ _TO_YIQ, contrast * brightness)

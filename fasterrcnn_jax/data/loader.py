@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
-from fasterrcnn_jax.data.augment import distort_colours, draw_placement, place_boxes
+from fasterrcnn_jax.data.augment import draw_colours, draw_placement, place_boxes
 from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_window, cropped_hw
 from fasterrcnn_jax.data.fast_input import check_installed
 from fasterrcnn_jax.data.image_cache import caching_reader
@@ -21,6 +21,7 @@ from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_o
 from fasterrcnn_jax.data.read_ahead import ReadAhead
 from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord
 from fasterrcnn_jax.data.transforms import (
+    Colours,
     Placement,
     canvas_for,
     draw,
@@ -45,6 +46,7 @@ class Example(NamedTuple):
     labels: np.ndarray  # [N] int32
     placement: Placement | None = None  # on the canvas; None: the whole image at the network size
     proposals: ImageProposals | None = None  # stored proposals, in these pixels
+    colours: Colours | None = None  # change of the resized image
 
     def moved(self, pixels: np.ndarray, move: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> "Example":
         """Returns the example with other pixels, and with its boxes and proposals moved along.
@@ -227,7 +229,7 @@ def training_example(
         placement = draw_placement(example.pixels.shape[:2], canvas, image, augment, placing)
         example = example._replace(placement=placement)
     if augment.photometric:
-        example = example._replace(pixels=distort_colours(example.pixels, colouring))
+        example = example._replace(colours=draw_colours(colouring))
     return example
 
 
@@ -293,7 +295,7 @@ def assemble(
             place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
             found = found.moved(found.pixels, place)
         pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
-        draw(images[row], pixels, image, placement, fast=fast)
+        draw(images[row], pixels, image, placement, colours=found.colours, fast=fast)
         batch.image_hw[row], batch.scale[row] = (
             placement.shown(plan.canvas),
             placement.scale(pixels.shape[:2]),

@@ -77,12 +77,28 @@ class Placement(NamedTuple):
         return np.asarray(self.size, np.float32) / np.asarray(image_hw, np.float32)
 
 
+class Colours(NamedTuple):
+    """A change of RGB colours in 0..255: `matrix @ colour + shift`, cut to the range."""
+
+    matrix: Float[np.ndarray, "3 3"]
+    shift: float
+
+    def change(
+        self, image: Float[np.ndarray, "h w 3"], channels: tuple[int, int, int] = (0, 1, 2)
+    ) -> Float[np.ndarray, "h w 3"]:
+        """Returns the image with changed colours; `channels` are its channels as places in RGB."""
+        matrix = self.matrix[np.ix_(channels, channels)].astype(np.float32)
+        changed = image.reshape(-1, 3) @ matrix.T + np.float32(self.shift)
+        return np.clip(changed, 0.0, 255.0, out=changed).reshape(image.shape)
+
+
 def draw(
     pixels: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"],
     image: UInt8[np.ndarray, "h w 3"],
     config: ImageConfig,
     placement: Placement,
     *,
+    colours: Colours | None = None,
     fast: bool = False,
 ) -> None:
     """Draws an image onto the empty canvas `pixels`, in `config.channel_order`, the order of mean and std.
@@ -90,6 +106,7 @@ def draw(
     A float32 canvas gets normalised values; a uint8 canvas gets rounded values, which the network normalises.
 
     Args:
+      colours: changes the colours of the resized image, which mostly has far fewer pixels.
       fast: resize with OpenCV.
     """
     channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)
@@ -99,6 +116,8 @@ def draw(
     mean, std = np.tile(mean, width), np.tile(std, width)
     resize = _resized_by_opencv if fast and image.shape[0] * image.shape[1] <= MOST_PIXELS else _resized
     for rows, block in resize(image, placement, (height, width), channels):
+        if colours is not None:
+            block = colours.change(block, channels)
         values = block.reshape(len(block), -1)
         if pixels.dtype == np.uint8:
             np.rint(values, out=values)
