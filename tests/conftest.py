@@ -64,6 +64,18 @@ def forget_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles the small programs of a file faster, on a CPU: it takes longer to compile them than to run them."""
+    if jax.default_backend() != "cpu":
+        yield
+        return
+    import tiny  # imports the package, so after the hook above
+
+    with tiny.quick_compilation():
+        yield
+
+
 @pytest.fixture(scope="session")
 def random_weights():
     """Returns a function: (builder of an nnx module, seed) -> the module with NumPy-drawn weights.

@@ -43,6 +43,8 @@ from fasterrcnn_jax.models.resnet import (
 )
 from fasterrcnn_jax.models.vgg import Vgg16
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -14,6 +14,8 @@ from fasterrcnn_jax.ops import postprocessing
 from fasterrcnn_jax.ops.postprocessing import postprocess
 from fasterrcnn_jax.structures import Proposals
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P, K, D = 60, 4, 100
 IMAGE_HW = np.float32([80, 100])
 CONFIG = PostprocessConfig(score_threshold=0.1, nms_threshold=0.5, max_detections=D)

@@ -13,6 +13,8 @@ from fasterrcnn_jax.ops import proposals, selection
 from fasterrcnn_jax.ops.anchors import cell_anchors, grid_anchors
 from fasterrcnn_jax.ops.proposals import propose
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ANCHORS = grid_anchors(cell_anchors(16.0, (1.0, 2.0), (0.5, 1.0, 2.0), rounding="none"), (6, 8), (16, 16))
 A = len(ANCHORS)
 IMAGE_HW = np.float32([80, 100])

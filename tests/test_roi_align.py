@@ -22,6 +22,8 @@ from oracles import arrays
 from fasterrcnn_jax.ops import roi_alignment, roi_alignment_on_cpu
 from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FOLDER / "roi_align.npz")
 GOLDEN_AVERAGE = np.load(GOLDEN_FOLDER / "roi_align_average.npz")

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterrcnn_jax.ops import selection
 from fasterrcnn_jax.ops.selection import best_positions, first_positions, lowest_positions
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LARGEST = 2**32 - 1
 
@@ -47,6 +49,8 @@ LISTS = st.lists(
 )
 
 
+# Each example has lengths of its own, and so a program of its own.
+@settings(max_examples=12)
 @given(LISTS)
 def test_lowest_positions_are_those_of_a_sort(drawn):
     lists, sizes = [], []

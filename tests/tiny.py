@@ -66,9 +66,10 @@ FPN = dataclasses.replace(
 @contextlib.contextmanager
 def quick_compilation():
     """Inside this context, programs compile much faster and run slower."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextlib.contextmanager
