@@ -43,15 +43,31 @@ KERNELS = {
     "roi_pool vgg16 bfloat16 forward": (1, 64, 1),
     "roi_pool vgg16 bfloat16 gradient": (2, 120, 309),
 }
-# Launches of our kernels, all launches with one for every pass of a sort, peak memory in GB without the memory that
-# cuDNN allocates for itself.
+# Launches of our kernels; ceilings of all launches, of which a sort has one for every pass, and of the peak memory in GB,
+# without the memory that cuDNN allocates for itself.
 PROGRAMS = {
-    "detect resnet101-c4 batch 1": (7, 310, 0.35),
-    "train step resnet101-c4 batch 1": (5, 1400, 1.8),
-    "detect resnet101-c4 batch 8": (3, 360, 1.2),
-    "train step resnet101-c4 batch 8": (5, 1500, 9.8),
-    "detect resnet50-fpn batch 8": (5, 340, 1.8),
-    "train step resnet50-fpn batch 8": (5, 1075, 9.7),
+    "detect small batch 2": (5, 150, 0.25),
+    "detect small batch 2, bfloat16": (5, 160, 0.2),
+    "train step small batch 2": (5, 530, 0.5),
+    "detect resnet101-c4 batch 1": (7, 390, 0.4),
+    "detect resnet101-c4 batch 1, bfloat16": (7, 390, 0.3),
+    "detect resnet101-c4 batch 8": (3, 390, 1.45),
+    "detect resnet101-c4 batch 8, bfloat16": (3, 395, 0.85),
+    "train step resnet101-c4 batch 1": (5, 1345, 1.7),
+    "train step resnet101-c4 batch 8": (5, 1360, 9.2),
+    "train step resnet101-c4 batch 8, not donated": (5, 1760, 9.4),
+    "train step resnet101-c4 batch 8, bfloat16": (5, 1360, 4.85),
+    "train step resnet101-c4 batch 8, remat": (5, 1645, 6.65),
+    "train step resnet101-c4 batch 8, 4 parts": (5, 1425, 3.4),
+    "train step resnet101-c4 batch 8, bfloat16, remat, 4 parts": (5, 1710, 1.7),
+    "detect resnet50-fpn batch 8": (5, 275, 2.2),
+    "detect resnet50-fpn batch 8, bfloat16": (5, 285, 1.25),
+    "train step resnet50-fpn batch 8": (5, 825, 8.9),
+    "train step resnet50-fpn batch 8, not donated": (5, 1030, 9.1),
+    "train step resnet50-fpn batch 8, bfloat16": (5, 835, 4.9),
+    "train step resnet50-fpn batch 8, remat": (5, 955, 4.4),
+    "train step resnet50-fpn batch 8, 4 parts": (5, 920, 3.7),
+    "train step resnet50-fpn batch 8, bfloat16, remat, 4 parts": (5, 1080, 2.15),
 }
 
 
