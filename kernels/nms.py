@@ -95,7 +95,7 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
         boxes = jnp.pad(boxes, ((0, 0), (0, padding), (0, 0)))
         planes = with_area(boxes)
         if groups is not None:
-            # One more plane of the same array: a thread finds it at the address of the others.
+            # One more plane of the same array, so a thread needs no second address for it.
             groups = lax.bitcast_convert_type(jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding))), jnp.float32)
             planes = jnp.concatenate([planes, groups[None]])
         if masked:
@@ -422,11 +422,11 @@ def _kept_list(
 
 
 def _pair(box: list[jax.Array], others: list[jax.Array]) -> tuple[Box, jax.Array | None, Box, jax.Array | None]:
-    """Returns the first arguments of `margin` for what the kernels read of one box and of many boxes."""
+    """Returns the first four arguments of `margin`, from the planes of one box and of many boxes."""
     if len(others) == 5:
         return box, None, others, None
-    # As numbers, the bits of a small group would be denormal, which a GPU may take for zero. Mosaic converts only the
-    # bits of arrays.
+    # As numbers, the bits of a small group would be denormal, which a GPU may take for zero. Mosaic reinterprets
+    # the bits of arrays only, not of scalars.
     group, other_groups = (
         lax.bitcast_convert_type(jnp.broadcast_to(planes[5], others[5].shape), jnp.int32) for planes in (box, others)
     )

@@ -64,9 +64,9 @@ def forget_programs():
         jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compilation():
-    """Compiles the small programs of a file faster, on a CPU: it takes longer to compile them than to run them."""
+    """Compiles small programs faster, on a CPU, where compiling them takes longer than running them."""
     if jax.default_backend() != "cpu":
         yield
         return

@@ -43,8 +43,8 @@ KERNELS = {
     "roi_pool vgg16 bfloat16 forward": (1, 64, 1),
     "roi_pool vgg16 bfloat16 gradient": (2, 120, 309),
 }
-# Launches of our kernels; ceilings of all launches, of which a sort has one for every pass, and of the peak memory in GB,
-# without the memory that cuDNN allocates for itself.
+# Launches of our kernels; ceilings of all launches (a sort has one for every pass) and of the peak memory in GB, which
+# does not count what cuDNN allocates for itself.
 PROGRAMS = {
     "detect small batch 2": (5, 150, 0.25),
     "detect small batch 2, bfloat16": (5, 160, 0.2),

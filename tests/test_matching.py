@@ -143,3 +143,21 @@ def test_the_memory_of_match_boxes_does_not_grow_with_the_objects(monkeypatch):
     few, many = memory(16), memory(1600)
     # The IoU of all pairs alone has 32 MB.
     assert many < few + 1_000_000 and few < 1_000_000
+
+
+def test_match_boxes_takes_a_symbolic_number_of_boxes_and_objects():
+    n, g = jax.export.symbolic_shape("n, g")
+    shapes = [jax.ShapeDtypeStruct((size, 4), jnp.float32) for size in (n, g)]
+    exported = jax.export.export(jax.jit(functools.partial(match_boxes, **RPN)))(*shapes)
+    boxes, others = np.float32([(0, 0, 8, 8), (9, 9, 20, 20)]), np.float32([(0, 0, 8, 9), (1, 1, 8, 8), (30, 0, 40, 9)])
+    for found, expected in zip(exported.call(boxes, others), match_boxes(boxes, others, **RPN), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_match_boxes_runs_where_jax_checks_what_varies_over_devices(monkeypatch):
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 4)
+    boxes = jnp.asarray(np.tile(np.float32([(0, 0, 8, 8), (9, 9, 20, 20)]), (2, 1)))
+    mesh, spec = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",)), jax.sharding.PartitionSpec("x")
+    call = functools.partial(match_boxes, **RPN)
+    found = jax.jit(jax.shard_map(lambda boxes: call(boxes, boxes), mesh=mesh, in_specs=spec, out_specs=spec))(boxes)
+    assert found.labels.tolist() == [1, 1, 1, 1] and found.matched_gt_indices.tolist() == [0, 1, 0, 1]

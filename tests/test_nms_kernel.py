@@ -155,7 +155,8 @@ def test_the_mask_decides_over_tiles_as_plain_jax_does(number, num_valid, max_ou
     generator = np.random.default_rng(number)
     boxes, scores, _ = scattered(generator, (number,), 10 * number**0.6)
     valid = generator.permutation(np.arange(number) < num_valid)
-    groups = None if num_groups is None else generator.integers(0, num_groups, number).astype(np.int32)
+    # Over the whole range of int32, also negative: the kernel holds their bits as float32.
+    groups = None if num_groups is None else np.int32([-1, 2**31 - 1, 3])[generator.integers(0, num_groups, number)]
     run = functools.partial(nms, boxes, scores, valid, groups=groups, iou_threshold=0.6, max_output=max_output)
     expected, is_expected = run(implementation="xla")
     mosaic.interpret(monkeypatch, detect_races=number < 1000)
@@ -271,7 +272,7 @@ def test_the_shared_memory_of_the_kept_list_is_what_mosaic_reserves(monkeypatch,
 
 
 @mosaic.needs_mosaic
-def test_without_groups_the_kernels_read_five_numbers_of_a_box(monkeypatch):
+def test_without_groups_the_kernels_read_five_planes(monkeypatch):
     """Each pair then takes two instructions fewer, and each kept box less shared memory."""
     mosaic.pretend(monkeypatch)
     groups = jax.ShapeDtypeStruct((30,), jnp.int32)

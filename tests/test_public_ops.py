@@ -64,6 +64,7 @@ CALLS = {
     "encode": (ops.encode, [BOXES, OTHERS], {0, 1}),
     "decode": (ops.decode, [np.array([[0, 1, 0, 1]] * 4), OTHERS], {1}),
     "match": (lambda iou: ops.match(iou, fg_iou=0.5), [np.array([[0, 1], [1, 0], [0, 0]])], set()),
+    "match_boxes": (lambda b, o: ops.match_boxes(b, o, fg_iou=0.5), [BOXES, OTHERS], {0, 1}),
     "smooth_l1": (ops.smooth_l1, [np.array([0, 1, -3])], set()),
     "rpn_losses": (rpn_losses_of, [SCORES, BOXES], set()),
     "box_losses": (box_losses_of, [np.array([[1, 2, 3]] * 4), BOXES[:, None]], set()),
@@ -257,6 +258,7 @@ NEWCOMER = """
 import json
 import numpy as np
 from fasterrcnn_jax import nms, ops
+from fasterrcnn_jax.ops import matching
 import fasterrcnn_jax, jax
 
 boxes, scores = np.array([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10]]), np.array([0.7, 0.9, 0.8])
@@ -290,12 +292,21 @@ nothing = [
     ops.soft_nms([], []).scores.shape,
     ops.pairwise_iou([], boxes).shape,
     ops.roi_align(np.zeros((8, 8, 2)), [], output_size=3).shape,
+    ops.match(np.zeros((0, 3)), fg_iou=0.5).labels.shape,
+    ops.match_boxes([], boxes, fg_iou=0.5, low_quality=True).labels.shape,
+    ops.match_boxes(boxes, [], fg_iou=0.5).labels.tolist(),
 ]
 kept = [fasterrcnn_jax.ops.nms(boxes, scores, iou_threshold=0.5).indices.tolist()]
 jax.config.update("jax_enable_x64", True)
 x64 = jax.numpy.asarray(boxes)
 assert x64.dtype == "float64"
 kept.append(nms(x64, jax.numpy.asarray(scores), iou_threshold=0.5).indices.tolist())
+truth = ops.GroundTruth(x64, np.ones(3, int), np.ones(3, bool))
+for pairs in (matching.PAIRS_AT_ONCE, 3):
+    matching.PAIRS_AT_ONCE = pairs
+    kept.append(ops.match_boxes(x64, x64, fg_iou=0.5).labels.tolist())
+    ops.anchor_targets(jax.random.key(0), x64, None, (64, 64), truth)
+    ops.roi_targets(jax.random.key(0), ops.Proposals(x64, scores, np.ones(3, bool)), truth, rois_per_image=4)
 types = [ops.pairwise_iou(x64, x64).dtype.name, ops.roi_align(np.zeros((8, 8, 2)), x64, output_size=2).dtype.name]
 print(json.dumps([said, nothing, kept, types]))
 """
@@ -326,6 +337,6 @@ def test_a_wrong_argument_is_one_clear_line():
         "lists": None,
     }
     # Of empty lists, which have no second axis and no type of their own.
-    assert nothing == [[0], [False, False], [0], [0], [0, 3], [0, 3, 3, 2]]
-    assert kept == [[1, 2, 0]] * 2
+    assert nothing == [[0], [False, False], [0], [0], [0, 3], [0, 3, 3, 2], [0], [0], [0, 0, 0]]
+    assert kept == [[1, 2, 0]] * 2 + [[1, 1, 1]] * 2
     assert types == ["float32", "float64"]

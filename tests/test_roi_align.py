@@ -22,8 +22,6 @@ from oracles import arrays
 from fasterrcnn_jax.ops import roi_alignment, roi_alignment_on_cpu
 from fasterrcnn_jax.ops.roi_alignment import roi_align, roi_align_average
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FOLDER / "roi_align.npz")
 GOLDEN_AVERAGE = np.load(GOLDEN_FOLDER / "roi_align_average.npz")
@@ -130,6 +128,7 @@ def blocks(monkeypatch):
         cached.cache_clear()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("block", [1, 4, 12])
 def test_on_a_cpu_blocks_of_any_size_give_the_same_features_and_gradient(block, sampling_ratio, blocks):
@@ -382,6 +381,7 @@ def pull_back_over_levels(align, features, boxes, levels, cotangent):
     return pooled, *pull_back(cotangent)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     "sampling_ratio, aligned, dtype, channels",
@@ -519,6 +519,7 @@ def grad_over_images(features, boxes, levels, **options):
     return jax.grad(lambda features: (align(features, boxes, levels) ** 2).sum())(features)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("over_devices", ["pmap", "shard_map"])
 def test_devices_share_the_images_of_a_batch(over_devices, sampling_ratio):

@@ -19,8 +19,6 @@ from oracles import arrays
 
 from fasterrcnn_jax.ops.roi_pooling import LARGEST_BOX, roi_pool
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FOLDER / "roi_pool.npz")
 INPUTS = np.load(GOLDEN_FOLDER / "roi_align.npz")

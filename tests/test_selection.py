@@ -49,7 +49,7 @@ LISTS = st.lists(
 )
 
 
-# Each example has lengths of its own, and so a program of its own.
+# Each example has other lengths, so it is compiled again.
 @settings(max_examples=12)
 @given(LISTS)
 def test_lowest_positions_are_those_of_a_sort(drawn):

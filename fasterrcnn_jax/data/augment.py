@@ -65,10 +65,11 @@ def draw_colours(rng: np.random.Generator) -> Colours:
 
 
 def colours_of(brightness: float, contrast: float, saturation: float, angle: float) -> Colours:
-    """Returns the change to (colour + brightness) * contrast, `saturation` times as far from grey, with another hue.
+    """Returns the change that adds `brightness` and multiplies by `contrast`, and changes saturation and hue.
 
     Args:
-      angle: of the hue, in radians.
+      saturation: factor of the distance from grey.
+      angle: rotation of the hue in radians.
     """
     turn = saturation * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     in_yiq = np.eye(3)

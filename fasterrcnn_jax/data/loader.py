@@ -46,7 +46,7 @@ class Example(NamedTuple):
     labels: np.ndarray  # [N] int32
     placement: Placement | None = None  # on the canvas; None: the whole image at the network size
     proposals: ImageProposals | None = None  # stored proposals, in these pixels
-    colours: Colours | None = None  # change of the resized image
+    colours: Colours | None = None  # change of the resized image's colours; None: no change
 
     def moved(self, pixels: np.ndarray, move: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> "Example":
         """Returns the example with other pixels, and with its boxes and proposals moved along.

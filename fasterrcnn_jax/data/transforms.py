@@ -86,7 +86,7 @@ class Colours(NamedTuple):
     def change(
         self, image: Float[np.ndarray, "h w 3"], channels: tuple[int, int, int] = (0, 1, 2)
     ) -> Float[np.ndarray, "h w 3"]:
-        """Returns the image with changed colours; `channels` are its channels as places in RGB."""
+        """Returns the image with changed colours; `channels` has the position in RGB of each channel."""
         matrix = self.matrix[np.ix_(channels, channels)].astype(np.float32)
         changed = image.reshape(-1, 3) @ matrix.T + np.float32(self.shift)
         return np.clip(changed, 0.0, 255.0, out=changed).reshape(image.shape)
@@ -106,7 +106,7 @@ def draw(
     A float32 canvas gets normalised values; a uint8 canvas gets rounded values, which the network normalises.
 
     Args:
-      colours: changes the colours of the resized image, which mostly has far fewer pixels.
+      colours: change of the colours; it is made after the resize, when there are usually far fewer pixels.
       fast: resize with OpenCV.
     """
     channels = (2, 1, 0) if config.channel_order == "bgr" else (0, 1, 2)

@@ -11,8 +11,8 @@ from fasterrcnn_jax.ops.inputs import AnyArray, box_array, real_array, validity
 
 IGNORED, BACKGROUND, FOREGROUND = -1, 0, 1
 
-# Pairs whose IoU `match_boxes` holds at once: 124 ground-truth boxes for the 268,569 anchors of 800 x 1344 pixels. Each
-# further block costs ten launches on a GPU.
+# `match_boxes` holds the IoU of this many pairs of an image at once: 268,569 anchors (800 x 1344 pixels) and 124
+# ground-truth boxes. Each further block costs ten launches on a GPU.
 PAIRS_AT_ONCE = 2**25
 
 
@@ -25,8 +25,8 @@ class _Overlaps(NamedTuple):
     """The highest IoU of each box with the ground-truth boxes seen so far."""
 
     best: Float[Array, "n"]
-    index: Int[Array, "n"]  # of the first ground-truth box that has it
-    reaches: Bool[Array, "n"]  # whether the IoU with a ground-truth box is that box's highest, and above zero
+    index: Int[Array, "n"]  # of the first ground-truth box with this IoU
+    reaches: Bool[Array, "n"]  # whether it has the highest IoU of some ground-truth box, and this IoU is above zero
 
 
 def match(
@@ -77,9 +77,10 @@ def match_boxes(
     low_quality: bool = False,
     clobber_positives: bool = False,
 ) -> Matches:
-    """Returns the same as `match(pairwise_iou(boxes, gt_boxes), ...)` without holding the IoU of all pairs.
+    """Returns the same as `match(pairwise_iou(boxes, gt_boxes), ...)` with less memory.
 
-    It compares `PAIRS_AT_ONCE` pairs at a time, so the memory does not grow with the number of ground-truth boxes.
+    It compares at most 2^25 pairs of an image at a time. Beyond that number, more ground-truth boxes need no more
+    memory. Under `jax.vmap`, each image has as many pairs. Outside of `jax.jit`, each call with more pairs is compiled.
 
     Examples:
       >>> match_boxes(np.array([[0, 0, 8, 8], [20, 20, 30, 30]]), np.array([[0, 0, 8, 9]]), fg_iou=0.5)
@@ -88,7 +89,7 @@ def match_boxes(
     Args:
       valid: False for padding among `boxes`, whose IoU counts as 0. None: there is no padding.
     Raises:
-      TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take.
+      TypeError: the boxes are of a type that `fasterrcnn_jax.ops` does not take, or a mask is not boolean.
       ValueError: the boxes have another shape, or the thresholds do not satisfy
         0 <= bg_iou[0] < bg_iou[1] <= fg_iou <= 1.
     """
@@ -97,18 +98,25 @@ def match_boxes(
     valid, gt_valid = validity(valid, boxes.shape[0], "valid"), validity(gt_valid, gt_boxes.shape[0], "gt_valid")
     if gt_boxes.shape[0] == 0:
         gt_boxes, gt_valid = jnp.zeros((1, 4)), jnp.zeros(1, bool)
+    # Labels and indices have no gradient. Otherwise `jax.grad` outside of `jax.jit` would keep the IoU of all pairs.
+    boxes, gt_boxes = lax.stop_gradient((boxes, gt_boxes))
     number, objects = boxes.shape[0], gt_boxes.shape[0]
-    blocks = -(-objects // max(1, PAIRS_AT_ONCE // max(1, number)))
-    # Equally many in all blocks, so that few slots are padding.
+    # An exported program may have symbolic sizes.
+    is_static = isinstance(number, int) and isinstance(objects, int)
+    blocks = -(-objects // max(1, PAIRS_AT_ONCE // max(1, number))) if is_static else 1
+    # All blocks have the same number of boxes, so that little padding is needed.
     columns = -(-objects // blocks)
     padding = blocks * columns - objects
     gt_boxes = jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(blocks, columns, 4)
     gt_valid = jnp.pad(gt_valid, (0, padding)).reshape(blocks, columns)
 
+    def compared(gt_boxes: Float[Array, "g 4"], gt_valid: Bool[Array, "g"]) -> _Overlaps:
+        return _overlaps(jnp.where(valid[:, None], pairwise_iou(boxes, gt_boxes), 0.0), gt_valid)
+
     def widen(found: _Overlaps, block: tuple[Array, Array, Array]) -> tuple[_Overlaps, None]:
         start, gt_boxes, gt_valid = block
-        more = _overlaps(jnp.where(valid[:, None], pairwise_iou(boxes, gt_boxes), 0.0), gt_valid)
-        # The first of several equal ones, as `argmax` does.
+        more = compared(gt_boxes, gt_valid)
+        # Of equal IoUs the first counts, as in `argmax`.
         is_better = more.best > found.best
         return _Overlaps(
             jnp.where(is_better, more.best, found.best),
@@ -116,8 +124,10 @@ def match_boxes(
             found.reaches | more.reaches,
         ), None
 
-    nothing = _Overlaps(jnp.full(number, -1.0), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool))
-    found, _ = lax.scan(widen, nothing, (columns * jnp.arange(blocks), gt_boxes, gt_valid))
+    found = compared(gt_boxes[0], gt_valid[0])
+    if blocks > 1:
+        starts = columns * jnp.arange(1, blocks, dtype=jnp.int32)
+        found, _ = lax.scan(widen, found, (starts, gt_boxes[1:], gt_valid[1:]))
     return _labelled(found, fg_iou, bg_iou, low_quality, clobber_positives)
 
 
@@ -130,7 +140,7 @@ def _background_range(fg_iou: float, bg_iou: tuple[float, float] | None) -> tupl
 
 def _overlaps(iou: Float[Array, "n g"], gt_valid: Bool[Array, "g"]) -> _Overlaps:
     iou = jnp.where(gt_valid[None, :], iou, 0.0)
-    best_of_gt = iou.max(axis=0)
+    best_of_gt = iou.max(axis=0, initial=0.0)
     reaches = (iou == best_of_gt[None, :]) & (best_of_gt > 0.0)[None, :]
     return _Overlaps(iou.max(axis=1), iou.argmax(axis=1).astype(jnp.int32), reaches.any(axis=1))
 
