@@ -25,7 +25,7 @@ class _Overlaps(NamedTuple):
     """The highest IoU of each box with the ground-truth boxes seen so far."""
 
     best: Float[Array, "n"]
-    index: Int[Array, "n"]  # of the first ground-truth box with this IoU
+    gt_index: Int[Array, "n"]  # of the first ground-truth box with this IoU
     reaches: Bool[Array, "n"]  # whether it has the highest IoU of some ground-truth box, and this IoU is above zero
 
 
@@ -120,7 +120,7 @@ def match_boxes(
         is_better = more.best > found.best
         return _Overlaps(
             jnp.where(is_better, more.best, found.best),
-            jnp.where(is_better, start + more.index, found.index),
+            jnp.where(is_better, start + more.gt_index, found.gt_index),
             found.reaches | more.reaches,
         ), None
 
@@ -152,4 +152,4 @@ def _labelled(
     labels = jnp.where(background, BACKGROUND, jnp.where(found.best >= fg_iou, FOREGROUND, IGNORED))
     if low_quality:
         labels = jnp.where(found.reaches & ~(background & clobber_positives), FOREGROUND, labels)
-    return Matches(found.index, labels.astype(jnp.int32))
+    return Matches(found.gt_index, labels.astype(jnp.int32))
