@@ -93,11 +93,9 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
         masked = design(problems, n, max_output) == "mask"
         padding = -n % (CHUNK if masked else LIST_TILE)
         boxes = jnp.pad(boxes, ((0, 0), (0, padding), (0, 0)))
-        planes = with_area(boxes)
-        if groups is not None:
-            # One more plane of the same array, so a thread needs no second address for it.
-            groups = lax.bitcast_convert_type(jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding))), jnp.float32)
-            planes = jnp.concatenate([planes, groups[None]])
+        # The groups are one more plane of the same array, so a thread needs no second address for them.
+        padded = [] if groups is None else [jnp.pad(groups.astype(jnp.int32), ((0, 0), (0, padding)))]
+        planes = with_area(boxes, *(lax.bitcast_convert_type(each, jnp.float32) for each in padded))
         if masked:
             diagonal = _diagonal(planes, num_valid, threshold)
             return _sweep(_mask(planes, num_valid, threshold), diagonal, num_valid, max_output)
@@ -106,8 +104,8 @@ def keep_first(threshold: np.float32, max_output: int) -> Callable:
     return fold_mapped_axes(launch)
 
 
-def with_area(boxes: jax.Array) -> jax.Array:
-    """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4].
+def with_area(boxes: jax.Array, *more: jax.Array) -> jax.Array:
+    """Returns x1, y1, x2, y2 and area [5 ... n] of boxes [... n 4], and `more` values of each box behind them.
 
     A box becomes zeros, and so overlaps no box, unless its area is positive and finite.
     """
@@ -115,7 +113,7 @@ def with_area(boxes: jax.Array) -> jax.Array:
     area = (x2 - x1) * (y2 - y1)
     overlaps = (area > 0.0) & (area < jnp.inf)
     # `margin` tells why there is a `where` between the area and the union.
-    return jnp.stack([jnp.where(overlaps, plane, jnp.float32(0)) for plane in (x1, y1, x2, y2, area)])
+    return jnp.stack([*(jnp.where(overlaps, plane, jnp.float32(0)) for plane in (x1, y1, x2, y2, area)), *more])
 
 
 def suppresses(

@@ -24,7 +24,7 @@ KERNELS = {
     "nms proposals 1": (3, 96, 21),
     "nms proposals 8": (3, 96, 164),
     "nms levels 8": (3, 96, 164),
-    "nms classes 8": (1, 80, 28),
+    "nms classes 8": (1, 80, 33),
     "nms classes 8 x 90": (1, 80, 28),
     "roi_align fpn float32 forward": (1, 96, 2),
     "roi_align fpn float32 gradient": (1, 128, 92),

@@ -132,9 +132,13 @@ def test_the_canvas_is_that_of_numpy(before, placement, order):
     np.testing.assert_allclose(fast, plain, rtol=0, atol=RESIZE_TOLERANCE)
 
 
+def test_opencv_mirrors_as_numpy_does(photo):
+    np.testing.assert_array_equal(fast_input.mirrored(photo), transforms.flip_pixels(photo))
+
+
 def test_a_very_large_image_is_resized_by_numpy_to_save_memory(monkeypatch):
     monkeypatch.setattr(transforms, "MOST_PIXELS", 99)
-    monkeypatch.setattr(fast_input, "resized", lambda *_: pytest.fail("OpenCV was called"))
+    monkeypatch.setattr(fast_input, "resized", lambda *_, **__: pytest.fail("OpenCV was called"))
     draw(np.zeros((64, 96, 3), np.float32), np.zeros((10, 10, 3), np.uint8), tiny.IMAGE, Placement((5, 5)), fast=True)
 
 

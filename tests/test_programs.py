@@ -108,6 +108,7 @@ def test_the_same_call_continues_a_finished_run_without_training(folder, trained
     assert [line["step"] for line in lines_of(again.folder, "gradient_norm")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_training_in_another_thread_gives_the_same_numbers_and_handles_no_signal(folder, trained, tmp_path):
     results, before = [], of_the_process()
     thread = threading.Thread(target=lambda: results.append(train(folder, tmp_path / "run")))

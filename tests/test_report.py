@@ -227,6 +227,7 @@ def test_confident_detections_on_nothing_are_probable_label_errors(shown):
     assert scores == pytest.approx(np.sort(table.score[sure]), abs=1e-6) and len(scores) > 3
 
 
+@pytest.mark.slow
 def test_a_page_about_a_thousand_images_stays_below_five_megabytes(tmp_path):
     """Noise compresses badly, so the budget of bytes decides, and not the number of pictures."""
     dataset, detections = report_data.made_up(tmp_path, images=8, class_names=tuple(f"class {n}" for n in range(20)))

@@ -50,7 +50,19 @@ def decoded_jpeg(content: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
         return None
 
 
-def resized(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
-    """Returns the float32 image resized to the (height, width) `size`, as `transforms.resize_bilinear` does."""
+def mirrored(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the image mirrored left to right, as `transforms.flip_pixels` does."""
+    return _package("cv2").flip(image, 1)
+
+
+def resized(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], *, reverse: bool = False
+) -> Float[np.ndarray, "h2 w2 3"]:
+    """Returns the float32 image resized to the (height, width) `size`, as `transforms.resize_bilinear` does.
+
+    Args:
+      reverse: return the channels in the reverse order.
+    """
     cv2 = _package("cv2")
-    return cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.cvtColor(resized, cv2.COLOR_RGB2BGR) if reverse else resized

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
+from fasterrcnn_jax.data import fast_input
 from fasterrcnn_jax.data.augment import draw_colours, draw_placement, place_boxes
 from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_window, cropped_hw
-from fasterrcnn_jax.data.fast_input import check_installed
 from fasterrcnn_jax.data.image_cache import caching_reader
 from fasterrcnn_jax.data.images import record_pixels
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_of
@@ -116,7 +116,7 @@ def training_batches(
     """
     source = TrainingSource(dataset, data, image, batch_size=batch_size, seed=seed, steps=steps)
     if data.fast:
-        check_installed()
+        fast_input.check_installed()
     read = caching_reader(data.cache_mb, fast=data.fast)
 
     def load(element: tuple[int, BatchPlan]) -> Batch:
@@ -217,7 +217,8 @@ def training_example(
     drawn = data.flip == "random" and np.random.default_rng(stream).random() < 0.5
     if drawn or record.flipped:
         width = pixels.shape[1]
-        example = example.moved(flip_pixels(pixels), lambda boxes: (flip_boxes(boxes, width), _all(boxes)))
+        flipped = fast_input.mirrored(pixels) if data.fast else flip_pixels(pixels)
+        example = example.moved(flipped, lambda boxes: (flip_boxes(boxes, width), _all(boxes)))
     # Streams 1 to 3, because a stream that ends in 0 would equal the one above. Separate streams keep the draws
     # independent.
     cropping, placing, colouring = (np.random.default_rng((*stream, number)) for number in (1, 2, 3))

@@ -114,17 +114,20 @@ def draw(
     height, width = placement.shown(pixels.shape[:2])
     # Repeated to the length of an image row, because NumPy is slow on a last axis of three elements.
     mean, std = np.tile(mean, width), np.tile(std, width)
+    # Pixels and channels as one axis, for the same reason; a view, so that the values are written into the canvas.
+    assert pixels.flags.c_contiguous, "a canvas is contiguous"
+    lines = pixels.reshape(len(pixels), -1)
     resize = _resized_by_opencv if fast and image.shape[0] * image.shape[1] <= MOST_PIXELS else _resized
     for rows, block in resize(image, placement, (height, width), channels):
         if colours is not None:
             block = colours.change(block, channels)
         values = block.reshape(len(block), -1)
+        shown = lines[rows, : 3 * width]
         if pixels.dtype == np.uint8:
-            np.rint(values, out=values)
+            shown[...] = np.rint(values, out=values)
         else:
             values -= mean
-            values /= std
-        pixels[rows, :width] = block
+            np.divide(values, std, out=shown)
 
 
 # Rows per block: few enough to stay in the processor's cache from one operation to the next.
@@ -160,11 +163,12 @@ def _resized_by_opencv(
 ) -> Iterator[tuple[slice, Float[np.ndarray, "n w2 3"]]]:
     """Yields the same as `_resized`, in the same blocks."""
     (top, left), (height, width) = placement.origin, shown
-    whole = fast_input.resized(image, placement.size)[top : top + height, left : left + width]
+    resized = fast_input.resized(image, placement.size, reverse=channels == (2, 1, 0))
+    whole = resized[top : top + height, left : left + width]
     for start in range(0, height, _ROWS):
         rows = slice(start, min(start + _ROWS, height))
-        # A copy, in which the caller computes.
-        yield rows, np.ascontiguousarray(whole[rows][..., channels])
+        # The caller computes in the block. It is a copy where only a part of a row is shown.
+        yield rows, np.ascontiguousarray(whole[rows])
 
 
 def _samples(
