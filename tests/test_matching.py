@@ -161,3 +161,14 @@ def test_match_boxes_runs_where_jax_checks_what_varies_over_devices(monkeypatch)
     call = functools.partial(match_boxes, **RPN)
     found = jax.jit(jax.shard_map(lambda boxes: call(boxes, boxes), mesh=mesh, in_specs=spec, out_specs=spec))(boxes)
     assert found.labels.tolist() == [1, 1, 1, 1] and found.matched_gt_indices.tolist() == [0, 1, 0, 1]
+
+
+def test_a_gradient_keeps_no_iou_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 4_000)
+    boxes, others = jnp.ones((200, 4)), jnp.ones((100, 4))
+
+    def labels(boxes):
+        return match_boxes(boxes, others, **RPN).labels.astype(jnp.float32)
+
+    equations = jax.make_jaxpr(lambda boxes: jax.vjp(labels, boxes)[1](jnp.ones(200)))(boxes).eqns
+    assert max(value.aval.size for equation in equations for value in equation.outvars) < 200 * 100

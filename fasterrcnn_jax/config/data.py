@@ -47,7 +47,7 @@ class AugmentConfig:
     than its canvas; (0.1, 2.0) is large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177); None: no jitter"""
     photometric: bool = False
     """change brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD (Liu et al.
-    2016, arXiv:1512.02325); off in all shipped configurations: docs/training.md has what it changed"""
+    2016, arXiv:1512.02325); off in all shipped configurations; its results are in docs/training.md"""
 
     def __post_init__(self):
         if self.short_sides:

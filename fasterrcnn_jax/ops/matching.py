@@ -80,7 +80,7 @@ def match_boxes(
     """Returns the same as `match(pairwise_iou(boxes, gt_boxes), ...)` with less memory.
 
     It compares at most 2^25 pairs of an image at a time. Beyond that number, more ground-truth boxes need no more
-    memory. Under `jax.vmap`, each image has as many pairs. Outside of `jax.jit`, each call with more pairs is compiled.
+    memory. Under `jax.vmap`, the limit holds for each image. Outside of `jax.jit`, a larger call is compiled each time.
 
     Examples:
       >>> match_boxes(np.array([[0, 0, 8, 8], [20, 20, 30, 30]]), np.array([[0, 0, 8, 9]]), fg_iou=0.5)
