@@ -202,7 +202,6 @@ def config_file(tmp_path):
     return tiny.write_config(tmp_path / "config.py", tiny.config(tmp_path, steps=400, checkpoint_every=4))
 
 
-@pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_in_seconds_with_one_line(small_disk, tmp_path, config_file):
     status, _, lines, seconds = watched(tmp_path, ["train.py", "--config", config_file, "--run", small_disk / "run"])
     assert_ended(status, lines, seconds, f"{small_disk}/run/")
