@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from handmade import dataset, record
 
-from fasterrcnn_jax.config import DataConfig
+from fasterrcnn_jax.config import AugmentConfig, DataConfig
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.errors import InputError
 
@@ -41,6 +41,28 @@ def test_a_clean_set_is_kept_whole_without_a_message(caplog):
         records, notes = prepared([plain(3, image_id="a"), plain(1, image_id="b")])
     assert [boxes_of(entry) for entry in records.values()] == [[0, 1, 2], [0]]
     assert notes == () and caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(crop_aspect=None), "2 images to train on; flip none"),
+        (dict(crop_aspect=2.0, flip="random"), "2 images to train on; flip random, crop_aspect 2"),
+        (
+            dict(crop_aspect=None, fast=True, augment=AugmentConfig(short_sides=(480, 600), photometric=True)),
+            "2 images to train on; flip none, short_sides 480, 600, photometric distortion, "
+            "read by simplejpeg and OpenCV (data.fast)",
+        ),
+        (
+            dict(crop_aspect=None, flip="double", augment=AugmentConfig(scale_jitter=(0.1, 2.0))),
+            "4 images to train on; flip double, scale_jitter 0.1 to 2",
+        ),
+    ],
+)
+def test_the_log_says_how_the_images_are_changed(caplog, options, said):
+    with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
+        prepared([plain(1, image_id="a"), plain(1, image_id="b")], **options)
+    assert caplog.messages == [f"hand made: {said}"]
 
 
 def test_difficult_objects_are_left_out_and_counted():

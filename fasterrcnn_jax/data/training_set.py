@@ -37,8 +37,25 @@ def prepare_training_set(dataset: Dataset, data: DataConfig) -> Dataset:
         records = [record for record in records if len(record.boxes)]
     if data.flip == "double":
         records = [*records, *(record._replace(flipped=True) for record in records)]
-    logger.info("%s: %d images to train on, flip %s", dataset.name, len(records), data.flip)
+    logger.info("%s: %d images to train on; %s", dataset.name, len(records), ", ".join(_changes(data)))
     return dataset._replace(records=tuple(records), notes=(*dataset.notes, *notes))
+
+
+def _changes(data: DataConfig) -> list[str]:
+    """Returns how the images are changed before training, and how they are read if not in the usual way."""
+    augment = data.augment
+    changes = [f"flip {data.flip}"]
+    if data.crop_aspect is not None:
+        changes.append(f"crop_aspect {data.crop_aspect:g}")
+    if augment.short_sides:
+        changes.append(f"short_sides {', '.join(map(str, augment.short_sides))}")
+    if augment.scale_jitter is not None:
+        changes.append("scale_jitter {:g} to {:g}".format(*augment.scale_jitter))
+    if augment.photometric:
+        changes.append("photometric distortion")
+    if data.fast:
+        changes.append("read by simplejpeg and OpenCV (data.fast)")
+    return changes
 
 
 _EMPTY = "Images without an object to train on were left out (data.keep_empty keeps them)"
