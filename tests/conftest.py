@@ -64,7 +64,7 @@ def forget_programs():
         jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles small programs faster, on a CPU, where compiling them takes longer than running them."""
     if jax.default_backend() != "cpu":
@@ -142,3 +142,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    from fasterrcnn_jax.kernels import choice  # after the hook above
+
+    if item.get_closest_marker("mosaic") and jax.__version_info__[:2] < choice.OLDEST_JAX:
+        pytest.skip("the Mosaic kernels need JAX " + ".".join(map(str, choice.OLDEST_JAX)) + " or newer")

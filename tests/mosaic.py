@@ -1,13 +1,7 @@
 """Helpers for tests of the Mosaic kernels: interpret mode, a pretended device, and lowering for CUDA on a CPU."""
 
 import jax
-import pytest
 from fasterrcnn_jax.kernels import choice, mosaic
-
-needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__[:2] < choice.OLDEST_JAX,
-    reason=f"the Mosaic kernels need JAX {choice.OLDEST_JAX[0]}.{choice.OLDEST_JAX[1]} or newer",
-)
 
 
 def pretend(monkeypatch, platform="cuda", capability=choice.HOPPER):

@@ -566,6 +566,7 @@ def test_the_throughput_of_the_loader_is_measured_without_torchvision(tmp_path):
         assert side["images_per_second"] > 0 and side["images_per_core_second"] > 0 and "times_as_fast" not in side
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_training_step_are_timed(tmp_path):
     words = ("resnet50_fpn", "float32", "training")
     done, report = benchmark("stages.py", "--tiny", "--calls", 1, "--only", *words, folder=tmp_path)

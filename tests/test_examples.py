@@ -43,7 +43,7 @@ def test_every_example_is_run_here():
 
 def run(script, capsys, *arguments, **options):
     """Returns the lines that an example prints, with JAX's own settings, as a user has them."""
-    with tiny.quick_compilation(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         script.main(*arguments, **options)
     return capsys.readouterr().out.splitlines()
 

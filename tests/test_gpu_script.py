@@ -63,6 +63,7 @@ def test_outcomes_device_and_versions_are_written_although_a_test_fails(tmp_path
     assert report["date"].endswith("+00:00")
 
 
+@pytest.mark.slow
 def test_cache_travels_in_one_archive_that_stays_under_its_limit(tmp_path, selection):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

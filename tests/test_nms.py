@@ -18,6 +18,8 @@ from oracles import arrays
 
 from fasterrcnn_jax.ops.suppression import BLOCK, nms
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 THRESHOLDS = (0.3, 0.5, 0.7)
 SMALL, LARGE = 24, 640  # the only two sizes, so that few programs are compiled
 
@@ -29,7 +31,7 @@ jitted_nms = jax.jit(nms, static_argnames=STATIC)
 SHRUNK = dict(THREADS=16, WORD=8, CHUNK=128, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16)
 
 
-@pytest.fixture(params=["xla", *(pytest.param(design, marks=mosaic.needs_mosaic) for design in ("mask", "list"))])
+@pytest.fixture(params=["xla", *(pytest.param(design, marks=pytest.mark.mosaic) for design in ("mask", "list"))])
 def any_nms(request, monkeypatch):
     """Returns `nms` in plain JAX, and with each design of the kernel."""
     if request.param == "xla":

@@ -50,7 +50,7 @@ LISTS = st.lists(
 
 
 # Each example has other lengths, so it is compiled again.
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(LISTS)
 def test_lowest_positions_are_those_of_a_sort(drawn):
     lists, sizes = [], []

@@ -41,6 +41,8 @@ from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.ops.targets import anchor_targets
 from fasterrcnn_jax.structures import GroundTruth, Proposals, RoiTargets
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REFERENCE = "faster-rcnn.pytorch"
 HW = (200, 272)
 IMAGE_HW = np.float32([HW])
