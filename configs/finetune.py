@@ -4,9 +4,9 @@
     fasterrcnn-jax train FOLDER
 
 The weights are in an installed package of 17 MB; nothing is downloaded later. All stages are trained. Images are
-mirrored at random, and half of them are shown as mosaics of four images. The layout, the classes and the splits are
-recognised; the input size and the number of steps are fitted to the images. Every fitted value is printed and stored in the run folder. Without the package,
-configs/folder.py trains from random weights.
+mirrored at random, and half of the training images are mosaics of four images. The layout, the classes and the splits
+are recognised; the input size and the number of steps are fitted to the images. Every fitted value is printed and
+stored in the run folder. Without the package, configs/folder.py trains from random weights.
 """
 
 from pathlib import Path
