@@ -41,8 +41,8 @@ config = Config(
         flip="random",
         crop_aspect=None,
         rank_by_aspect=False,
-        # Scale jitter did not raise AP. Photometric distortion lowered the AP50 of circuit boards, and mosaics that of
-        # a short training: docs/training.md.
+        # Scale jitter and mosaics did not raise AP50. Photometric distortion lowered that of circuit boards:
+        # docs/training.md.
     ),
     model=ModelConfig(
         image=ImageConfig(short_side=320, long_side=320, canvases="auto", **EFFICIENTNET_RGB),

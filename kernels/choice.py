@@ -95,7 +95,7 @@ def unsupported_here() -> str | None:
     platform, capability = device()
     # Before JAX's version: on another platform or an older GPU a newer JAX would not help.
     if platform != "cuda":
-        return f"the kernel needs a CUDA device, and the platform of this device is {platform}"
+        return f"it needs a CUDA device and the platform of this device is {platform}"
     if capability < AMPERE:
         return "it needs compute capability {}.{} or newer and this device has {}.{}".format(*AMPERE, *capability)
     if capability[0] in NOT_COMPILED:

@@ -148,5 +148,5 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     from fasterrcnn_jax.kernels import choice  # after the hook above
 
-    if item.get_closest_marker("mosaic") and jax.__version_info__[:2] < choice.OLDEST_JAX:
+    if item.get_closest_marker("mosaic_kernel") and jax.__version_info__[:2] < choice.OLDEST_JAX:
         pytest.skip("the Mosaic kernels need JAX " + ".".join(map(str, choice.OLDEST_JAX)) + " or newer")

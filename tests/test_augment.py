@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterrcnn_jax.config import AlternatingConfig, AugmentConfig, Config, DataConfig, ImageConfig
+from fasterrcnn_jax.config import AugmentConfig, Config, DataConfig, ImageConfig
 from fasterrcnn_jax.data import augment as augment_module
 from fasterrcnn_jax.data import loader
 from fasterrcnn_jax.data.augment import (
@@ -19,9 +19,8 @@ from fasterrcnn_jax.data.augment import (
     draw_placement,
     place_boxes,
 )
-from fasterrcnn_jax.data.mosaic import Part, place_boxes_in
 from fasterrcnn_jax.data.plan import BatchPlan, plan_epoch
-from fasterrcnn_jax.data.records import Dataset, ImageRecord
+from fasterrcnn_jax.data.records import ImageRecord
 from fasterrcnn_jax.data.training_set import prepare_training_set
 from fasterrcnn_jax.data.transforms import Placement, canvas_for, draw, network_size
 
@@ -280,10 +279,8 @@ def by_image(dataset, *, batch_size, threads=2, processes=1, epochs=3, seed=0, a
 @pytest.mark.parametrize(
     "other", [dict(threads=1), dict(threads=4), dict(batch_size=1), dict(batch_size=2, processes=2)]
 )
-@pytest.mark.parametrize("augment", [EVERYTHING, AugmentConfig(mosaic=0.5)], ids=["everything", "mosaic"])
-def test_random_draws_depend_on_neither_threads_nor_batch_mates_nor_processes(dataset, other, augment):
-    found = by_image(dataset, augment=augment, **(dict(batch_size=4) | other))
-    assert found == by_image(dataset, augment=augment, batch_size=4)
+def test_random_draws_depend_on_neither_threads_nor_batch_mates_nor_processes(dataset, other):
+    assert by_image(dataset, **(dict(batch_size=4) | other)) == by_image(dataset, batch_size=4)
 
 
 def test_random_draws_differ_over_epochs_images_and_seeds(dataset):
@@ -325,93 +322,8 @@ def test_a_short_side_beyond_the_models_is_refused(tmp_path):
         (dict(scale_jitter=(2.0, 0.1)), "scale_jitter must be 0 < low <= high"),
         (dict(scale_jitter=(0.0, 1.0)), "scale_jitter must be 0 < low <= high"),
         (dict(scale_jitter=(0.5, float("inf"))), "scale_jitter must be 0 < low <= high"),
-        (dict(mosaic=1.5), r"mosaic must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_an_invalid_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**fields)
-
-
-@pytest.mark.parametrize("scheme", ["alternating", "fast_rcnn"])
-def test_a_mosaic_is_refused_where_proposals_are_stored(tmp_path, scheme):
-    config = tiny.config(tmp_path)
-    data = dataclasses.replace(config.data, augment=AugmentConfig(mosaic=0.5), proposals=Path("proposals.json"))
-    stages = AlternatingConfig(steps=(2, 2, 2, 2), decay_steps=(1, 1, 1, 1))
-    train = dataclasses.replace(config.train, scheme=scheme, alternating=stages, steps=8)
-    with pytest.raises(ValueError, match=f"augment.mosaic is not for train.scheme {scheme}, which stores proposals"):
-        Config(run=config.run, data=data, model=config.model, train=train)
-
-
-def mosaics(boxes, *, image=PLAIN, max_boxes=1, steps=60):
-    """Returns rows (pixels, image_hw, boxes, labels) of mosaics of dark images of 64 x 96 pixels with white objects."""
-    records, painted = [], {}
-    for index, box in enumerate(boxes):
-        pixels = np.zeros((64, 96, 3), np.uint8)
-        x1, y1, x2, y2 = box
-        pixels[y1:y2, x1:x2] = 255
-        flags = np.zeros(1, bool)
-        arrays = np.array([box], np.float32), np.array([index + 1], np.int32), flags, flags, np.zeros(1)
-        records.append(ImageRecord(str(index), Path(str(index)), (64, 96), *arrays))
-        painted[str(index)] = pixels
-    names = tuple(f"class{index}" for index in range(len(boxes)))
-    dataset = Dataset("painted", names, tuple(records), (), tuple(range(1, len(boxes) + 1)))
-    data = dataclasses.replace(OFF, class_names=names, max_boxes=max_boxes, augment=AugmentConfig(mosaic=1.0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "caching_reader", lambda *_, **__: lambda record: painted[record.id])
-        for batch in loader.training_batches(dataset, data, image, batch_size=2, seed=0, steps=steps):
-            for row in np.flatnonzero(batch.image_valid):
-                found, valid = batch.ground_truth, batch.ground_truth.valid[row]
-                yield batch.images[row], batch.image_hw[row], found.boxes[row, valid], found.labels[row, valid]
-
-
-def test_the_boxes_of_a_mosaic_lie_on_its_objects_to_half_a_pixel():
-    objects = [(30, 20, 66, 44), (36, 16, 60, 48), (40, 24, 56, 40)]
-    places, widths, whole, cut = set(), set(), 0, 0
-    for pixels, image_hw, boxes, labels in mosaics(objects):
-        assert image_hw.tolist() == [64, 96] and len(boxes) == len(labels) <= 4
-        for box, label in zip(boxes, labels, strict=True):
-            (x1, y1), (x2, y2) = np.ceil(box[:2]).astype(int), np.floor(box[2:]).astype(int)
-            assert pixels[y1:y2, x1:x2].min() > 127.5
-            left, top, right, bottom = objects[label - 1]
-            width, height = box[2:] - box[:2]
-            if abs(width / height - (right - left) / (bottom - top)) > 0.1:
-                cut += 1  # another object can begin where it is cut
-                continue
-            whole += 1
-            alone = np.zeros_like(pixels)
-            near = np.s_[max(y1 - 2, 0) : y2 + 2, max(x1 - 2, 0) : x2 + 2]
-            alone[near] = pixels[near]
-            assert np.abs(extent(alone) - box).max() <= 0.51
-            widths.add(round(float(width), 1))
-            places.add((x1 < 48, y1 < 32))
-    assert whole > 100 and cut > 20 and len(widths) > 20 and len(places) == 4
-
-
-def test_an_object_of_a_mosaic_that_is_mostly_cut_off_is_dropped_with_its_label():
-    part, placement = Part((0, 32), (48, 96)), Placement((64, 96), (0, 40))
-    boxes = np.float32([[0, 0, 50, 20], [0, 0, 60, 20], [50, 4, 70, 30], [90, 0, 96, 20]])
-    placed, stay = place_boxes_in(boxes, (64, 96), part, placement)
-    # Visible: 10 of 50, 20 of 60, all, and 0 of 6 pixels of the width.
-    assert stay.tolist() == [False, True, True, False]
-    np.testing.assert_allclose(placed[1:3], [[48, 0, 68, 20], [58, 4, 78, 30]])
-
-
-def test_a_mosaic_has_slots_for_all_objects_of_four_images():
-    assert max(len(boxes) for _, _, boxes, _ in mosaics([(40, 28, 56, 36)], max_boxes=1)) == 4
-
-
-def test_half_of_the_images_are_mosaics_of_all_images_and_an_image_alone_stays_as_it_is(dataset):
-    plain = by_image(dataset, batch_size=4, epochs=40, augment=AugmentConfig())
-    mixed = by_image(dataset, batch_size=4, epochs=40, augment=AugmentConfig(mosaic=0.5))
-    # The slots differ in number, so only pixels and sizes are compared.
-    share = np.mean([mixed[key][:1000] == value[:1000] for key, value in plain.items()])
-    assert 0.4 < share < 0.6
-
-
-@pytest.mark.parametrize("dtype, mean", [("uint8", 37), ("float32", 0)])
-def test_a_part_that_its_image_does_not_fill_has_the_mean_colour(dtype, mean):
-    image = dataclasses.replace(PLAIN, mean=(37.0, 37.0, 37.0), pixel_dtype=dtype)
-    whole = (0, 0, 96, 64)
-    values = np.unique(np.concatenate([np.rint(pixels).ravel() for pixels, *_ in mosaics([whole], image=image)]))
-    assert values.tolist() == [mean, 255 if dtype == "uint8" else 255 - 37]

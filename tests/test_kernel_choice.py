@@ -41,7 +41,7 @@ def newest(monkeypatch):
         ("cuda", (7, 5), "xla", "needs compute capability 8.0 or newer and this device has 7.5"),
         ("cuda", (11, 0), "xla", "it was never run on compute capability 11.0"),
         ("cuda", (12, 0), "xla", "the kernels do not compile for compute capability 12.0 in JAX 0.11.2 and 0.12.0.1"),
-        ("cpu", (0, 0), "xla", "the kernel needs a CUDA device, and the platform of this device is cpu"),
+        ("cpu", (0, 0), "xla", "it needs a CUDA device and the platform of this device is cpu"),
         ("rocm", (0, 0), "xla", "the platform of this device is rocm"),
     ],
 )

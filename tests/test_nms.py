@@ -31,7 +31,7 @@ jitted_nms = jax.jit(nms, static_argnames=STATIC)
 SHRUNK = dict(THREADS=16, WORD=8, CHUNK=128, MASK_ROWS=4, SWEEP_TILE=16, TILE_WORDS=2, SWEPT_ROWS=4, LIST_TILE=16)
 
 
-@pytest.fixture(params=["xla", *(pytest.param(design, marks=pytest.mark.mosaic) for design in ("mask", "list"))])
+@pytest.fixture(params=["xla", *(pytest.param(design, marks=pytest.mark.mosaic_kernel) for design in ("mask", "list"))])
 def any_nms(request, monkeypatch):
     """Returns `nms` in plain JAX, and with each design of the kernel."""
     if request.param == "xla":

@@ -82,7 +82,6 @@ def test_a_training_returns_its_metrics_its_best_model_and_its_folder(folder, tr
     assert len(found.scores) == len(found.boxes)
 
 
-@pytest.mark.slow
 def test_an_epoch_compiles_the_step_once_for_each_canvas(tmp_path, caplog):
     """The images have both orientations. Two epochs compile two steps, and nothing after both were met."""
     tiny.write_voc(tmp_path / "voc", train=16, test=2)

@@ -31,7 +31,7 @@ jitted = jax.jit(roi_pool, static_argnames=("stride", "output_size", "quantisati
 rounded = functools.partial(jitted, **GRID, quantisation="rounded")
 OPERATORS = pytest.mark.parametrize("quantisation", ["rounded", "floor"])
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("mosaic", marks=pytest.mark.mosaic)], indirect=True
+    "implementation", ["xla", pytest.param("mosaic", marks=pytest.mark.mosaic_kernel)], indirect=True
 )
 
 # Few values: many cells of a bin are equal, and every sum of cotangents below is exact.
@@ -265,7 +265,7 @@ def test_mapped_twice_each_image_ignores_the_others(implementation):
         np.testing.assert_array_equal(gradient[image, 0], expected[1])
 
 
-@pytest.mark.mosaic
+@pytest.mark.mosaic_kernel
 def test_a_batch_is_one_launch_each_way_without_a_scatter(monkeypatch):
     mosaic.pretend(monkeypatch)
     pool = jax.vmap(jax.vmap(functools.partial(roi_pool, stride=16, output_size=7, quantisation="rounded")))
@@ -288,7 +288,7 @@ def test_a_batch_is_one_launch_each_way_without_a_scatter(monkeypatch):
     assert "scatter" not in forward + backward
 
 
-@pytest.mark.mosaic
+@pytest.mark.mosaic_kernel
 def test_without_a_gradient_no_places_are_written(monkeypatch):
     mosaic.pretend(monkeypatch)
     boxes = jax.ShapeDtypeStruct((5, 4), jnp.float32)

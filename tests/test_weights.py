@@ -738,6 +738,6 @@ def test_the_log_names_a_whole_part_once_and_leaves_counters_of_training_out(cap
     with caplog.at_level(logging.INFO, "fasterrcnn_jax"):
         log(report, "in.pth")
     assert caplog.messages[1:] == [
-        "in.pth: left in the file, because the model has no such part: 'fc.weight'",
-        "in.pth: left as created, because the file has no such part: 'rpn_head', 'box_head/deltas/kernel'",
+        "in.pth: not used from the file: 'fc.weight'",
+        "in.pth: new, not from the file: 'rpn_head', 'box_head/deltas/kernel'",
     ]

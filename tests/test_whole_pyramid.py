@@ -33,8 +33,6 @@ from fasterrcnn_jax.ops.roi_operators import roi_features
 from fasterrcnn_jax.structures import Batch, GroundTruth
 from fasterrcnn_jax.weights import load_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REFERENCE = "torchvision"
 ALL = 10**9  # nothing is left to a draw
 IMAGES = 2

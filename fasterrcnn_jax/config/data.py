@@ -11,7 +11,6 @@ from fasterrcnn_jax.config.checks import (
     AUTO,
     Auto,
     require,
-    require_fraction,
     require_not_negative,
     require_positive,
 )
@@ -50,13 +49,7 @@ class AugmentConfig:
     """change brightness, contrast, saturation and hue, each with probability one half, in the ranges of SSD (Liu et al.
     2016, arXiv:1512.02325); off in all shipped configurations; its results are in docs/training.md"""
 
-    mosaic: float = 0.0
-    """probability that four training images share a canvas (mosaic, Bochkovskiy et al. 2020, arXiv:2004.10934): an
-    image and three random ones, each at half to all of its size and cropped to its part of the canvas; short_sides and
-    scale_jitter do not apply to them; 0: never"""
-
     def __post_init__(self):
-        require_fraction(mosaic=self.mosaic)
         if self.short_sides:
             require_positive(short_sides=min(self.short_sides))
         if self.scale_jitter is not None:

@@ -43,10 +43,6 @@ class Config:
             self.train.scheme != "fast_rcnn" or self.data.proposals is not None,
             "train.scheme fast_rcnn needs data.proposals, a file of proposals, got None",
         )
-        require(
-            not self.data.augment.mosaic or self.train.scheme in ("joint", "rpn"),
-            f"data.augment.mosaic is not for train.scheme {self.train.scheme}, which stores proposals of each image",
-        )
         if self.size is not None and self.size != AUTO:
             require(self.size >= 32, f"size must be at least 32, got {self.size}")
         largest = max(self.data.augment.short_sides, default=0)

@@ -71,10 +71,9 @@ def fit(config: Config, splits: Iterable[Dataset], train_set: Dataset) -> Fitted
     train = fitted_training(config.train, len(train_set.records))
     images = len(train_set.records)
     epochs = fitted(train.steps, "train.steps") * train.batch_size / images
-    per_epoch = math.ceil(images / train.batch_size)
     sentences.append(
-        f"schedule   {train.steps} steps of {train.batch_size} images: {epochs:.1f} epochs, each with {images} images "
-        f"in {per_epoch} steps; a checkpoint every {train.checkpoint_every} steps"
+        f"schedule   {train.steps} steps of {train.batch_size} images: {epochs:.1f} epochs of {images} images; "
+        f"a checkpoint every {train.checkpoint_every} steps"
     )
     return Fitted(dataclasses.replace(config, model=model, train=train), tuple(sentences))
 

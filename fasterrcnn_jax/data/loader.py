@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from fasterrcnn_jax.config import DataConfig, ImageConfig
 from fasterrcnn_jax.data import fast_input
@@ -17,7 +17,6 @@ from fasterrcnn_jax.data.augment import draw_colours, draw_placement, place_boxe
 from fasterrcnn_jax.data.crop import crop_boxes, crop_pixels, crop_window, cropped_hw
 from fasterrcnn_jax.data.image_cache import caching_reader
 from fasterrcnn_jax.data.images import record_pixels
-from fasterrcnn_jax.data.mosaic import Part, draw_parts, draw_placement_in, place_boxes_in
 from fasterrcnn_jax.data.plan import BatchPlan, plan_batches, plan_epoch, rows_of
 from fasterrcnn_jax.data.read_ahead import ReadAhead
 from fasterrcnn_jax.data.records import Dataset, ImageProposals, ImageRecord
@@ -61,13 +60,6 @@ class Example(NamedTuple):
             proposed, stay_proposed = move(proposals.boxes)
             proposals = ImageProposals(proposed[stay_proposed], proposals.scores[stay_proposed])
         return self._replace(pixels=pixels, boxes=boxes[stay], labels=self.labels[stay], proposals=proposals)
-
-
-class Tile(NamedTuple):
-    """One of the images on a canvas, and the part of the canvas that it gets; `example.placement` is in this part."""
-
-    example: Example
-    part: Part
 
 
 class TrainingSource:
@@ -126,10 +118,6 @@ def training_batches(
     if data.fast:
         fast_input.check_installed()
     read = caching_reader(data.cache_mb, fast=data.fast)
-    max_boxes = data.max_boxes
-    if data.augment.mosaic:
-        # Four times the same image is possible.
-        max_boxes = max(max_boxes, 4 * max(len(record.boxes) for record in dataset.records))
 
     def load(element: tuple[int, BatchPlan]) -> Batch:
         epoch, plan = element
@@ -139,16 +127,9 @@ def training_batches(
             stored = None if proposals is None else proposals[record.id]
             return training_example(record, read(record), data, image, plan.canvas, stream=stream, proposals=stored)
 
-        def example_or_mosaic(index: int) -> Example | list[Tile]:
-            rng = np.random.default_rng((seed, epoch, index, 4))
-            if rng.random() >= data.augment.mosaic:
-                return example(index)
-            others = rng.integers(len(dataset.records), size=3).tolist()
-            return mosaic_of([example(other) for other in (index, *others)], image, plan.canvas, rng=rng)
-
         slots = _most(proposals)
         rows = rows_of(plan, *process)
-        return assemble(rows, image, example_or_mosaic, max_boxes=max_boxes, max_proposals=slots, fast=data.fast)
+        return assemble(rows, image, example, max_boxes=data.max_boxes, max_proposals=slots, fast=data.fast)
 
     return _in_threads(source, load, data.threads)
 
@@ -253,18 +234,6 @@ def training_example(
     return example
 
 
-def mosaic_of(
-    examples: Sequence[Example], image: ImageConfig, canvas: tuple[int, int], *, rng: np.random.Generator
-) -> list[Tile]:
-    """Returns four examples in the parts of a mosaic, in random order and each with a random placement."""
-    tiles = []
-    for number, part in zip(rng.permutation(4), draw_parts(canvas, rng), strict=True):
-        example = examples[number]
-        placement = draw_placement_in(part, example.pixels.shape[:2], image, rng)
-        tiles.append(Tile(example._replace(placement=placement), part))
-    return tiles
-
-
 def _all(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n"]:
     return np.ones(len(boxes), bool)
 
@@ -281,7 +250,7 @@ def _on_host(array: np.ndarray) -> Any:
 def assemble(
     plan: BatchPlan,
     image: ImageConfig,
-    example: Callable[[int], Example | list[Tile]],
+    example: Callable[[int], Example],
     *,
     max_boxes: int,
     max_proposals: int | None = None,
@@ -290,7 +259,7 @@ def assemble(
     """Returns the planned batch as NumPy arrays; the images of invalid rows are zeros.
 
     Args:
-      example: function from the index of an image to its example, or to the four images of a mosaic.
+      example: function from the index of an image to its example.
       max_boxes: ground-truth slots per image.
       max_proposals: slots for stored proposals per image; None: the examples have no stored proposals.
       fast: as in `transforms.draw`.
@@ -318,23 +287,20 @@ def assemble(
     )
     for row in np.flatnonzero(plan.image_valid):
         found = example(int(plan.image_index[row]))
-        if isinstance(found, list):
-            boxes, labels = _draw_mosaic(images[row], found, image, fast=fast)
-            proposals = None
-            # Its pixels have no common scale.
-            batch.image_hw[row] = plan.canvas
+        image_hw, placement = found.pixels.shape[:2], found.placement
+        if placement is None:
+            placement = Placement(network_size(image_hw, image))
+            scale = placement.scale(image_hw)
+            found = found.moved(found.pixels, lambda boxes, scale=scale: (scale_boxes(boxes, scale), _all(boxes)))
         else:
-            image_hw, placement = found.pixels.shape[:2], found.placement
-            if placement is None:
-                placement = Placement(network_size(image_hw, image))
-                scale = placement.scale(image_hw)
-                found = found.moved(found.pixels, lambda boxes, scale=scale: (scale_boxes(boxes, scale), _all(boxes)))
-            else:
-                place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
-                found = found.moved(found.pixels, place)
-            pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
-            draw(images[row], pixels, image, placement, colours=found.colours, fast=fast)
-            batch.image_hw[row], batch.scale[row] = placement.shown(plan.canvas), placement.scale(image_hw)
+            place = functools.partial(place_boxes, image_hw=image_hw, canvas=plan.canvas, placement=placement)
+            found = found.moved(found.pixels, place)
+        pixels, boxes, labels, proposals = found.pixels, found.boxes, found.labels, found.proposals
+        draw(images[row], pixels, image, placement, colours=found.colours, fast=fast)
+        batch.image_hw[row], batch.scale[row] = (
+            placement.shown(plan.canvas),
+            placement.scale(pixels.shape[:2]),
+        )
         batch.ground_truth.boxes[row, : len(boxes)] = boxes
         batch.ground_truth.labels[row, : len(boxes)] = labels
         batch.ground_truth.valid[row, : len(boxes)] = True
@@ -344,30 +310,3 @@ def assemble(
             batch.proposals.boxes[row, :count], batch.proposals.scores[row, :count] = proposals
             batch.proposals.valid[row, :count] = True
     return batch
-
-
-def _draw_mosaic(
-    pixels: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"],
-    tiles: Sequence[Tile],
-    image: ImageConfig,
-    *,
-    fast: bool,
-) -> tuple[Float[np.ndarray, "n 4"], Int32[np.ndarray, "n"]]:
-    """Draws images into their parts of the canvas `pixels`; returns their boxes on it and the labels.
-
-    Where an image does not fill its part, the part has the mean colour.
-    """
-    if pixels.dtype == np.uint8:
-        pixels[...] = np.rint(image.mean)
-    boxes, labels = [], []
-    for example, part in tiles:
-        image_hw, placement = example.pixels.shape[:2], example.placement
-        assert placement is not None, "an image of a mosaic has a placement"
-        there = pixels[slice(*part.rows), slice(*part.columns)]
-        drawn = there.copy()
-        draw(drawn, example.pixels, image, placement, colours=example.colours, fast=fast)
-        there[...] = drawn
-        placed, stay = place_boxes_in(example.boxes, image_hw, part, placement)
-        boxes.append(placed[stay])
-        labels.append(example.labels[stay])
-    return np.concatenate(boxes), np.concatenate(labels)

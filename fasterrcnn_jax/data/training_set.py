@@ -53,8 +53,6 @@ def _changes(data: DataConfig) -> list[str]:
         changes.append("scale_jitter {:g} to {:g}".format(*augment.scale_jitter))
     if augment.photometric:
         changes.append("photometric distortion")
-    if augment.mosaic:
-        changes.append(f"mosaic {augment.mosaic:g}")
     if data.fast:
         changes.append("read by simplejpeg and OpenCV (data.fast)")
     return changes

@@ -234,7 +234,7 @@ def batch_sheet(
     """Returns one image of a training batch as the network sees it, with the boxes and classes that it is trained on.
 
     The images are resized, mirrored and cropped as in the batch. Above each are its name, and its size and that of its
-    canvas as width x height. Grey squares are the padding of the canvas. A mosaic has the name of one of its images.
+    canvas as width x height. Grey squares are the padding of the canvas.
 
     Args:
       config: the model's `model.config.image`.

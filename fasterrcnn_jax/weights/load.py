@@ -92,11 +92,7 @@ def log(report: Report, where: str) -> None:
         logger.warning("%s: %s", where, note)
     # PyTorch's batch norm counts its training steps; no network computes with this number.
     unused = [name for name in report.unused if not name.endswith("num_batches_tracked")]
-    lines = {
-        "left in the file, because the model has no such part": unused,
-        "left as created, because the file has no such part": _parts(report),
-    }
-    for what, names in lines.items():
+    for what, names in (("not used from the file", unused), ("new, not from the file", _parts(report))):
         if names:
             # The names of a file can contain any character.
             shown = ", ".join(map(repr, names[:NAMES_IN_LOG]))
